@@ -1,0 +1,122 @@
+"""One bit a weight: pack, unpack, count, and set the pruned weights of a tensor to +0.0.
+
+Bit `i % 8` of byte `i // 8` tells whether weight `i`, in row-major order, is kept; the spare bits of the last
+byte are 0. The bits live on the device of the weights. On a CPU numpy does the work (a table turns a byte of
+mask into eight words of ones or zeros, which are ANDed with the weights); elsewhere torch does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+CHUNK = 1 << 18
+"""Weights handled at a time: about as many as stay in a core's cache. A multiple of 8."""
+
+_BYTES = np.arange(256, dtype=np.uint8)[:, None]
+_ONES = np.unpackbits(_BYTES, axis=1, bitorder="little")  # [256, 8]: the bits of each byte
+_COUNT = _ONES.sum(1, dtype=np.uint8)
+_WORD = {
+    1: (torch.int8, np.int8),
+    2: (torch.int16, np.int16),
+    4: (torch.int32, np.int32),
+    8: (torch.int64, np.int64),
+}
+
+
+def chunks(tensor: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """Yield `(index of the first weight, flat piece)` in row-major order; the pieces are views where they can be."""
+    if tensor.is_contiguous() or tensor.ndim < 2:
+        flat = tensor.reshape(-1)
+        for start in range(0, flat.numel(), CHUNK):
+            yield start, flat[start : start + CHUNK]
+        return
+    row = tensor[0].numel()
+    step = max(8, CHUNK // max(row, 1) // 8 * 8)  # whole bytes of mask in each piece
+    for first in range(0, len(tensor), step):
+        yield first * row, tensor[first : first + step].reshape(-1)
+
+
+def pack(kept: Tensor) -> Tensor:
+    """Turn booleans of any shape into bits, `uint8 [ceil(n / 8)]`."""
+    flat = kept.reshape(-1)
+    if flat.device.type == "cpu":
+        return torch.from_numpy(np.packbits(flat.numpy(), bitorder="little"))
+    padded = torch.zeros(-(-flat.numel() // 8) * 8, dtype=torch.uint8, device=flat.device)
+    padded[: flat.numel()] = flat
+    weights = 2 ** torch.arange(8, dtype=torch.uint8, device=flat.device)
+    return (padded.view(-1, 8) * weights).sum(1, dtype=torch.uint8)
+
+
+def unpack(bits: Tensor, count: int) -> Tensor:
+    """Turn bits back into `count` booleans, flat."""
+    if bits.device.type == "cpu":
+        return torch.from_numpy(np.unpackbits(bits.numpy(), count=count, bitorder="little").view(np.bool_))
+    shifts = torch.arange(8, dtype=torch.uint8, device=bits.device)
+    return ((bits[:, None] >> shifts) & 1).view(-1)[:count].bool()
+
+
+def count(bits: Tensor) -> int:
+    """Count the kept weights."""
+    return int(_COUNT[bits.cpu().numpy()].sum(dtype=np.int64))
+
+
+def alive(tensor: Tensor, bits: Tensor) -> int:
+    """Count the pruned weights of `tensor` that are not zero (NaN counts)."""
+    total = 0
+    for start, piece in chunks(tensor.detach()):
+        kept = unpack(bits[start // 8 : (start + piece.numel() + 7) // 8], piece.numel())
+        total += int(torch.count_nonzero((piece != 0) & ~kept))
+    return total
+
+
+class Zeroer:
+    """Sets pruned weights to +0.0 in place, whatever they hold (inf and NaN too); keeps its buffers between tensors."""
+
+    def __init__(self) -> None:
+        self._tables: dict[tuple[int, int], npt.NDArray[np.generic]] = {}
+        self._index = np.empty(CHUNK // 8, np.intp)
+        self._buffer = np.empty(0, np.uint8)
+
+    def __call__(self, tensor: Tensor, bits: Tensor) -> None:
+        """Zero the weights of `tensor` whose bit is 0; `tensor` may require grad, its version is raised."""
+        tensor = tensor.detach()
+        if tensor.device.type != "cpu" or not tensor.is_contiguous():
+            tensor.masked_fill_(~unpack(bits, tensor.numel()).view(tensor.shape), 0)
+            return
+        whole = tensor.numel() // 8 * 8
+        if whole < tensor.numel():
+            rest = tensor.view(-1)[whole:]
+            rest.masked_fill_(~unpack(bits[-1:], rest.numel()), 0)
+        self._zero_whole_bytes(tensor.view(-1)[:whole], bits.numpy())
+        torch.autograd.graph.increment_version(tensor)
+
+    def _zero_whole_bytes(self, flat: Tensor, bits: npt.NDArray[np.uint8]) -> None:
+        each = 2 if flat.is_complex() else 1  # words a weight
+        words = torch.view_as_real(flat).view(-1) if flat.is_complex() else flat
+        torch_word, numpy_word = _WORD[words.element_size()]
+        array = words.view(torch_word).numpy()
+        table = self._table(words.element_size(), each)
+        step = CHUNK * each
+        if self._buffer.nbytes < step * array.itemsize:
+            self._buffer = np.empty(step * array.itemsize, np.uint8)
+        ands = self._buffer[: step * array.itemsize].view(numpy_word).reshape(-1, 8 * each)
+        for start in range(0, array.size, step):
+            piece = array[start : start + step]
+            rows = piece.size // (8 * each)
+            first = start // (8 * each)
+            np.copyto(self._index[:rows], bits[first : first + rows])
+            # mode="clip": numpy would otherwise buffer the output; a byte is never out of range
+            np.take(table, self._index[:rows], axis=0, out=ands[:rows], mode="clip")
+            np.bitwise_and(piece, ands[:rows].reshape(-1), out=piece)
+
+    def _table(self, itemsize: int, each: int) -> npt.NDArray[np.generic]:
+        key = (itemsize, each)
+        if key not in self._tables:
+            ones = np.repeat(_ONES, each, axis=1).astype(_WORD[itemsize][1])
+            self._tables[key] = np.ascontiguousarray(-ones)
+        return self._tables[key]

@@ -1,0 +1,67 @@
+"""Every error and warning of secateur.
+
+```
+SecateurError
+|- InputError       (also a ValueError)    a value that cannot be used: NaN, 1.1, an unknown option
+|- InputTypeError   (also a TypeError)     a thing of the wrong type: the int 1, an int8 tensor
+|- UnknownNameError (also a KeyError)      a name or glob that matches nothing; the nearest names are given
+|- MaskError        (also a ValueError)    masks of another shape or for another model; zeros that came back
+|- PatternError     (also a ValueError)    a tensor on which a pattern of zeros cannot be laid
+'- StateError       (also a RuntimeError)  a call that comes too early, too late or twice
+SecateurWarning     (a UserWarning)        something works, but not as one would hope
+```
+
+Each message says what (tensor, value), why, and what to do; each is raised before anything was changed.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class SecateurError(Exception):
+    """The root of every error that secateur raises on purpose."""
+
+
+class InputError(SecateurError, ValueError):
+    """A value that cannot be used."""
+
+
+class InputTypeError(SecateurError, TypeError):
+    """A thing of the wrong type or dtype."""
+
+
+class UnknownNameError(SecateurError, KeyError):
+    """A name or glob that matches nothing."""
+
+    def __str__(self) -> str:  # KeyError would print the repr of the message
+        return str(self.args[0]) if self.args else ""
+
+
+class MaskError(SecateurError, ValueError):
+    """Masks that do not fit, or zeros that came back."""
+
+
+class PatternError(SecateurError, ValueError):
+    """A tensor on which a pattern of zeros cannot be laid."""
+
+
+class StateError(SecateurError, RuntimeError):
+    """A call that comes too early, too late or twice."""
+
+
+class SecateurWarning(UserWarning):
+    """Something works, but not as one would hope."""
+
+
+def nearest(name: str, valid: Iterable[str], shown: int = 5) -> str:
+    """Word the end of an "unknown name" message: the nearest valid names, or the first ones."""
+    names = list(valid)
+    if not names:
+        return "there are none to choose from"
+    close = difflib.get_close_matches(name.strip("*"), names, n=shown, cutoff=0.4)
+    if close:
+        return "the nearest names are: " + ", ".join(close)
+    rest = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return "valid names are: " + ", ".join(names[:shown]) + rest

@@ -1,0 +1,240 @@
+"""Masks: which weights are kept, beside the model and never in it."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from secateur import bits
+from secateur.errors import InputTypeError, MaskError, UnknownNameError, nearest
+from secateur.scope import unwrap
+
+_FORMAT = "secateur.masks"
+
+
+class Masks(Mapping[str, Tensor]):
+    """For each pruned tensor, by its name in the model, which weights are kept: one bit a weight.
+
+    Reads as `dict[str, BoolTensor]` (True = kept); each look-up unpacks a fresh tensor.
+
+    Args:
+        kept: a boolean tensor of the weight's shape for each name.
+
+    Raises:
+        InputTypeError: a tensor that is not boolean.
+
+    >>> masks = Masks({"fc.weight": torch.tensor([[True, False, False, True]])})
+    >>> masks.sparsity, masks["fc.weight"].tolist()
+    (0.5, [[True, False, False, True]])
+    """
+
+    def __init__(self, kept: Mapping[str, Tensor]) -> None:
+        for name, mask in kept.items():
+            if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+                what = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+                raise InputTypeError(f"the mask of {name} is {what}: give a bool tensor, True = kept")
+        self._bits = {name: bits.pack(mask.detach()) for name, mask in kept.items()}
+        self._shapes = {name: mask.shape for name, mask in kept.items()}
+
+    @classmethod
+    def from_bits(cls, packed: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> Masks:
+        """Build from bits already packed as `secateur.bits` does; `packed` and `shapes` have the same names."""
+        masks = cls({})
+        masks._bits = dict(packed)
+        masks._shapes = {name: torch.Size(shapes[name]) for name in packed}
+        return masks
+
+    @classmethod
+    def from_zeros(cls, tensors: Mapping[str, Tensor]) -> Masks:
+        """Take the zeros that are there now as pruned: `Masks.from_zeros(sc.weights(model))`."""
+        return cls({name: tensor.detach() != 0 for name, tensor in tensors.items()})
+
+    def __getitem__(self, name: str) -> Tensor:
+        shape = self._shapes[name]
+        return bits.unpack(self._bits[name], shape.numel()).view(shape)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._bits)
+
+    def __len__(self) -> int:
+        return len(self._bits)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._bits
+
+    def __eq__(self, other: object) -> bool:
+        """Same names, shapes and bits, wherever they live."""
+        if not isinstance(other, Masks):
+            return NotImplemented
+        return self._shapes == other._shapes and all(
+            torch.equal(mine.cpu(), other._bits[name].cpu()) for name, mine in self._bits.items()
+        )
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return f"Masks({len(self)} tensors, {self.pruned:,} of {self.size:,} weights pruned)"
+
+    def packed(self, name: str) -> Tensor:
+        """Return the bits of one tensor, `uint8 [ceil(n / 8)]`: the thing itself, not a copy."""
+        return self._bits[name]
+
+    def shape(self, name: str) -> torch.Size:
+        """Return the shape of one tensor, without unpacking its mask."""
+        return self._shapes[name]
+
+    @property
+    def size(self) -> int:
+        """Weights under the masks, pruned or kept."""
+        return sum(shape.numel() for shape in self._shapes.values())
+
+    @property
+    def pruned(self) -> int:
+        """Weights pruned, in all."""
+        return sum(self.counts().values())
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of weights pruned, in all."""
+        return self.pruned / self.size if self.size else 0.0
+
+    def counts(self) -> dict[str, int]:
+        """Weights pruned, tensor by tensor."""
+        return {name: self._shapes[name].numel() - bits.count(packed) for name, packed in self._bits.items()}
+
+    def __and__(self, other: Masks) -> Masks:
+        """Keep what both keep; a name that only one of them holds stays as it is there."""
+        return self._combine(other, torch.bitwise_and)
+
+    def __or__(self, other: Masks) -> Masks:
+        """Keep what either keeps; a name that only one of them holds stays as it is there."""
+        return self._combine(other, torch.bitwise_or)
+
+    def _combine(self, other: Masks, join: Callable[[Tensor, Tensor], Tensor]) -> Masks:
+        joined = {**other._bits, **self._bits}
+        for name in self._bits.keys() & other._bits.keys():
+            if self._shapes[name] != other._shapes[name]:
+                raise MaskError(
+                    f"{name}: masks of shape {tuple(self._shapes[name])} and {tuple(other._shapes[name])} "
+                    "cannot be combined: they are of different models"
+                )
+            joined[name] = join(self._bits[name], other._bits[name].to(self._bits[name].device))
+        return Masks.from_bits(joined, {**other._shapes, **self._shapes})
+
+    def to(self, device: torch.device | str) -> Masks:
+        """Return the same masks with their bits on `device`."""
+        return Masks.from_bits({name: packed.to(device) for name, packed in self._bits.items()}, self._shapes)
+
+    def apply(self, model: nn.Module | Mapping[str, Tensor]) -> None:
+        """Set the pruned weights of a model, or of a state_dict, to +0.0 in place (inf and NaN too).
+
+        Raises:
+            UnknownNameError, MaskError: the masks are for another model; nothing was changed.
+        """
+        zero = bits.Zeroer()
+        for name, tensor in self.match(model).items():
+            zero(tensor, self._bits[name].to(tensor.device))
+
+    def match(self, model: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Find each masked tensor in a model or state_dict, and see that the shapes agree.
+
+        Raises:
+            UnknownNameError: a name that is not there; MaskError: a shape that differs.
+        """
+        found = _tensors(model)
+        matched = {}
+        for name, shape in self._shapes.items():
+            if name not in found:
+                raise UnknownNameError(f"these masks are for another model: it has no {name}; {nearest(name, found)}")
+            if found[name].shape != shape:
+                raise MaskError(
+                    f"these masks are for another model: {name} has shape {tuple(found[name].shape)}, "
+                    f"its mask {tuple(shape)}"
+                )
+            matched[name] = found[name]
+        return matched
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a `.safetensors` file of one bit a weight; an old file stays until the new one is whole."""
+        shapes = json.dumps({name: list(shape) for name, shape in self._shapes.items()})
+        tensors = {name: packed.cpu().contiguous() for name, packed in self._bits.items()}
+        target = Path(path)
+        descriptor, temporary = tempfile.mkstemp(dir=target.parent, prefix=target.name, suffix=".tmp")
+        os.close(descriptor)
+        try:
+            save_file(tensors, temporary, metadata={"format": _FORMAT, "version": "1", "shapes": shapes})
+            os.replace(temporary, target)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Masks:
+        """Read what `save` wrote.
+
+        Raises:
+            MaskError: the file is not one of masks, or is damaged.
+        """
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                if metadata.get("format") != _FORMAT or metadata.get("version") != "1":
+                    raise MaskError(f"{path} holds no masks of version 1: give a file that Masks.save wrote")
+                shapes = {name: torch.Size(shape) for name, shape in json.loads(metadata["shapes"]).items()}
+                packed = {name: file.get_tensor(name) for name in shapes}
+        except (SafetensorError, KeyError, ValueError) as error:
+            if isinstance(error, MaskError):
+                raise
+            raise MaskError(f"{path} cannot be read as masks ({error}): give a file that Masks.save wrote") from error
+        for name, shape in shapes.items():
+            if packed[name].dtype != torch.uint8 or packed[name].shape != (-(-shape.numel() // 8),):
+                raise MaskError(f"{path} is damaged: {name} does not hold the bits of shape {tuple(shape)}")
+        return cls.from_bits(packed, shapes)
+
+
+def check(model: nn.Module | Mapping[str, Tensor], masks: Masks) -> dict[str, int]:
+    """Name the tensors whose zeros came back, each with the number of pruned weights that are not zero.
+
+    An empty dict means that every pruned weight is zero.
+
+    Raises:
+        UnknownNameError, MaskError: the masks are for another model.
+    """
+    tensors = masks.match(model)
+    found = {name: bits.alive(tensor, masks.packed(name).to(tensor.device)) for name, tensor in tensors.items()}
+    return {name: count for name, count in found.items() if count}
+
+
+def remask(model: nn.Module | Mapping[str, Tensor], masks: Masks) -> dict[str, float]:
+    """Set the pruned weights to zero again: after a LoRA merge, `load_state_dict`, an EMA, an edit by hand.
+
+    Returns:
+        For each tensor the L2 norm of what was removed, relative to the norm of the tensor before.
+
+    Raises:
+        UnknownNameError, MaskError: the masks are for another model; nothing was changed.
+    """
+    tensors = masks.match(model)
+    before = {name: _norm(tensor) for name, tensor in tensors.items()}
+    masks.apply(model)
+    after = {name: _norm(tensor) for name, tensor in tensors.items()}
+    return {name: (max(b**2 - after[name] ** 2, 0.0) ** 0.5 / b if b else 0.0) for name, b in before.items()}
+
+
+def _norm(tensor: Tensor) -> float:
+    pieces = (piece.abs().double().square().sum() for _, piece in bits.chunks(tensor.detach()))
+    return float(sum(pieces, torch.zeros((), dtype=torch.float64)).sqrt())
+
+
+def _tensors(model: nn.Module | Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    if isinstance(model, nn.Module):
+        return dict(unwrap(model).named_parameters(remove_duplicate=False))
+    return model

@@ -1,0 +1,291 @@
+"""How much each weight matters: the lowest scores are pruned first.
+
+A score is any function `(name, weight) -> Tensor` of the weight's shape. Signs are kept: -2 goes before -1.
++inf means "never prune this one". A function marked `elementwise` is called on flat pieces of the weights,
+so that no second copy of the model is made. One with a `prepare()` is told before each choice of masks; one with
+a `generator` has its state saved with the Pruner's. A `GradientScore` must first see gradients.
+
+| name | score | source |
+|---|---|---|
+| `magnitude` | abs(w) | Han et al. 2015, "Learning both Weights and Connections" |
+| `random` | uniform in [0, 1) | Gale et al. 2019, "The State of Sparsity", the baseline |
+| `taylor` | sum over batches of abs(w g) | Molchanov et al. 2019, "Importance Estimation", eq. 8 without the square |
+| `snip` | abs(w sum over batches of g) | Lee et al. 2019, "SNIP", eq. 4 |
+| `movement` | minus the sum over batches of w g | Sanh et al. 2020, "Movement Pruning", eq. 5 |
+| `fisher` | sum over batches of g^2 w^2 | Theis et al. 2018, "Faster gaze prediction", eq. 6 |
+| `synflow` | w dR/dw, R of the linearised network | Tanaka et al. 2020, "SynFlow", eq. 2 and algorithm 1 |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from secateur.errors import InputError, InputTypeError, StateError, UnknownNameError, nearest
+from secateur.scope import Scope, unwrap, weights
+
+Score = Callable[[str, Tensor], Tensor]
+_F = TypeVar("_F", bound=Score)
+
+
+def elementwise(score: _F) -> _F:
+    """Mark a score that looks at each weight alone, so that it may be called on flat pieces of a tensor."""
+    score.elementwise = True  # type: ignore[attr-defined]
+    return score
+
+
+@elementwise
+def magnitude(name: str, weight: Tensor) -> Tensor:
+    """abs(w): small weights go first."""
+    return weight.abs()
+
+
+def random(seed: int = 0, *, generator: torch.Generator | None = None) -> Score:
+    """Uniform in [0, 1), from its own generator: the global random state is not touched.
+
+    The numbers are drawn on the generator's device (the CPU, for a seed), so the masks are the same on any device.
+
+    Args:
+        seed: of the generator; the same seed draws the same masks.
+        generator: draw from this one instead, and leave it further on.
+    """
+    source = generator if generator is not None else torch.Generator().manual_seed(seed)
+
+    def score(name: str, weight: Tensor) -> Tensor:
+        return torch.rand(weight.shape, generator=source, device=source.device).to(weight.device)
+
+    score.generator = source  # type: ignore[attr-defined]
+    return score
+
+
+def given(table: Mapping[str, Tensor]) -> Score:
+    """Scores computed beforehand: a tensor of the weight's shape for each name in scope."""
+
+    def score(name: str, weight: Tensor) -> Tensor:
+        if name not in table:
+            raise UnknownNameError(f"no score for {name}; {nearest(name, table)}")
+        return table[name]
+
+    return score
+
+
+class GradientScore:
+    """A score made of gradients: call `observe` after each backward, or let `accumulate` or a Pruner do it.
+
+    Args:
+        name: of the score.
+        statistic: what a batch adds to the sum, of (weight, gradient).
+        score: the score, of (weight, sum).
+        forget: start anew after each change of the masks, because the weights are no longer the same.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        statistic: Callable[[Tensor, Tensor], Tensor],
+        score: Callable[[Tensor, Tensor], Tensor] = lambda weight, total: total,
+        *,
+        forget: bool = True,
+    ) -> None:
+        self.name = name
+        self.forget = forget
+        self.sums: dict[str, Tensor] = {}
+        self._statistic = statistic
+        self._score = score
+
+    def __call__(self, name: str, weight: Tensor) -> Tensor:
+        if name not in self.sums:
+            raise StateError(
+                f"the score {self.name} has seen no gradient of {name}: call sc.accumulate(model, batches, loss), or "
+                f"observe() after each backward; leave a frozen tensor out: sc.weights(model, skip=[{name!r}])"
+            )
+        return self._score(weight, self.sums[name])
+
+    @torch.no_grad()
+    def observe(self, scope: Mapping[str, Tensor], gradients: Mapping[str, Tensor | None] | None = None) -> None:
+        """Add one batch: the `.grad` of each tensor in `scope`, or the gradients given by name."""
+        for name, weight in scope.items():
+            gradient = gradients.get(name) if gradients is not None else weight.grad
+            if gradient is None:
+                continue
+            if gradient.is_sparse:
+                gradient = gradient.to_dense()
+            added = self._statistic(weight.detach(), gradient)
+            if name in self.sums:
+                self.sums[name] += added
+            else:
+                self.sums[name] = added.clone() if added is gradient else added
+
+    def clear(self) -> None:
+        """Forget every gradient seen."""
+        self.sums = {}
+
+
+def taylor() -> GradientScore:
+    """Sum over batches of abs(w g): what the loss would change by, to first order, without the weight."""
+    return GradientScore("taylor", lambda w, g: (w * g).abs())
+
+
+def snip() -> GradientScore:
+    """abs(w sum of g): SNIP's connection sensitivity (its normalisation does not change the order)."""
+    return GradientScore("snip", lambda w, g: g, lambda w, total: (w * total).abs())
+
+
+def movement() -> GradientScore:
+    """Minus the sum of w g over the whole training: weights that move towards zero go first (signed)."""
+    return GradientScore("movement", lambda w, g: -(w * g).real if w.is_complex() else -(w * g), forget=False)
+
+
+def fisher() -> GradientScore:
+    """Sum over batches of g^2 w^2: the diagonal of the empirical Fisher information."""
+    return GradientScore("fisher", lambda w, g: (w * g).abs().square())
+
+
+class synflow:
+    """SynFlow: no data, only the shape of an input. Repeat it: prune in many small steps (`sc.geometric`).
+
+    The model itself is not run: a double-precision stand-in with abs(w) for each parameter is, on inputs of ones,
+    in eval() mode, and its outputs are summed to R.
+
+    Args:
+        model: its parameters as they are when the masks are chosen.
+        inputs: example input or inputs; floating-point ones are replaced by ones of their shape, others kept.
+    """
+
+    def __init__(self, model: nn.Module, inputs: Tensor | tuple[Tensor, ...]) -> None:
+        self._model = unwrap(model)
+        self._inputs = inputs
+        self._table: dict[str, Tensor] = {}
+
+    def prepare(self) -> None:
+        """Run the backward that serves every tensor; called before the masks are chosen."""
+        self._table = _synaptic_flow(self._model, self._inputs)
+
+    def __call__(self, name: str, weight: Tensor) -> Tensor:
+        if name not in self._table:
+            raise StateError(f"{name} takes no part in the output for these inputs: leave it out of the scope")
+        return self._table[name]
+
+
+def _synaptic_flow(model: nn.Module, inputs: Tensor | tuple[Tensor, ...]) -> dict[str, Tensor]:
+    arguments = inputs if isinstance(inputs, tuple) else (inputs,)
+    ones = tuple(torch.ones_like(x, dtype=torch.float64) if x.is_floating_point() else x for x in arguments)
+    state = {n: b.double() if b.is_floating_point() else b for n, b in model.named_buffers()}
+    linear = {n: p.detach().abs().double().requires_grad_() for n, p in model.named_parameters()}
+    training = [module for module in model.modules() if module.training]
+    try:
+        for module in training:
+            module.training = False
+        with torch.enable_grad():
+            out = torch.func.functional_call(model, {**linear, **state}, ones)
+            flow = sum(tensor.sum() for tensor in _tensors(out))
+            gradients = torch.autograd.grad(cast(Tensor, flow), list(linear.values()), allow_unused=True)
+    finally:
+        for module in training:
+            module.training = True
+    pairs = zip(linear.items(), gradients, strict=True)
+    return {name: (weight * gradient).detach() for (name, weight), gradient in pairs if gradient is not None}
+
+
+def _tensors(out: Any) -> list[Tensor]:
+    if isinstance(out, Tensor):
+        return [out]
+    if isinstance(out, Mapping):
+        out = list(out.values())
+    return [tensor for part in out for tensor in _tensors(part)] if isinstance(out, (list, tuple)) else []
+
+
+_BY_NAME: dict[str, Callable[[], Score]] = {
+    "magnitude": lambda: magnitude,
+    "random": random,
+    "taylor": taylor,
+    "snip": snip,
+    "movement": movement,
+    "fisher": fisher,
+}
+
+
+def resolve(score: str | Score | Mapping[str, Tensor]) -> Score:
+    """Turn what a user may pass as `score=` into a function."""
+    if isinstance(score, str):
+        if score == "synflow":
+            raise InputError("synflow needs an input's shape: score=sc.scores.synflow(model, example_inputs)")
+        if score not in _BY_NAME:
+            raise InputError(
+                f"no score named {score!r}: choose {', '.join(_BY_NAME)}, or give a function (name, weight)"
+            )
+        return _BY_NAME[score]()
+    if isinstance(score, Mapping):
+        return given(score)
+    if not callable(score):
+        raise InputTypeError(f"score is a {type(score).__name__}: give a name, a function (name, weight), or a dict")
+    return score
+
+
+def evaluate(score: Score, name: str, weight: Tensor) -> Tensor:
+    """Call a score on one tensor and see that what it returns can rank weights.
+
+    Raises:
+        InputTypeError: no real tensor; InputError: another shape, NaN or -inf.
+    """
+    with torch.no_grad():
+        found = score(name, weight.detach())
+    if not isinstance(found, Tensor):
+        raise InputTypeError(f"the score of {name} is a {type(found).__name__}: return a Tensor of its shape")
+    found = found.detach().to(weight.device)
+    if found.shape != weight.shape:
+        raise InputError(f"the score of {name} has shape {tuple(found.shape)}: it must be {tuple(weight.shape)}")
+    if found.is_complex():
+        raise InputTypeError(f"the score of {name} is complex, which has no order: return its abs()")
+    if not found.is_floating_point():
+        found = found.double()
+    if bool((found.isnan() | found.isneginf()).any()):
+        raise InputError(f"the score of {name} holds NaN or -inf: scores must be numbers, or +inf for 'never prune'")
+    return found
+
+
+def accumulate(
+    model: nn.Module,
+    batches: Iterable[Any],
+    loss: Callable[..., Tensor],
+    *,
+    score: str | GradientScore = "taylor",
+    scope: Scope | None = None,
+) -> GradientScore:
+    """Feed a gradient score with a few batches, without training: `.grad` and the mode of the model are untouched.
+
+    Args:
+        model: run as it stands (`train()` or `eval()`).
+        batches: of data; each is passed on as it comes.
+        loss: `loss(model, batch)` -> scalar Tensor.
+        score: "taylor", "snip", "movement" or "fisher", or a GradientScore to go on with.
+        scope: tensors to score; by default `sc.weights(model)`.
+
+    Returns:
+        The score, to be passed as `sc.prune(model, 0.9, score=...)`.
+
+    Raises:
+        InputError: no batch came, or a score that takes no gradients.
+    """
+    scope = scope if scope is not None else weights(model)
+    gathered = resolve(score)
+    if not isinstance(gathered, GradientScore):
+        raise InputError(f"the score {score!r} takes no gradients: choose taylor, snip, movement or fisher")
+    trained = {name: weight for name, weight in scope.items() if weight.requires_grad}
+    seen = 0
+    for seen, batch in enumerate(batches, 1):  # noqa: B007
+        with torch.enable_grad():
+            gradients = torch.autograd.grad(loss(model, batch), list(trained.values()), allow_unused=True)
+        gathered.observe(trained, dict(zip(trained, gradients, strict=True)))
+    if not seen:
+        raise InputError("no batch came: give an iterable of at least one batch (a generator runs only once)")
+    return gathered
+
+
+__all__: Sequence[str] = (
+    "GradientScore", "Score", "accumulate", "elementwise", "evaluate", "fisher", "given", "magnitude", "movement",
+    "random", "resolve", "snip", "synflow", "taylor",
+)  # fmt: skip
