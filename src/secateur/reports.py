@@ -98,7 +98,7 @@ def report(model: nn.Module, masks: Masks) -> Report:
 def _line(name: str, tensor: Tensor, asked: int) -> Line:
     tensor = tensor.detach()
     outputs = tensor.shape[0] if tensor.ndim > 1 else 0
-    rows = sum(int((part != 0).flatten(1).any(1).sum()) for part in tensor.split(1024)) if outputs else 0
+    rows = sum(int((tensor[i : i + 1024] != 0).flatten(1).any(1).sum()) for i in range(0, outputs, 1024))
     return Line(name, tensor.numel(), asked, tensor.numel() - _alive({name: tensor}), outputs, outputs - rows)
 
 

@@ -1,0 +1,40 @@
+# make demo    set everything up and run the built-in example (under a minute once set up)
+# make test    set everything up and run the tests
+# make slow    the tests that take longer
+# make check   format, lint and types
+# make bench   re-derive the numbers of the README
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+demo: $(VENV)/.plot
+	$(BIN)/secateur demo
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest
+
+slow: $(VENV)/.test
+	$(BIN)/python -m pytest -m slow
+
+check: $(VENV)/.test
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: $(VENV)/.test
+	$(BIN)/python benchmarks/core.py
+	$(BIN)/python benchmarks/demo.py
+
+$(VENV)/bin/pip:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.plot: pyproject.toml constraints.txt | $(VENV)/bin/pip
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[plot]'
+	touch $@
+
+$(VENV)/.test: pyproject.toml constraints.txt | $(VENV)/bin/pip
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,check]'
+	touch $@
+
+.PHONY: demo test slow check bench

@@ -1,0 +1,240 @@
+"""What this machine and this installation are, and what makes models slow on them.
+
+torch is imported only inside the functions that ask it, so that `secateur --version` is quick.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from importlib import metadata, util
+from pathlib import Path
+from typing import Any
+
+from secateur.tables import Table
+
+_EXTRAS = {"plot": "matplotlib"}
+_FLAGS = (
+    "avx2",
+    "fma",
+    "avx512f",
+    "avx512_vnni",
+    "avx512_bf16",
+    "amx_tile",
+    "amx_int8",
+    "amx_bf16",
+    "asimd",
+    "sve",
+)
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What was found; `None` where the system does not tell."""
+
+    secateur: str
+    python: str
+    torch: str
+    numpy: str | None
+    safetensors: str | None
+    platform: str
+    cpu: str
+    cpu_flags: tuple[str, ...]
+    """Of those that matter to kernels, the ones this CPU has."""
+    torch_isa: str
+    """The instruction set torch's own kernels use: DEFAULT, AVX2, AVX512, ..."""
+    physical_cores: int | None
+    allowed_cores: int
+    """Cores this process may use: affinity and container quota."""
+    torch_threads: int
+    mkl: bool
+    onednn: bool
+    denormals_flushed: bool
+    debug_builds: tuple[str, ...]
+    cuda_build: str | None
+    devices: tuple[str, ...]
+    extras: dict[str, str | None]
+    """For each extra the version of what it brings, None if it is not installed."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something slow or missing, why, and what to do about it."""
+
+    what: str
+    remedy: str
+
+    def __str__(self) -> str:
+        return f"- {self.what} -> {self.remedy}"
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """Facts and findings; prints as a table with the findings below."""
+
+    facts: Facts
+    findings: tuple[Finding, ...]
+
+    def table(self) -> Table:
+        """One row a fact; the findings are the notes."""
+        rows = [(key.replace("_", " "), _text(value)) for key, value in asdict(self.facts).items()]
+        return Table(("fact", "value"), rows, "secateur doctor", [str(finding) for finding in self.findings])
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as plain data, for JSON: facts, findings."""
+        return asdict(self)
+
+    def markdown(self) -> str:
+        """The table as Markdown."""
+        return self.table().markdown()
+
+    def __str__(self) -> str:
+        return self.table().text()
+
+
+def diagnose() -> Diagnosis:
+    """Gather the facts about this machine and installation, and say what is slow and why; changes nothing.
+
+    >>> found = diagnose()
+    >>> found.facts.torch_threads >= 1, "dense kernels" in str(found)
+    (True, True)
+    """
+    facts = _facts()
+    return Diagnosis(facts, tuple(_findings(facts)))
+
+
+def version_of(package: str) -> str | None:
+    """Return the version of an installed package, None if it is not installed."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def secateur_version() -> str:
+    """Return secateur's own version; "0+unknown" when it runs from a source tree that was not installed."""
+    return version_of("secateur") or "0+unknown"
+
+
+def _facts() -> Facts:
+    import torch
+
+    backends: Any = torch.backends  # parts of it have no types
+    cpu = _cpuinfo()
+    return Facts(
+        secateur=secateur_version(),
+        python=platform.python_version(),
+        torch=torch.__version__,
+        numpy=version_of("numpy"),
+        safetensors=version_of("safetensors"),
+        platform=platform.platform(),
+        cpu=_first(cpu, "model name") or platform.processor() or platform.machine(),
+        cpu_flags=tuple(f for f in _FLAGS if f in (_first(cpu, "flags") or _first(cpu, "Features") or "").split()),
+        torch_isa=backends.cpu.get_cpu_capability(),
+        physical_cores=len({(c.get("physical id"), c["core id"]) for c in cpu if "core id" in c}) or None,
+        allowed_cores=_allowed_cores(),
+        torch_threads=torch.get_num_threads(),
+        mkl=backends.mkl.is_available(),
+        onednn=backends.mkldnn.is_available(),
+        denormals_flushed=(torch.tensor([1e-39]) * 1.0).item() == 0.0,
+        debug_builds=tuple(
+            name
+            for name, debug in (("torch", torch.version.debug), ("Python", hasattr(sys, "gettotalrefcount")))
+            if debug
+        ),
+        cuda_build=torch.version.cuda,
+        devices=_devices(),
+        extras={extra: version_of(brings) if util.find_spec(brings) else None for extra, brings in _EXTRAS.items()},
+    )
+
+
+def _devices() -> tuple[str, ...]:
+    import torch
+
+    cuda = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
+    gpus = [f"cuda:{i} {torch.cuda.get_device_name(i)}" for i in cuda]
+    return ("cpu", *gpus, *(["mps"] if torch.backends.mps.is_available() else []))
+
+
+def _cpuinfo(file: Path = Path("/proc/cpuinfo")) -> list[dict[str, str]]:
+    """One dictionary a logical processor; none where the system has no such file."""
+    if not file.exists():
+        return []
+    blocks = file.read_text(errors="replace").strip().split("\n\n")
+    pairs = [[line.partition(":") for line in block.splitlines()] for block in blocks]
+    return [{key.strip(): value.strip() for key, _, value in block} for block in pairs]
+
+
+def _first(cpu: list[dict[str, str]], key: str) -> str | None:
+    return next((processor[key] for processor in cpu if key in processor), None)
+
+
+def _allowed_cores() -> int:
+    affinity = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    return min(affinity, _quota() or affinity)
+
+
+def _quota(root: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """Cores the container may use (cgroup v2 or v1), rounded up; None when there is no limit."""
+    v2, v1 = root / "cpu.max", root / "cpu"
+    try:
+        if v2.exists():
+            quota, period = v2.read_text().split()
+        else:
+            quota, period = (v1 / "cpu.cfs_quota_us").read_text(), (v1 / "cpu.cfs_period_us").read_text()
+        return math.ceil(int(quota) / int(period)) if int(quota) > 0 else None
+    except (OSError, ValueError):  # no cgroup, or "max"
+        return None
+
+
+def _findings(facts: Facts) -> Iterator[Finding]:
+    yield Finding(
+        "dense kernels do not skip zeros: a pruned model is no faster by itself",
+        "remove whole units, or run it with sparse kernels, and measure before you claim",
+    )
+    threads, cores = facts.torch_threads, facts.allowed_cores
+    if threads > cores:
+        yield Finding(
+            f"torch uses {threads} threads on the {cores} cores it may use: the threads wait for each other",
+            f"torch.set_num_threads({cores}), or OMP_NUM_THREADS={cores} before Python starts",
+        )
+    if "avx2" in facts.cpu_flags and not facts.torch_isa.startswith("AVX"):
+        yield Finding(
+            f"this CPU has AVX2, and torch uses {facts.torch_isa}: its kernels run several times slower",
+            "unset ATEN_CPU_CAPABILITY, or install the torch wheel of pytorch.org",
+        )
+    elif facts.torch_isa in ("DEFAULT", "NO AVX"):
+        yield Finding("torch finds no vector instructions (AVX2 or the like): its kernels are slow", "use a newer CPU")
+    if not (facts.mkl or facts.onednn):
+        yield Finding(
+            "torch was built without MKL and oneDNN: matrix products are slow",
+            "install the torch wheel of pytorch.org",
+        )
+    for name in facts.debug_builds:
+        yield Finding(f"{name} is a debug build: everything is slow", f"install a release build of {name}")
+    if not facts.denormals_flushed:
+        yield Finding(
+            "denormal numbers (below 1.2e-38, as decaying weights become) are computed exactly: slow on many CPUs",
+            "torch.set_flush_denormal(True)",
+        )
+    if facts.cuda_build and not any(device.startswith("cuda") for device in facts.devices):
+        yield Finding(
+            f"torch is built for CUDA {facts.cuda_build} and sees no device: everything runs on the CPU",
+            "see what nvidia-smi says of driver and device, and CUDA_VISIBLE_DEVICES",
+        )
+    for extra in (name for name, version in facts.extras.items() if version is None):
+        yield Finding(f"the extra '{extra}' is not installed", f'pip install "secateur[{extra}]"')
+
+
+def _text(value: object) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, dict):
+        return ", ".join(f"{key}: {_text(item)}" for key, item in value.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(map(str, value)) or "-"
+    return "-" if value is None else str(value)
