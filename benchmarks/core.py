@@ -138,7 +138,7 @@ def extra_memory(name: str, millions: int) -> float:
 
 def report_memory(name: str, millions: int) -> None:
     torch.set_num_threads(1)
-    METHODS[name][0](linears(1))  # imports and workspaces are not the method's
+    METHODS[name][0](linears(5))  # imports and workspaces are not the method's
     model = linears(millions)
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")

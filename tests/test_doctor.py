@@ -121,6 +121,14 @@ def test_the_quota_of_a_container(tmp_path, files, cores):
     assert doctor._quota(tmp_path) == cores
 
 
+def test_a_quota_lowers_the_cores_allowed(monkeypatch):
+    monkeypatch.setattr(doctor, "_quota", lambda: None)
+    assert doctor._allowed_cores() >= 1
+    for quota, cores in [(1, 1), (10**6, doctor._allowed_cores())]:
+        monkeypatch.setattr(doctor, "_quota", lambda quota=quota: quota)
+        assert doctor._allowed_cores() == cores
+
+
 def test_cpuinfo_of_one_socket_with_hyperthreads(tmp_path):
     one = "processor\t: {}\nmodel name\t: A: CPU\nphysical id\t: 0\ncore id\t\t: {}\nflags\t\t: fpu avx2"
     (tmp_path / "cpuinfo").write_text("\n\n".join(one.format(i, i // 2) for i in range(4)) + "\n\n")

@@ -96,11 +96,15 @@ def test_the_same_parameter_object_on_the_same_memory_stays_in_the_optimizer():
     assert not model[0].weight[~masks["0.weight"]].any()
 
 
-def test_lstm_holds_its_own_parameters_again_and_computes_the_same():
+def test_lstm_holds_its_own_parameters_again_and_computes_the_same(monkeypatch):
+    flattened = []
+    monkeypatch.setattr(nn.LSTM, "flatten_parameters", lambda rnn: flattened.append(list(rnn._flat_weights)))
     model, x = build("lstm of one"), torch.randn(5, 1, 3)
     prune_all(model, ["weight_hh_l0", "weight_ih_l0", "bias_hh_l0"])
     before = model(x)[0].detach()
+    flattened.clear()
     from_torch_prune(model)
+    assert [[id(w) for w in held] for held in flattened] == [[id(p) for p in model.parameters()]]
     assert all(held is getattr(model, name) for held, name in zip(model._flat_weights, model._flat_weights_names))
     assert all(isinstance(held, nn.Parameter) for held in model._flat_weights)
     with warnings.catch_warnings():

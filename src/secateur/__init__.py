@@ -1,13 +1,23 @@
-"""Precise pruning for PyTorch: exact sparsity, the same model at every moment, honest measurements."""
+"""Precise pruning for PyTorch: exact sparsity, the same model at every moment, honest measurements.
 
-from secateur import allocation, errors, patterns, schedules, scores
+The verbs are here; the choices they take are in rooms of their own: `secateur.scores`, `secateur.allocation`,
+`secateur.patterns`, `secateur.schedules`, `secateur.errors`.
+"""
+
+from secateur import allocation as allocation
+from secateur import errors as errors
+from secateur import patterns as patterns
+from secateur import schedules as schedules
+from secateur import scores as scores
 from secateur.allocation import Count
-from secateur.errors import SecateurError, SecateurWarning
+from secateur.errors import SecateurError
+from secateur.legacy import from_torch_prune, plain_state_dict
 from secateur.masks import Masks, check, remask
+from secateur.measurement import compare, measure
 from secateur.patterns import blocks, n_m
 from secateur.pruner import Pruner, prune
 from secateur.reports import report
-from secateur.schedules import cubic, geometric, linear, one_shot
+from secateur.schedules import cubic, geometric, linear
 from secateur.scope import weights
 from secateur.scores import accumulate
 
@@ -16,22 +26,19 @@ __all__ = [
     "Masks",
     "Pruner",
     "SecateurError",
-    "SecateurWarning",
     "accumulate",
-    "allocation",
     "blocks",
     "check",
+    "compare",
     "cubic",
-    "errors",
+    "from_torch_prune",
     "geometric",
     "linear",
+    "measure",
     "n_m",
-    "one_shot",
-    "patterns",
+    "plain_state_dict",
     "prune",
     "remask",
     "report",
-    "schedules",
-    "scores",
     "weights",
 ]

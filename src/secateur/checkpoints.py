@@ -244,7 +244,7 @@ def _zeros(tensor: Tensor) -> int:
     if tensor.dtype is torch.float4_e2m1fn_x2:  # two a byte, a sign and three bits each
         pairs = tensor.view(torch.uint8)
         return _zeros(pairs & 0x07) + _zeros(pairs & 0x70)
-    return sum(int((piece == 0).sum()) for _, piece in bits.chunks(tensor))
+    return sum(int(torch.count_nonzero(piece == 0)) for _, piece in bits.chunks(tensor))
 
 
 def _notes(names: set[str]) -> tuple[str, ...]:

@@ -47,17 +47,14 @@ class _Pruned:
         """Give the module its own parameter back, in its place; the weights are not zeroed yet."""
         original, parameters = self.original, self.module._parameters
         if self.holder is self.module:
-            for hook in [key for key, hook in _hooks(self.module) if hook._tensor_name == self.leaf]:
-                del self.module._forward_pre_hooks[hook]
-            self.module.__dict__.pop(self.leaf, None)  # the masked product of the last forward
+            for key, _ in _hooks(self.module):
+                del self.module._forward_pre_hooks[key]
             del parameters[self.key], self.module._buffers[self.leaf + _MASK]
         else:
             parametrize.remove_parametrizations(self.module, self.leaf, leave_parametrized=False)
-        setattr(self.module, self.leaf, original)  # an RNN hears of it and updates _flat_weights
+        setattr(self.module, self.leaf, original)  # drops the masked product; an RNN updates _flat_weights
         for name in _in_place(list(parameters), self.leaf):
             parameters[name] = parameters.pop(name)
-        if isinstance(self.module, nn.RNNBase):
-            self.module.flatten_parameters()
 
 
 def from_torch_prune(model: nn.Module) -> Masks:
@@ -99,6 +96,9 @@ def from_torch_prune(model: nn.Module) -> Masks:
     masks = Masks({name: pruned.kept for name, pruned in found.items() if firsts[id(pruned.original)] == name})
     for pruned in found.values():
         pruned.restore()
+    for module in {pruned.module for pruned in found.values()}:
+        if isinstance(module, nn.RNNBase):
+            module.flatten_parameters()  # one chunk of memory, as cuDNN wants it; nothing on a CPU
     masks.apply(model)
     return masks
 

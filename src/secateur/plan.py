@@ -79,10 +79,10 @@ class Plan:
         packed = held.packed(name) if held is not None and name in held else None
         if self.pattern is None and getattr(self.score, "elementwise", False):
             return Stream(name, weight, self.score, packed, member.protected)
-        values = scores.evaluate(self.score, name, weight)
+        values = selection.zeros_first(scores.evaluate(self.score, name, weight), weight)
         if self.pattern is None:
             return Stream(name, values, None, packed, member.protected)
-        values = values.float() if values.itemsize < 4 else values.clone()
+        values = values.float() if values.itemsize < 4 else values
         if packed is not None:
             values.masked_fill_(~bits.unpack(packed, values.numel()).view(values.shape), -math.inf)
         if member.padding_row is not None:

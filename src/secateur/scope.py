@@ -288,7 +288,8 @@ def _refuse_computed(model: nn.Module, only: tuple[Selector, ...], skip: tuple[S
         if "weight_g" in module._parameters:
             raise InputError(
                 f"{prefix or 'the model'}: weight is computed by weight_norm, so zeros in it would not last: call "
-                f"torch.nn.utils.remove_weight_norm on it and prune, or leave it out: sc.weights(model, skip=[{prefix!r}])"
+                "torch.nn.utils.remove_weight_norm on it and prune, "
+                f"or leave it out: sc.weights(model, skip=[{prefix!r}])"
             )
 
 

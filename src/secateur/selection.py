@@ -65,10 +65,12 @@ class Stream:
     def _scored(self, raw: Tensor) -> Tensor:
         if self.score is None:
             return raw
+        if self.score is magnitude:
+            return raw.abs()
         scores = self.score(self.name, raw)
-        if self.score is not magnitude and bool((scores.isnan() | scores.isneginf()).any()):
+        if bool((scores.isnan() | scores.isneginf()).any()):
             raise InputError(f"the score of {self.name} holds NaN or -inf: scores must be numbers, or +inf")
-        return scores
+        return zeros_first(scores, raw)
 
     def _ranked(self, scores: Tensor, start: int) -> Tensor:
         stop = start + scores.numel()
@@ -121,8 +123,8 @@ def keep(stream: Stream, cut: Cut) -> tuple[Tensor, int, Cut]:
     Returns:
         The bits of the kept scores, the number of pruned ones, and the cut for the next stream (fewer ties).
     """
-    packed = [torch.empty(0, dtype=torch.uint8, device=stream.values.device)]
-    pruned, ties = 0, cut.ties
+    packed = torch.empty(-(-stream.values.numel() // 8), dtype=torch.uint8, device=stream.values.device)
+    pruned, ties, start = 0, cut.ties, 0
     for piece in stream.pieces(cut.dtype):
         if ties:
             kept = _compare(np.greater, piece, cut.value)
@@ -132,8 +134,15 @@ def keep(stream: Stream, cut: Cut) -> tuple[Tensor, int, Cut]:
         else:
             kept = _compare(np.greater_equal, piece, cut.value)
         pruned += piece.numel() - _count(kept)
-        packed.append(bits.pack(kept))
-    return torch.cat(packed), pruned, replace(cut, ties=ties)
+        part = bits.pack(kept)
+        packed[start : start + len(part)] = part
+        start += len(part)
+    return packed, pruned, replace(cut, ties=ties)
+
+
+def zeros_first(scores: Tensor, weights: Tensor) -> Tensor:
+    """Rank weights that are zero already below the others, so that they count towards the budget, unless protected."""
+    return scores.masked_fill((weights == 0) & (scores < math.inf), torch.finfo(scores.dtype).min)
 
 
 def require_finite(name: str, weight: Tensor) -> None:
@@ -191,14 +200,20 @@ def _bracket(streams: Sequence[Stream], count: int, dtype: torch.dtype) -> tuple
 
 def _census(streams: Sequence[Stream], low: float, high: float, dtype: torch.dtype) -> tuple[int, _Floats]:
     """Count the scores at or below `low`, and gather those strictly between `low` and `high`."""
-    below, inside = 0, [np.empty(0)]
+    below = filled = 0
+    # one array that grows: thousands of small ones would leave holes in the heap, several times their own size
+    inside = np.empty(_SAMPLE, _NUMPY[dtype])
     for stream in streams:
         for piece in stream.pieces(dtype):
             above = _compare(np.greater, piece, low)
             below += piece.numel() - _count(above)
             above &= _compare(np.less, piece, high)
-            inside.append(piece[_positions(above)].cpu().numpy())
-    return below, np.concatenate(inside, dtype=_NUMPY[dtype], casting="unsafe")
+            found = piece[_positions(above)].cpu().numpy()
+            if filled + found.size > inside.size:
+                inside = np.concatenate((inside, np.empty(inside.size + found.size, inside.dtype)))
+            inside[filled : filled + found.size] = found
+            filled += found.size
+    return below, inside[:filled]
 
 
 def _rank(streams: Sequence[Stream], value: float, dtype: torch.dtype) -> tuple[int, int]:

@@ -1,0 +1,140 @@
+"""The pruned model goes wherever the dense one goes: compile, export, jit, ONNX, quantize, fuse."""
+
+import io
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+import secateur as sc
+from models import MODELS, Attention, Mlp, Net, Tagger, build, example, train
+
+
+def pruned(kind):
+    model = build(kind)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    pruner = sc.Pruner(model, 0.9, schedule=sc.cubic(0, 3), allocation="uniform")
+    pruner.attach(optimizer)
+    train(model, optimizer, 4)
+    return model.eval()  # still attached: any moment will do
+
+
+def warned(call):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        result = call()
+    return result, {(w.category, str(w.message)) for w in caught}
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_a39_compile_fullgraph(kind):
+    def compiled(model):
+        torch._dynamo.reset()
+        return torch.compile(model, fullgraph=True, backend="aot_eager")(example(model))
+
+    dense, model = build(kind).eval(), pruned(kind)
+    with torch.no_grad():
+        _, expected = warned(lambda: compiled(dense))
+        out, seen = warned(lambda: compiled(model))
+    assert seen <= expected
+    assert torch.allclose(out, model(example(model)), atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_a39_jit(kind):
+    if kind is Attention:
+        pytest.skip("torch.jit.script does not take the dense module either")
+    dense, model = build(kind).eval(), pruned(kind)
+    _, expected = warned(lambda: torch.jit.script(dense))
+    scripted, seen = warned(lambda: torch.jit.script(model))
+    assert seen <= expected
+    assert torch.allclose(scripted(example(model)), model(example(model)), atol=1e-6)
+    assert str(scripted.graph) == str(torch.jit.script(dense).graph) if not expected else True
+    assert list(scripted.state_dict()) == list(model.state_dict())
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_a39_export(kind):
+    dense, model = build(kind).eval(), pruned(kind)
+    plain, expected = warned(lambda: torch.export.export(dense, (example(dense),)))
+    exported, seen = warned(lambda: torch.export.export(model, (example(model),)))
+    assert seen <= expected
+    operations = [str(node.target) for node in exported.graph.nodes]
+    assert operations == [str(node.target) for node in plain.graph.nodes]
+    assert not [op for op in operations if "mask" in op or "aten.mul" in op]
+    assert list(exported.state_dict) == list(plain.state_dict)
+    assert list(exported.constants) == list(plain.constants)
+    assert torch.allclose(exported.module()(example(model)), model(example(model)), atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [Mlp, Net])
+def test_a39_onnx(kind, tmp_path):
+    pytest.importorskip("onnx")
+    pytest.importorskip("onnxscript")
+
+    def size(model, name):
+        torch.onnx.export(model, (example(model),), tmp_path / name, dynamo=True, verbose=False, external_data=False)
+        return (tmp_path / name).stat().st_size
+
+    dense, model = build(kind).eval(), pruned(kind)
+    expected, dense_warnings = warned(lambda: size(dense, "dense.onnx"))
+    got, seen = warned(lambda: size(model, "model.onnx"))
+    assert got == expected
+    assert seen <= dense_warnings
+    import onnx
+
+    nodes = [[node.op_type for node in onnx.load(tmp_path / n).graph.node] for n in ("dense.onnx", "model.onnx")]
+    assert nodes[0] == nodes[1]
+    assert "Mul" not in nodes[1]
+
+
+@pytest.mark.parametrize("kind", [Mlp, Tagger])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_a40_quantize_right_after_prune(kind):
+    if not set(torch.backends.quantized.supported_engines) - {"none"}:
+        pytest.skip("this torch has no engine for int8")
+    model = build(kind).eval()
+    masks = sc.prune(model, 0.9)
+    quantized = torch.ao.quantization.quantize_dynamic(model, {nn.Linear, nn.LSTM}, dtype=torch.qint8)
+    out = quantized(example(model))
+    assert out.shape == model(example(model)).shape
+    whole = pruned_ = 0
+    for name in masks:
+        prefix, attribute = name.rsplit(".", 1)
+        if "lstm" in prefix:
+            continue
+        weight = quantized.get_submodule(prefix).weight().int_repr()
+        assert float((weight == 0).float().mean()) >= float((~masks[name]).float().mean())
+        assert not bool(weight[~masks[name]].any())
+        assert attribute == "weight"
+        whole, pruned_ = whole + weight.numel(), pruned_ + int((weight == 0).sum())
+    assert whole
+    assert kind is Tagger or pruned_ / whole >= 0.9
+
+
+def test_a40_fuse_conv_and_bn_right_after_prune():
+    from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+    model = build(Net)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    train(model, optimizer, 3)
+    masks = sc.prune(model, 0.7)
+    model.eval()
+    x = example(model)
+    fused = fuse_conv_bn_eval(model.conv, model.norm)
+    assert torch.allclose(fused(x), model.norm(model.conv(x)), atol=1e-5)
+    assert not bool(fused.weight[~masks["conv.weight"]].any())
+
+
+def test_a39_a_scripted_model_saves_and_loads():
+    model = pruned(Mlp)
+    file = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        torch.jit.save(torch.jit.trace(model, example(model)), file)
+        file.seek(0)
+        loaded = torch.jit.load(file)
+    assert torch.equal(loaded(example(model)), model(example(model)))

@@ -1,0 +1,52 @@
+"""secateur.errors: one tree; each error is also the built-in one that a caller would expect."""
+
+import inspect
+import pickle
+
+import pytest
+
+from secateur import errors
+from secateur.errors import SecateurError, SecateurWarning, UnknownNameError, nearest
+
+TREE = {
+    "InputError": ValueError,
+    "InputTypeError": TypeError,
+    "UnknownNameError": KeyError,
+    "MaskError": ValueError,
+    "PatternError": ValueError,
+    "StateError": RuntimeError,
+}
+
+
+def test_the_tree_is_whole():
+    classes = dict(inspect.getmembers(errors, inspect.isclass))
+    raised = {name for name, c in classes.items() if issubclass(c, SecateurError) and c is not SecateurError}
+    assert raised == set(TREE)
+    assert issubclass(SecateurWarning, UserWarning)
+    assert all(name in errors.__doc__ for name in [*TREE, "SecateurError", "SecateurWarning"])
+
+
+@pytest.mark.parametrize(("name", "built_in"), TREE.items())
+def test_each_is_also_a_built_in(name, built_in):
+    error = getattr(errors, name)
+    assert issubclass(error, SecateurError)
+    assert issubclass(error, built_in)
+    assert str(error("what, why, remedy")) == "what, why, remedy"
+    assert error.__doc__
+    again = pickle.loads(pickle.dumps(error("what")))
+    assert type(again) is error
+    assert str(again) == "what"
+
+
+def test_unknown_name_prints_no_quotes():
+    assert str(UnknownNameError("no 'x'; try 'y'")) == "no 'x'; try 'y'"
+    assert str(UnknownNameError()) == ""
+
+
+def test_nearest():
+    names = ["encoder.weight", "decoder.weight", "head.weight"]
+    assert nearest("encodr.weight", names).startswith("the nearest names are: encoder.weight")
+    assert nearest("*encoder*", names).startswith("the nearest names are: encoder.weight")
+    assert nearest("zzz", names) == "valid names are: " + ", ".join(names)
+    assert nearest("zzz", map(str, range(9))) == "valid names are: 0, 1, 2, 3, 4 and 4 more"
+    assert nearest("zzz", []) == "there are none to choose from"

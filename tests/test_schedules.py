@@ -1,0 +1,140 @@
+"""secateur.schedules: never falling, within 0 and the target, exactly on target at the end."""
+
+import math
+from fractions import Fraction
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from secateur import schedules
+from secateur.errors import InputError, InputTypeError
+from secateur.schedules import Schedule
+
+KINDS = ["one_shot", "linear", "cubic", "geometric", "cosine"]
+
+finals = st.one_of(st.fractions(0, 1, max_denominator=10**6), st.floats(0, 1).map(lambda s: Fraction(str(s))))
+
+
+@st.composite
+def any_schedule(draw, longest=10**4):
+    start = draw(st.integers(0, longest))
+    stop = start + draw(st.integers(0, longest))
+    return Schedule(draw(st.sampled_from(KINDS)), start, stop, draw(st.integers(1, 2 * longest)))
+
+
+@given(any_schedule(), finals)
+@settings(deadline=None, max_examples=200)
+def test_exact_at_the_end_and_zero_before_the_start(schedule, final):
+    for step in (schedule.stop, schedule.stop + 1, 10**9):
+        assert schedule.sparsity(step, final) == final
+    if schedule.start:
+        assert schedule.sparsity(schedule.start - 1, final) == 0
+        assert schedule.sparsity(0, final) == 0
+
+
+@given(any_schedule(), finals, st.lists(st.integers(0, 3 * 10**4), min_size=2, max_size=20))
+@settings(deadline=None, max_examples=300)
+def test_within_zero_and_the_target_and_never_falling(schedule, final, steps):
+    steps = sorted([*steps, schedule.start, max(schedule.stop - 1, 0), schedule.stop])
+    values = [schedule.sparsity(step, final) for step in steps]
+    assert all(0 <= value <= final for value in values)
+    assert values == sorted(values)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("final", ["0.9", "0.7", "0.3", "0.123456789"])
+def test_not_above_the_target_on_the_last_step_of_a_long_schedule(kind, final):
+    """Near the end of a million steps a curve in floating point rounds to its end."""
+    schedule = Schedule(kind, 0, 10**6)
+    assert schedule.sparsity(10**6 - 1, Fraction(final)) <= Fraction(final)
+
+
+@given(any_schedule(longest=60), finals)
+@settings(deadline=None, max_examples=100)
+def test_changes_only_every_so_often_and_at_the_end(schedule, final):
+    values = [schedule.sparsity(step, final) for step in range(schedule.stop + 2)]
+    for step in range(schedule.start + 1, schedule.stop + 2):
+        if values[step] != values[step - 1]:
+            assert (step - schedule.start) % schedule.every == 0 or step == schedule.stop
+
+
+@given(any_schedule(longest=200), finals, st.integers(1, 50))
+@settings(deadline=None, max_examples=60)
+def test_in_epochs(schedule, final, steps_per_epoch):
+    longer = schedule.in_epochs(steps_per_epoch)
+    for epoch in {0, schedule.start, (schedule.start + schedule.stop) // 2, schedule.stop}:
+        got, want = longer.sparsity(epoch * steps_per_epoch, final), schedule.sparsity(epoch, final)
+        assert math.isclose(got, want, rel_tol=1e-12, abs_tol=1e-15)
+    assert longer.sparsity(schedule.stop * steps_per_epoch, final) == final
+
+
+@pytest.mark.parametrize(
+    ("kind", "quarter", "half"),
+    [
+        ("linear", 0.2, 0.4),
+        ("cubic", 0.8 * (1 - 0.75**3), 0.8 * 0.875),
+        ("geometric", 1 - 0.2**0.25, 1 - 0.2**0.5),
+        ("cosine", 0.8 * (1 - 0.5**0.5) / 2, 0.4),
+        ("one_shot", 0.8, 0.8),
+    ],
+)
+def test_the_curves(kind, quarter, half):
+    schedule = Schedule(kind, 10, 50)
+    assert float(schedule.sparsity(20, Fraction(8, 10))) == pytest.approx(quarter, rel=1e-12)
+    assert float(schedule.sparsity(30, Fraction(8, 10))) == pytest.approx(half, rel=1e-12)
+    assert schedule.sparsity(50, Fraction(8, 10)) == Fraction(8, 10)
+
+
+def test_geometric_removes_the_same_fraction_of_what_remains():
+    schedule = schedules.geometric(0, 10)
+    kept = [1 - float(schedule.sparsity(step, Fraction(9, 10))) for step in range(11)]
+    ratios = [b / a for a, b in zip(kept, kept[1:], strict=False)]
+    assert max(ratios) - min(ratios) < 1e-12
+    assert kept[-1] == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_target_of_all_and_of_nothing(kind):
+    schedule = Schedule(kind, 2, 9, 3)
+    for final in (Fraction(0), Fraction(1)):
+        values = [schedule.sparsity(step, final) for step in range(12)]
+        assert values == sorted(values)
+        assert values[0] == 0
+        assert values[-1] == final
+
+
+def test_verbs_make_schedules():
+    assert schedules.one_shot(7) == Schedule("one_shot", 7, 7)
+    assert schedules.one_shot().sparsity(0, Fraction(1, 2)) == Fraction(1, 2)
+    for kind in KINDS[1:]:
+        assert getattr(schedules, kind)(start=1, stop=9, every=2) == Schedule(kind, 1, 9, 2)
+    assert str(schedules.cubic(1, 2)) == "cubic(start=1, stop=2, every=1)"
+
+
+@pytest.mark.parametrize("kind", ["linear", "cubic", "geometric", "cosine"])
+@pytest.mark.parametrize(
+    ("start", "stop", "every", "error", "message"),
+    [
+        (5, 4, 1, InputError, "ends before it starts: give a stop of at least 5"),
+        (-1, 4, 1, InputError, "start must be 0 or more"),
+        (0, 4, 0, InputError, "every 1 or more"),
+        (0, 4, -3, InputError, "every 1 or more"),
+        (0.0, 4, 1, InputTypeError, r"start=0\.0\): give a whole number of steps"),
+        (0, "4", 1, InputTypeError, "stop='4'"),
+        (0, 4, True, InputTypeError, "every=True"),
+    ],
+)
+def test_bad_numbers(kind, start, stop, every, error, message):
+    with pytest.raises(error, match=message):
+        getattr(schedules, kind)(start, stop, every)
+
+
+def test_bad_epochs():
+    with pytest.raises(InputError, match="at least one step"):
+        schedules.linear(0, 2).in_epochs(0)
+
+
+def test_an_unknown_kind_is_refused_at_once():
+    with pytest.raises(InputError, match="cubic"):
+        Schedule("cubik", 0, 10)
