@@ -109,7 +109,9 @@ def selection(rounds: int = 5) -> list[dict[str, object]]:
     return rows
 
 
-def in_turn(methods: dict[str, Callable[[nn.Module], object]], model: nn.Module, rounds: int) -> dict[str, dict[str, float]]:
+def in_turn(
+    methods: dict[str, Callable[[nn.Module], object]], model: nn.Module, rounds: int
+) -> dict[str, dict[str, float]]:
     """CPU seconds of each method over those of "base" in the same round."""
     found: dict[str, list[float]] = {name: [] for name in methods}
     for turn in range(rounds + 1):

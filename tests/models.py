@@ -134,7 +134,11 @@ def train(model, optimizer, steps, first=0):
             value.backward()
             return value
 
-        optimizer.step(closure)
+        if isinstance(optimizer, torch.optim.LBFGS):
+            optimizer.step(closure)
+        else:
+            closure()
+            optimizer.step()
 
 
 def k(sparsity, size):

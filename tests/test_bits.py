@@ -84,7 +84,7 @@ def test_count_of_many():
 
 @pytest.mark.parametrize("chunk", [8, 24, 64, 1 << 18])
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("shape", SHAPES + [(100, 3)])
+@pytest.mark.parametrize("shape", [*SHAPES, (100, 3)])
 def test_chunks_cover_row_major(monkeypatch, shape, layout, chunk):
     monkeypatch.setattr(bits, "CHUNK", chunk)
     tensor = laid_out(torch.arange(math.prod(shape), dtype=torch.float32).view(shape), layout)

@@ -88,7 +88,7 @@ def test_tails_of_several_lengths(allocation):
     model = nn.Sequential(nn.Linear(10, 7), nn.Linear(7, 8), nn.Linear(8, 3))
     want = {name: brute_n_m(w.detach(), 1, 2, 4) for name, w in sc.weights(model).items()}
     masks = sc.prune(model, 0.5, pattern=sc.n_m(2, 4, tail="keep"), allocation=allocation)
-    assert masks == sc.Masks(want)
+    same(masks, want)
 
 
 @pytest.mark.parametrize("allocation", ["global", "uniform", "erk"])
@@ -174,6 +174,15 @@ def nearest_whole(groups, count):
     return taken
 
 
+ALL = sc.allocation.global_(allow_empty=True)  # without the guard, which brute force does not know
+
+
+def same(masks, want):
+    assert masks.counts() == {name: int((~mask).sum()) for name, mask in want.items()}
+    assert all(torch.equal(masks[name], mask) for name, mask in want.items())
+
+
+@pytest.mark.filterwarnings("ignore:.*keeps under 1 %")
 @pytest.mark.parametrize("sparsity", [0.25, 0.5, 0.7])
 @pytest.mark.parametrize(("height", "width"), [(2, 2), (4, 1), (1, 4), (4, 4)])
 def test_blocks_by_brute_force(height, width, sparsity):
@@ -191,7 +200,7 @@ def test_blocks_by_brute_force(height, width, sparsity):
     want = {name: torch.ones(w.shape, dtype=torch.bool) for name, w in sc.weights(model).items()}
     for _, name, place in found[: nearest_whole([height * width] * len(found), count)]:
         want[name][place] = False
-    assert sc.prune(model, sparsity, pattern=sc.blocks(height, width)) == sc.Masks(want)
+    same(sc.prune(model, sparsity, pattern=sc.blocks(height, width), allocation=ALL), want)
 
 
 def test_blocks_keep_their_tails_or_refuse():
@@ -203,7 +212,7 @@ def test_blocks_keep_their_tails_or_refuse():
     assert mask[:, 6].all()
     tiles = mask[:4, :6].reshape(2, 2, 2, 3).transpose(1, 2).flatten(2)
     assert (tiles.all(-1) | ~tiles.any(-1)).all()
-    assert int((~mask).sum()) == 18  # of 24 in blocks, nearest to 21, halves up would be 24: the guard keeps one
+    assert int((~mask).sum()) == 24  # 21 were asked: 18 and 24 are as near, and halves go up
 
 
 def test_a_tensor_smaller_than_a_block_stays():
@@ -213,6 +222,7 @@ def test_a_tensor_smaller_than_a_block_stays():
     assert masks.counts()["0.weight"] == 32
 
 
+@pytest.mark.filterwarnings("ignore:.*keeps under 1 %")
 @pytest.mark.parametrize("sparsity", [0.1, 0.33, 0.5, 0.8])
 @pytest.mark.parametrize("kind", ["rows", "columns"])
 def test_lines_of_several_lengths_hit_the_nearest_count(kind, sparsity):
@@ -229,7 +239,7 @@ def test_lines_of_several_lengths_hit_the_nearest_count(kind, sparsity):
     want = {name: torch.ones(w.shape, dtype=torch.bool) for name, w in sc.weights(model).items()}
     for _, name, i, _ in found[:taken]:
         want[name].movedim(along, 0)[i] = False
-    assert sc.prune(model, sparsity, pattern=kind) == sc.Masks(want)
+    same(sc.prune(model, sparsity, pattern=kind, allocation=ALL), want)
 
 
 @pytest.mark.parametrize("kind", ["rows", "columns", sc.blocks(2, 2)], ids=str)
@@ -259,7 +269,7 @@ def test_a_pruner_tells_the_sparsity_that_is_there():
 def test_a_pattern_on_a_bias(chosen):
     model = nn.Linear(4, 4)
     sparsity = 0.5
-    with pytest.raises(PatternError, match="bias of shape .*leave it out of the scope"):
+    with pytest.raises(PatternError, match=r"bias of shape .*leave it out of the scope"):
         sc.prune(model, sparsity, pattern=chosen, scope=sc.weights(model, only=["bias"]))
 
 

@@ -1,5 +1,6 @@
 """secateur.schedules: never falling, within 0 and the target, exactly on target at the end."""
 
+import itertools
 import math
 from fractions import Fraction
 
@@ -89,7 +90,7 @@ def test_the_curves(kind, quarter, half):
 def test_geometric_removes_the_same_fraction_of_what_remains():
     schedule = schedules.geometric(0, 10)
     kept = [1 - float(schedule.sparsity(step, Fraction(9, 10))) for step in range(11)]
-    ratios = [b / a for a, b in zip(kept, kept[1:], strict=False)]
+    ratios = [b / a for a, b in itertools.pairwise(kept)]
     assert max(ratios) - min(ratios) < 1e-12
     assert kept[-1] == pytest.approx(0.1)
 

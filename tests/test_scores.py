@@ -129,7 +129,7 @@ def test_sparse_gradients_are_read():
 
 @pytest.mark.parametrize("kind", ["movement", "taylor", "fisher"])
 def test_complex_weights_score_as_their_two_real_parts_would(kind):
-    """Moving w towards zero changes the loss by -(a dL/da + b dL/db), for w = a + ib: torch's grad is dL/da + i dL/db."""
+    """Towards zero, w = a + ib, the loss changes by -(a dL/da + b dL/db); torch's grad is dL/da + i dL/db."""
     weight, gradient = torch.tensor([[3 + 4j, 1 - 2j, 2j]]), torch.tensor([[1 + 1j, 2 - 1j, -3j]])
     score = getattr(scores, kind)()
     score.observe({"w": weight}, {"w": gradient})
@@ -149,8 +149,9 @@ def test_magnitude():
 
 
 def test_random_leaves_the_global_state_alone_and_goes_by_its_seed():
+    models = [nn.Linear(9, 9) for _ in range(3)]
     before = torch.get_rng_state()
-    masks = [sc.prune(nn.utils.skip_init(nn.Linear, 9, 9), 0.5, score=scores.random(seed)) for seed in (1, 1, 2)]
+    masks = [sc.prune(model, 0.5, score=scores.random(seed)) for model, seed in zip(models, (1, 1, 2), strict=True)]
     assert torch.equal(torch.get_rng_state(), before)
     assert masks[0] == masks[1] != masks[2]
 
@@ -343,7 +344,7 @@ def test_synflow_of_an_lstm_leaves_the_model_untouched():
     who = {name: id(p) for name, p in model.named_parameters()}
     modes = [m.training for m in model.modules()]
     random = torch.get_rng_state()
-    score = scores.synflow(model, torch.randn(2, 3, 4))
+    score = scores.synflow(model, torch.ones(2, 3, 4))
     score.prepare()
     for name, weight in sc.weights(model).items():
         assert score(name, weight).shape == weight.shape

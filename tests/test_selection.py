@@ -75,9 +75,7 @@ def streams_and_count(draw):
             protected = range(first, draw(st.integers(first, size)))
         score = None if not dtype.is_complex and draw(st.booleans()) else magnitude
         streams.append(
-            Stream(
-                f"t{i}", values.to(dtype), score, None if kept is None else bits.pack(kept), protected or range(0)
-            )
+            Stream(f"t{i}", values.to(dtype), score, None if kept is None else bits.pack(kept), protected or range(0))
         )
         most += size - len(protected or ())
     return streams, draw(st.integers(0, most))
@@ -221,7 +219,7 @@ def test_nothing_to_prune():
 def test_infinite_scores_protect():
     scores = torch.tensor([math.inf, 1.0, math.inf, 0.0])
     assert by_selection([Stream("t", scores)], 2)[0].tolist() == [True, False, True, False]
-    with pytest.raises(InputError, match="3 weights of t were to be pruned.*ask for less"):
+    with pytest.raises(InputError, match=r"3 weights of t were to be pruned.*ask for less"):
         selection.threshold([Stream("t", scores)], 3)
 
 

@@ -30,15 +30,18 @@ _WORD = {
 
 def chunks(tensor: Tensor) -> Iterator[tuple[int, Tensor]]:
     """Yield `(index of the first weight, flat piece)` in row-major order; the pieces are views where they can be."""
-    if tensor.is_contiguous() or tensor.ndim < 2:
-        flat = tensor.reshape(-1)
-        for start in range(0, flat.numel(), CHUNK):
-            yield start, flat[start : start + CHUNK]
-        return
-    row = tensor[0].numel()
-    step = max(8, CHUNK // max(row, 1) // 8 * 8)  # whole bytes of mask in each piece
+    for start, piece in _slices(tensor):
+        yield start, piece.reshape(-1)
+
+
+def _slices(tensor: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """Yield views of about CHUNK weights in row-major order, each beginning with a whole byte of its mask."""
+    if tensor.is_contiguous():
+        tensor = tensor.view(-1)
+    row = tensor[0].numel() if len(tensor) else 0
+    step = max(8, CHUNK // max(row, 1) // 8 * 8)
     for first in range(0, len(tensor), step):
-        yield first * row, tensor[first : first + step].reshape(-1)
+        yield first * row, tensor[first : first + step]
 
 
 def pack(kept: Tensor) -> Tensor:
@@ -86,7 +89,9 @@ class Zeroer:
         """Zero the weights of `tensor` whose bit is 0; `tensor` may require grad, its version is raised."""
         tensor = tensor.detach()
         if tensor.device.type != "cpu" or not tensor.is_contiguous():
-            tensor.masked_fill_(~unpack(bits, tensor.numel()).view(tensor.shape), 0)
+            for start, piece in _slices(tensor):
+                kept = unpack(bits[start // 8 : (start + piece.numel() + 7) // 8], piece.numel())
+                piece.masked_fill_(~kept.view(piece.shape), 0)
             return
         whole = tensor.numel() // 8 * 8
         if whole < tensor.numel():

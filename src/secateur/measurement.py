@@ -255,7 +255,7 @@ def compare(
                     threads=torch.get_num_threads(),
                     **_weights(model),
                     **_work(model, call),
-                    file_bytes=_file_bytes(model),
+                    file_bytes=file_bytes(model),
                     peak_bytes=_peak_bytes(model, call),
                     metric=None if metric is None else float(metric(model)),
                 )
@@ -485,7 +485,8 @@ def _storage(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr() if tensor.layout is torch.strided else id(tensor)
 
 
-def _file_bytes(model: nn.Module) -> int | None:
+def file_bytes(model: nn.Module) -> int | None:
+    """Size of the state_dict as a dense .safetensors file, tied tensors once; it is built in memory to be counted."""
     from safetensors.torch import save
 
     tensors: dict[Any, tuple[str, Tensor]] = {}

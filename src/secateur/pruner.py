@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -58,9 +58,13 @@ def prune(
     (90, 100)
     """
     chosen = plan.make(model, sparsity, score=score, allocation=allocation, pattern=pattern, scope=scope)
+    optimizers = (
+        [optimizer] if isinstance(optimizer, Optimizer) or not isinstance(optimizer, Iterable) else [*optimizer]
+    )
+    _require_held(optimizers, chosen.scope)
     masks = chosen.masks(chosen.counts())
     masks.apply(chosen.scope)
-    for one in [optimizer] if isinstance(optimizer, Optimizer) else optimizer:
+    for one in optimizers:
         _clear_state(one, chosen.scope, masks, bits.Zeroer())
     return masks
 
@@ -109,9 +113,11 @@ class Pruner:
         self._masks = _all_kept(self._plan)
         self._zero = bits.Zeroer()
         self._originals: dict[str, Tensor] = {}
+        self._beginning: dict[str, Any] = {}
         self._optimizers: list[Optimizer] = []
         self._hooks: list[RemovableHandle] = []
-        self._waiting: set[str] = set()
+        self._waiting: set[str] = set()  # trainable tensors whose optimizer has not stepped in this round
+        self._clock: Optimizer | None = None  # counts the steps where nothing in scope is trained
 
     @property
     def masks(self) -> Masks:
@@ -133,7 +139,8 @@ class Pruner:
 
         With several, a step is complete when each that holds pruned weights has stepped. With none given, follow
         every optimizer of the process that holds pruned weights, also one that is made later or steps inside
-        backward. A schedule that begins at step 0 prunes now.
+        backward; a weight in scope that gets no gradient then holds the schedule back. A schedule that begins at step
+        0 prunes now.
 
         Raises:
             InputTypeError: not a torch Optimizer. InputError: trainable weights in scope that none of them holds.
@@ -141,19 +148,10 @@ class Pruner:
         """
         if self._hooks:
             raise StateError("this pruner is attached already: give all optimizers in one call, or detach() first")
-        for optimizer in optimizers:
-            _require_hooks(optimizer)
-        trained = {name for name, weight in self._plan.scope.items() if weight.requires_grad}
-        if optimizers:
-            missing = trained - {name for one in optimizers for name in _held(one, self._plan.scope)}
-            if missing:
-                raise InputError(
-                    f"{', '.join(sorted(missing)[:3])}{', ...' if len(missing) > 3 else ''} is in scope and trainable, "
-                    "but in none of these optimizers: attach every optimizer of the model in one call, freeze it with "
-                    "requires_grad_(False), or leave it out of the scope"
-                )
+        _require_held(optimizers, self._plan.scope)
         self._optimizers = list(optimizers)
-        self._waiting = set(trained)
+        self._waiting = _trained(self._plan.scope)
+        self._clock = optimizers[0] if optimizers and not self._waiting else None
         self._update()
         disable: Callable[[Any], Any] = torch.compiler.disable  # a compiled step calls the hooks as they are
         before, after = disable(self._before_step), disable(self._after_step)
@@ -222,9 +220,10 @@ class Pruner:
     def snapshot(self) -> None:
         """Keep a copy of the weights in scope, so that `undo` can bring them back (their size in memory once more)."""
         self._originals = {name: weight.detach().clone() for name, weight in self._plan.scope.items()}
+        self._beginning = self.state_dict()
 
     def undo(self) -> None:
-        """Bring back the weights of the last `snapshot`, bit for bit, and begin again at step 0, detached.
+        """Bring back the weights of the last `snapshot`, bit for bit, and go back to its step, detached.
 
         Raises:
             StateError: there is no snapshot.
@@ -235,7 +234,7 @@ class Pruner:
         with torch.no_grad():
             for name, weight in self._plan.scope.items():
                 weight.copy_(self._originals[name])
-        self._steps, self._counts, self._masks = 0, tuple(0 for _ in self._plan.shares), _all_kept(self._plan)
+        self.load_state_dict(self._beginning)
 
     def state_dict(self) -> dict[str, Any]:
         """All that a bit-exact resume needs beside the model's and the optimizer's: plain tensors, numbers, strings."""
@@ -278,15 +277,19 @@ class Pruner:
         packed = {name: tensor.clone().to(devices[name]) for name, tensor in state["bits"].items()}
         self._masks = Masks.from_bits(packed, {name: torch.Size(shapes[name]) for name in packed})
         self._steps, self._counts = state["steps"], tuple(state["counts"])
-        if isinstance(self._plan.score, GradientScore):
-            self._plan.score.sums = {name: t.clone().to(devices[name]) for name, t in state.get("sums", {}).items()}
+        self._waiting = _trained(self._plan.scope)
+        score = self._plan.score
+        if isinstance(score, GradientScore):
+            score.sums = {name: total.clone().to(devices[name]) for name, total in state["sums"].items()}
         if "generator" in state:
-            self._plan.score.generator.set_state(state["generator"])  # type: ignore[attr-defined]
+            score.generator.set_state(state["generator"])  # type: ignore[attr-defined]
 
     def _settings(self) -> str:
-        shares = ", ".join(f"{float(share.sparsity):g} of {share.size}" for share in self._plan.shares)
+        """What two runs must have in common, in words."""
+        shares = ", ".join(f"{float(share.sparsity)!r} of {share.size}" for share in self._plan.shares)
         schedule = self._schedule if isinstance(self._schedule, Schedule) else "a function"
-        return f"sparsity {shares}; schedule {schedule}"
+        score = getattr(self._plan.score, "__name__", type(self._plan.score).__name__)
+        return f"sparsity {shares}; schedule {schedule}; score {score}; pattern {self._plan.pattern}"
 
     def _update(self) -> bool:
         """Choose new masks if the schedule wants another number of zeros; say whether it did."""
@@ -319,15 +322,28 @@ class Pruner:
                 if name in self._masks:
                     self._zero(self._plan.scope[name], self._masks.packed(name))
 
-    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
+        """Show the gradients to a score that needs them: those there are, or those that a closure will make."""
         score = self._plan.score
-        overflow = getattr(optimizer, "found_inf", None)  # set by GradScaler for optimizers that skip by themselves
-        if isinstance(score, GradientScore) and not (overflow is not None and bool(overflow)):
-            score.observe({name: self._plan.scope[name] for name in _held(optimizer, self._plan.scope)})
+        held = _held(optimizer, self._plan.scope)
+        if not isinstance(score, GradientScore) or not held or _overflown(optimizer):
+            return None
+        seen = {name: self._plan.scope[name] for name in held}
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)  # args[0] is the optimizer
+        if closure is None:
+            score.observe(seen)
+            return None
+
+        def watched() -> Any:
+            loss = closure()
+            score.observe(seen)
+            return loss
+
+        return (args[0], watched, *args[2:]), {key: value for key, value in kwargs.items() if key != "closure"}
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         held = _held(optimizer, self._plan.scope)
-        if not held:
+        if (not held and optimizer is not self._clock) or _overflown(optimizer):
             return
         if optimizer not in self._optimizers:
             self._optimizers.append(optimizer)
@@ -335,7 +351,7 @@ class Pruner:
         if self._waiting:
             self._remask(held)
             return
-        self._waiting = {name for name, weight in self._plan.scope.items() if weight.requires_grad}
+        self._waiting = _trained(self._plan.scope)
         self._steps += 1
         if not self._update():
             self._remask(held)
@@ -363,12 +379,33 @@ def _all_kept(chosen: plan.Plan) -> Masks:
     return Masks({name: torch.ones_like(weight, dtype=torch.bool) for name, weight in chosen.scope.items()})
 
 
-def _require_hooks(optimizer: object) -> None:
-    if not isinstance(optimizer, Optimizer) or "_optimizer_step_post_hooks" not in vars(optimizer):
-        raise InputTypeError(
-            f"{type(optimizer).__name__} is no torch.optim.Optimizer that takes step hooks: attach the optimizer it "
-            "wraps, or call pruner.step() yourself after each of its steps"
+def _require_held(optimizers: Sequence[object], scope: Mapping[str, nn.Parameter]) -> None:
+    """See that these are optimizers, and that together they hold what is trained (nothing to see if there are none)."""
+    held: set[str] = set()
+    for optimizer in optimizers:
+        if not isinstance(optimizer, Optimizer) or "_optimizer_step_post_hooks" not in vars(optimizer):
+            raise InputTypeError(
+                f"{type(optimizer).__name__} is no torch.optim.Optimizer that takes step hooks: give the optimizer it "
+                "wraps, or train with a Pruner and call pruner.step() after each of its steps"
+            )
+        held |= _held(optimizer, scope)
+    missing = _trained(scope) - held
+    if optimizers and missing:
+        raise InputError(
+            f"{', '.join(sorted(missing)[:3])}{', ...' if len(missing) > 3 else ''} is in scope and trainable, but in "
+            "none of these optimizers: give every optimizer of the model in one call, freeze it with "
+            "requires_grad_(False), or leave it out of the scope"
         )
+
+
+def _trained(scope: Mapping[str, nn.Parameter]) -> set[str]:
+    return {name for name, weight in scope.items() if weight.requires_grad}
+
+
+def _overflown(optimizer: Optimizer) -> bool:
+    """Whether this step is skipped, as GradScaler tells an optimizer that unscales by itself (a fused one)."""
+    found = getattr(optimizer, "found_inf", None)
+    return found is not None and bool(found)
 
 
 def _held(optimizer: Optimizer, scope: Mapping[str, nn.Parameter]) -> set[str]:

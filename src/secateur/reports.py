@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from secateur import bits
 from secateur.masks import Masks
+from secateur.measurement import file_bytes
 from secateur.scope import unwrap
-from secateur.tables import Table, number, percent
+from secateur.tables import Table, number, percent, size
 
 
 @dataclass(frozen=True)
@@ -36,11 +37,13 @@ class Report:
         lines: one for each masked tensor.
         parameters: numbers in all parameters of the model, tied ones once.
         effective_parameters: those that are not zero.
+        file_bytes: of the state_dict as a dense .safetensors file; zeros take as much room as other numbers.
     """
 
     lines: tuple[Line, ...]
     parameters: int
     effective_parameters: int
+    file_bytes: int | None
 
     @property
     def asked(self) -> float:
@@ -70,6 +73,7 @@ class Report:
         )
         rows.append(_row("total", *sums))
         note = f"{self.effective_parameters:,} of {self.parameters:,} parameters of the model are not zero"
+        note += "" if self.file_bytes is None else f"; {size(self.file_bytes)} as a dense file"
         return Table(
             ("tensor", "weights", "zeros asked", "asked", "zeros got", "got", "dead outputs"), rows, notes=[note]
         )
@@ -92,7 +96,7 @@ def report(model: nn.Module, masks: Masks) -> Report:
     asked = masks.counts()
     lines = tuple(_line(name, tensor, asked[name]) for name, tensor in masks.match(model).items())
     parameters = dict(unwrap(model).named_parameters())
-    return Report(lines, sum(p.numel() for p in parameters.values()), _alive(parameters))
+    return Report(lines, sum(p.numel() for p in parameters.values()), _alive(parameters), file_bytes(model))
 
 
 def _line(name: str, tensor: Tensor, asked: int) -> Line:

@@ -21,7 +21,7 @@ from fractions import Fraction
 
 from secateur.errors import InputError, InputTypeError
 
-Curve = Callable[[float, float], float]
+Curve = Callable[[Fraction, Fraction], Fraction | float]
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,7 @@ class Schedule:
         if step >= self.stop:
             return final
         looked_at = self.start + (step - self.start) // self.every * self.every
-        progress = (looked_at - self.start) / (self.stop - self.start)
-        return Fraction(_CURVES[self.kind](progress, float(final)))
+        return Fraction(_CURVES[self.kind](Fraction(looked_at - self.start, self.stop - self.start), final))
 
     def in_epochs(self, steps_per_epoch: int) -> Schedule:
         """Read start, stop and every as epochs where a Pruner counts steps: `linear(2, 10).in_epochs(len(loader))`."""
@@ -71,12 +70,12 @@ class Schedule:
         return f"{self.kind}(start={self.start}, stop={self.stop}, every={self.every})"
 
 
-_CURVES: dict[str, Curve] = {
+_CURVES: dict[str, Curve] = {  # in fractions where they can be, so that a tenth of 0.7 is 0.07
     "one_shot": lambda p, s: s,
     "linear": lambda p, s: s * p,
     "cubic": lambda p, s: s * (1 - (1 - p) ** 3),
-    "geometric": lambda p, s: 1 - (1 - s) ** p,
-    "cosine": lambda p, s: s * (1 - math.cos(math.pi * p)) / 2,
+    "geometric": lambda p, s: 1 - float(1 - s) ** float(p),
+    "cosine": lambda p, s: float(s) * (1 - math.cos(math.pi * p)) / 2,
 }
 
 

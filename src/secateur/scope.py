@@ -248,6 +248,11 @@ def _member(found: list[_Holder]) -> Member:
 
 def _require_prunable(member: Member) -> None:
     parameter, name = member.parameter, member.name
+    if isinstance(member.module, parametrize.ParametrizationList):
+        raise InputError(
+            f"{name} is what a parametrization computes a weight from, so its zeros would not be zeros of the weight: "
+            "call torch.nn.utils.parametrize.remove_parametrizations on its module, or leave it out of the scope"
+        )
     if isinstance(parameter, UninitializedParameter):
         raise InputError(f"{name} is lazy: run one batch through the model first, so that its shape is known")
     if parameter.is_meta:
@@ -272,7 +277,7 @@ def _refuse_computed(model: nn.Module, only: tuple[Selector, ...], skip: tuple[S
             continue
         if not isinstance(module, _BY_DEFAULT) or any(_selects(s, f"{prefix}.weight", module) for s in skip):
             continue
-        if any(attribute.endswith("_orig") for attribute in module._parameters):
+        if any(attribute.endswith("_mask") for attribute in module._buffers):
             raise InputError(
                 f"{prefix or 'the model'} was pruned with torch.nn.utils.prune, which renames its weights: "
                 "make it plain first, with sc.from_torch_prune(model)"
@@ -285,12 +290,13 @@ def _refuse_computed(model: nn.Module, only: tuple[Selector, ...], skip: tuple[S
                 f"like), so zeros in it would not last: call torch.nn.utils.parametrize.remove_parametrizations({at}, "
                 f"{computed[0]!r}) and prune, or leave it out: sc.weights(model, skip=[{prefix!r}])"
             )
-        if "weight_g" in module._parameters:
-            raise InputError(
-                f"{prefix or 'the model'}: weight is computed by weight_norm, so zeros in it would not last: call "
-                "torch.nn.utils.remove_weight_norm on it and prune, "
-                f"or leave it out: sc.weights(model, skip=[{prefix!r}])"
-            )
+        for norm, attribute in (("weight_norm", "weight_g"), ("spectral_norm", "weight_orig")):
+            if attribute in module._parameters:
+                raise InputError(
+                    f"{prefix or 'the model'}: weight is computed by {norm}, so zeros in it would not last: call "
+                    f"torch.nn.utils.remove_{norm} on it and prune, "
+                    f"or leave it out: sc.weights(model, skip=[{prefix!r}])"
+                )
 
 
 def _remark(member: Member) -> str:

@@ -57,6 +57,7 @@ def random(seed: int = 0, *, generator: torch.Generator | None = None) -> Score:
     def score(name: str, weight: Tensor) -> Tensor:
         return torch.rand(weight.shape, generator=source, device=source.device).to(weight.device)
 
+    score.__name__ = "random"
     score.generator = source  # type: ignore[attr-defined]
     return score
 
@@ -90,7 +91,7 @@ class GradientScore:
         *,
         forget: bool = True,
     ) -> None:
-        self.name = name
+        self.__name__ = name
         self.forget = forget
         self.sums: dict[str, Tensor] = {}
         self._statistic = statistic
@@ -99,7 +100,7 @@ class GradientScore:
     def __call__(self, name: str, weight: Tensor) -> Tensor:
         if name not in self.sums:
             raise StateError(
-                f"the score {self.name} has seen no gradient of {name}: call sc.accumulate(model, batches, loss), or "
+                f"the score {self.__name__} has seen no gradient of {name}: call sc.accumulate(model, batches, loss) or "
                 f"observe() after each backward; leave a frozen tensor out: sc.weights(model, skip=[{name!r}])"
             )
         return self._score(weight, self.sums[name])

@@ -138,7 +138,13 @@ def test_a15_bf16_on_any_number_of_threads():
 # ------------------------------------------------------------------ A16: zeros that were there before
 
 
-def test_a16_pre_existing_zeros():
+@pytest.mark.parametrize(
+    "score",
+    ["magnitude", "random", lambda n, w: -w.abs(), sc.scores.elementwise(lambda n, w: -w.abs())],
+    ids=["magnitude", "random", "largest first", "largest first, elementwise"],
+)
+@pytest.mark.parametrize("allocation", ["global", "uniform", "lamp"])
+def test_a16_pre_existing_zeros(score, allocation):
     model = build(Mlp)
     generator = torch.Generator().manual_seed(3)
     where = torch.randperm(340, generator=generator)[:204]  # 60 %
@@ -148,7 +154,7 @@ def test_a16_pre_existing_zeros():
         model.first.weight.copy_(flat[:240].view(20, 12))
         model.second.weight.copy_(flat[240:].view(5, 20))
     before = copies(model)
-    masks = sc.prune(model, 0.5)
+    masks = sc.prune(model, 0.5, score=score, allocation=allocation)
     assert same(copies(model), before)
     report = sc.report(model, masks)
     assert (report.asked, report.got) == (0.5, 0.6)

@@ -120,13 +120,17 @@ assert masks.pruned == count == sum(int((p == 0).sum()) for p in model.parameter
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the peak from /proc")
-def test_a56_ten_million_weights(elsewhere):
+def test_a56_ten_million_weights(elsewhere, monkeypatch):
+    """By the peak of the process. malloc gives back what is freed, else its own store of free pages counts too."""
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "131072")
+    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "131072")
     share = float(elsewhere(PEAK, secateur=True).split()[0])
-    assert 0 < share <= 0.35
+    assert 1 / 32 <= share <= 0.35  # the masks alone are 1/32
 
 
 @pytest.mark.parametrize("sparsity", [0.05, 0.5, 0.9, 0.995])
 @pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.filterwarnings("ignore::secateur.errors.SecateurWarning")  # the layer of seven weights
 def test_a56_is_the_stable_sort(sparsity, ties):
     model = model_of((700, 900), (401, 333), (1, 7), (512, 1024))
     if ties:

@@ -256,3 +256,28 @@ def test_gradient_scores_are_fed_by_the_optimizer():
     pruner.attach(optimizer)
     train(model, optimizer, 8)
     finished(pruner, model)
+
+
+def test_gradient_scores_see_the_gradients_of_a_closure():
+    """`step(closure)` makes the gradients inside the step: the same ones must be seen as in a plain loop."""
+    sums = []
+    for way in ("plain", "closure"):
+        model = build(Mlp)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        pruner = sc.Pruner(model, 0.9, schedule=sc.linear(5, 10), score="taylor")
+        pruner.attach(optimizer)
+        for step in range(3):
+
+            def closure(model=model, optimizer=optimizer, step=step):
+                optimizer.zero_grad()
+                value = loss(model, step)
+                value.backward()
+                return value
+
+            if way == "plain":
+                closure()
+                optimizer.step()
+            else:
+                optimizer.step(closure)
+        sums.append(pruner.state_dict()["sums"])
+    assert same(sums[0], sums[1])

@@ -33,7 +33,7 @@ def test_a09_resume_of_a_schedule(score):
     def start(seed):
         model = build(Mlp, seed)
         optimizer = torch.optim.Adam(model.parameters(), lr=0.003, weight_decay=0.01)
-        pruner = sc.Pruner(model, 0.9, schedule=sc.cubic(start=50, stop=470, every=7), score=SCORES[score]())
+        pruner = sc.Pruner(model, 0.9, schedule=sc.cubic(start=300, stop=470, every=7), score=SCORES[score]())
         return model, optimizer, pruner
 
     model, optimizer, pruner = start(0)

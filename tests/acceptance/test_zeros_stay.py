@@ -388,10 +388,8 @@ def test_a36_weight_norm_of_an_lstm():
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.parametrize(
-    ("norm", "recipe"), [("weight_norm", "remove_weight_norm"), ("spectral_norm", "spectral_norm")]
-)
-def test_a36_norms_of_the_old_kind(norm, recipe):
+@pytest.mark.parametrize("norm", ["weight_norm", "spectral_norm"])
+def test_a36_norms_of_the_old_kind(norm):
     model = build(Mlp)
     getattr(nn.utils, norm)(model.first)
     before = copies(model)
