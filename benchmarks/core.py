@@ -28,6 +28,7 @@ from torch.nn.utils import prune as torch_prune
 import secateur as sc
 from secateur.tables import Table
 
+HERE = Path(__file__).parent
 SIDE = 2048  # square matrices, 4.2 million weights each: the size of a layer of a mid-sized transformer
 
 
@@ -133,8 +134,8 @@ def spread(values: list[float]) -> dict[str, float]:
 
 
 def extra_memory(name: str, millions: int) -> float:
-    code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import core; core.report_memory({name!r}, {millions})"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    code = f"import core; core.report_memory({name!r}, {millions})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=HERE)
     return float(done.stdout.split()[-1])
 
 

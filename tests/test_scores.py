@@ -391,8 +391,15 @@ def test_synflow_keeps_integer_inputs():
 
 
 def test_synflow_names_a_tensor_outside_the_flow():
-    model = mlp()
-    model.add_module("idle", nn.Linear(2, 2))
-    model.forward = lambda x: model[4](model[3](model[2](model[1](model[0](x)))))
+    class Idle(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used = nn.Linear(4, 2)
+            self.idle = nn.Linear(2, 2)
+
+        def forward(self, x):
+            return self.used(x)
+
+    model = Idle()
     with pytest.raises(StateError, match=r"idle\.weight takes no part"):
         sc.prune(model, 0.5, score=scores.synflow(model, torch.ones(1, 4)))

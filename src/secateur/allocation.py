@@ -56,8 +56,8 @@ class Allocation:
     allow_empty: bool = False
 
     def __post_init__(self) -> None:
-        fraction = isinstance(self.min_keep, float)
-        if isinstance(self.min_keep, bool) or not self.min_keep >= 0 or (fraction and not self.min_keep <= 1):
+        share = isinstance(self.min_keep, float)
+        if isinstance(self.min_keep, bool) or not self.min_keep >= 0 or (share and not self.min_keep <= 1):
             raise InputError(
                 f"min_keep={self.min_keep!r}: give a number of weights (int) or a fraction (float, 0 to 1)"
             )
@@ -68,7 +68,7 @@ class Allocation:
         """Weights that a tensor of `free` prunable ones may lose."""
         if self.allow_empty:
             return free
-        kept = math.ceil(self.min_keep * free) if isinstance(self.min_keep, float) else self.min_keep
+        kept = math.ceil(fraction(self.min_keep) * free) if isinstance(self.min_keep, float) else self.min_keep
         return max(free - kept, 0)
 
 

@@ -17,6 +17,9 @@ Each message says what (tensor, value), why, and what to do; each is raised befo
 from __future__ import annotations
 
 import difflib
+import os
+import sys
+import warnings
 from collections.abc import Iterable
 
 
@@ -53,6 +56,15 @@ class StateError(SecateurError, RuntimeError):
 
 class SecateurWarning(UserWarning):
     """Something works, but not as one would hope."""
+
+
+def warn(message: str) -> None:
+    """Issue a SecateurWarning that points at the first line outside this package."""
+    level, frame = 1, sys._getframe()
+    package = os.path.dirname(__file__)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(package):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, SecateurWarning, stacklevel=level)
 
 
 def nearest(name: str, valid: Iterable[str], shown: int = 5) -> str:

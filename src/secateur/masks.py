@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from secateur import bits
 from secateur.errors import InputTypeError, MaskError, UnknownNameError, nearest
+from secateur.files import replacing
 from secateur.scope import unwrap
 
 _FORMAT = "secateur.masks"
@@ -166,15 +165,8 @@ class Masks(Mapping[str, Tensor]):
         """Write a `.safetensors` file of one bit a weight; an old file stays until the new one is whole."""
         shapes = json.dumps({name: list(shape) for name, shape in self._shapes.items()})
         tensors = {name: packed.cpu().contiguous() for name, packed in self._bits.items()}
-        target = Path(path)
-        descriptor, temporary = tempfile.mkstemp(dir=target.parent, prefix=target.name, suffix=".tmp")
-        os.close(descriptor)
-        try:
-            save_file(tensors, temporary, metadata={"format": _FORMAT, "version": "1", "shapes": shapes})
-            os.replace(temporary, target)
-        except BaseException:
-            os.unlink(temporary)
-            raise
+        with replacing(path) as temporary:
+            temporary.write_bytes(save(tensors, {"format": _FORMAT, "version": "1", "shapes": shapes}))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Masks:
@@ -190,12 +182,14 @@ class Masks(Mapping[str, Tensor]):
                     raise MaskError(f"{path} holds no masks of version 1: give a file that Masks.save wrote")
                 shapes = {name: torch.Size(shape) for name, shape in json.loads(metadata["shapes"]).items()}
                 packed = {name: file.get_tensor(name) for name in shapes}
-        except (SafetensorError, KeyError, ValueError) as error:
+        except (SafetensorError, KeyError, ValueError, TypeError, AttributeError) as error:
             if isinstance(error, MaskError):
                 raise
             raise MaskError(f"{path} cannot be read as masks ({error}): give a file that Masks.save wrote") from error
         for name, shape in shapes.items():
-            if packed[name].dtype != torch.uint8 or packed[name].shape != (-(-shape.numel() // 8),):
+            whole, spare = divmod(shape.numel(), 8)
+            fits = packed[name].dtype == torch.uint8 and packed[name].shape == (whole + bool(spare),)
+            if not fits or (spare and int(packed[name][-1]) >> spare):
                 raise MaskError(f"{path} is damaged: {name} does not hold the bits of shape {tuple(shape)}")
         return cls.from_bits(packed, shapes)
 
@@ -222,16 +216,17 @@ def remask(model: nn.Module | Mapping[str, Tensor], masks: Masks) -> dict[str, f
     Raises:
         UnknownNameError, MaskError: the masks are for another model; nothing was changed.
     """
-    tensors = masks.match(model)
-    before = {name: _norm(tensor) for name, tensor in tensors.items()}
+    removed = {}
+    for name, tensor in masks.match(model).items():
+        gone = whole = 0.0
+        packed = masks.packed(name).to(tensor.device)
+        for start, piece in bits.chunks(tensor.detach()):
+            squares = piece.abs().double().square()
+            kept = bits.unpack(packed[start // 8 : (start + piece.numel() + 7) // 8], piece.numel())
+            gone, whole = gone + float(squares[~kept].sum()), whole + float(squares.sum())
+        removed[name] = (gone / whole) ** 0.5 if whole else 0.0
     masks.apply(model)
-    after = {name: _norm(tensor) for name, tensor in tensors.items()}
-    return {name: (max(b**2 - after[name] ** 2, 0.0) ** 0.5 / b if b else 0.0) for name, b in before.items()}
-
-
-def _norm(tensor: Tensor) -> float:
-    pieces = (piece.abs().double().square().sum() for _, piece in bits.chunks(tensor.detach()))
-    return float(sum(pieces, torch.zeros((), dtype=torch.float64)).sqrt())
+    return removed
 
 
 def _tensors(model: nn.Module | Mapping[str, Tensor]) -> Mapping[str, Tensor]:

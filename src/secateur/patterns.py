@@ -7,6 +7,7 @@ the groups that stay back into a mask.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal, Protocol
@@ -26,8 +27,8 @@ class Pattern(Protocol):
     def sparsity(self) -> Fraction | None:
         """The one sparsity that the pattern allows, or None if it allows any."""
 
-    def whole(self, length: int) -> int:
-        """How many of `length` inputs lie in whole groups."""
+    def legal(self, shape: Sequence[int], dim: int) -> int:
+        """The most weights of a tensor of this shape that may go."""
 
     def check(self, name: str, shape: torch.Size, dim: int) -> None:
         """Raise a PatternError where the pattern cannot be laid on a tensor of this shape."""
@@ -68,9 +69,9 @@ class n_m:
         """1 - n / m."""
         return Fraction(self.m - self.n, self.m)
 
-    def whole(self, length: int) -> int:
-        """All but the tail."""
-        return length // self.m * self.m
+    def legal(self, shape: Sequence[int], dim: int) -> int:
+        """m - n of each whole group."""
+        return math.prod(shape) // max(shape[dim], 1) * (shape[dim] // self.m) * (self.m - self.n)
 
     def check(self, name: str, shape: torch.Size, dim: int) -> None:
         """See that the input dimension is a multiple of m, or that its tail may stay dense."""
@@ -89,7 +90,7 @@ class n_m:
     def reduce(self, scores: Tensor, dim: int) -> Tensor:
         """The scores, +inf for the n highest of each group (of equals, the later ones stay) and for the tail."""
         reduced = torch.full_like(scores, math.inf)
-        whole = self.whole(scores.shape[dim])
+        whole = scores.shape[dim] // self.m * self.m
         rows = scores.movedim(dim, -1)[..., :whole]
         rows = rows.reshape(*rows.shape[:-1], -1, self.m)
         lowest = rows.argsort(dim=-1, stable=True)[..., : self.m - self.n]
@@ -128,9 +129,9 @@ class blocks:
         """Any."""
         return None
 
-    def whole(self, length: int) -> int:
-        """All but the tail."""
-        return length // self.width * self.width
+    def legal(self, shape: Sequence[int], dim: int) -> int:
+        """All but the tails."""
+        return math.prod((shape[0] // self.height * self.height, shape[1] // self.width * self.width, *shape[2:]))
 
     def check(self, name: str, shape: torch.Size, dim: int) -> None:
         """See that both dimensions are multiples, or that their tails may stay dense."""
@@ -175,14 +176,18 @@ class lines:
 
     along: int
 
+    def __post_init__(self) -> None:
+        if self.along not in (0, 1):
+            raise InputError(f"lines({self.along!r}): choose 0 for rows (outputs) or 1 for columns (inputs)")
+
     @property
     def sparsity(self) -> None:
         """Any."""
         return None
 
-    def whole(self, length: int) -> int:
+    def legal(self, shape: Sequence[int], dim: int) -> int:
         """All."""
-        return length
+        return math.prod(shape)
 
     def check(self, name: str, shape: torch.Size, dim: int) -> None:
         """See that the tensor has such slices."""

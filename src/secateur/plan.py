@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from secateur import allocation as allocations
 from secateur import bits, patterns, scores, selection
 from secateur.allocation import Allocation, Count, half_up
-from secateur.errors import InputError, InputTypeError, SecateurWarning
+from secateur.errors import InputError, InputTypeError, warn
 from secateur.masks import Masks
 from secateur.patterns import Pattern
 from secateur.scope import Member, Scope, unwrap, weights
@@ -71,7 +70,8 @@ class Plan:
         found = {name: self._expand(self.scope.members[name], kept[name]) for name in names}
         masks = Masks.from_bits(found, {name: self.scope[name].shape for name in names})
         masks = masks if held is None else masks & held
-        _warn_of_collapse(masks)
+        if not self.allocation.allow_empty:
+            _warn_of_collapse(masks)
         return masks
 
     def _stream(self, member: Member, held: Masks | None) -> Stream:
@@ -101,7 +101,7 @@ class Plan:
     def _split(self, streams: list[Stream], count: int, held: Masks | None) -> dict[str, Tensor]:
         """Share `count` among the streams; give each one's kept bits."""
         free = {s.name: self.scope.members[s.name].free for s in streams}
-        most = {s.name: self.allocation.most(free[s.name]) // s.group * s.group for s in streams}
+        most = {s.name: self._most(self.scope.members[s.name]) // s.group * s.group for s in streams}
         if count > sum(most.values()):
             raise InputError(
                 f"{count:,} of {sum(free.values()):,} weights cannot go: each tensor keeps "
@@ -112,8 +112,17 @@ class Plan:
             return _ranked_together(streams, count, most)
         least = held.counts() if held is not None else {}
         bounds = {name: (least.get(name, 0), most[name]) for name in free}
-        counts = allocations.shared(self.allocation, {name: self.scope[name] for name in free}, bounds, count)
+        counts = allocations.shared(self.allocation, {s.name: self._weights(s.name) for s in streams}, bounds, count)
         return {s.name: selection.keep(s, selection.threshold([s], counts[s.name]))[0] for s in streams}
+
+    def _most(self, member: Member) -> int:
+        most = self.allocation.most(member.free)
+        return most if self.pattern is None else min(most, _legal(member, self.pattern))
+
+    def _weights(self, name: str) -> Tensor:
+        """The weights of a tensor that count: all but a padding row."""
+        weight, row = self.scope[name].detach(), self.scope.members[name].padding_row
+        return weight if row is None else torch.cat([weight[:row], weight[row + 1 :]])
 
 
 def make(
@@ -169,11 +178,12 @@ def _share(scope: Scope, names: tuple[str, ...], sparsity: Fraction, pattern: Pa
         return Share(names, sparsity, size)
     if abs(sparsity - fixed) > Fraction(1, 1000):
         raise InputError(f"the pattern {pattern} makes a sparsity of {float(fixed):g}; asked was {float(sparsity):g}")
-    legal = Fraction(0)
-    for member in members:
-        length = member.parameter.shape[member.input_dim]
-        legal += fixed * (member.free // length) * pattern.whole(length)
-    return Share(names, sparsity, legal / sparsity)
+    return Share(names, sparsity, sum(_legal(member, pattern) for member in members) / sparsity)
+
+
+def _legal(member: Member, pattern: Pattern) -> int:
+    rows, *rest = member.parameter.shape
+    return pattern.legal((rows - (member.padding_row is not None), *rest), member.input_dim)
 
 
 def _ranked_together(streams: list[Stream], count: int, most: Mapping[str, int]) -> dict[str, Tensor]:
@@ -200,9 +210,7 @@ def _warn_of_collapse(masks: Masks) -> None:
     for name, pruned in masks.counts().items():
         size = masks.shape(name).numel()
         if (size - pruned) < 0.01 * size and (size - pruned) < 0.1 * density * size:
-            warnings.warn(
+            warn(
                 f"{name} keeps under 1 % of its weights while the others keep more than ten times as many: it may no "
-                "longer let anything through; raise its share with allocation='erk' or min_keep=0.01",
-                SecateurWarning,
-                stacklevel=4,
+                "longer let anything through; raise its share with allocation='erk' or min_keep=0.01"
             )

@@ -132,7 +132,7 @@ class Pruner:
     @property
     def sparsity(self) -> float:
         """Fraction of the weights in scope that is pruned at this moment."""
-        return sum(self._counts) / self._plan.scope.size
+        return self._masks.pruned / self._plan.scope.size
 
     def attach(self, *optimizers: Optimizer) -> None:
         """Follow these optimizers: after each of their steps pruned weights are zero again and the schedule advances.

@@ -30,7 +30,7 @@ class Schedule:
 
     Attributes:
         kind: the name of the curve.
-        start: the first step with zeros; before it nothing is pruned.
+        start: the step at which the curve begins; up to it nothing is pruned (but by a curve that begins high).
         stop: the step from which on the sparsity is the final one, exactly, whatever `every` is.
         every: steps between changes of the masks.
     """
@@ -41,6 +41,8 @@ class Schedule:
     every: int = 1
 
     def __post_init__(self) -> None:
+        if self.kind not in _CURVES:
+            raise InputError(f"no schedule named {self.kind!r}: choose {', '.join(_CURVES)}")
         for name in ("start", "stop", "every"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int):

@@ -114,11 +114,13 @@ def weights(
             parametrization or by `torch.nn.utils.prune`; or nothing is left to prune.
 
     >>> print(weights(nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))))
-    tensor         weights                                 why
-    --------  ---  -------  ----------------------------------
-    0.weight   in       12                              Linear
-    0.bias    out           a bias or of one dimension (Linear)
-    1.weight  out           BatchNorm1d is not pruned by default
+    tensor         weights                                       why
+    --------  ---  -------  ----------------------------------------
+    0.weight   in       12                                    Linear
+    0.bias    out                a bias or of one dimension (Linear)
+    1.weight  out           a bias or of one dimension (BatchNorm1d)
+    1.bias    out           a bias or of one dimension (BatchNorm1d)
+    12 weights in scope
     """
     model = unwrap(model)
     chosen, left_out_types = _selectors(only), _selectors(skip)
@@ -273,30 +275,34 @@ def _require_prunable(member: Member) -> None:
 def _refuse_computed(model: nn.Module, only: tuple[Selector, ...], skip: tuple[Selector, ...]) -> None:
     """Refuse a weight that is recomputed at each forward: zeros written into it would not last."""
     for prefix, module in model.named_modules():
-        if only and not any(_selects(s, f"{prefix}.weight", module) for s in only):
+        chosen = any(_selects(s, f"{prefix}.weight", module) for s in only) if only else isinstance(module, _BY_DEFAULT)
+        if not chosen or any(_selects(s, f"{prefix}.weight", module) for s in skip):
             continue
-        if not isinstance(module, _BY_DEFAULT) or any(_selects(s, f"{prefix}.weight", module) for s in skip):
-            continue
-        if any(attribute.endswith("_mask") for attribute in module._buffers):
+        place = prefix or "the model"
+        if any(name.endswith("_mask") and f"{name[:-5]}_orig" in module._parameters for name in module._buffers):
             raise InputError(
-                f"{prefix or 'the model'} was pruned with torch.nn.utils.prune, which renames its weights: "
+                f"{place} was pruned with torch.nn.utils.prune, which renames its weights: "
                 "make it plain first, with sc.from_torch_prune(model)"
             )
-        computed = list(module.parametrizations) if parametrize.is_parametrized(module) else []  # type: ignore[arg-type]
-        if computed:
-            at = f"model.{prefix}" if prefix else "model"
+        for weight, norm, remedy in _computed(module, f"model.{prefix}" if prefix else "model"):
             raise InputError(
-                f"{prefix or 'the model'}: {', '.join(computed)} is computed by a parametrization (weight_norm and its "
-                f"like), so zeros in it would not last: call torch.nn.utils.parametrize.remove_parametrizations({at}, "
-                f"{computed[0]!r}) and prune, or leave it out: sc.weights(model, skip=[{prefix!r}])"
+                f"{place}: {weight} is computed by {norm}, so zeros in it would not last: call torch.nn.utils.{remedy} "
+                f"and prune, or leave it out: sc.weights(model, skip=[{prefix!r}])"
             )
-        for norm, attribute in (("weight_norm", "weight_g"), ("spectral_norm", "weight_orig")):
-            if attribute in module._parameters:
-                raise InputError(
-                    f"{prefix or 'the model'}: weight is computed by {norm}, so zeros in it would not last: call "
-                    f"torch.nn.utils.remove_{norm} on it and prune, "
-                    f"or leave it out: sc.weights(model, skip=[{prefix!r}])"
-                )
+
+
+def _computed(module: nn.Module, place: str) -> Iterator[tuple[str, str, str]]:
+    """Name each weight of a module that is computed from others, what computes it, and how to make it plain."""
+    if parametrize.is_parametrized(module):
+        for name in module.parametrizations:  # type: ignore[union-attr]
+            if "weight" in name:
+                remedy = f"parametrize.remove_parametrizations({place}, {name!r})"
+                yield name, "a parametrization (weight_norm and its like)", remedy
+    for attribute in module._parameters:
+        for norm, ending in (("weight_norm", "_g"), ("spectral_norm", "_orig")):
+            if "weight" in attribute and attribute.endswith(ending):
+                name = attribute.removesuffix(ending)
+                yield name, norm, f"remove_{norm}({place}, {name!r})"
 
 
 def _remark(member: Member) -> str:

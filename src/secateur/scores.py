@@ -18,8 +18,9 @@ a `generator` has its state saved with the Pruner's. A `GradientScore` must firs
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +33,7 @@ _F = TypeVar("_F", bound=Score)
 
 
 def elementwise(score: _F) -> _F:
-    """Mark a score that looks at each weight alone, so that it may be called on flat pieces of a tensor."""
+    """Mark a score that looks at each weight alone: it is called on flat pieces of a tensor, on each more than once."""
     score.elementwise = True  # type: ignore[attr-defined]
     return score
 
@@ -100,7 +101,7 @@ class GradientScore:
     def __call__(self, name: str, weight: Tensor) -> Tensor:
         if name not in self.sums:
             raise StateError(
-                f"the score {self.__name__} has seen no gradient of {name}: call sc.accumulate(model, batches, loss) or "
+                f"the score {self.__name__} has seen no gradient of {name}: sc.accumulate(model, batches, loss), or "
                 f"observe() after each backward; leave a frozen tensor out: sc.weights(model, skip=[{name!r}])"
             )
         return self._score(weight, self.sums[name])
@@ -137,7 +138,7 @@ def snip() -> GradientScore:
 
 def movement() -> GradientScore:
     """Minus the sum of w g over the whole training: weights that move towards zero go first (signed)."""
-    return GradientScore("movement", lambda w, g: -(w * g).real if w.is_complex() else -(w * g), forget=False)
+    return GradientScore("movement", lambda w, g: -(w * g.conj()).real, forget=False)
 
 
 def fisher() -> GradientScore:
@@ -148,8 +149,8 @@ def fisher() -> GradientScore:
 class synflow:
     """SynFlow: no data, only the shape of an input. Repeat it: prune in many small steps (`sc.geometric`).
 
-    The model itself is not run: a double-precision stand-in with abs(w) for each parameter is, on inputs of ones,
-    in eval() mode, and its outputs are summed to R.
+    The model itself is not run: a copy in double precision is, with abs(w) for each parameter, on inputs of ones and
+    in eval() mode; its outputs are summed to R.
 
     Args:
         model: its parameters as they are when the masks are chosen.
@@ -174,19 +175,14 @@ class synflow:
 def _synaptic_flow(model: nn.Module, inputs: Tensor | tuple[Tensor, ...]) -> dict[str, Tensor]:
     arguments = inputs if isinstance(inputs, tuple) else (inputs,)
     ones = tuple(torch.ones_like(x, dtype=torch.float64) if x.is_floating_point() else x for x in arguments)
-    state = {n: b.double() if b.is_floating_point() else b for n, b in model.named_buffers()}
-    linear = {n: p.detach().abs().double().requires_grad_() for n, p in model.named_parameters()}
-    training = [module for module in model.modules() if module.training]
-    try:
-        for module in training:
-            module.training = False
-        with torch.enable_grad():
-            out = torch.func.functional_call(model, {**linear, **state}, ones)
-            flow = sum(tensor.sum() for tensor in _tensors(out))
-            gradients = torch.autograd.grad(cast(Tensor, flow), list(linear.values()), allow_unused=True)
-    finally:
-        for module in training:
-            module.training = True
+    # a copy, not functional_call: that leaves the fused weights of an LSTM pointing at what it was called with
+    stand_in = copy.deepcopy(model).double().eval()
+    linear = dict(stand_in.named_parameters())
+    for parameter in linear.values():
+        parameter.requires_grad_().data.abs_()
+    with torch.enable_grad():
+        flow = torch.stack([tensor.sum() for tensor in _tensors(stand_in(*ones))]).sum()
+        gradients = torch.autograd.grad(flow, list(linear.values()), allow_unused=True)
     pairs = zip(linear.items(), gradients, strict=True)
     return {name: (weight * gradient).detach() for (name, weight), gradient in pairs if gradient is not None}
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from secateur import bits
 from secateur.errors import InputError
-from secateur.scores import Score, magnitude
+from secateur.scores import Score, evaluate, magnitude
 
 _SAMPLE = 1 << 16
 _SIGMAS = 5.0  # half-width of the bracket in standard deviations of the sample's rank: it misses once in a million
@@ -67,10 +67,7 @@ class Stream:
             return raw
         if self.score is magnitude:
             return raw.abs()
-        scores = self.score(self.name, raw)
-        if bool((scores.isnan() | scores.isneginf()).any()):
-            raise InputError(f"the score of {self.name} holds NaN or -inf: scores must be numbers, or +inf")
-        return zeros_first(scores, raw)
+        return zeros_first(evaluate(self.score, self.name, raw), raw)
 
     def _ranked(self, scores: Tensor, start: int) -> Tensor:
         stop = start + scores.numel()
@@ -164,7 +161,7 @@ def require_finite(name: str, weight: Tensor) -> None:
 
 def _exact(streams: Sequence[Stream], count: int, dtype: torch.dtype) -> Cut:
     low, high = _bracket(streams, count, dtype)
-    while True:
+    for _ in range(9):  # one pass nearly always, three at the very most
         below, inside = _census(streams, low, high, dtype)
         if below < count <= below + inside.size:
             rank = count - below - 1
@@ -176,6 +173,7 @@ def _exact(streams: Sequence[Stream], count: int, dtype: torch.dtype) -> Cut:
         less, equal = _rank(streams, end, dtype)
         if less < count <= less + equal:
             return Cut(end, count - less, dtype)
+    raise InputError(f"the score of {streams[0].name} changes from call to call: an elementwise one must not")
 
 
 def _bracket(streams: Sequence[Stream], count: int, dtype: torch.dtype) -> tuple[float, float]:
@@ -228,7 +226,7 @@ def _rank(streams: Sequence[Stream], value: float, dtype: torch.dtype) -> tuple[
 
 def _grouped(streams: Sequence[Stream], count: int, dtype: torch.dtype) -> Cut:
     """Take whole groups, the lowest first, as long as that brings the weights pruned nearer to `count`."""
-    scores = torch.cat([torch.cat(list(s.pieces(dtype))).cpu() for s in streams])
+    scores = torch.cat([piece.cpu() for stream in streams for piece in stream.pieces(dtype)])
     groups = torch.cat([torch.full((s.values.numel(),), s.group, dtype=torch.int64) for s in streams])
     scores, order = scores.sort(stable=True)
     weights = groups[order].cumsum(0)

@@ -1,0 +1,13 @@
+"""The built-in demo: an LSTM on handwritten digits, pruned to an exact sparsity while it trains.
+
+Read it in this order, as a tutorial:
+
+- `digits.py`: the data, a plain model and a plain training loop. Nothing there knows of pruning.
+- `story.py`: the six steps of the story.
+- `elsewhere.py`: a script that loads the pruned model where there is no secateur.
+- `pictures.py`: how the result is shown.
+"""
+
+from secateur.demo.story import run
+
+__all__ = ["run"]

@@ -1,0 +1,212 @@
+"""How the result of the demo is shown: as a table in the terminal, and as two plots."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from secateur.tables import number, percent, size
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+NAMES = ("training.png", "layers.png")
+HOW_TO_GET_THEM = 'matplotlib is not installed; for the pictures: pip install "secateur[plot]"'
+
+_DENSE, _GRADUAL, _SPARSITY, _COLLAPSE = "#7a7a7a", "#1b7f5c", "#3b6fb6", "#c0392b"
+
+
+# The table --------------------------------------------------------------------------------------------------
+
+
+def tell(result: dict[str, Any], out: Path, console: Console) -> None:
+    """Print the table that tells the story, and where the files are."""
+    table = Table(title="secateur demo: an LSTM that reads handwritten digits", title_justify="left", show_lines=True)
+    table.add_column("step")
+    table.add_column("zeros", justify="right", no_wrap=True)
+    table.add_column("right", justify="right", no_wrap=True)
+    table.add_column("what it means")
+    for step, zeros, right, meaning in story(result):
+        table.add_row(Text(step), zeros, right, Text(meaning))
+    console.print(table)
+    data, settings = result["data"], result["settings"]
+    for line in (
+        f"zeros: share of the {number(result['weights'])} weights that are zero; right: share of {data['test']} test "
+        f"images, none of them among the {data['train']} for training; seed {settings['seed']}, one thread",
+        "",
+        result["comparison"]["summary"],
+        "",
+        f"{result['seconds']:.0f} seconds in all. In {out}: run.json (every number), dense.safetensors and "
+        "pruned.safetensors (plain weights), masks.safetensors, elsewhere.py (loads them without secateur)",
+        f"pictures: {', '.join(result['pictures'])}" if isinstance(result["pictures"], list) else result["pictures"],
+    ):
+        console.print(line, markup=False, highlight=False)
+
+
+def story(result: dict[str, Any]) -> list[tuple[str, str, str, str]]:
+    """Put the numbers into words: step, zeros, accuracy, meaning."""
+    epochs, asked = result["settings"]["epochs"], result["settings"]["sparsity"]
+    dense, one_shot, gradual, longer = (result[key] for key in ("dense", "one_shot", "gradual", "dense_longer"))
+    remaining, total = (result["rounds"][key] for key in ("of_what_remains", "of_the_total"))
+    fresh, n = result["fresh_process"], len(total)
+    measured, verdicts = result["comparison"]["measurements"], result["comparison"]["verdicts"]
+    milliseconds = {name: f"{1e3 * one['seconds']:.2f} ms" for name, one in measured.items()}
+    file = {name: size(one["file_bytes"]) for name, one in measured.items()}
+
+    def row(step: str, state: dict[str, Any], meaning: str) -> tuple[str, str, str, str]:
+        return step, percent(state["sparsity"]), percent(state["accuracy"]), meaning
+
+    def points(difference: float) -> str:
+        return f"{abs(100 * difference):.1f} points {'above' if difference >= 0 else 'below'}"
+
+    return [
+        row(f"1. train dense, {epochs} epochs", dense, "the model as everybody trains it"),
+        row(
+            "2. prune at once",
+            one_shot,
+            f"{number(one_shot['zeros'])} weights gone in one cut: {points(one_shot['accuracy'] - dense['accuracy'])} "
+            "the dense model",
+        ),
+        row(
+            f"3. prune gradually, {epochs} epochs",
+            gradual,
+            f"the same number of zeros, {number(gradual['zeros'])}, reached while it trains on: "
+            f"{points(gradual['accuracy'] - longer['accuracy'])} the dense model trained as long",
+        ),
+        row(f"   or train on dense, {epochs} epochs", longer, "the fair comparison: the same training, unpruned"),
+        (
+            f"4. {n} rounds of a tenth of what remains",
+            percent(remaining[-1]),
+            "",
+            f"1 - 0.9^{n} = {1 - 0.9**n:.3f}, as torch.nn.utils.prune counts",
+        ),
+        (
+            f"   {n} rounds of a tenth of what was asked",
+            percent(total[-1]),
+            "",
+            f"{n} x {asked / n:g} = {asked:g} of the total, as secateur counts",
+        ),
+        (
+            "5. load it where there is no secateur",
+            percent(gradual["sparsity"]),
+            percent(fresh["accuracy"]),
+            f"{'same' if result['same_model'] else 'OTHER'} module and keys; a fresh process predicts "
+            + ("the same, bit for bit" if fresh["same_bits"] else "OTHERWISE"),
+        ),
+        (
+            "6. measure",
+            percent(gradual["sparsity"]),
+            "",
+            f"{milliseconds['dense']} before, {milliseconds['pruned']} after: {verdicts['pruned']}; "
+            f"file {file['dense']} before, {file['pruned']} after: dense kernels and dense files do not skip zeros",
+        ),
+    ]
+
+
+# The plots --------------------------------------------------------------------------------------------------
+
+
+def draw(result: dict[str, Any]) -> dict[str, Figure]:
+    """Draw both pictures; the key is the file name.
+
+    Raises:
+        ImportError: there is no matplotlib.
+    """
+    return {"training.png": _training(result), "layers.png": _layers(result)}
+
+
+def _training(result: dict[str, Any]) -> Figure:
+    """Sparsity and accuracy over the steps."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    axes = figure.add_subplot()
+    history, last = result["history"], result["history"]["dense"][-1]
+
+    def curve(name: str, key: str, **style: Any) -> None:
+        points = history[name] if name == "dense" else [last, *history[name]]
+        axes.plot([p["step"] for p in points], [100 * p[key] for p in points], **style)
+
+    begin, end = last["step"], history["gradual"][-1]["step"]
+    axes.axvspan(begin, end, color=_SPARSITY, alpha=0.05, lw=0)
+    curve("dense", "accuracy", color=_DENSE, lw=2, label="accuracy, dense")
+    curve("dense_longer", "accuracy", color=_DENSE, lw=2, ls=":", label="accuracy, dense, trained on")
+    curve("gradual", "accuracy", color=_GRADUAL, lw=2.5, label="accuracy, pruned gradually")
+    curve("gradual", "sparsity", color=_SPARSITY, lw=2, ls="--", label="zeros, pruned gradually")
+    one_shot = result["one_shot"]
+    axes.plot(begin, 100 * one_shot["accuracy"], "X", color=_COLLAPSE, ms=11, label="accuracy, pruned at once")
+    axes.annotate(
+        f"{percent(one_shot['sparsity'])} pruned at once:\n{percent(one_shot['accuracy'])} right",
+        (begin, 100 * one_shot["accuracy"]),
+        (-14, 0),
+        textcoords="offset points",
+        ha="right",
+        va="center",
+        color=_COLLAPSE,
+    )
+    gradual = result["gradual"]
+    for value, word, color in ((gradual["accuracy"], "right", _GRADUAL), (gradual["sparsity"], "zeros", _SPARSITY)):
+        axes.annotate(
+            f"{percent(value)}\n{word}",
+            (end, 100 * value),
+            (6, 6 if word == "right" else -6),
+            textcoords="offset points",
+            va="bottom" if word == "right" else "top",
+            color=color,
+            annotation_clip=False,
+        )
+    axes.set(xlim=(0, end), ylim=(0, 102), xlabel="optimizer steps", ylabel="% of test images, % of weights")
+    axes.set_title("Pruned while it trains, the model keeps its accuracy", loc="left", weight="bold")
+    axes.legend(loc="lower right", frameon=False)
+    _tidy(axes)
+    return figure
+
+
+def _layers(result: dict[str, Any]) -> Figure:
+    """The share of zeros in each tensor."""
+    from matplotlib.figure import Figure
+
+    layers = result["layers"]
+    figure = Figure(figsize=(9, 1.6 + 0.7 * len(layers)), layout="constrained")
+    axes = figure.add_subplot()
+    shares = [100 * layer["zeros"] / layer["weights"] for layer in layers]
+    axes.barh([layer["name"] for layer in layers], shares, color=_SPARSITY, height=0.6)
+    for i, (layer, share) in enumerate(zip(layers, shares, strict=True)):
+        text = f"{share:.2f} %  ({number(layer['zeros'])} of {number(layer['weights'])} are zero)"
+        inside = share > 50
+        axes.annotate(
+            text,
+            (share, i),
+            (-8 if inside else 8, 0),
+            textcoords="offset points",
+            ha="right" if inside else "left",
+            va="center",
+            color="white" if inside else _SPARSITY,
+        )
+    total = 100 * result["gradual"]["sparsity"]
+    axes.axvline(total, color=_COLLAPSE, ls="--", lw=1.5)
+    axes.annotate(
+        f"all together: {total:.2f} %",
+        (total, 1),
+        (0, 4),
+        xycoords=("data", "axes fraction"),
+        textcoords="offset points",
+        ha="center",
+        color=_COLLAPSE,
+    )
+    axes.set(xlim=(0, 100), xlabel="% of weights that are zero")
+    axes.set_title("Sparsity of each tensor", loc="left", weight="bold")
+    axes.invert_yaxis()
+    _tidy(axes)
+    axes.grid(False)
+    axes.tick_params(axis="y", length=0)
+    return figure
+
+
+def _tidy(axes: Any) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", alpha=0.3)
