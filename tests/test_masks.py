@@ -113,7 +113,7 @@ def test_saving_replaces_the_old_file_and_a_failure_leaves_it(tmp_path, monkeypa
         raise OSError("disk full")
 
     with monkeypatch.context() as patch:
-        patch.setattr("secateur.masks.save_file", fail)
+        patch.setattr("secateur.masks.save", fail)
         with pytest.raises(OSError, match="disk full"):
             second.save(path)
     assert Masks.load(path) == first

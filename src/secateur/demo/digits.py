@@ -87,10 +87,10 @@ def train(
     rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, peak, total_steps=epochs * data.steps_per_epoch)
     for _ in range(epochs):
         model.train()
-        for batch in torch.randperm(len(data.train_images), generator=order).split(BATCH):
+        for batch in torch.split(torch.randperm(len(data.train_images), generator=order), BATCH):
             optimizer.zero_grad()
             loss = nn.functional.cross_entropy(model(data.train_images[batch]), data.train_labels[batch])
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             rate.step()

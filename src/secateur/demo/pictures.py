@@ -53,7 +53,7 @@ def story(result: dict[str, Any]) -> list[tuple[str, str, str, str]]:
     dense, one_shot, gradual, longer = (result[key] for key in ("dense", "one_shot", "gradual", "dense_longer"))
     remaining, total = (result["rounds"][key] for key in ("of_what_remains", "of_the_total"))
     fresh, n = result["fresh_process"], len(total)
-    measured, verdicts = result["comparison"]["measurements"], result["comparison"]["verdicts"]
+    measured, verdict = result["comparison"]["measurements"], result["comparison"]["verdict"]
     milliseconds = {name: f"{1e3 * one['seconds']:.2f} ms" for name, one in measured.items()}
     file = {name: size(one["file_bytes"]) for name, one in measured.items()}
 
@@ -101,7 +101,7 @@ def story(result: dict[str, Any]) -> list[tuple[str, str, str, str]]:
             "6. measure",
             percent(gradual["sparsity"]),
             "",
-            f"{milliseconds['dense']} before, {milliseconds['pruned']} after: {verdicts['pruned']}; "
+            f"{milliseconds['dense']} before, {milliseconds['pruned']} after: {verdict['pruned']}; "
             f"file {file['dense']} before, {file['pruned']} after: dense kernels and dense files do not skip zeros",
         ),
     ]
@@ -129,7 +129,7 @@ def _training(result: dict[str, Any]) -> Figure:
 
     def curve(name: str, key: str, **style: Any) -> None:
         points = history[name] if name == "dense" else [last, *history[name]]
-        axes.plot([p["step"] for p in points], [100 * p[key] for p in points], **style)
+        axes.plot([p["step"] for p in points], [100 * p[key] for p in points], marker=".", **style)
 
     begin, end = last["step"], history["gradual"][-1]["step"]
     axes.axvspan(begin, end, color=_SPARSITY, alpha=0.05, lw=0)
@@ -149,18 +149,19 @@ def _training(result: dict[str, Any]) -> Figure:
         color=_COLLAPSE,
     )
     gradual = result["gradual"]
-    for value, word, color in ((gradual["accuracy"], "right", _GRADUAL), (gradual["sparsity"], "zeros", _SPARSITY)):
+    accuracy, sparsity = gradual["accuracy"], gradual["sparsity"]
+    for value, word, color in ((accuracy, "right", _GRADUAL), (sparsity, "zeros", _SPARSITY)):
         axes.annotate(
-            f"{percent(value)}\n{word}",
+            f"{percent(value)} {word}",
             (end, 100 * value),
-            (6, 6 if word == "right" else -6),
+            (6, 0),
             textcoords="offset points",
-            va="bottom" if word == "right" else "top",
+            va="bottom" if value == max(accuracy, sparsity) else "top",
             color=color,
             annotation_clip=False,
         )
     axes.set(xlim=(0, end), ylim=(0, 102), xlabel="optimizer steps", ylabel="% of test images, % of weights")
-    axes.set_title("Pruned while it trains, the model keeps its accuracy", loc="left", weight="bold")
+    axes.set_title("Accuracy and sparsity while training", loc="left", weight="bold")
     axes.legend(loc="lower right", frameon=False)
     _tidy(axes)
     return figure
@@ -176,28 +177,18 @@ def _layers(result: dict[str, Any]) -> Figure:
     shares = [100 * layer["zeros"] / layer["weights"] for layer in layers]
     axes.barh([layer["name"] for layer in layers], shares, color=_SPARSITY, height=0.6)
     for i, (layer, share) in enumerate(zip(layers, shares, strict=True)):
-        text = f"{share:.2f} %  ({number(layer['zeros'])} of {number(layer['weights'])} are zero)"
-        inside = share > 50
+        inside = share > 45  # else there is no room for the text
         axes.annotate(
-            text,
-            (share, i),
-            (-8 if inside else 8, 0),
+            f"{share:.2f} %  ({number(layer['zeros'])} of {number(layer['weights'])} are zero)",
+            (0 if inside else share, i),
+            (8, 0),
             textcoords="offset points",
-            ha="right" if inside else "left",
             va="center",
             color="white" if inside else _SPARSITY,
         )
     total = 100 * result["gradual"]["sparsity"]
-    axes.axvline(total, color=_COLLAPSE, ls="--", lw=1.5)
-    axes.annotate(
-        f"all together: {total:.2f} %",
-        (total, 1),
-        (0, 4),
-        xycoords=("data", "axes fraction"),
-        textcoords="offset points",
-        ha="center",
-        color=_COLLAPSE,
-    )
+    axes.axvline(total, color=_COLLAPSE, ls="--", lw=1.5, label=f"all together: {total:.2f} %")
+    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), frameon=False, borderaxespad=0.2)
     axes.set(xlim=(0, 100), xlabel="% of weights that are zero")
     axes.set_title("Sparsity of each tensor", loc="left", weight="bold")
     axes.invert_yaxis()
