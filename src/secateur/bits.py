@@ -19,7 +19,6 @@ CHUNK = 1 << 18
 
 _BYTES = np.arange(256, dtype=np.uint8)[:, None]
 _ONES = np.unpackbits(_BYTES, axis=1, bitorder="little")  # [256, 8]: the bits of each byte
-_COUNT = _ONES.sum(1, dtype=np.uint8)
 _WORD = {
     1: (torch.int8, np.int8),
     2: (torch.int16, np.int16),
@@ -65,7 +64,9 @@ def unpack(bits: Tensor, count: int) -> Tensor:
 
 def count(bits: Tensor) -> int:
     """Count the kept weights."""
-    return int(_COUNT[bits.cpu().numpy()].sum(dtype=np.int64))
+    array, step = bits.cpu().numpy(), CHUNK // 8
+    parts = (array[start : start + step] for start in range(0, array.size, step))
+    return sum(int(np.count_nonzero(np.unpackbits(part))) for part in parts)
 
 
 def alive(tensor: Tensor, bits: Tensor) -> int:

@@ -206,8 +206,9 @@ def _ranked_together(streams: list[Stream], count: int, most: Mapping[str, int])
 
 
 def _warn_of_collapse(masks: Masks) -> None:
-    density = 1 - masks.sparsity
-    for name, pruned in masks.counts().items():
+    counts = masks.counts()
+    density = 1 - sum(counts.values()) / masks.size
+    for name, pruned in counts.items():
         size = masks.shape(name).numel()
         if (size - pruned) < 0.01 * size and (size - pruned) < 0.1 * density * size:
             warn(

@@ -257,8 +257,7 @@ def run(
         ],
         "history": history,
     }
-    drawn = _draw(result, out)
-    result["pictures"] = drawn or pictures.HOW_TO_GET_THEM
+    draw(result, out)
     result["seconds"] = round(time.perf_counter() - began, 1)
     write(out / "run.json", lambda path: path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8"))
     if console is not None:
@@ -284,16 +283,18 @@ def write(path: Path, fill: Callable[[Path], object]) -> None:
         unfinished.unlink(missing_ok=True)
 
 
-def _draw(result: dict[str, Any], out: Path) -> list[str]:
+def draw(result: dict[str, Any], out: Path) -> None:
+    """Draw the pictures, if matplotlib is there, and note in the result which there are, or how to get them."""
     for name in pictures.NAMES:
         (out / name).unlink(missing_ok=True)  # a picture of an earlier run would tell another story
     try:
         figures = pictures.draw(result)
     except ImportError:
-        return []
+        result.update(pictures=[], note=pictures.HOW_TO_GET_THEM)
+        return
     for name, figure in figures.items():
         write(out / name, partial(figure.savefig, format="png", dpi=150))
-    return list(figures)
+    result.update(pictures=list(figures), note="")
 
 
 def _require(epochs: int, sparsity: float, seed: int, out: Path) -> None:

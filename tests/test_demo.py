@@ -1,0 +1,237 @@
+import io
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+
+import secateur as sc
+from secateur.demo import digits, elsewhere, pictures, run, story
+
+WEIGHTS = 4 * 128 * 8 + 4 * 128 * 128 + 10 * 128
+FILES = {
+    "run.json", "dense.safetensors", "pruned.safetensors", "masks.safetensors", "test.safetensors", "elsewhere.py",
+    "training.png", "layers.png",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    """One run of two epochs: its result, folder and output, and the caller's state before and after."""
+
+    def state():
+        return torch.get_rng_state().tolist(), random.getstate(), str(np.random.get_state()), torch.get_num_threads()
+
+    out = tmp_path_factory.mktemp("demo") / "new" / "folder"
+    screen = io.StringIO()
+    before = state()
+    result = run(epochs=2, seed=3, out=out, console=Console(file=screen, width=120))
+    return result, out, screen.getvalue(), before == state()
+
+
+@pytest.fixture
+def data():
+    return digits.load()
+
+
+def test_the_data_are_all_there_and_split_without_overlap(data):
+    assert data.train_images.shape == (1347, 8, 8)
+    assert data.test_images.shape == (450, 8, 8)
+    images = torch.cat([data.train_images, data.test_images])
+    assert images.min() == 0
+    assert images.max() == 1
+    assert torch.cat([data.train_labels, data.test_labels]).bincount().tolist() == [
+        178, 182, 177, 183, 181, 182, 181, 179, 174, 180
+    ]  # fmt: skip
+    assert data.test_labels.bincount(minlength=10).min() >= 30
+    assert torch.equal(data.test_images, digits.load().test_images)
+
+
+def test_the_pruned_weights_are_exactly_the_zeros(shared):
+    result, out, _, _ = shared
+    asked = 63_821  # floor(0.9 * 70,912 + 1/2)
+    weights, masks = load_file(out / "pruned.safetensors"), sc.Masks.load(out / "masks.safetensors")
+    assert masks.size == result["weights"] == WEIGHTS
+    assert masks.pruned == asked
+    assert sum(int((weights[name] == 0).sum()) for name in masks) == asked
+    assert sc.check(weights, masks) == {}
+    assert not any(weights[name].eq(0).logical_and(weights[name].signbit()).any() for name in masks)  # +0.0
+    assert result["gradual"]["zeros"] == result["one_shot"]["zeros"] == asked
+    assert sum(layer["zeros"] for layer in result["layers"]) == asked
+    assert result["dense"]["zeros"] == 0
+
+
+@pytest.mark.parametrize("epochs", [1, 3])
+@pytest.mark.parametrize("sparsity", [0.5, 0.95])
+def test_any_epochs_and_sparsity_end_exactly(data, epochs, sparsity):
+    model, masks = story.prune_gradually(digits.LSTMClassifier(), sparsity, data, epochs)
+    assert masks.pruned == int(sparsity * WEIGHTS + 0.5)
+    assert story.look_at(model, data)["zeros"] == masks.pruned
+
+
+def test_the_folder_holds_what_was_promised_and_nothing_unfinished(shared):
+    result, out, _, _ = shared
+    assert {path.name for path in out.iterdir()} == FILES
+    assert json.loads((out / "run.json").read_text(encoding="utf-8")) == result
+    for name in result["pictures"]:
+        assert (out / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_model_has_the_keys_it_had(shared):
+    result, out, _, _ = shared
+    keys = list(digits.LSTMClassifier().state_dict())
+    assert result["same_model"] is True
+    assert sorted(load_file(out / "pruned.safetensors")) == sorted(load_file(out / "dense.safetensors")) == sorted(keys)
+
+
+def test_a_renamed_key_would_be_noticed():
+    model = digits.LSTMClassifier()
+    torch.nn.utils.prune.l1_unstructured(model.head, "weight", 0.5)
+    assert not story.same_model(model, digits.LSTMClassifier())
+
+
+def test_a_fresh_process_without_secateur_agrees(shared):
+    result, out, _, _ = shared
+    fresh = {"secateur_importable": False, "same_bits": True, "accuracy": result["gradual"]["accuracy"]}
+    assert result["fresh_process"] == fresh
+    again = subprocess.run([sys.executable, out / "elsewhere.py"], capture_output=True, text=True, check=True)
+    assert json.loads(again.stdout) == fresh
+
+
+def test_a_fresh_process_notices_one_changed_bit(shared, tmp_path):
+    _, out, _, _ = shared
+    for name in ("elsewhere.py", "pruned.safetensors", "test.safetensors"):
+        (tmp_path / name).write_bytes((out / name).read_bytes())
+    test = load_file(tmp_path / "test.safetensors")
+    test["logits"].view(torch.int32)[7, 3] ^= 1
+    story.write(tmp_path / "test.safetensors", lambda path: story.save_file(test, path))
+    assert story.load_elsewhere(tmp_path)["same_bits"] is False
+
+
+def test_a_fresh_process_that_fails_is_an_error(tmp_path):
+    (tmp_path / "elsewhere.py").write_bytes(Path(elsewhere.__file__).read_bytes())
+    with pytest.raises(sc.errors.StateError, match=r"run .*elsewhere\.py to see why"):
+        story.load_elsewhere(tmp_path)
+
+
+def test_the_model_elsewhere_is_the_model_here():
+    ours, theirs = digits.LSTMClassifier(), elsewhere.LSTMClassifier()
+    theirs.load_state_dict(ours.state_dict())
+    x = torch.rand(5, 8, 8)
+    assert torch.equal(ours(x), theirs(x))
+
+
+def test_pruned_at_once_is_worse_than_pruned_gradually(shared):
+    result, _, _, _ = shared
+    assert result["one_shot"]["accuracy"] < result["gradual"]["accuracy"] - 0.2
+
+
+def test_rounds_of_what_remains_and_of_the_total(shared):
+    rounds = shared[0]["rounds"]
+    assert rounds["of_what_remains"] == pytest.approx([1 - 0.9**i for i in range(1, 11)], abs=1e-4)
+    assert f"{rounds['of_what_remains'][-1]:.3f}" == "0.651"
+    assert rounds["of_the_total"] == pytest.approx([0.09 * i for i in range(1, 11)], abs=1e-5)
+    assert rounds["of_the_total"][-1] == 63_821 / WEIGHTS
+
+
+def test_the_history_has_a_point_for_each_epoch(shared):
+    history = shared[0]["history"]
+    assert [point["step"] for point in history["dense"]] == [43, 86]
+    assert [point["step"] for point in history["gradual"]] == [129, 172]
+    assert [point["sparsity"] for point in history["dense_longer"]] == [0, 0]
+
+
+def test_the_table_tells_the_measured_numbers(shared):
+    result, out, screen, _ = shared
+    flat = " ".join(screen.replace("│", " ").split())
+    for key in ("dense", "one_shot", "gradual", "dense_longer"):
+        assert f"{100 * result[key]['accuracy']:.2f} %" in flat
+    for words in ("63,821", "1 - 0.9^10 = 0.651", "10 x 0.09 = 0.9", "bit for bit", "run.json"):
+        assert words in flat
+    assert " ".join(result["comparison"]["summary"].split()) in flat
+    assert str(out) in screen.replace("\n", "")
+
+
+def test_the_table_hides_no_failure(shared):
+    result = {**shared[0], "same_model": False, "fresh_process": {**shared[0]["fresh_process"], "same_bits": False}}
+    meanings = " ".join(row[3] for row in pictures.story(result))
+    assert "OTHER module" in meanings
+    assert "OTHER predictions" in meanings
+
+
+def test_the_caller_keeps_random_numbers_and_threads(shared):
+    assert shared[3]
+
+
+def test_the_same_seed_gives_the_same_bits(data):
+    one, same, other = (story.train_dense(data, 1, seed=seed) for seed in (5, 5, 6))
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), same.parameters(), strict=True))
+    assert not torch.equal(one.head.weight, other.head.weight)
+
+
+def test_without_matplotlib_it_says_how_to_get_it(shared, monkeypatch, tmp_path):
+    (tmp_path / "training.png").write_bytes(b"of an earlier run")
+    for name in ("matplotlib", "matplotlib.figure"):
+        monkeypatch.setitem(sys.modules, name, None)
+    result = dict(shared[0])
+    story.draw(result, tmp_path)
+    assert result["pictures"] == []
+    assert list(tmp_path.iterdir()) == []
+    screen = io.StringIO()
+    pictures.tell(result, tmp_path, Console(file=screen, width=200))
+    assert 'pip install "secateur[plot]"' in screen.getvalue()
+
+
+def test_pyplot_is_left_alone():
+    code = (
+        "import sys; from secateur.demo import pictures; assert 'matplotlib' not in sys.modules; "
+        "from matplotlib.figure import Figure; assert 'matplotlib.pyplot' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONWARNINGS": ""})
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error", "remedy"),
+    [
+        ({"epochs": 0}, sc.errors.InputError, "give 1 or more"),
+        ({"epochs": True}, sc.errors.InputTypeError, "epochs is True: give a whole number"),
+        ({"epochs": 2.0}, sc.errors.InputTypeError, "give a whole number"),
+        ({"seed": "0"}, sc.errors.InputTypeError, "seed is '0'"),
+        ({"seed": -1}, sc.errors.InputError, "from 0 to"),
+        ({"sparsity": 1}, sc.errors.InputTypeError, "1.0"),
+        ({"sparsity": 1.1}, sc.errors.InputError, "such as 0.9"),
+        ({"sparsity": float("nan")}, sc.errors.InputError, "such as 0.9"),
+        ({"sparsity": 0.99999}, sc.errors.InputError, "ask for less"),
+    ],
+)
+def test_nonsense_is_refused_before_any_work(wrong, error, remedy, tmp_path):
+    with pytest.raises(error, match=remedy):
+        run(**wrong, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_in_the_place_of_the_folder_stays(tmp_path):
+    (tmp_path / "out").write_text("precious")
+    with pytest.raises(sc.errors.InputError, match="give --out another name"):
+        run(out=tmp_path / "out")
+    assert (tmp_path / "out").read_text() == "precious"
+
+
+def test_an_unfinished_file_leaves_no_trace(tmp_path):
+    (tmp_path / "file").write_text("old")
+
+    def fail(path):
+        path.write_text("half")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        story.write(tmp_path / "file", fail)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert (tmp_path / "file").read_text() == "old"
