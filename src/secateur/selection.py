@@ -55,7 +55,7 @@ class Stream:
         """
         room = torch.empty(0, dtype=dtype, device=self.values.device)
         for start, raw in bits.chunks(self.values.detach()):
-            if self.score is magnitude:
+            if self.score is magnitude and raw.dtype.to_real() == dtype:
                 room = room if room.numel() >= raw.numel() else room.new_empty(raw.numel())
                 scores = torch.abs(raw, out=room[: raw.numel()])
             else:
