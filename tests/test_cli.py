@@ -40,7 +40,7 @@ def demo(monkeypatch):
     """A stand-in for secateur.demo; returns the list of calls."""
     calls = []
 
-    def run(*, epochs=12, sparsity=0.9, seed=0, out=Path("secateur-demo"), console):
+    def run(*, epochs=20, sparsity=0.9, seed=0, out=Path("secateur-demo"), console):
         calls.append({"epochs": epochs, "sparsity": sparsity, "seed": seed, "out": out})
         if not 0 <= sparsity < 1:
             raise InputError(f"sparsity is {sparsity}:\n  give 0 <= s < 1")
@@ -102,7 +102,7 @@ def test_demo_passes_its_options_on_and_lets_the_demo_draw(demo):
     assert call("demo").exit_code == 0
     assert demo == [
         {"epochs": 3, "sparsity": 0.5, "seed": 7, "out": Path("there")},
-        {"epochs": 12, "sparsity": 0.9, "seed": 0, "out": Path("secateur-demo")},
+        {"epochs": 20, "sparsity": 0.9, "seed": 0, "out": Path("secateur-demo")},
     ]
 
 

@@ -91,7 +91,7 @@ def doctor(as_json: Json = False) -> None:
 
 @app.command()
 def demo(
-    epochs: Annotated[int, typer.Option(min=1, help="Epochs of training.")] = 12,
+    epochs: Annotated[int, typer.Option(min=1, help="Epochs of each training.")] = 20,
     sparsity: Annotated[float, typer.Option(help="Fraction of weights that become zero, 0 <= s < 1.")] = 0.9,
     seed: Annotated[int, typer.Option(help="The same seed gives the same result.")] = 0,
     out: Annotated[Path, typer.Option(help="The folder for files and plots.")] = Path("secateur-demo"),

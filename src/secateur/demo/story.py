@@ -7,22 +7,19 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import platform
-import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-from safetensors.torch import save_file
+from safetensors.torch import save as to_bytes
 from torch import nn
 from torch.nn.utils import prune as torch_prune
 
@@ -30,7 +27,9 @@ import secateur as sc
 from secateur.allocation import fraction
 from secateur.demo import elsewhere, pictures
 from secateur.demo.digits import Digits, LSTMClassifier, accuracy, adam, alone, load, train
+from secateur.doctor import secateur_version
 from secateur.errors import InputError, InputTypeError, StateError
+from secateur.files import replacing
 from secateur.measurement import Comparison, compare
 
 EPOCHS = 20
@@ -142,13 +141,13 @@ def same_model(model: nn.Module, dense: nn.Module) -> bool:
 
 def save(dense: nn.Module, pruned: nn.Module, masks: sc.Masks, data: Digits, out: Path) -> None:
     """Write plain state_dicts, the masks beside them, and what the pruned model answers to the test images."""
-    write(out / "dense.safetensors", partial(save_file, dense.state_dict()))
-    write(out / "pruned.safetensors", partial(save_file, pruned.state_dict()))
+    write(out / "dense.safetensors", to_bytes(dense.state_dict()))
+    write(out / "pruned.safetensors", to_bytes(pruned.state_dict()))
     masks.save(out / "masks.safetensors")
     with alone(0), torch.no_grad():
         logits = pruned.eval()(data.test_images)
     test = {"images": data.test_images, "labels": data.test_labels, "logits": logits}
-    write(out / "test.safetensors", partial(save_file, test))
+    write(out / "test.safetensors", to_bytes(test))
 
 
 def load_elsewhere(out: Path) -> dict[str, Any]:
@@ -203,7 +202,7 @@ def run(
     out = Path(out)
     _require(epochs, sparsity, seed, out)
     out.mkdir(parents=True, exist_ok=True)
-    write(out / "elsewhere.py", partial(shutil.copyfile, elsewhere.__file__))
+    write(out / "elsewhere.py", Path(elsewhere.__file__).read_bytes())
     data = load()
     history: dict[str, list[dict[str, float]]] = {"dense": [], "gradual": [], "dense_longer": []}
 
@@ -239,7 +238,11 @@ def run(
         tick(epochs / 5)
 
     result: dict[str, Any] = {
-        "versions": {"secateur": _version(), "torch": torch.__version__, "python": platform.python_version()},
+        "versions": {
+            "secateur": secateur_version(),
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
         "settings": {"epochs": epochs, "sparsity": float(sparsity), "seed": seed, "threads": 1},
         "data": {"train": len(data.train_labels), "test": len(data.test_labels)},
         "weights": sc.weights(pruned).size,
@@ -259,7 +262,7 @@ def run(
     }
     draw(result, out)
     result["seconds"] = round(time.perf_counter() - began, 1)
-    write(out / "run.json", lambda path: path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8"))
+    write(out / "run.json", json.dumps(result, indent=1).encode() + b"\n")
     if console is not None:
         pictures.tell(result, out, console)
     return result
@@ -273,14 +276,10 @@ def look_at(model: nn.Module, data: Digits) -> dict[str, float]:
         return {"zeros": zeros, "sparsity": zeros / weights.size, "accuracy": accuracy(model, data)}
 
 
-def write(path: Path, fill: Callable[[Path], object]) -> None:
-    """Let `fill` write a file under another name, and give it its own once it is whole."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        fill(unfinished)
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+def write(path: Path, content: bytes) -> None:
+    """Write a file that is whole or not there at all."""
+    with replacing(path) as unfinished:
+        unfinished.write_bytes(content)
 
 
 def draw(result: dict[str, Any], out: Path) -> None:
@@ -293,7 +292,8 @@ def draw(result: dict[str, Any], out: Path) -> None:
         result.update(pictures=[], note=pictures.HOW_TO_GET_THEM)
         return
     for name, figure in figures.items():
-        write(out / name, partial(figure.savefig, format="png", dpi=150))
+        with replacing(out / name) as unfinished:
+            figure.savefig(unfinished, format="png", dpi=150)
     result.update(pictures=list(figures), note="")
 
 
@@ -320,9 +320,3 @@ def _progress(console: Console | None, ticks: float) -> Iterator[tuple[Callable[
     with Progress(*columns, console=console, disable=console is None, transient=True) as bar:
         task = bar.add_task("", total=ticks)
         yield lambda text: bar.update(task, description=text), lambda n: bar.advance(task, n)
-
-
-def _version() -> str:
-    from secateur.doctor import secateur_version
-
-    return secateur_version()
