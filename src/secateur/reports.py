@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from secateur import bits
+from secateur.costs import file_bytes
 from secateur.masks import Masks
-from secateur.measurement import file_bytes
 from secateur.scope import unwrap
 from secateur.tables import Table, number, percent, size
 
