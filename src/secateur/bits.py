@@ -78,6 +78,27 @@ def alive(tensor: Tensor, bits: Tensor) -> int:
     return total
 
 
+def subnormal(values: Tensor) -> Tensor:
+    """Tell which floating-point numbers are subnormal, by their bits: a comparison may miss them."""
+    words, normal = _words(values)
+    magnitude = words & torch.iinfo(words.dtype).max  # all but the sign
+    return (magnitude > 0) & (magnitude < normal)
+
+
+def lift_subnormals(values: Tensor) -> None:
+    """Replace subnormal numbers, in place, by the smallest normal one of their sign: zeros stay as many as they are."""
+    values = torch.view_as_real(values.detach()) if values.is_complex() else values.detach()
+    words, normal = _words(values)
+    words.copy_(torch.where(subnormal(values), words & torch.iinfo(words.dtype).min | normal, words))
+
+
+def _words(values: Tensor) -> tuple[Tensor, int]:
+    """View floating-point numbers as integers of their size, and give the smallest normal one as such."""
+    integer = _WORD[values.element_size()][0]
+    tiny = torch.tensor(torch.finfo(values.dtype).tiny, dtype=values.dtype)
+    return values.view(integer), int(tiny.view(integer))
+
+
 class Zeroer:
     """Sets pruned weights to +0.0 in place, whatever they hold (inf and NaN too); keeps its buffers between tensors."""
 

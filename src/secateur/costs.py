@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from secateur import bits
+
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and keyword arguments of a call."""
 
@@ -35,17 +37,9 @@ def weight_facts(model: nn.Module) -> dict[str, Any]:
         "dtype": join({w.dtype for w in weights if w.is_floating_point()}) or "none",
         "parameters": sum(w.numel() for w in weights),
         "nonzeros": sum(int(w.count_nonzero()) for w in weights),
-        "denormals": sum(_denormals(w.detach()) for w in weights if w.is_floating_point()),
+        "denormals": sum(int(bits.subnormal(w.detach()).sum()) for w in weights if w.is_floating_point()),
         "flushed": _flushed(),
     }
-
-
-def _denormals(values: Tensor) -> int:
-    """Count subnormals by their bits: a comparison would miss them where they are flushed to zero."""
-    integer = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()]
-    normal = torch.tensor(torch.finfo(values.dtype).tiny, dtype=values.dtype).view(integer).item()
-    magnitude = values.view(integer) & torch.iinfo(integer).max  # all but the sign
-    return int(((magnitude > 0) & (magnitude < normal)).sum())
 
 
 def _flushed() -> bool:

@@ -191,8 +191,12 @@ class Pruner:
             if weight.grad is not None and not weight.grad.is_sparse and name in self._masks:
                 self._zero(weight.grad, self._masks.packed(name))
 
-    def finish(self) -> Masks:
+    def finish(self, *, lift_denormals: bool = False) -> Masks:
         """End the pruning: check that the sparsity is the one asked for, and follow the optimizers no longer.
+
+        Args:
+            lift_denormals: also replace subnormal weights, with which some CPUs compute a hundred times slower, by the
+                smallest normal number of their sign; the zeros stay as they are.
 
         Returns:
             The final masks.
@@ -214,6 +218,9 @@ class Pruner:
                 "(an optimizer it does not follow, load_state_dict): attach() that optimizer, or call "
                 "sc.remask(model, pruner.masks) and finish() again"
             )
+        if lift_denormals:
+            for weight in self._plan.scope.values():
+                bits.lift_subnormals(weight)
         self.detach()
         return self._masks
 

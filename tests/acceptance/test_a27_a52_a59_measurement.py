@@ -3,9 +3,11 @@
 import copy
 import time
 
+import pytest
 import torch
 from torch import nn
 
+import secateur as sc
 from secateur.measurement import compare, measure
 
 
@@ -20,6 +22,26 @@ class Sleeper(nn.Module):
         time.sleep(self.seconds + self.first)
         self.first = 0.0
         return x
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.complex64])
+def test_a27_no_denormals_after_finish_if_one_asks(dtype):
+    model = nn.Linear(20, 20, dtype=dtype)
+    tiny = torch.finfo(dtype).tiny
+    with torch.no_grad():
+        model.weight[:2] = tiny / 4
+        model.weight[2] = -tiny / 4
+    pruner = sc.Pruner(model, 0.5, score=lambda name, w: torch.arange(w.numel()).flip(0).view(w.shape).float())
+    pruner.step()
+    kept = pruner.masks["weight"]
+    before = model.weight.detach().clone()
+    masks = pruner.finish(lift_denormals=True)
+    real = torch.view_as_real(model.weight.detach()) if dtype.is_complex else model.weight.detach()
+    assert not bool(((real != 0) & (real.abs() < tiny)).any())
+    assert masks.pruned == 200 == int((model.weight == 0).sum())
+    assert bool((model.weight[:2].real == tiny).all())
+    assert bool((model.weight[2].real == -tiny).all())
+    assert torch.equal(model.weight[3:][kept[3:]], before[3:][kept[3:]])
 
 
 def test_a27_denormals_are_counted_and_their_time_is_refused():
