@@ -27,6 +27,11 @@ _WORD = {
 }
 
 
+def on_cpu(tensor: Tensor) -> bool:
+    """Whether numpy can do the work; torch gives the same results elsewhere, and on a CPU too, but slower."""
+    return tensor.device.type == "cpu"
+
+
 def chunks(tensor: Tensor) -> Iterator[tuple[int, Tensor]]:
     """Yield `(index of the first weight, flat piece)` in row-major order; the pieces are views where they can be."""
     for start, piece in _slices(tensor):
@@ -38,7 +43,8 @@ def _slices(tensor: Tensor) -> Iterator[tuple[int, Tensor]]:
     if tensor.is_contiguous():
         tensor = tensor.view(-1)
     row = tensor[0].numel() if len(tensor) else 0
-    step = max(8, CHUNK // max(row, 1) // 8 * 8)
+    chunk = CHUNK if on_cpu(tensor) else 64 * CHUNK  # an accelerator wants few large kernels
+    step = max(8, chunk // max(row, 1) // 8 * 8)
     for first in range(0, len(tensor), step):
         yield first * row, tensor[first : first + step]
 
@@ -46,7 +52,7 @@ def _slices(tensor: Tensor) -> Iterator[tuple[int, Tensor]]:
 def pack(kept: Tensor) -> Tensor:
     """Turn booleans of any shape into bits, `uint8 [ceil(n / 8)]`."""
     flat = kept.reshape(-1)
-    if flat.device.type == "cpu":
+    if on_cpu(flat):
         return torch.from_numpy(np.packbits(flat.numpy(), bitorder="little"))
     padded = torch.zeros(-(-flat.numel() // 8) * 8, dtype=torch.uint8, device=flat.device)
     padded[: flat.numel()] = flat
@@ -56,7 +62,7 @@ def pack(kept: Tensor) -> Tensor:
 
 def unpack(bits: Tensor, count: int) -> Tensor:
     """Turn bits back into `count` booleans, flat."""
-    if bits.device.type == "cpu":
+    if on_cpu(bits):
         return torch.from_numpy(np.unpackbits(bits.numpy(), count=count, bitorder="little").view(np.bool_))
     shifts = torch.arange(8, dtype=torch.uint8, device=bits.device)
     return ((bits[:, None] >> shifts) & 1).view(-1)[:count].bool()
@@ -110,7 +116,7 @@ class Zeroer:
     def __call__(self, tensor: Tensor, bits: Tensor) -> None:
         """Zero the weights of `tensor` whose bit is 0; `tensor` may require grad, its version is raised."""
         tensor = tensor.detach()
-        if tensor.device.type != "cpu" or not tensor.is_contiguous():
+        if not on_cpu(tensor) or not tensor.is_contiguous():
             for start, piece in _slices(tensor):
                 kept = unpack(bits[start // 8 : (start + piece.numel() + 7) // 8], piece.numel())
                 piece.masked_fill_(~kept.view(piece.shape), 0)

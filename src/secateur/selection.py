@@ -9,7 +9,8 @@ chunks, the sample or the threads.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+import operator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -133,12 +134,12 @@ def keep(stream: Stream, cut: Cut) -> tuple[Tensor, int, Cut]:
     pruned, ties, start = 0, cut.ties, 0
     for piece in stream.pieces(cut.dtype):
         if ties:
-            kept = _compare(np.greater, piece, cut.value)
-            equal = _positions(_compare(np.equal, piece, cut.value))
+            kept = _compare(operator.gt, piece, cut.value)
+            equal = _positions(_compare(operator.eq, piece, cut.value))
             kept[equal[ties:]] = True
             ties -= min(ties, len(equal))
         else:
-            kept = _compare(np.greater_equal, piece, cut.value)
+            kept = _compare(operator.ge, piece, cut.value)
         pruned += piece.numel() - _count(kept)
         part = bits.pack(kept)
         packed[start : start + len(part)] = part
@@ -226,8 +227,8 @@ def _rank(streams: Sequence[Stream], value: float, dtype: torch.dtype) -> tuple[
     less = equal = 0
     for stream in streams:
         for piece in stream.pieces(dtype):
-            less += _count(_compare(np.less, piece, value))
-            equal += _count(_compare(np.equal, piece, value))
+            less += _count(_compare(operator.lt, piece, value))
+            equal += _count(_compare(operator.eq, piece, value))
     return less, equal
 
 
@@ -258,16 +259,14 @@ def _wide(stream: Stream) -> bool:
 # numpy compares, counts and finds several times faster than torch on a CPU; elsewhere torch does the same
 
 
-def _compare(operator: np.ufunc, piece: Tensor, value: float) -> Tensor:
-    if piece.device.type == "cpu":
-        return torch.from_numpy(operator(piece.numpy(), value))
-    compared: Tensor = getattr(torch, operator.__name__)(piece, value)
+def _compare(compare: Callable[[Any, float], Any], piece: Tensor, value: float) -> Tensor:
+    compared: Tensor = torch.from_numpy(compare(piece.numpy(), value)) if bits.on_cpu(piece) else compare(piece, value)
     return compared
 
 
 def _between(piece: Tensor, low: float, high: float) -> tuple[int, _Floats]:
     """How many are above `low`, and those of them below `high`."""
-    if piece.device.type == "cpu":
+    if bits.on_cpu(piece):
         scores = piece.numpy()
         above = np.greater(scores, low)
         count = int(np.count_nonzero(above))
@@ -278,10 +277,10 @@ def _between(piece: Tensor, low: float, high: float) -> tuple[int, _Floats]:
 
 
 def _count(flags: Tensor) -> int:
-    return int(np.count_nonzero(flags.numpy())) if flags.device.type == "cpu" else int(torch.count_nonzero(flags))
+    return int(np.count_nonzero(flags.numpy())) if bits.on_cpu(flags) else int(torch.count_nonzero(flags))
 
 
 def _positions(flags: Tensor) -> Tensor:
-    if flags.device.type == "cpu":
+    if bits.on_cpu(flags):
         return torch.from_numpy(np.flatnonzero(flags.numpy()))
     return flags.nonzero().view(-1)
