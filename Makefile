@@ -1,6 +1,5 @@
 # make demo    set everything up and run the built-in example (under a minute once set up)
 # make test    set everything up and run the tests
-# make slow    the tests that take longer
 # make check   format, lint and types
 # make bench   re-derive the numbers of the README
 
@@ -13,9 +12,6 @@ demo: $(VENV)/.plot
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest
-
-slow: $(VENV)/.test
-	$(BIN)/python -m pytest -m slow
 
 check: $(VENV)/.test
 	$(BIN)/ruff format --check .
@@ -37,4 +33,4 @@ $(VENV)/.test: pyproject.toml constraints.txt | $(VENV)/bin/pip
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,check]'
 	touch $@
 
-.PHONY: demo test slow check bench
+.PHONY: demo test check bench

@@ -103,10 +103,11 @@ class Plan:
         free = {s.name: self.scope.members[s.name].free for s in streams}
         most = {s.name: self._most(self.scope.members[s.name]) // s.group * s.group for s in streams}
         if count > sum(most.values()):
+            spared = f"each tensor keeps {self.allocation.min_keep} at least"
+            spared += ", and the pattern spares some" if self.pattern is not None else ""
             raise InputError(
-                f"{count:,} of {sum(free.values()):,} weights cannot go: each tensor keeps "
-                f"{self.allocation.min_keep} at least, leaving {sum(most.values()):,}; ask for less, or insist with "
-                "allocation=sc.allocation.global_(allow_empty=True)"
+                f"{count:,} of {sum(free.values()):,} weights cannot go: {spared}, leaving {sum(most.values()):,}; "
+                "ask for less, or insist with allocation=sc.allocation.global_(allow_empty=True)"
             )
         if self.allocation.share is None or len(streams) == 1:
             return _ranked_together(streams, count, most)
