@@ -57,8 +57,10 @@ class Plan:
             InputError: NaN or inf in a weight, a score that cannot rank, a budget that cannot be met.
         """
         names = [name for share in self.shares for name in share.names]
-        for name in names:
-            selection.require_finite(name, self.scope[name])
+        global_magnitude = self.score is scores.magnitude and self.pattern is None and self.allocation.share is None
+        if not global_magnitude:  # whose selection looks for NaN and inf as it goes, and so spares a pass
+            for name in names:
+                selection.require_finite(name, self.scope[name])
         prepare = getattr(self.score, "prepare", None)
         if prepare is not None:
             prepare()

@@ -49,10 +49,10 @@ class Stream:
     protected: range = range(0)
     group: int = 1
 
-    def pieces(self, dtype: torch.dtype) -> Iterator[Tensor]:
+    def pieces(self, dtype: torch.dtype, *, check: bool = False) -> Iterator[Tensor]:
         """Yield the scores in row-major order, flat, as `dtype`; -inf where pruned, +inf where protected.
 
-        A piece lasts until the next one: they may share their memory.
+        A piece lasts until the next one: they may share their memory. `check` looks for NaN and inf in magnitudes.
         """
         room = torch.empty(0, dtype=dtype, device=self.values.device)
         for start, raw in bits.chunks(self.values.detach()):
@@ -61,6 +61,8 @@ class Stream:
                 scores = torch.abs(raw, out=room[: raw.numel()])
             else:
                 scores = self._scored(raw)
+            if check and self.score is magnitude and not math.isfinite(_highest(scores)):
+                require_finite(self.name, self.values)
             yield self._ranked(scores, start).to(dtype)
 
     def sample(self, indices: npt.NDArray[np.int64], dtype: torch.dtype) -> Tensor:
@@ -212,7 +214,7 @@ def _census(streams: Sequence[Stream], low: float, high: float, dtype: torch.dty
     # one array that grows: thousands of small ones would leave holes in the heap, several times their own size
     inside = np.empty(_SAMPLE, _NUMPY[dtype])
     for stream in streams:
-        for piece in stream.pieces(dtype):
+        for piece in stream.pieces(dtype, check=True):
             above, found = _between(piece, low, high)
             below += piece.numel() - above
             if filled + found.size > inside.size:
@@ -274,6 +276,12 @@ def _between(piece: Tensor, low: float, high: float) -> tuple[int, _Floats]:
         return count, scores[np.flatnonzero(above)]
     found = piece[piece > low]
     return found.numel(), found[found < high].cpu().numpy()
+
+
+def _highest(scores: Tensor) -> float:
+    """The highest score; NaN if there is one."""
+    narrow = scores.dtype == torch.bfloat16 or not bits.on_cpu(scores)
+    return float(scores.max() if narrow else scores.numpy().max())
 
 
 def _count(flags: Tensor) -> int:
