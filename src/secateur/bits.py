@@ -60,8 +60,9 @@ def pack(kept: Tensor) -> Tensor:
     return (padded.view(-1, 8) * weights).sum(1, dtype=torch.uint8)
 
 
-def unpack(bits: Tensor, count: int) -> Tensor:
-    """Turn bits back into `count` booleans, flat."""
+def unpack(bits: Tensor, count: int, start: int = 0) -> Tensor:
+    """Turn bits back into `count` booleans, flat, from weight `start` on (a multiple of 8)."""
+    bits = bits[start // 8 : (start + count + 7) // 8]
     if on_cpu(bits):
         return torch.from_numpy(np.unpackbits(bits.numpy(), count=count, bitorder="little").view(np.bool_))
     shifts = torch.arange(8, dtype=torch.uint8, device=bits.device)
@@ -79,7 +80,7 @@ def alive(tensor: Tensor, bits: Tensor) -> int:
     """Count the pruned weights of `tensor` that are not zero (NaN counts)."""
     total = 0
     for start, piece in chunks(tensor.detach()):
-        kept = unpack(bits[start // 8 : (start + piece.numel() + 7) // 8], piece.numel())
+        kept = unpack(bits, piece.numel(), start)
         total += int(torch.count_nonzero((piece != 0) & ~kept))
     return total
 
@@ -116,15 +117,16 @@ class Zeroer:
     def __call__(self, tensor: Tensor, bits: Tensor) -> None:
         """Zero the weights of `tensor` whose bit is 0; `tensor` may require grad, its version is raised."""
         tensor = tensor.detach()
+        bits = bits.to(tensor.device)  # the model may have moved since its masks were made
         if not on_cpu(tensor) or not tensor.is_contiguous():
             for start, piece in _slices(tensor):
-                kept = unpack(bits[start // 8 : (start + piece.numel() + 7) // 8], piece.numel())
+                kept = unpack(bits, piece.numel(), start)
                 piece.masked_fill_(~kept.view(piece.shape), 0)
             return
         whole = tensor.numel() // 8 * 8
         if whole < tensor.numel():
             rest = tensor.view(-1)[whole:]
-            rest.masked_fill_(~unpack(bits[-1:], rest.numel()), 0)
+            rest.masked_fill_(~unpack(bits, rest.numel(), whole), 0)
         self._zero_whole_bytes(tensor.view(-1)[:whole], bits.numpy())
         torch.autograd.graph.increment_version(tensor)
 

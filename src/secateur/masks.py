@@ -140,7 +140,7 @@ class Masks(Mapping[str, Tensor]):
         """
         zero = bits.Zeroer()
         for name, tensor in self.match(model).items():
-            zero(tensor, self._bits[name].to(tensor.device))
+            zero(tensor, self._bits[name])
 
     def match(self, model: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Find each masked tensor in a model or state_dict, and see that the shapes agree.
@@ -222,7 +222,7 @@ def remask(model: nn.Module | Mapping[str, Tensor], masks: Masks) -> dict[str, f
         packed = masks.packed(name).to(tensor.device)
         for start, piece in bits.chunks(tensor.detach()):
             squares = piece.abs().double().square()
-            kept = bits.unpack(packed[start // 8 : (start + piece.numel() + 7) // 8], piece.numel())
+            kept = bits.unpack(packed, piece.numel(), start)
             gone, whole = gone + float(squares[~kept].sum()), whole + float(squares.sum())
         removed[name] = (gone / whole) ** 0.5 if whole else 0.0
     masks.apply(model)

@@ -78,7 +78,7 @@ class Plan:
 
     def _stream(self, member: Member, held: Masks | None) -> Stream:
         name, weight = member.name, member.parameter.detach()
-        packed = held.packed(name) if held is not None and name in held else None
+        packed = held.packed(name).to(weight.device) if held is not None and name in held else None
         if self.pattern is None and getattr(self.score, "elementwise", False):
             return Stream(name, weight, self.score, packed, member.protected)
         values = selection.zeros_first(scores.evaluate(self.score, name, weight), weight)

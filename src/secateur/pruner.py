@@ -188,7 +188,7 @@ class Pruner:
     def mask_gradients(self) -> None:
         """Set the gradients of pruned weights to zero, so that they do not count when gradients are clipped."""
         for name, weight in self._plan.scope.items():
-            if weight.grad is not None and not weight.grad.is_sparse and name in self._masks:
+            if weight.grad is not None and not weight.grad.is_sparse:
                 self._zero(weight.grad, self._masks.packed(name))
 
     def finish(self, *, lift_denormals: bool = False) -> Masks:
@@ -326,8 +326,7 @@ class Pruner:
     def _remask(self, names: Iterable[str]) -> None:
         if any(self._counts):
             for name in names:
-                if name in self._masks:
-                    self._zero(self._plan.scope[name], self._masks.packed(name))
+                self._zero(self._plan.scope[name], self._masks.packed(name))
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
         """Show the gradients to a score that needs them: those there are, or those that a closure will make."""
@@ -425,4 +424,4 @@ def _clear_state(optimizer: Optimizer, scope: Mapping[str, nn.Parameter], masks:
     for name, weight in scope.items():
         for remembered in optimizer.state.get(weight, {}).values():
             if isinstance(remembered, Tensor) and remembered.shape == weight.shape and name in masks:
-                zero(remembered, masks.packed(name).to(remembered.device))
+                zero(remembered, masks.packed(name))

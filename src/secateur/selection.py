@@ -84,7 +84,7 @@ class Stream:
     def _ranked(self, scores: Tensor, start: int) -> Tensor:
         stop = start + scores.numel()
         if self.kept is not None:
-            kept = bits.unpack(self.kept[start // 8 : (stop + 7) // 8], scores.numel())
+            kept = bits.unpack(self.kept, scores.numel(), start)
             scores = scores.masked_fill(~kept, -math.inf)
         first, last = max(self.protected.start, start), min(self.protected.stop, stop)
         if first < last:
