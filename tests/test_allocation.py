@@ -156,6 +156,7 @@ def test_most_of_a_fraction_is_exact(hundredths):
         assert chosen.most(free) == free - least, free
 
 
+@pytest.mark.filterwarnings("ignore:.*keeps under 1 %")
 @pytest.mark.parametrize("kind", ["global_", "uniform", "erk", "lamp"])
 @given(data=st.data())
 @settings(deadline=None, max_examples=30)

@@ -10,11 +10,13 @@ from secateur.errors import SecateurError, SecateurWarning, UnknownNameError, ne
 
 TREE = {
     "InputError": ValueError,
+    "FileError": ValueError,
     "InputTypeError": TypeError,
     "UnknownNameError": KeyError,
     "MaskError": ValueError,
     "PatternError": ValueError,
     "StateError": RuntimeError,
+    "WriteError": OSError,
 }
 
 

@@ -20,6 +20,7 @@ from secateur.reports import report
 from secateur.schedules import cubic, geometric, linear
 from secateur.scope import weights
 from secateur.scores import accumulate
+from secateur.storage import load, load_pretrained, pack, save, save_pretrained, unpack
 
 __all__ = [
     "Count",
@@ -34,11 +35,17 @@ __all__ = [
     "from_torch_prune",
     "geometric",
     "linear",
+    "load",
+    "load_pretrained",
     "measure",
     "n_m",
+    "pack",
     "plain_state_dict",
     "prune",
     "remask",
     "report",
+    "save",
+    "save_pretrained",
+    "unpack",
     "weights",
 ]

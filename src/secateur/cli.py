@@ -1,4 +1,4 @@
-"""The command line: `secateur inspect | demo | doctor`.
+"""The command line: `secateur demo | inspect | prune | pack | unpack | doctor`.
 
 Every command has `--json`: one JSON object on stdout and nothing else. An error is one sentence on stderr,
 with `--json` too, and exit status 2, as for a usage error; Ctrl-C exits with 130. A person at a terminal gets
@@ -8,6 +8,10 @@ rich tables, a pipe gets plain text. torch is imported inside the commands, so t
 from __future__ import annotations
 
 import json
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Protocol
 
@@ -26,7 +30,9 @@ class _Group(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         try:
-            return super().invoke(ctx)
+            with warnings.catch_warnings():
+                warnings.showwarning = _warn
+                return super().invoke(ctx)
         except KeyboardInterrupt:
             raise typer.Exit(130) from None
         except BrokenPipeError:  # `secateur inspect FILE | head`: typer ends quietly
@@ -34,6 +40,10 @@ class _Group(TyperGroup):
         except (SecateurError, OSError) as error:
             typer.echo("secateur: " + " ".join(str(error).split()), err=True)
             raise typer.Exit(2) from None
+
+
+def _warn(message: Warning | str, *_: Any, **__: Any) -> None:
+    typer.echo(f"secateur: warning: {message}", err=True)
 
 
 class _Result(Protocol):
@@ -75,10 +85,112 @@ def inspect(
     ],
     as_json: Json = False,
 ) -> None:
-    """Count the zeros of every tensor of a checkpoint; runs no pickled code."""
-    from secateur.checkpoints import inspect as inspect_file
+    """Count the zeros of every tensor of a checkpoint, and say how it is packed; runs no pickled code."""
+    from secateur.storage.checkpoints import inspect as inspect_file
 
     _show(inspect_file(file), as_json)
+
+
+Source = Annotated[
+    Path, typer.Argument(help="A .safetensors, .pt, .pth or .bin file, or a folder of shards with their index.")
+]
+Output = Annotated[Path, typer.Argument(help="A .safetensors file, or a folder if the source is one.")]
+Level = Annotated[str, typer.Option(help="lossless, fp16, bf16, or steps of near, small or tiny size (lossy).")]
+
+
+@app.command()
+def prune(
+    checkpoint: Source,
+    sparsity: Annotated[float, typer.Option(help="Fraction of the chosen weights that become zero, 0 <= s < 1.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="A .safetensors file, or a folder for a folder.")
+    ] = None,
+    allocation: Annotated[str, typer.Option(help="global, uniform or erk.")] = "global",
+    pattern: Annotated[str, typer.Option(help="N:M, such as 2:4: at most N of every M inputs stay.")] = "",
+    only: Annotated[list[str] | None, typer.Option(help="Prune what this glob names; may be given again.")] = None,
+    skip: Annotated[list[str] | None, typer.Option(help="Leave out what this glob names; may be given again.")] = None,
+    pack: Annotated[str, typer.Option(help="Pack what is written, at this level: lossless, fp16, ...")] = "",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be pruned; write nothing.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Prune a checkpoint by magnitude, exactly, however large it is; no model code is needed.
+
+    With torchrun (torchrun --nproc-per-node 4 -m secateur prune ...) the processes share the work.
+    """
+    from secateur import distributed
+    from secateur.storage.pruning import Recipe, pattern_of, prune_checkpoint, work
+
+    if (out is None) == (not dry_run):
+        raise typer.BadParameter("give either --out or --dry-run")
+    recipe = Recipe(sparsity, allocation, pattern_of(pattern), tuple(only or ()), tuple(skip or ()))
+    with _ranks(), _progress("pruning", lambda: work(checkpoint, recipe)) as progress:
+        result = prune_checkpoint(checkpoint, out, recipe, level=pack or None, progress=progress)
+        first = distributed.rank() == 0
+    if first:
+        _show(result, as_json)
+
+
+@app.command()
+def pack(
+    checkpoint: Source,
+    out: Output,
+    level: Level = "lossless",
+    step: Annotated[float | None, typer.Option(help="A step of your own, relative to the rms of the weights.")] = None,
+    effort: Annotated[str, typer.Option(help="fast, normal or best.")] = "normal",
+    as_json: Json = False,
+) -> None:
+    """Pack a checkpoint into files near the entropy of its weights; lossless unless you choose a lossy level."""
+    from secateur.storage.conversion import pack as pack_file
+
+    with _progress("packing", lambda: _bytes_of(checkpoint)) as progress:
+        result = pack_file(checkpoint, out, level=level, step=step, effort=effort, progress=progress)
+    _show(result, as_json)
+
+
+@app.command()
+def unpack(checkpoint: Source, out: Output, as_json: Json = False) -> None:
+    """Turn packed files into plain .safetensors files, verified to hold what was saved."""
+    from secateur.storage.conversion import unpack as unpack_file
+
+    with _progress("unpacking", lambda: _bytes_of(checkpoint)) as progress:
+        result = unpack_file(checkpoint, out, progress=progress)
+    _show(result, as_json)
+
+
+def _bytes_of(checkpoint: Path) -> int:
+    from secateur.storage.checkpoints import opened
+
+    return sum(tensor.nbytes for tensor in opened(checkpoint).tensors.values())
+
+
+@contextmanager
+def _progress(what: str, total: Callable[[], int]) -> Iterator[Callable[[int], None] | None]:
+    """A bar with bytes and time left, on stderr if that is a terminal."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield None
+        return
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task(what, total=total())
+        yield lambda done: bar.advance(task, done)
+
+
+@contextmanager
+def _ranks() -> Iterator[None]:
+    """The processes that torchrun has started, joined for as long as they work together."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield
+        return
+    from torch import distributed
+
+    distributed.init_process_group("gloo")
+    try:
+        yield
+    finally:
+        distributed.destroy_process_group()
 
 
 @app.command()

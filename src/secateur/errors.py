@@ -3,11 +3,13 @@
 ```
 SecateurError
 |- InputError       (also a ValueError)    a value that cannot be used: NaN, 1.1, an unknown option
+|  '- FileError                             a file that is damaged, cut short, of another kind or version
 |- InputTypeError   (also a TypeError)     a thing of the wrong type: the int 1, an int8 tensor
 |- UnknownNameError (also a KeyError)      a name or glob that matches nothing; the nearest names are given
 |- MaskError        (also a ValueError)    masks of another shape or for another model; zeros that came back
 |- PatternError     (also a ValueError)    a tensor on which a pattern of zeros cannot be laid
-'- StateError       (also a RuntimeError)  a call that comes too early, too late or twice
+|- StateError       (also a RuntimeError)  a call that comes too early, too late or twice
+'- WriteError       (also an OSError)      a file that could not be written; the old one is intact
 SecateurWarning     (a UserWarning)        something works, but not as one would hope
 ```
 
@@ -31,6 +33,10 @@ class InputError(SecateurError, ValueError):
     """A value that cannot be used."""
 
 
+class FileError(InputError):
+    """A file that is damaged, cut short, of another kind or of another version."""
+
+
 class InputTypeError(SecateurError, TypeError):
     """A thing of the wrong type or dtype."""
 
@@ -52,6 +58,10 @@ class PatternError(SecateurError, ValueError):
 
 class StateError(SecateurError, RuntimeError):
     """A call that comes too early, too late or twice."""
+
+
+class WriteError(SecateurError, OSError):
+    """A file that could not be written; an old one under its name is intact."""
 
 
 class SecateurWarning(UserWarning):

@@ -73,7 +73,7 @@ class Plan:
         masks = Masks.from_bits(found, {name: self.scope[name].shape for name in names})
         masks = masks if held is None else masks & held
         if not self.allocation.allow_empty:
-            _warn_of_collapse(masks)
+            warn_of_collapse(masks.counts(), {name: masks.shape(name).numel() for name in masks})
         return masks
 
     def _stream(self, member: Member, held: Masks | None) -> Stream:
@@ -112,7 +112,7 @@ class Plan:
                 "ask for less, or insist with allocation=sc.allocation.global_(allow_empty=True)"
             )
         if self.allocation.share is None or len(streams) == 1:
-            return _ranked_together(streams, count, most)
+            return selection.together(streams, count, most, selection.keep_all)
         least = held.counts() if held is not None else {}
         bounds = {name: (least.get(name, 0), most[name]) for name in free}
         counts = allocations.shared(self.allocation, {s.name: self._weights(s.name) for s in streams}, bounds, count)
@@ -189,31 +189,12 @@ def _legal(member: Member, pattern: Pattern) -> int:
     return pattern.legal((rows - (member.padding_row is not None), *rest), member.input_dim)
 
 
-def _ranked_together(streams: list[Stream], count: int, most: Mapping[str, int]) -> dict[str, Tensor]:
-    """Rank all streams together; where one would lose more than it may, it loses that, and the others the rest."""
-    kept: dict[str, Tensor] = {}
-    while rest := [stream for stream in streams if stream.name not in kept]:
-        cut = selection.threshold(rest, count)
-        together, full = {}, []
-        for stream in rest:
-            together[stream.name], lost, cut = selection.keep(stream, cut)
-            if lost * stream.group > most[stream.name]:
-                full.append(stream)
-        if not full:
-            return {**kept, **together}
-        for stream in full:
-            own = selection.threshold([stream], most[stream.name])
-            kept[stream.name], lost, _ = selection.keep(stream, own)
-            count -= lost * stream.group
-    return kept
-
-
-def _warn_of_collapse(masks: Masks) -> None:
-    counts = masks.counts()
-    density = 1 - sum(counts.values()) / masks.size
-    for name, pruned in counts.items():
-        size = masks.shape(name).numel()
-        if (size - pruned) < 0.01 * size and (size - pruned) < 0.1 * density * size:
+def warn_of_collapse(pruned: Mapping[str, int], sizes: Mapping[str, int]) -> None:
+    """Warn of tensors that lose far more of their weights than the others do."""
+    density = 1 - sum(pruned.values()) / sum(sizes.values())
+    for name, size in sizes.items():
+        kept = size - pruned[name]
+        if kept < 0.01 * size and kept < 0.1 * density * size:
             warn(
                 f"{name} keeps under 1 % of its weights while the others keep more than ten times as many: it may no "
                 "longer let anything through; raise its share with allocation='erk' or min_keep=0.01"

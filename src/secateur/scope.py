@@ -19,7 +19,8 @@ Selector = str | type[nn.Module]
 _CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _BY_DEFAULT = (nn.Linear, *_CONV, *_TRANSPOSED, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)
-_PRUNABLE = torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.complex64, torch.complex128
+PRUNABLE = torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.complex64, torch.complex128
+"""The dtypes of which weights can be pruned."""
 
 
 @dataclass(frozen=True)
@@ -187,10 +188,13 @@ def _selectors(given: Selector | Sequence[Selector] | None) -> tuple[Selector, .
 
 
 def _selects(selector: Selector, name: str, module: nn.Module) -> bool:
-    if isinstance(selector, type):
-        return isinstance(module, selector)
+    return isinstance(module, selector) if isinstance(selector, type) else matches(selector, name)
+
+
+def matches(glob: str, name: str) -> bool:
+    """Tell whether a glob is that of a tensor, or of a module that holds it."""
     parts = name.split(".")
-    return any(fnmatchcase(".".join(parts[:i]), selector) for i in range(1, len(parts) + 1))
+    return any(fnmatchcase(".".join(parts[:i]), glob) for i in range(1, len(parts) + 1))
 
 
 def _require_match(selector: Selector, model: nn.Module, names: list[str]) -> None:
@@ -265,7 +269,7 @@ def _require_prunable(member: Member) -> None:
         raise InputError(
             f"{name} is a {type(parameter.data).__name__}, not a plain tensor: prune before sharding or quantizing"
         )
-    if parameter.dtype not in _PRUNABLE:
+    if parameter.dtype not in PRUNABLE:
         raise InputTypeError(
             f"{name} is {parameter.dtype}: only fp16, bf16, fp32, fp64 and complex weights can be pruned; "
             f"prune before quantizing, or leave it out: sc.weights(model, skip=[{name!r}])"

@@ -1,32 +1,51 @@
 """The exact k lowest scores of many tensors, in streaming passes: no concatenation, no sort of all weights.
 
-A threshold is found in two steps. A sample of the scores gives a bracket around the k-th lowest; one pass counts
-what lies below the bracket and gathers what lies inside (about 1 %), which is then searched exactly. Ties at the
-threshold go in order of (tensor, row-major index). The result is that of a stable sort of all scores, whatever the
-chunks, the sample or the threads.
+A sample of the scores gives a bracket around the k-th lowest. One pass counts what lies below the bracket and makes
+a histogram of what lies inside (about 1 %), over the bits of the scores, so that a bin is one value as a rule; where
+it is more, another pass looks into it. Ties at the threshold go in order of (tensor, row-major index). The result is
+that of a stable sort of all scores, whatever the chunks, the sample or the threads, and however many processes
+(torch.distributed) each hold a part of the tensors: they add up their counts.
 """
 
 from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from secateur import bits
+from secateur import bits, distributed
 from secateur.errors import InputError
 from secateur.scores import Score, evaluate, magnitude
 
 _SAMPLE = 1 << 16
+_BINS, _FEW_BINS = 1 << 20, 1 << 16  # of a histogram: for few weights the smaller one is quicker
 _SIGMAS = 4.0  # half-width of the bracket in standard deviations of the sample's rank: it seldom misses
 
 _Floats = npt.NDArray[Any]
+_Result = TypeVar("_Result")
+
+
+class Source(Protocol):
+    """A tensor that is not in memory and is read in pieces."""
+
+    dtype: torch.dtype
+    device: torch.device
+
+    def numel(self) -> int:
+        """Numbers in the tensor."""
+
+    def chunks(self) -> Iterator[tuple[int, Tensor]]:
+        """Yield `(index of the first number, flat piece)` in row-major order; a piece lasts until the next."""
+
+    def at(self, indices: npt.NDArray[np.int64]) -> Tensor:
+        """Return the numbers at some row-major indices (ascending)."""
 
 
 @dataclass(frozen=True)
@@ -40,14 +59,16 @@ class Stream:
         kept: bits of the weights kept so far; those pruned already rank below all others.
         protected: row-major indices that are never pruned; they rank above all others.
         group: weights that stand behind each score (more than 1 where a pattern prunes them together).
+        here: whether this process reads it; each stream is read by one of those that work together.
     """
 
     name: str
-    values: Tensor
+    values: Tensor | Source
     score: Score | None = None
     kept: Tensor | None = None
     protected: range = range(0)
     group: int = 1
+    here: bool = True
 
     def pieces(self, dtype: torch.dtype, *, check: bool = False) -> Iterator[Tensor]:
         """Yield the scores in row-major order, flat, as `dtype`; -inf where pruned, +inf where protected.
@@ -55,7 +76,7 @@ class Stream:
         A piece lasts until the next one: they may share their memory. `check` looks for NaN and inf in magnitudes.
         """
         room = torch.empty(0, dtype=dtype, device=self.values.device)
-        for start, raw in bits.chunks(self.values.detach()):
+        for start, raw in _chunks(self.values):
             if self.score is magnitude and raw.dtype.to_real() == dtype:
                 room = room if room.numel() >= raw.numel() else room.new_empty(raw.numel())
                 scores = torch.abs(raw, out=room[: raw.numel()])
@@ -68,7 +89,9 @@ class Stream:
     def sample(self, indices: npt.NDArray[np.int64], dtype: torch.dtype) -> Tensor:
         """Return the scores at some row-major indices (a protected one may show its own score)."""
         where = torch.from_numpy(indices).to(self.values.device)
-        scores = self._scored(self.values.detach().reshape(-1)[where])
+        values = self.values
+        taken = values.detach().reshape(-1)[where] if isinstance(values, Tensor) else values.at(indices)
+        scores = self._scored(taken)
         if self.kept is not None:
             kept = (self.kept[where // 8] >> (where % 8).to(torch.uint8)) & 1
             scores = scores.masked_fill(kept == 0, -math.inf)
@@ -135,13 +158,7 @@ def keep(stream: Stream, cut: Cut) -> tuple[Tensor, int, Cut]:
     packed = torch.empty(-(-stream.values.numel() // 8), dtype=torch.uint8, device=stream.values.device)
     pruned, ties, start = 0, cut.ties, 0
     for piece in stream.pieces(cut.dtype):
-        if ties:
-            kept = _compare(operator.gt, piece, cut.value)
-            equal = _positions(_compare(operator.eq, piece, cut.value))
-            kept[equal[ties:]] = True
-            ties -= min(ties, len(equal))
-        else:
-            kept = _compare(operator.ge, piece, cut.value)
+        kept, ties = above(piece, cut.value, ties)
         pruned += piece.numel() - _count(kept)
         part = bits.pack(kept)
         packed[start : start + len(part)] = part
@@ -149,20 +166,80 @@ def keep(stream: Stream, cut: Cut) -> tuple[Tensor, int, Cut]:
     return packed, pruned, replace(cut, ties=ties)
 
 
+def above(scores: Tensor, value: float, ties: int) -> tuple[Tensor, int]:
+    """Tell which scores stay above a cut, and how many of its ties are left for the next piece."""
+    if not ties:
+        return _compare(operator.ge, scores, value), 0
+    kept = _compare(operator.gt, scores, value)
+    equal = _positions(_compare(operator.eq, scores, value))
+    kept[equal[ties:]] = True
+    return kept, ties - min(ties, len(equal))
+
+
+def tally(stream: Stream, cut: Cut) -> tuple[int, int, int]:
+    """Count the scores of a stream below a cut, those equal to it, and those that are zero."""
+    below = equal = zero = 0
+    for piece in stream.pieces(cut.dtype):
+        below += _count(_compare(operator.lt, piece, cut.value))
+        equal += _count(_compare(operator.eq, piece, cut.value))
+        zero += _count(_compare(operator.eq, piece, 0.0))
+    return below, equal, zero
+
+
+Applied = dict[str, tuple[_Result, int]]
+"""For each stream what came of applying a cut to it, and the scores that it loses."""
+
+
+def together(
+    streams: Sequence[Stream],
+    count: int,
+    most: Mapping[str, int],
+    apply: Callable[[Sequence[Stream], Cut], Applied[_Result]],
+) -> dict[str, _Result]:
+    """Rank all streams together; where one would lose more than it may, it loses that, and the others the rest.
+
+    Args:
+        streams: in the order in which ties go.
+        count: weights to prune in all.
+        most: weights that each stream may lose.
+        apply: how to apply a cut to some streams.
+    """
+    done: dict[str, _Result] = {}
+    while rest := [stream for stream in streams if stream.name not in done]:
+        found = apply(rest, threshold(rest, count))
+        full = [stream for stream in rest if found[stream.name][1] * stream.group > most[stream.name]]
+        if not full:
+            return {**done, **{name: result for name, (result, _) in found.items()}}
+        for stream in full:
+            ((done[stream.name], lost),) = apply([stream], threshold([stream], most[stream.name])).values()
+            count -= lost * stream.group
+    return done
+
+
+def keep_all(streams: Sequence[Stream], cut: Cut) -> Applied[Tensor]:
+    """Apply a cut to streams in their order: the bits of what each keeps."""
+    found = {}
+    for stream in streams:
+        packed, lost, cut = keep(stream, cut)
+        found[stream.name] = packed, lost
+    return found
+
+
 def zeros_first(scores: Tensor, weights: Tensor) -> Tensor:
     """Rank weights that are zero already below the others, so that they count towards the budget, unless protected."""
     return scores.masked_fill((weights == 0) & (scores < math.inf), torch.finfo(scores.dtype).min)
 
 
-def require_finite(name: str, weight: Tensor) -> None:
+def require_finite(name: str, weight: Tensor | Source) -> None:
     """See that a tensor holds neither NaN nor inf.
 
     Raises:
         InputError: it does; the message counts them.
     """
-    for _, piece in bits.chunks(weight.detach()):
+    for _, piece in _chunks(weight):
         if not bool(torch.isfinite(piece.sum())):  # a sum may also overflow: count before judging
-            nan, inf = (int(test(weight.detach()).sum()) for test in (torch.isnan, torch.isinf))
+            tests = torch.isnan, torch.isinf
+            nan, inf = (sum(int(test(part).sum()) for _, part in _chunks(weight)) for test in tests)
             if nan or inf:
                 raise InputError(
                     f"{name} holds {nan:,} NaN and {inf:,} inf among {weight.numel():,} weights, so its scores mean "
@@ -172,19 +249,20 @@ def require_finite(name: str, weight: Tensor) -> None:
 
 
 def _exact(streams: Sequence[Stream], count: int, dtype: torch.dtype) -> Cut:
-    low, high = _bracket(streams, count, dtype)
-    for _ in range(9):  # one pass nearly always, three at the very most
-        below, inside = _census(streams, low, high, dtype)
-        if below < count <= below + inside.size:
-            rank = count - below - 1
-            inside.partition(rank)
-            value = inside[rank]
-            return Cut(float(value), rank + 1 - int(np.count_nonzero(inside < value)), dtype)
-        # the cut is at an end of the bracket (many ties there), or else the sample has misled us: look beyond
-        end, low, high = (low, -math.inf, low) if count <= below else (high, high, math.inf)
-        less, equal = _rank(streams, end, dtype)
-        if less < count <= less + equal:
-            return Cut(end, count - less, dtype)
+    bottom, top = _key(-math.inf, dtype), _key(math.inf, dtype)
+    low, high = (_key(end, dtype) for end in _bracket(streams, count, dtype))
+    for _ in range(9):  # one pass nearly always, six at the very most
+        below, bins, shift = _census(streams, low, high, dtype)
+        ends = below + bins.cumsum()
+        if count <= below:  # the sample has misled us: look beyond the bracket
+            low, high = bottom, low - 1
+        elif count > ends[-1]:
+            low, high = high + 1, top
+        else:
+            found = int(np.searchsorted(ends, count))
+            low, high = low + (found << shift), min(high, low + ((found + 1) << shift) - 1)
+            if low == high:
+                return Cut(_float(low, dtype), count - int(ends[found] - bins[found]), dtype)
     raise InputError(f"the score of {streams[0].name} changes from call to call: an elementwise one must not")
 
 
@@ -198,8 +276,12 @@ def _bracket(streams: Sequence[Stream], count: int, dtype: torch.dtype) -> tuple
     indices = (strata * (total / _SAMPLE)).astype(np.int64).clip(max=total - 1)
     parts = np.split(indices, np.searchsorted(indices, ends[:-1]))
     starts = [0, *ends[:-1]]
-    taken = [s.sample(part - start, dtype) for s, part, start in zip(streams, parts, starts, strict=True)]
-    sample = torch.cat(taken).sort().values
+    sample = np.zeros(_SAMPLE, _NUMPY[dtype])
+    for stream, part, start in zip(streams, parts, starts, strict=True):
+        if stream.here and part.size:
+            first = int(np.searchsorted(indices, part[0]))
+            sample[first : first + part.size] = stream.sample(part - start, dtype).numpy()
+    sample = np.sort(distributed.total(sample))
     chance = count / total
     middle, margin = chance * _SAMPLE, _SIGMAS * math.sqrt(_SAMPLE * chance * (1 - chance)) + _SIGMAS
     first, last = math.floor(middle - margin), math.ceil(middle + margin)
@@ -208,30 +290,37 @@ def _bracket(streams: Sequence[Stream], count: int, dtype: torch.dtype) -> tuple
     return low, high
 
 
-def _census(streams: Sequence[Stream], low: float, high: float, dtype: torch.dtype) -> tuple[int, _Floats]:
-    """Count the scores at or below `low`, and gather those strictly between `low` and `high`."""
-    below = filled = 0
-    # one array that grows: thousands of small ones would leave holes in the heap, several times their own size
-    inside = np.empty(_SAMPLE, _NUMPY[dtype])
+def _census(
+    streams: Sequence[Stream], low: int, high: int, dtype: torch.dtype
+) -> tuple[int, npt.NDArray[np.int64], int]:
+    """Count the scores whose keys are below `low`, and those up to `high` in bins of 2^shift keys each."""
+    size = _BINS if sum(stream.values.numel() for stream in streams) > _BINS else _FEW_BINS
+    shift = max(0, (high - low).bit_length() - size.bit_length() + 1)
+    counts = np.zeros(size + 1, np.int64)
+    least, most = _float(low, dtype), _float(high, dtype)
     for stream in streams:
-        for piece in stream.pieces(dtype, check=True):
-            above, found = _between(piece, low, high)
-            below += piece.numel() - above
-            if filled + found.size > inside.size:
-                inside = np.concatenate((inside, np.empty(inside.size + found.size, inside.dtype)))
-            inside[filled : filled + found.size] = found
-            filled += found.size
-    return below, inside[:filled]
+        for piece in stream.pieces(dtype, check=True) if stream.here else ():
+            below, found = _between(piece, least, most)
+            counts[-1] += below
+            np.add.at(counts, _keys(found) - np.uint64(low % 2**64) >> np.uint64(shift), 1)
+    counts = distributed.total(counts)
+    return int(counts[-1]), counts[:-1], shift
 
 
-def _rank(streams: Sequence[Stream], value: float, dtype: torch.dtype) -> tuple[int, int]:
-    """Count the scores below `value`, and those equal to it."""
-    less = equal = 0
-    for stream in streams:
-        for piece in stream.pieces(dtype):
-            less += _count(_compare(operator.lt, piece, value))
-            equal += _count(_compare(operator.eq, piece, value))
-    return less, equal
+def _keys(scores: _Floats) -> npt.NDArray[np.uint64]:
+    """Whole numbers (modulo 2^64) in the order of the scores; those of 0.0 and -0.0 are the same."""
+    signed = (scores + 0.0).view(np.int32 if scores.itemsize == 4 else np.int64)
+    highest = np.iinfo(signed.dtype).max
+    return np.where(signed < 0, signed ^ highest, signed).astype(np.int64).view(np.uint64)
+
+
+def _key(score: float, dtype: torch.dtype) -> int:
+    return int(_keys(np.array([score], _NUMPY[dtype])).view(np.int64)[0])
+
+
+def _float(key: int, dtype: torch.dtype) -> float:
+    signed = np.array([key], np.int32 if dtype is torch.float32 else np.int64)
+    return float(np.where(signed < 0, signed ^ np.iinfo(signed.dtype).max, signed).view(_NUMPY[dtype])[0])
 
 
 def _grouped(streams: Sequence[Stream], count: int, dtype: torch.dtype) -> Cut:
@@ -253,6 +342,10 @@ def _grouped(streams: Sequence[Stream], count: int, dtype: torch.dtype) -> Cut:
 _NUMPY = {torch.float32: np.float32, torch.float64: np.float64}
 
 
+def _chunks(values: Tensor | Source) -> Iterator[tuple[int, Tensor]]:
+    return bits.chunks(values.detach()) if isinstance(values, Tensor) else values.chunks()
+
+
 def _wide(stream: Stream) -> bool:
     narrow = torch.float16, torch.bfloat16, torch.float32, torch.complex64
     return stream.values.dtype not in narrow or (stream.score not in (None, magnitude))
@@ -267,15 +360,15 @@ def _compare(compare: Callable[[Any, float], Any], piece: Tensor, value: float) 
 
 
 def _between(piece: Tensor, low: float, high: float) -> tuple[int, _Floats]:
-    """How many are above `low`, and those of them below `high`."""
+    """How many are below `low`, and those from there up to `high`."""
     if bits.on_cpu(piece):
         scores = piece.numpy()
-        above = np.greater(scores, low)
-        count = int(np.count_nonzero(above))
-        np.logical_and(above, np.less(scores, high), out=above)
-        return count, scores[np.flatnonzero(above)]
-    found = piece[piece > low]
-    return found.numel(), found[found < high].cpu().numpy()
+        inside = np.greater_equal(scores, low)
+        below = scores.size - int(np.count_nonzero(inside))
+        np.logical_and(inside, np.less_equal(scores, high), out=inside)
+        return below, scores[np.flatnonzero(inside)]
+    found = piece[piece >= low]
+    return piece.numel() - found.numel(), found[found <= high].cpu().numpy()
 
 
 def _highest(scores: Tensor) -> float:

@@ -1,4 +1,4 @@
-"""secateur.checkpoints: tensors out of files, zeros counted, no pickled code run."""
+"""secateur.storage.checkpoints: tensors out of files, zeros counted, no pickled code run."""
 
 import contextlib
 import json
@@ -16,8 +16,8 @@ from torch import nn
 from torch.nn.utils import prune
 
 from secateur import bits
-from secateur.checkpoints import inspect, iter_tensors
 from secateur.errors import InputError
+from secateur.storage.checkpoints import inspect, iter_tensors
 
 FLOATS = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 FLOATS += [torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz]
@@ -147,10 +147,11 @@ def test_a_table_a_dict_and_markdown(tmp_path):
     assert lines[4].startswith("total (1 tensors)")
     assert "| w " in found.markdown()
     plain = json.loads(json.dumps(found.to_dict()))
-    assert plain["tensors"] == [
-        {"name": "w", "dtype": "float32", "shape": [2, 2], "weights": 4, "zeros": 2, "bytes": 16, "sparsity": 0.5}
-    ]
-    assert plain["total"] == {"weights": 4, "zeros": 2, "sparsity": 0.5, "bytes": 16}
+    facts = {"weights": 4, "zeros": 2, "bytes": 16, "sparsity": 0.5}
+    stored = {"coding": "plain", "stored_bytes": 16, "ratio": 1.0, "error": None}
+    assert plain["tensors"] == [{"name": "w", "dtype": "float32", "shape": [2, 2], **facts, **stored}]
+    on_disk = (tmp_path / "m.safetensors").stat().st_size
+    assert plain["total"] == {**facts, "stored_bytes": on_disk, "ratio": on_disk / 16}
     assert plain["notes"] == []
 
 
@@ -200,6 +201,7 @@ def test_missing_unknown_and_empty(tmp_path):
     save_file({}, tmp_path / "none.safetensors")
     (tmp_path / "x.h5").touch()
     (tmp_path / "bare").mkdir()
+    save_file(TENSORS, tmp_path / "one.safetensors")
     for path, message in [
         ("modle.pt", "modle.pt: no such file; in that folder the nearest names are: model.pt"),
         ("nowhere/m.pt", "no such file"),
@@ -207,7 +209,7 @@ def test_missing_unknown_and_empty(tmp_path):
         ("model.pt", "holds no tensor: give a file that holds a state_dict"),
         ("none.safetensors", "holds no tensor"),
         ("bare", r"bare is a folder without an index .*: give a file"),
-        (".", r"folder without an index .*: give a file; valid names are: model.pt, none.safetensors"),
+        (".", r"folder without an index .*: give a file; valid names are: model.pt, none.safetensors, one.safetensors"),
     ]:
         with pytest.raises(InputError, match=message):
             iter_tensors(tmp_path / path)

@@ -1,0 +1,19 @@
+"""Files: packed ones that are really smaller, and checkpoints that are larger than memory.
+
+| room | what is in it |
+|---|---|
+| `archive` | `save` a model's state to a packed file, `load` it back |
+| `conversion` | `pack` and `unpack` checkpoints, file by file, folder by folder |
+| `pretrained` | the same for folders of Hugging Face models |
+| `pruning` | prune a checkpoint larger than memory |
+| `checkpoints` | what a checkpoint holds, of whatever form; `inspect` |
+| `packed`, `container`, `coding` | the packed format: the file, the safetensors around it, the blocks within |
+| `stored`, `dtypes`, `contents` | a tensor that lies in a file; what its numbers are made of; what is said of it |
+"""
+
+from secateur.storage.archive import load, save
+from secateur.storage.conversion import pack, unpack
+from secateur.storage.pretrained import load_pretrained, save_pretrained
+from secateur.storage.pruning import Recipe, prune_checkpoint
+
+__all__ = ["Recipe", "load", "load_pretrained", "pack", "prune_checkpoint", "save", "save_pretrained", "unpack"]

@@ -1,0 +1,228 @@
+"""Checkpoints from one form to another: `pack`, `unpack`, and the rewriting of files and folders behind them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from secateur import distributed
+from secateur.errors import InputError
+from secateur.files import StrPath, replacing, replacing_folder
+from secateur.storage.archive import packed_name, refuse_packed_names, verify_state
+from secateur.storage.checkpoints import INDEX, TORCH, Checkpoint, Shard, opened
+from secateur.storage.coding import effort_of, level_of
+from secateur.storage.container import Slot, Writer, room_for
+from secateur.storage.contents import Contents, TensorInfo, info, notes
+from secateur.storage.dtypes import KINDS, name_of, words_of
+from secateur.storage.packed import Progress, write_packed
+from secateur.storage.stored import Stored
+
+_ENDING, _PACKED_ENDING = ".safetensors", ".packed.safetensors"
+
+Write = Callable[[Path, Shard], Sequence[TensorInfo]]
+"""Writes one shard to a path, and says what it wrote."""
+
+
+def pack(
+    src: StrPath,
+    dst: StrPath,
+    *,
+    level: str = "lossless",
+    step: float | None = None,
+    effort: str = "normal",
+    progress: Progress | None = None,
+) -> Contents:
+    """Pack a checkpoint, tensor by tensor, whatever its size.
+
+    In a folder each `NAME.safetensors` becomes `NAME.packed.safetensors`, its index likewise, so that who looks for the
+    plain file does not find it; other files are copied.
+
+    Args:
+        src: a file, or a folder of shards with their index, as `secateur inspect` reads.
+        dst: a `.safetensors` file, or a folder if `src` is one.
+        level, step, effort: as for `save`.
+        progress: called with the bytes of tensors done since the last call.
+
+    Raises:
+        InputError: an unknown level or effort, or a source that cannot be read.
+        WriteError: the system refuses to write.
+    """
+    chosen, coder = level_of(level, step), effort_of(effort)
+    checkpoint = opened(src)
+    refuse_packed_names(checkpoint.tensors)
+
+    def write(path: Path, shard: Shard) -> Sequence[TensorInfo]:
+        return write_packed(path, shard.tensors, level=chosen, effort=coder, metadata=shard.metadata, progress=progress)
+
+    return rewrite(checkpoint, src, dst, packed_file_name, write)
+
+
+def unpack(src: StrPath, dst: StrPath, *, progress: Progress | None = None) -> Contents:
+    """Turn a packed checkpoint into plain `.safetensors` files, and see that they hold what was saved.
+
+    Args:
+        src: a packed file, or a folder of them; plain ones among them are copied.
+        dst: a `.safetensors` file, or a folder if `src` is one. Tied tensors are written under each name.
+        progress: called with the bytes of tensors done since the last call.
+
+    Raises:
+        FileError: the source is damaged, or does not decode to what was saved. WriteError: the system refuses to write.
+    """
+    checkpoint = opened(src)
+    verify_state(checkpoint)
+
+    def write(path: Path, shard: Shard) -> Sequence[TensorInfo]:
+        write_plain(path, shard, progress)
+        return [info(tensor, tensor.zeros(), coding="plain", stored_bytes=tensor.nbytes) for tensor in shard.tensors]
+
+    return rewrite(checkpoint, src, dst, plain_file_name, write)
+
+
+def packed_file_name(name: str) -> str:
+    """Return the name of the packed form of a file: "model.packed.safetensors"."""
+    return plain_file_name(name).replace(_ENDING, _PACKED_ENDING, 1)
+
+
+def plain_file_name(name: str) -> str:
+    """Return the name of the plain form of a file: "model.safetensors"."""
+    return name.replace(_PACKED_ENDING, _ENDING, 1)
+
+
+def write_plain(path: Path, shard: Shard, progress: Progress | None = None) -> None:
+    """Write a plain `.safetensors` file of the tensors of a shard, piece by piece.
+
+    Raises:
+        InputError: a dtype that such a file cannot hold; nothing was written.
+    """
+    # as safetensors itself does: so each tensor starts at a multiple of its element's size
+    tensors = sorted(shard.tensors, key=lambda tensor: -tensor.dtype.itemsize)
+    slots, end = [], 0
+    for tensor in tensors:
+        slots.append(_slot(tensor, end))
+        end = slots[-1].stop
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        writer = Writer(file, room_for(slots, shard.metadata))
+        for tensor, slot in zip(tensors, slots, strict=True):
+            start = writer.position
+            for _, piece in tensor.chunks():
+                file.write(words_of(piece).data)
+                if progress:
+                    progress(piece.nbytes)
+            writer.close(slot.name, slot.code, slot.shape, start)
+        writer.finish(shard.metadata)
+
+
+def _slot(tensor: Stored, start: int) -> Slot:
+    code = KINDS[tensor.dtype].code
+    if code is None:
+        raise InputError(
+            f"{tensor.name} is {name_of(tensor.dtype)}, which a plain .safetensors file cannot hold: read it with "
+            "secateur.load"
+        )
+    shape = tuple(tensor.shape)
+    shape = (*shape[:-1], 2 * shape[-1]) if code == "F4" else shape  # which counts the numbers, not the bytes
+    return Slot(tensor.name, code, shape, start, start + tensor.nbytes)
+
+
+def rewrite(checkpoint: Checkpoint, src: StrPath, dst: StrPath, rename: Callable[[str], str], write: Write) -> Contents:
+    """Write each shard of a checkpoint anew: a file to a file, a folder to a folder with all that lies beside.
+
+    Of several processes each writes its own shards, as `mine` says, and the first one the rest. The folder appears
+    under its name when it is whole.
+
+    Raises:
+        InputError: `dst` is the source, or lies in it, or is a file where a folder is due. WriteError: the system
+            refuses to write, or would have to remove files of which there is no new version.
+    """
+    source, target = Path(src), Path(dst)
+    said = notes(list(checkpoint.tensors))
+    if checkpoint.index is None and not (source.is_dir() and target.suffix != _ENDING):
+        target = packed_name(target)
+        _refuse_same(checkpoint.shards[0].file, target)
+        written = list(write(target, checkpoint.shards[0])) if distributed.rank() == 0 else []
+        together()
+        return Contents(str(dst), tuple(written), target.stat().st_size, said)
+    folder = checkpoint.shards[0].file.parent if checkpoint.index is None else checkpoint.index.parent
+    _refuse_same(folder, target)
+    infos: dict[str, TensorInfo] = {}
+    with shared_folder(target) as temporary:
+        for shard in mine(checkpoint):
+            place = shard.file.relative_to(folder)
+            path = temporary / place.with_name(rename(place.name))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            infos |= {done.name: done for done in write(path, shard)}
+        if distributed.rank() == 0:
+            left_out = _copy_rest(folder, temporary, checkpoint)
+            said += (f"left out: {', '.join(left_out)} (other weights)",) if left_out else ()
+            if checkpoint.index is not None:
+                _write_index(checkpoint.index, temporary, rename)
+    size = sum(p.stat().st_size for p in target.rglob("*.safetensors"))
+    return Contents(str(dst), tuple(infos[name] for name in checkpoint.tensors if name in infos), size, said)
+
+
+def mine(checkpoint: Checkpoint) -> list[Shard]:
+    """Return the shards that this process reads and writes: the largest first, each to whom has least so far."""
+    load = [0] * distributed.size()
+    own = []
+    for shard in sorted(checkpoint.shards, key=lambda shard: -sum(t.nbytes for t in shard.tensors)):
+        least = load.index(min(load))
+        load[least] += sum(tensor.nbytes for tensor in shard.tensors)
+        if least == distributed.rank():
+            own.append(shard)
+    return own
+
+
+def together() -> None:
+    """Wait for the other processes."""
+    distributed.total(np.zeros(1))
+
+
+@contextmanager
+def shared_folder(target: Path) -> Iterator[Path]:
+    """As `replacing_folder`, for all processes together: the first one makes the folder, and gives it its name."""
+    if distributed.rank() == 0:
+        with replacing_folder(target) as temporary:
+            distributed.from_first(str(temporary))
+            yield temporary
+            together()
+    else:
+        yield Path(distributed.from_first(""))
+        together()
+    together()
+
+
+def _refuse_same(source: Path, target: Path) -> None:
+    source, resolved = source.resolve(), target.resolve()
+    if resolved == source or (source.is_dir() and source in resolved.parents):
+        raise InputError(f"{target} is the source, or lies in it, and the source is never touched: give another place")
+
+
+def _copy_rest(folder: Path, temporary: Path, checkpoint: Checkpoint) -> list[str]:
+    """Copy what lies beside the weights (configuration, tokenizer); name the other weights, which are left out."""
+    done = {shard.file for shard in checkpoint.shards} | {checkpoint.index}
+    left_out = []
+    for path in sorted(folder.rglob("*")):
+        place = path.relative_to(folder)
+        if path in done or path.is_dir() or any(part.startswith(".") for part in place.parts):
+            continue
+        if path.suffix in (*TORCH, _ENDING) or path.name.endswith(INDEX):
+            left_out.append(str(place))
+        else:
+            (temporary / place).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(path, temporary / place)
+    return left_out
+
+
+def _write_index(index: Path, temporary: Path, rename: Callable[[str], str]) -> None:
+    written: dict[str, Any] = json.loads(index.read_text(encoding="utf-8"))
+    weight_map: Mapping[str, str] = written["weight_map"]
+    written["weight_map"] = {
+        name: str(Path(file).with_name(rename(Path(file).name))) for name, file in weight_map.items()
+    }
+    (temporary / rename(index.name)).write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
