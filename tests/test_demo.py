@@ -16,7 +16,7 @@ from secateur.demo import digits, elsewhere, pictures, run, story
 
 WEIGHTS = 4 * 128 * 8 + 4 * 128 * 128 + 10 * 128
 FILES = {
-    "run.json", "dense.safetensors", "pruned.safetensors", "masks.safetensors", "test.safetensors", "elsewhere.py",
+    "run.json", "dense.safetensors", "pruned.safetensors", "pruned.packed.safetensors", "masks.safetensors", "test.safetensors", "elsewhere.py",
     "training.png", "layers.png",
 }  # fmt: skip
 
@@ -106,7 +106,7 @@ def test_a_fresh_process_without_secateur_agrees(shared):
 
 def test_a_fresh_process_notices_one_changed_bit(shared, tmp_path):
     _, out, _, _ = shared
-    for name in ("elsewhere.py", "pruned.safetensors", "test.safetensors"):
+    for name in ("elsewhere.py", "pruned.safetensors", "pruned.packed.safetensors", "test.safetensors"):
         (tmp_path / name).write_bytes((out / name).read_bytes())
     test = load_file(tmp_path / "test.safetensors")
     test["logits"].view(torch.int32)[7, 3] ^= 1
@@ -140,6 +140,17 @@ def test_rounds_of_what_remains_and_of_the_total(shared):
     assert rounds["of_the_total"][-1] == 63_821 / WEIGHTS
 
 
+def test_the_packed_file_is_smaller_and_the_same(shared):
+    result, out, _, _ = shared
+    packed, plain = out / "pruned.packed.safetensors", out / "pruned.safetensors"
+    assert result["packed"]["bytes"] == packed.stat().st_size
+    assert result["packed"]["over_plain"] == packed.stat().st_size / plain.stat().st_size < 0.13
+    assert result["packed"]["same_bits"]
+    weights = load_file(plain)
+    back = sc.load(packed, verify=True)
+    assert all(torch.equal(back[name], weights[name]) for name in weights)
+
+
 def test_the_history_has_a_point_for_each_epoch(shared):
     history = shared[0]["history"]
     assert [point["step"] for point in history["dense"]] == [43, 86]
@@ -159,10 +170,12 @@ def test_the_table_tells_the_measured_numbers(shared):
 
 
 def test_the_table_hides_no_failure(shared):
-    result = {**shared[0], "same_model": False, "fresh_process": {**shared[0]["fresh_process"], "same_bits": False}}
+    result = {**shared[0], "same_model": False}
+    result |= {key: {**result[key], "same_bits": False} for key in ("fresh_process", "packed")}
     meanings = " ".join(row[3] for row in pictures.story(result))
     assert "OTHER module" in meanings
     assert "OTHER predictions" in meanings
+    assert "OTHER bits" in meanings
 
 
 def test_the_caller_keeps_random_numbers_and_threads(shared):

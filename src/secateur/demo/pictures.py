@@ -40,7 +40,7 @@ def tell(result: dict[str, Any], out: Path, console: Console) -> None:
         result["comparison"]["summary"],
         "",
         f"{result['seconds']:.0f} seconds. In {out}: run.json (every number), dense.safetensors and pruned.safetensors "
-        "(plain weights), masks.safetensors, elsewhere.py (loads the weights without secateur)",
+        "(plain weights), pruned.packed.safetensors, masks.safetensors, elsewhere.py (loads the weights without secateur)",
         f"pictures: {', '.join(result['pictures'])}" if result["pictures"] else result["note"],
     ):
         console.print(line, markup=False, highlight=False)
@@ -51,7 +51,7 @@ def story(result: dict[str, Any]) -> list[tuple[str, str, str, str]]:
     epochs, asked = result["settings"]["epochs"], result["settings"]["sparsity"]
     dense, one_shot, gradual, longer = (result[key] for key in ("dense", "one_shot", "gradual", "dense_longer"))
     remaining, total = (result["rounds"][key] for key in ("of_what_remains", "of_the_total"))
-    fresh, n = result["fresh_process"], len(total)
+    fresh, packed, n = result["fresh_process"], result["packed"], len(total)
     measured, verdict = result["comparison"]["measurements"], result["comparison"]["verdict"]
     milliseconds = {name: f"{1e3 * one['seconds']:.2f} ms" for name, one in measured.items()}
     file = {name: size(one["file_bytes"]) for name, one in measured.items()}
@@ -100,6 +100,13 @@ def story(result: dict[str, Any]) -> list[tuple[str, str, str, str]]:
             "",
             f"{milliseconds['dense']} before, {milliseconds['pruned']} after: {verdict['pruned']}; "
             f"file {file['dense']} before, {file['pruned']} after",
+        ),
+        (
+            "7. save it packed",
+            percent(gradual["sparsity"]),
+            "",
+            f"file {size(packed['bytes'])}, {packed['over_plain']:.3f} of the plain one; "
+            f"{'every bit comes back' if packed['same_bits'] else 'OTHER bits come back'}",
         ),
     ]
 

@@ -23,6 +23,8 @@ from secateur.storage.dtypes import kind_of, words_of
 from secateur.storage.packed import SUFFIX, StateHash, write_packed
 from secateur.storage.stored import Alias, Stored, stored_of
 
+_WORTH_THREADS = 1 << 22  # elements: for fewer, starting threads and passing Python's lock around costs more
+
 
 def save(
     model: nn.Module | Mapping[str, Tensor],
@@ -95,7 +97,7 @@ def load(
     checkpoint = opened(path)
     tensors = checkpoint.tensors
     targets = {} if into is None else _targets(unwrap(into), tensors, Path(path), strict)
-    _in_threads([partial(_check, tensor) for tensor in tensors.values()])
+    _in_threads([partial(_check, t) for t in tensors.values()], sum(t.numel() for t in tensors.values()))
     if verify:
         verify_state(checkpoint)
     if into is None:
@@ -208,7 +210,8 @@ def _targets(model: nn.Module, tensors: Mapping[str, Stored], path: Path, strict
 def _fill(targets: Mapping[str, Sequence[Tensor]], tensors: Mapping[str, Stored]) -> None:
     """Decode each tensor into the first of its targets where it can be decoded in place, and copy it to the others."""
     direct = {name: places[0] for name, places in targets.items() if _fits(places[0], tensors[name])}
-    _in_threads([fill for name, place in direct.items() for fill in tensors[name].fillers(place.view(-1))])
+    fillers = [fill for name, place in direct.items() for fill in tensors[name].fillers(place.view(-1))]
+    _in_threads(fillers, sum(place.numel() for place in direct.values()))
     for name, places in targets.items():
         if name in direct:
             torch.autograd.graph.increment_version(direct[name])
@@ -225,9 +228,10 @@ def _check(tensor: Stored, _: Decoder) -> None:
     tensor.check()
 
 
-def _in_threads(jobs: Iterable[Callable[[Decoder], None]]) -> None:
-    """Do all jobs, on this thread and on as many others as torch would use."""
+def _in_threads(jobs: Iterable[Callable[[Decoder], None]], elements: int) -> None:
+    """Do all jobs, on this thread and, if they are about enough elements, on as many others as torch would use."""
     left = deque(jobs)
+    others = torch.get_num_threads() - 1 if elements >= _WORTH_THREADS else 0
 
     def work() -> None:
         decoder = Decoder()
@@ -240,8 +244,8 @@ def _in_threads(jobs: Iterable[Callable[[Decoder], None]]) -> None:
             left.clear()
             raise
 
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        others = [pool.submit(work) for _ in range(torch.get_num_threads() - 1)]
+    with ThreadPoolExecutor(others or 1) as pool:
+        futures = [pool.submit(work) for _ in range(others)]
         work()
-    for other in others:
-        other.result()
+    for future in futures:
+        future.result()

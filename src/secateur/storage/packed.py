@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import struct
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
+from itertools import accumulate, islice
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -103,12 +104,13 @@ class PackedTensor(Stored):
         table = 4 * count
         if table > self._slot.nbytes:
             raise self._error(f"claims {self.numel():,} elements in {self._slot.nbytes:,} bytes")
-        lengths = np.frombuffer(self._file.read(self._slot.stop - table, table), "<u4").astype(np.int64)
-        starts = np.cumsum([0, *lengths])
-        spare = self._slot.nbytes - table - int(starts[-1])
-        if lengths.size != count or not 0 <= spare < ALIGNMENT:
+        read = self._file.read(self._slot.stop - table, table)
+        if len(read) < table:
+            raise self._error("is cut short")
+        lengths = struct.unpack(f"<{count}I", read)
+        begins = list(accumulate(lengths, initial=self._slot.start))
+        if not 0 <= self._slot.stop - table - begins.pop() < ALIGNMENT:
             raise self._error("has a table of blocks that does not fit")
-        begins = (self._slot.start + starts[:-1]).tolist()
         return [(i * BLOCK, begin, length) for i, (begin, length) in enumerate(zip(begins, lengths, strict=True))]
 
     def decode(self, block: tuple[int, int, int], out: Tensor, decoder: Decoder) -> None:
