@@ -40,7 +40,8 @@ def tell(result: dict[str, Any], out: Path, console: Console) -> None:
         result["comparison"]["summary"],
         "",
         f"{result['seconds']:.0f} seconds. In {out}: run.json (every number), dense.safetensors and pruned.safetensors "
-        "(plain weights), pruned.packed.safetensors, masks.safetensors, elsewhere.py (loads the weights without secateur)",
+        "(plain weights), pruned.packed.safetensors, masks.safetensors, elsewhere.py (loads the weights without "
+        "secateur)",
         f"pictures: {', '.join(result['pictures'])}" if result["pictures"] else result["note"],
     ):
         console.print(line, markup=False, highlight=False)

@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from secateur.errors import FileError
-from secateur.storage.dtypes import BY_CODE
+from secateur.storage.dtypes import BY_CODE, KINDS
 
 ALIGNMENT = 8
 
@@ -73,6 +73,12 @@ def torch_form(slot: Slot) -> tuple[torch.dtype, tuple[int, ...]] | None:
     if dtype is torch.float4_e2m1fn_x2:  # torch counts the bytes, of two numbers each
         return dtype, (*slot.shape[:-1], slot.shape[-1] // 2)
     return dtype, slot.shape
+
+
+def file_form(dtype: torch.dtype, shape: Sequence[int]) -> tuple[str | None, tuple[int, ...]]:
+    """Return the code and shape that a file has for a tensor of torch's: the inverse of `torch_form`."""
+    code = KINDS[dtype].code
+    return code, (*shape[:-1], 2 * shape[-1]) if code == "F4" else tuple(shape)
 
 
 class Writer:

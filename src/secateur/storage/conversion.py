@@ -11,16 +11,16 @@ from typing import Any
 
 import numpy as np
 
-from secateur import distributed
+from secateur import bits, distributed
 from secateur.errors import InputError
 from secateur.files import StrPath, replacing, replacing_folder
-from secateur.storage.archive import packed_name, refuse_packed_names, verify_state
+from secateur.storage.archive import packed_name, refuse_packed_names
 from secateur.storage.checkpoints import INDEX, TORCH, Checkpoint, Shard, opened
 from secateur.storage.coding import effort_of, level_of
-from secateur.storage.container import Slot, Writer, room_for
+from secateur.storage.container import Slot, Writer, file_form, room_for
 from secateur.storage.contents import Contents, TensorInfo, info, notes
-from secateur.storage.dtypes import KINDS, name_of, words_of
-from secateur.storage.packed import Progress, write_packed
+from secateur.storage.dtypes import name_of, words_of
+from secateur.storage.packed import Progress, StateHash, write_packed
 from secateur.storage.stored import Stored
 
 _ENDING, _PACKED_ENDING = ".safetensors", ".packed.safetensors"
@@ -75,7 +75,6 @@ def unpack(src: StrPath, dst: StrPath, *, progress: Progress | None = None) -> C
         FileError: the source is damaged, or does not decode to what was saved. WriteError: the system refuses to write.
     """
     checkpoint = opened(src)
-    verify_state(checkpoint)
 
     def write(path: Path, shard: Shard) -> Sequence[TensorInfo]:
         write_plain(path, shard, progress)
@@ -98,7 +97,8 @@ def write_plain(path: Path, shard: Shard, progress: Progress | None = None) -> N
     """Write a plain `.safetensors` file of the tensors of a shard, piece by piece.
 
     Raises:
-        InputError: a dtype that such a file cannot hold; nothing was written.
+        InputError: a dtype that such a file cannot hold. FileError: a packed shard that does not decode to what was
+            saved. Nothing was written.
     """
     # as safetensors itself does: so each tensor starts at a multiple of its element's size
     tensors = sorted(shard.tensors, key=lambda tensor: -tensor.dtype.itemsize)
@@ -108,25 +108,26 @@ def write_plain(path: Path, shard: Shard, progress: Progress | None = None) -> N
         end = slots[-1].stop
     with replacing(path) as temporary, open(temporary, "wb") as file:
         writer = Writer(file, room_for(slots, shard.metadata))
+        state = None if shard.sha256 is None else StateHash()
         for tensor, slot in zip(tensors, slots, strict=True):
             start = writer.position
-            for _, piece in tensor.chunks():
+            for piece in tensor.pieces(bits.CHUNK) if state is None else state.passing(tensor, bits.CHUNK):
                 file.write(words_of(piece).data)
                 if progress:
                     progress(piece.nbytes)
             writer.close(slot.name, slot.code, slot.shape, start)
+        if state is not None:
+            state.require(shard.sha256, shard.file)
         writer.finish(shard.metadata)
 
 
 def _slot(tensor: Stored, start: int) -> Slot:
-    code = KINDS[tensor.dtype].code
+    code, shape = file_form(tensor.dtype, tensor.shape)
     if code is None:
         raise InputError(
             f"{tensor.name} is {name_of(tensor.dtype)}, which a plain .safetensors file cannot hold: read it with "
             "secateur.load"
         )
-    shape = tuple(tensor.shape)
-    shape = (*shape[:-1], 2 * shape[-1]) if code == "F4" else shape  # which counts the numbers, not the bytes
     return Slot(tensor.name, code, shape, start, start + tensor.nbytes)
 
 

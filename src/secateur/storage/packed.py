@@ -13,6 +13,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate, islice
+from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -23,7 +24,7 @@ from secateur.errors import FileError
 from secateur.files import Reader, StrPath, replacing
 from secateur.storage import coding
 from secateur.storage.coding import BLOCK, CodingError, Decoder, Level
-from secateur.storage.container import ALIGNMENT, Header, Slot, Writer, room_for
+from secateur.storage.container import ALIGNMENT, Header, Slot, Writer, file_form, room_for
 from secateur.storage.contents import TensorInfo, info
 from secateur.storage.dtypes import BY_NAME, KINDS, name_of, words_of
 from secateur.storage.stored import Alias, InFile, Stored, count_zeros, parts
@@ -225,6 +226,24 @@ class StateHash:
         shape = ",".join(map(str, tensor.shape))
         self._tensors[tensor.name] = f"{name_of(tensor.dtype)} {shape} {digest}\n"
 
+    def passing(self, tensor: Stored, count: int) -> Iterator[Tensor]:
+        """Yield the pieces of a tensor, and add it when they are through; a tied one is no part of the state."""
+        digest = hashlib.sha256()
+        for piece in tensor.pieces(count):
+            digest.update(words_of(piece).data)
+            yield piece
+        if not isinstance(tensor, Alias):
+            self.add(tensor, digest.hexdigest())
+
+    def require(self, sha256: str | None, file: Path) -> None:
+        """See that the state is the one that was saved.
+
+        Raises:
+            FileError: it is another.
+        """
+        if self.hexdigest() != sha256:
+            raise FileError(f"{file}: what it decodes to is not what was saved: copy or download it again")
+
     def hexdigest(self) -> str:
         """Return the SHA-256 of the lines `name dtype shape digest`, sorted by name."""
         lines = (f"{name} {rest}" for name, rest in sorted(self._tensors.items()))
@@ -293,10 +312,9 @@ def _longest(tensors: Iterable[Stored]) -> list[Slot]:
 
 def _close(writer: Writer, tensor: Stored, done: TensorInfo) -> None:
     start = writer.position - done.stored_bytes
-    code = KINDS[tensor.dtype].code
+    code, shape = file_form(tensor.dtype, tensor.shape)
     if done.coding == "plain" and code is not None:
-        shape = tuple(tensor.shape)
-        writer.close(tensor.name, code, (*shape[:-1], 2 * shape[-1]) if code == "F4" else shape, start)
+        writer.close(tensor.name, code, shape, start)
     else:
         writer.close(tensor.name + SUFFIX, "U8", (done.stored_bytes,), start)
 
@@ -304,7 +322,7 @@ def _close(writer: Writer, tensor: Stored, done: TensorInfo) -> None:
 @dataclass(frozen=True)
 class _Block:
     data: bytes
-    plain: bytes
+    plain: memoryview
     zeros: int
     lost: float
     whole: float
@@ -345,7 +363,7 @@ class _Coder:
             digest.update(block.plain)
             zeros, lost, whole = zeros + block.zeros, lost + block.lost, whole + block.whole
             if progress:
-                progress(len(block.plain))
+                progress(block.plain.nbytes)
         tail = np.array(lengths, "<u4").tobytes()
         tail = bytes(-(size + len(tail)) % ALIGNMENT) + tail
         self._file.write(tail)
@@ -377,7 +395,7 @@ def _code(piece: Tensor, level: Level, effort: int) -> _Block:
         exact = piece[kept].double()
         lost, whole = float((back[kept].double() - exact).square().sum()), float(exact.square().sum())
         piece = back
-    return _Block(data, words_of(piece).tobytes(), count_zeros(piece), lost, whole)
+    return _Block(data, words_of(piece).data, count_zeros(piece), lost, whole)
 
 
 def _write_plain(file: BinaryIO, tensor: Stored, progress: Progress | None = None) -> tuple[TensorInfo, int, str]:
@@ -390,6 +408,6 @@ def _write_plain(file: BinaryIO, tensor: Stored, progress: Progress | None = Non
         digest.update(plain)
         zeros += count_zeros(piece)
         if progress:
-            progress(len(plain) * plain.itemsize)
+            progress(plain.nbytes)
     done = info(tensor, zeros, coding="plain", stored_bytes=tensor.nbytes)
     return done, crc, digest.hexdigest()

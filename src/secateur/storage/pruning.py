@@ -114,7 +114,7 @@ def prune_checkpoint(
         if packing is not None:
             coder = effort_of("normal")
             return write_packed(path, tensors, level=packing, effort=coder, metadata=shard.metadata, progress=progress)
-        write_plain(path, replace(shard, tensors=tuple(tensors)), progress)
+        write_plain(path, replace(shard, tensors=tuple(tensors), sha256=None), progress)
         return [info(tensor, 0, stored_bytes=tensor.nbytes) for tensor in tensors]
 
     rename = packed_file_name if packing is not None else plain_file_name
@@ -152,6 +152,8 @@ def _chosen(checkpoint: Checkpoint, recipe: Recipe) -> tuple[dict[str, Stored], 
 def _reason_against(tensor: Stored, recipe: Recipe) -> str:
     if isinstance(tensor, Alias):
         return tensor.coding
+    if not tensor.numel():
+        return "empty"
     if any(matches(glob, tensor.name) for glob in recipe.skip):
         return "skipped"
     if recipe.only and not any(matches(glob, tensor.name) for glob in recipe.only):
