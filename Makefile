@@ -18,9 +18,10 @@ check: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-bench: $(VENV)/.test
+bench: $(VENV)/.bench
 	$(BIN)/python benchmarks/core.py
 	$(BIN)/python benchmarks/demo.py
+	$(BIN)/python benchmarks/storage.py
 
 $(VENV)/bin/pip:
 	$(PYTHON) -m venv $(VENV)
@@ -31,6 +32,13 @@ $(VENV)/.plot: pyproject.toml constraints.txt | $(VENV)/bin/pip
 
 $(VENV)/.test: pyproject.toml constraints.txt | $(VENV)/bin/pip
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,check]'
+	touch $@
+
+# the real weights and nncodec come without what they depend on; nncodec must be compiled, and is left out if it cannot be
+$(VENV)/.bench: pyproject.toml constraints.txt benchmarks/requirements.txt | $(VENV)/bin/pip
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r benchmarks/requirements.txt
+	-$(BIN)/pip install --quiet --disable-pip-version-check --no-deps nncodec==2.1.3
 	touch $@
 
 .PHONY: demo test check bench

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import secateur
@@ -179,3 +179,206 @@ def test_the_command_line_itself_does_not_import_torch():
         "import secateur.cli, secateur.doctor; assert 'torch' not in sys.modules"
     )
     assert python("-c", code).stderr == ""
+
+
+# ---- prune, pack, unpack ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def weights(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    tensors = {name: torch.randn(20, 40, generator=generator) for name in ("enc.a", "enc.b", "head")}
+    save_file({**tensors, "enc.bias": torch.ones(5)}, tmp_path / "w.safetensors")
+    return tmp_path / "w.safetensors"
+
+
+def test_prune_prints_a_table(weights, tmp_path):
+    result = call("prune", weights, "--sparsity", 0.9, "-o", tmp_path / "out.safetensors")
+    assert (result.exit_code, result.stderr) == (0, "")
+    lines = result.stdout.splitlines()
+    assert lines[0] == str(tmp_path / "out.safetensors")
+    assert lines[1].split() == ["tensor", "dtype", "shape", "weights", "zeros", "sparsity", "size"]
+    assert [line.split()[0] for line in lines[3:6]] == ["enc.a", "enc.b", "head"]
+    assert lines[6].split()[3:7] == ["2,400", "2,160", "90.00", "%"]
+    assert lines[7] == "2,160 of 2,400 weights in scope pruned (90.00 %)"
+    assert lines[8] == "1 as they are, fewer than two dimensions: enc.bias"
+    there = load_file(tmp_path / "out.safetensors")
+    assert sum(int((there[name] == 0).sum()) for name in ("enc.a", "enc.b", "head")) == 2160
+    assert torch.equal(there["enc.bias"], torch.ones(5))
+
+
+def test_prune_prints_json_and_nothing_else(weights, tmp_path):
+    result = call("prune", weights, "--sparsity", 0.5, "--out", tmp_path / "out.safetensors", "--json")
+    assert (result.exit_code, result.stderr) == (0, "")
+    found = json.loads(result.stdout)
+    assert found.keys() == {"path", "tensors", "total", "notes"}
+    assert found["total"]["zeros"] == 1200
+    assert [t["name"] for t in found["tensors"]] == ["enc.a", "enc.b", "head"]
+
+
+def test_a_dry_run_writes_nothing(weights, tmp_path):
+    result = call("prune", weights, "--sparsity", 0.5, "--dry-run", "--json")
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert json.loads(result.stdout)["total"]["zeros"] == 1200
+    assert [path.name for path in tmp_path.iterdir()] == ["w.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("options", "zeros"),
+    [
+        (["--sparsity", 0.5, "--pattern", "2:4"], {"enc.a": 400, "enc.b": 400, "head": 400}),
+        (["--sparsity", 0.5, "--allocation", "uniform"], {"enc.a": 400, "enc.b": 400, "head": 400}),
+        (["--sparsity", 0.25, "--only", "head"], {"head": 200}),
+        (["--sparsity", 0.25, "--only", "head", "--only", "enc.b"], {"enc.b": None, "head": None}),
+        (["--sparsity", 0.25, "--only", "enc.bias", "--only", "head"], {"enc.bias": None, "head": None}),
+        (["--sparsity", 0.25, "--skip", "enc"], {"head": 200}),
+        (["--sparsity", 0.25, "--skip", "enc.a", "--skip", "hea?"], {"enc.b": 200}),
+    ],
+)
+def test_prune_passes_its_options_on(weights, options, zeros):
+    result = call("prune", weights, "--dry-run", "--json", *options)
+    assert result.exit_code == 0, result.stderr
+    found = json.loads(result.stdout)
+    counts = {t["name"]: t["zeros"] for t in found["tensors"]}
+    assert counts == {name: counts[name] if zeros[name] is None else zeros[name] for name in zeros}
+    assert found["total"]["sparsity"] == pytest.approx(options[1], abs=1e-3)
+
+
+def test_prune_and_pack_at_once(weights, tmp_path):
+    out = tmp_path / "out.safetensors"
+    result = call("prune", weights, "--sparsity", 0.9, "--pack", "lossless", "-o", out)
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert result.stdout.splitlines()[1].split()[-3:] == ["coding", "stored", "ratio"]
+    shown = call("inspect", out)
+    assert shown.stdout.splitlines()[1].split()[-3:] == ["coding", "stored", "ratio"]
+    (row,) = [line.split() for line in shown.stdout.splitlines() if line.startswith("head ")]
+    assert "lossless" in row
+    assert 0 < float(row[-1]) < 0.3
+    found = {t["name"]: t for t in json.loads(call("inspect", out, "--json").stdout)["tensors"]}
+    head = found["head"]
+    assert (head["coding"], head["error"], head["bytes"]) == ("lossless", None, 3200)
+    assert head["ratio"] == head["stored_bytes"] / 3200 < 0.3
+    assert found["enc.bias"]["coding"] == "plain"
+    lossy = call("prune", weights, "--sparsity", 0.9, "--pack", "tiny", "-o", out)
+    assert lossy.stdout.splitlines()[1].split()[-2:] == ["ratio", "error"]
+
+
+def test_pack_and_unpack(weights, tmp_path):
+    packed, plain = tmp_path / "packed.safetensors", tmp_path / "plain.safetensors"
+    result = call("pack", weights, packed)
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert result.stdout.splitlines()[1].split()[-3:] == ["coding", "stored", "ratio"]
+    found = json.loads(call("pack", weights, packed, "--json", "--level", "near", "--effort", "fast").stdout)
+    assert {t["coding"] for t in found["tensors"]} == {"plain", "step 0.015625"}
+    assert found["total"]["stored_bytes"] == packed.stat().st_size
+    found = json.loads(call("pack", weights, packed, "--json", "--step", 0.5).stdout)
+    assert {t["coding"] for t in found["tensors"]} == {"plain", "step 0.5"}
+    assert call("pack", weights, packed).exit_code == 0
+    result = call("unpack", packed, plain)
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert result.stdout.splitlines()[1].split()[-1] == "size"
+    assert plain.read_bytes() == weights.read_bytes()
+    assert json.loads(call("unpack", packed, plain, "--json").stdout)["total"]["ratio"] > 1  # its header
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["prune", "FILE"],
+        ["prune", "FILE", "--sparsity", "0.5"],
+        ["prune", "FILE", "--sparsity", "0.5", "--dry-run", "-o", "OUT"],
+        ["prune", "FILE", "--sparsity", "half", "-o", "OUT"],
+        ["prune", "--sparsity", "0.5", "-o", "OUT"],
+        ["pack", "FILE"],
+        ["pack", "FILE", "OUT", "--step", "x"],
+        ["unpack", "FILE"],
+        ["unpack", "FILE", "OUT", "--level", "near"],
+    ],
+)
+def test_usage_errors_of_the_verbs_on_files(weights, tmp_path, arguments):
+    places = {"FILE": weights, "OUT": tmp_path / "out.safetensors"}
+    result = call(*(places.get(argument, argument) for argument in arguments))
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "Usage" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["w.safetensors"]
+
+
+@pytest.mark.parametrize("flag", [[], ["--json"]])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["prune", "FILE", "--sparsity", "1.5", "-o", "OUT"], "sparsity is 1.5, outside 0 to 1: give the fraction"),
+        (["prune", "FILE", "--sparsity", "nan", "-o", "OUT"], "sparsity is nan: give the fraction"),
+        (["prune", "FILE", "--sparsity", "0.5", "-o", "FILE"], "is the source, or lies in it"),
+        (["prune", "FILE", "--sparsity", "0.5", "-o", "OUT", "--only", "x.*"], "'x.*' matches no tensor; "),
+        (["prune", "FILE", "--sparsity", "0.5", "-o", "OUT", "--pattern", "2"], "no pattern '2' for files: give N:M"),
+        (["prune", "FILE", "--sparsity", "0.9", "-o", "OUT", "--pattern", "2:4"], "makes a sparsity of 0.5"),
+        (["prune", "FILE", "--sparsity", "0.5", "-o", "OUT", "--allocation", "lamp"], "choose global, uniform, erk"),
+        (["prune", "FILE", "--sparsity", "0.5", "-o", "OUT", "--pack", "zip"], "no level named 'zip'"),
+        (["prune", "NONE", "--sparsity", "0.5", "-o", "OUT"], "no such file"),
+        (["prune", "FILE", "--sparsity", "0.5", "-o", "none/out.safetensors"], "make its folder first"),
+        (["pack", "FILE", "OUT", "--level", "zip"], "no level named 'zip'"),
+        (["pack", "NONE", "OUT"], "no such file"),
+        (["unpack", "FILE", "out.pt"], "let its name end so"),
+    ],
+)
+def test_their_errors_are_one_sentence(weights, tmp_path, monkeypatch, arguments, message, flag):
+    monkeypatch.chdir(tmp_path)
+    places = {"FILE": weights, "OUT": "out.safetensors", "NONE": "none.safetensors"}
+    result = call(*(places.get(argument, argument) for argument in arguments), *flag)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr.startswith("secateur: ")
+    assert message in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["w.safetensors"]
+
+
+@pytest.mark.filterwarnings("default")
+def test_a_warning_is_one_line_on_stderr(tmp_path):
+    save_file({"big": torch.rand(40, 40) + 9, "small": torch.rand(20, 20)}, tmp_path / "w.safetensors")
+    result = call("prune", tmp_path / "w.safetensors", "--sparsity", 0.5, "--dry-run", "--json")
+    assert result.exit_code == 0
+    assert json.loads(result.stdout)["total"]["zeros"] == 1000
+    assert result.stderr.startswith("secateur: warning: small keeps under 1 % of its weights")
+    assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", ["prune", "pack", "unpack"])
+def test_a_bar_on_a_terminal_only(weights, tmp_path, monkeypatch, command):
+    out = tmp_path / "out.safetensors"
+    arguments = ["prune", weights, "--sparsity", 0.5, "-o", out] if command == "prune" else [command, weights, out]
+    quiet = call(*arguments)
+    assert (quiet.exit_code, quiet.stderr) == (0, "")
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setenv("TERM", "xterm")
+    shown = call(*arguments, "--json")
+    assert shown.exit_code == 0
+    assert {"prune": "pruning", "pack": "packing", "unpack": "unpacking"}[command] in shown.stderr
+    assert "kB" in shown.stderr
+    assert json.loads(shown.stdout)["path"] == str(out)
+
+
+def test_a_bar_leaves_nothing_after_an_error(tmp_path, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    result = call("pack", tmp_path / "none.safetensors", tmp_path / "out.safetensors")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr.splitlines()[-1].startswith("secateur: ")
+
+
+def test_folders_from_the_command_line(tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    save_file({"w": torch.randn(30, 40)}, folder / "model.safetensors")
+    (folder / "config.json").write_text("{}")
+    assert call("prune", folder, "--sparsity", 0.9, "-o", tmp_path / "pruned").exit_code == 0
+    assert call("pack", tmp_path / "pruned", tmp_path / "packed").exit_code == 0
+    assert call("unpack", tmp_path / "packed", tmp_path / "plain").exit_code == 0
+    for name in ("config.json", "model.safetensors"):
+        assert (tmp_path / "plain" / name).read_bytes() == (tmp_path / "pruned" / name).read_bytes()
+    packed = call("inspect", tmp_path / "packed", "--json")
+    assert json.loads(packed.stdout)["total"]["zeros"] == 1080
+    result = call("pack", tmp_path / "pruned", tmp_path / "plain")
+    assert result.exit_code == 2
+    assert "which would be lost: give a new folder, or move it away" in result.stderr

@@ -7,8 +7,9 @@ import shutil
 import socket
 import threading
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
+from glob import escape
 from pathlib import Path
 
 from secateur.errors import WriteError
@@ -44,18 +45,19 @@ def replacing(path: StrPath) -> Iterator[Path]:
     Raises:
         WriteError: `path` is a folder, or the system refuses to write.
     """
-    target = Path(path)
-    if target.is_dir():
-        raise WriteError(f"{target} is a folder: give the name of a file in it")
+    target = Path(os.path.abspath(path))
     temporary = _temporary(target)
     try:
+        if target.is_dir():
+            raise WriteError(f"{path} is a folder: give the name of a file in it")
         _sweep(target)
         yield temporary
         os.replace(temporary, target)
     except OSError as error:
-        raise _refused(target, error) from error
+        raise _refused(path, error) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
 
 
 @contextmanager
@@ -67,11 +69,11 @@ def replacing_folder(path: StrPath) -> Iterator[Path]:
     Raises:
         WriteError: `path` is a file, or holds what the new folder does not, or the system refuses to write.
     """
-    target = Path(path)
-    if target.is_file():
-        raise WriteError(f"{target} is a file: give the name of a folder")
+    target = Path(os.path.abspath(path))
     temporary = _temporary(target)
     try:
+        if target.is_file():
+            raise WriteError(f"{path} is a file: give the name of a folder")
         _sweep(target)
         temporary.mkdir()
         yield temporary
@@ -80,19 +82,58 @@ def replacing_folder(path: StrPath) -> Iterator[Path]:
         else:
             os.replace(temporary, target)
     except OSError as error:
-        raise _refused(target, error) from error
+        raise _refused(path, error) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _give_way(old: Path, new: Path) -> None:
-    lost = sorted({p.relative_to(old) for p in old.rglob("*")} - {p.relative_to(new) for p in new.rglob("*")})
+@contextmanager
+def scratch_folder(path: StrPath) -> Iterator[Path]:
+    """Yield an empty folder beside `path`, which is removed in the end; so is what a killed process left.
+
+    Raises:
+        WriteError: the system refuses to make it.
+    """
+    target = Path(os.path.abspath(path))
+    target = target.with_name(f"{target.name}.plain")
+    temporary = _temporary(target)
+    try:
+        _sweep(target)
+        temporary.mkdir()
+    except OSError as error:
+        raise _refused(path, error) from error
+    try:
+        yield temporary
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def require_covered(old: Path, new: Collection[Path]) -> None:
+    """See that all that a folder holds would be written again.
+
+    Args:
+        old: the folder, if there is one.
+        new: paths of the files that will be written, relative to it.
+
+    Raises:
+        WriteError: it holds something else.
+    """
+    covered = {part for path in new for part in (path, *path.parents)}
+    lost = sorted(place for path in old.rglob("*") if (place := path.relative_to(old)) not in covered)
     if lost:
         raise WriteError(f"{old} holds {lost[0]}, which would be lost: give a new folder, or move it away")
+
+
+def _give_way(old: Path, new: Path) -> None:
+    require_covered(old, [path.relative_to(new) for path in new.rglob("*")])
     aside = new.with_suffix(".old")
     os.replace(old, aside)
-    os.replace(new, old)
-    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        os.replace(new, old)
+    except OSError:
+        os.replace(aside, old)
+        raise
+    _remove(aside)
 
 
 def _temporary(target: Path) -> Path:
@@ -100,12 +141,26 @@ def _temporary(target: Path) -> Path:
 
 
 def _sweep(target: Path) -> None:
-    """Remove what processes of this machine that are no more have left beside `target`."""
+    """Remove what processes of this machine that are no more have left beside `target`.
+
+    A folder that one of them had put aside and not replaced goes back to its place.
+    """
     start = f".{target.name}.{socket.gethostname()}-"
-    for left in target.parent.glob(f"{start.replace('[', '[[]')}*.tmp"):
-        pid = left.name.removeprefix(start).removesuffix(".tmp")
-        if pid.isdecimal() and not _alive(int(pid)):
-            shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
+    for left in target.parent.glob(f"{escape(start)}*"):
+        pid, _, ending = left.name.removeprefix(start).partition(".")
+        if ending not in ("tmp", "old") or not pid.isdecimal() or _alive(int(pid)):
+            continue
+        if ending == "old" and not target.exists():
+            os.replace(left, target)
+        else:
+            _remove(left)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _alive(pid: int) -> bool:
@@ -120,7 +175,7 @@ def _alive(pid: int) -> bool:
     return True
 
 
-def _refused(target: Path, error: OSError) -> OSError:
+def _refused(target: StrPath, error: OSError) -> OSError:
     if isinstance(error, WriteError):
         return error
     reason = error.strerror or str(error)

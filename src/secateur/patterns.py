@@ -92,7 +92,7 @@ class n_m:
         reduced = torch.full_like(scores, math.inf)
         whole = scores.shape[dim] // self.m * self.m
         rows = scores.movedim(dim, -1)[..., :whole]
-        rows = rows.reshape(*rows.shape[:-1], -1, self.m)
+        rows = rows.reshape(*rows.shape[:-1], whole // self.m, self.m)
         lowest = rows.argsort(dim=-1, stable=True)[..., : self.m - self.n]
         chosen = torch.full_like(rows, math.inf).scatter(-1, lowest, rows.gather(-1, lowest))
         reduced.movedim(dim, -1)[..., :whole] = chosen.flatten(-2)

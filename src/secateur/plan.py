@@ -191,7 +191,7 @@ def _legal(member: Member, pattern: Pattern) -> int:
 
 def warn_of_collapse(pruned: Mapping[str, int], sizes: Mapping[str, int]) -> None:
     """Warn of tensors that lose far more of their weights than the others do."""
-    density = 1 - sum(pruned.values()) / sum(sizes.values())
+    density = 1 - sum(pruned.values()) / max(sum(sizes.values()), 1)
     for name, size in sizes.items():
         kept = size - pruned[name]
         if kept < 0.01 * size and kept < 0.1 * density * size:

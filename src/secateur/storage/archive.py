@@ -101,7 +101,7 @@ def load(
         _verify(checkpoint)
     sources = {name: t.of if isinstance(t, Alias) else t for name, t in tensors.items()}
     if into is None:
-        targets = {source.name: [_room(source)] for source in sources.values()}
+        targets = {source.name: [torch.empty(source.shape, dtype=source.dtype)] for source in sources.values()}
     _fill(targets, {source.name: source for source in sources.values()})
     return {name: targets[source.name][0] for name, source in sources.items() if source.name in targets}
 
@@ -133,15 +133,17 @@ def packed_name(path: StrPath) -> Path:
     return target
 
 
-def refuse_packed_names(names: Iterable[str]) -> None:
-    """See that no name is that of a packed tensor.
+def refuse_names(names: Iterable[str]) -> None:
+    """See that a packed file can hold tensors of these names.
 
     Raises:
-        InputError: one is: what it names was read without unpacking.
+        InputError: one is that of a packed tensor, which was read without unpacking; or no file can hold it.
     """
     for name in names:
         if name.endswith(SUFFIX):
             raise InputError(f"{name} is packed already: read it with secateur.load, then save what that gives")
+        if name == "__metadata__" or any("\ud800" <= letter <= "\udfff" for letter in name):
+            raise InputError(f"no .safetensors file holds a tensor named {name!r}: rename it")
 
 
 def _tensors_of(model: nn.Module | Mapping[str, Tensor]) -> list[Stored]:
@@ -154,14 +156,8 @@ def _tensors_of(model: nn.Module | Mapping[str, Tensor]) -> list[Stored]:
                 f"{name} is a {type(tensor).__name__}: a .safetensors file holds tensors by name; save it elsewhere"
             )
         kind_of(name, tensor)
-    refuse_packed_names(state)
+    refuse_names(state)
     return stored_of(state)
-
-
-def _room(tensor: Stored) -> Tensor:
-    """Memory for a tensor; the claim of a packed one is held against its blocks first."""
-    tensor.fillers(torch.empty(0, dtype=tensor.dtype))
-    return torch.empty(tensor.shape, dtype=tensor.dtype)
 
 
 def _targets(model: nn.Module, tensors: Mapping[str, Stored], path: Path, strict: bool) -> dict[str, list[Tensor]]:
@@ -177,7 +173,7 @@ def _targets(model: nn.Module, tensors: Mapping[str, Stored], path: Path, strict
             f"{path} is of another model: it {' and '.join(filter(None, (lacks, has)))}; strict=False loads what fits"
         )
     own = {id(t) for t in (*model.parameters(), *model.buffers())}
-    targets: dict[str, list[Tensor]] = {}
+    last: dict[int, tuple[str, Tensor]] = {}  # of several names for one place, the last counts, as in torch
     for name, tensor in tensors.items():
         if name not in places:
             continue
@@ -188,12 +184,19 @@ def _targets(model: nn.Module, tensors: Mapping[str, Stored], path: Path, strict
                 "model.load_state_dict(sc.load(path)) instead"
             )
         kind_of(name, place)
+        if any(step == 0 and size > 1 for step, size in zip(place.stride(), place.shape, strict=True)):
+            raise InputTypeError(f"{name} is expanded, its elements share memory: make it whole with .clone() first")
         if place.shape != tensor.shape:
             raise InputError(
                 f"{path} is of another model: {name} has the shape {tuple(tensor.shape)} there, "
                 f"and {tuple(place.shape)} here"
             )
-        targets.setdefault(tensor.of.name if isinstance(tensor, Alias) else name, []).append(place.detach())
+        if tensor.dtype.is_complex and not place.dtype.is_complex:
+            raise InputTypeError(f"{name} is complex in {path} and real in the model: load the state_dict and choose")
+        last[id(place)] = (tensor.of.name if isinstance(tensor, Alias) else name), place.detach()
+    targets: dict[str, list[Tensor]] = {}
+    for source, target in last.values():
+        targets.setdefault(source, []).append(target)
     return targets
 
 
@@ -225,14 +228,16 @@ def _in_threads(jobs: Iterable[Callable[[Decoder], None]], elements: int) -> Non
 
     def work() -> None:
         decoder = Decoder()
-        try:
-            while left:
-                left.popleft()(decoder)
-        except IndexError:  # another thread took the last one
-            pass
-        except BaseException:
-            left.clear()
-            raise
+        while True:
+            try:
+                job = left.popleft()
+            except IndexError:  # that was all
+                return
+            try:
+                job(decoder)
+            except BaseException:
+                left.clear()
+                raise
 
     with ThreadPoolExecutor(others or 1) as pool:
         futures = [pool.submit(work) for _ in range(others)]

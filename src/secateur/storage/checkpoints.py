@@ -6,7 +6,8 @@ import json
 import re
 import warnings
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,8 @@ from secateur.errors import FileError, InputError, nearest
 from secateur.files import StrPath
 from secateur.storage.container import damaged, read_header, torch_form
 from secateur.storage.contents import Contents, info, notes
-from secateur.storage.packed import is_packed, read_packed
-from secateur.storage.stored import InFile, Stored, stored_of
+from secateur.storage.packed import SUFFIX, is_packed, read_packed
+from secateur.storage.stored import Alias, InFile, Stored, stored_of
 
 INDEX = ".safetensors.index.json"
 TORCH = ".pt", ".pth", ".bin"
@@ -147,14 +148,32 @@ def _sharded(index: Path) -> Checkpoint:
     shards = []
     for file, wanted in names.items():
         shard = _shard(file)
-        there = {tensor.name: tensor for tensor in shard.tensors}
-        if lost := set(wanted) - set(there):
+        there = {tensor.name for tensor in shard.tensors}
+        if lost := set(wanted) - there:
             raise InputError(f"{file} lacks {min(lost)}, which {index.name} promises: copy both from one save")
-        shards.append(replace(shard, tensors=tuple(there[name] for name in wanted)))
+        shards.append(_part(shard, wanted))
     if not shards:
         raise InputError(_empty(index))
     every = {tensor.name: tensor for shard in shards for tensor in shard.tensors}
     return Checkpoint(tuple(shards), {name: every[name] for name, _ in pairs}, index)
+
+
+def _part(shard: Shard, wanted: Sequence[str]) -> Shard:
+    """Those tensors of a shard that an index names; one that is tied to a tensor left out takes its place."""
+    there = {tensor.name: tensor for tensor in shard.tensors}
+    firsts: dict[str, Stored] = {}
+    tensors: list[Stored] = []
+    for name in wanted:
+        tensor = there[name]
+        if isinstance(tensor, Alias) and tensor.of.name not in wanted:
+            first = firsts.get(tensor.of.name)
+            if first is None:
+                first = firsts[tensor.of.name] = copy(tensor.of)
+                first.name = name
+            tensor = first if first.name == name else Alias(name, first)
+        tensors.append(tensor)
+    whole = all(name in wanted for name, tensor in there.items() if not isinstance(tensor, Alias))
+    return replace(shard, tensors=tuple(tensors), sha256=shard.sha256 if whole else None)
 
 
 def _shard(file: Path) -> Shard:
@@ -165,10 +184,14 @@ def _shard(file: Path) -> Shard:
     tensors = []
     for slot in header.slots.values():
         form = torch_form(slot)
-        if form is None:
-            raise InputError(
-                f"{file}: {slot.name} is {slot.code}, of which torch has no dtype: leave it out of the file"
+        if slot.name.endswith(SUFFIX):
+            raise FileError(
+                f"{file}: {slot.name} is packed already: read it with secateur.load, then save what that gives "
+                "(if this is the packed file, its manifest is damaged: copy or download it again)"
             )
+        if form is None:
+            what = f"{slot.code} {list(slot.shape)}"
+            raise InputError(f"{file}: {slot.name} is {what}, which torch cannot hold: leave it out of the file")
         tensors.append(InFile(slot.name, form[0], torch.Size(form[1]), file, slot.start))
     return Shard(file, tuple(tensors), header.metadata)
 

@@ -33,6 +33,9 @@ _PAGE = 1 << 16  # numbers that share a table of pcodec: smaller ones cost more 
 _CACHED = 1 << 18  # numbers handled at a time: few calls, and all of it in cache
 _OUTLIER = 64  # times the median: one stray 1e38 must not make the step coarse for all
 _HEAD = struct.Struct("<BBHIIIId")  # sparse, codes, 0, numbers, bytes of gaps, of magnitudes, of exact ones, step
+SHORTEST = _HEAD.size
+"""Bytes that any block takes: so a file cannot claim many blocks in few bytes."""
+
 _EXACT, _FP16, _BF16, _STEPS = range(4)
 _CODES = {"lossless": _EXACT, "fp16": _FP16, "bf16": _BF16, "step": _STEPS}
 _STEP_DTYPES = torch.float64, torch.float32, torch.float16, torch.bfloat16

@@ -50,14 +50,14 @@ def read_header(path: Path) -> Header:
         FileError: the file is damaged, cut short or of another kind.
     """
     try:
-        with safe_open(path, framework="pt") as opened:
-            metadata = dict(opened.metadata() or {})
+        with safe_open(path, framework="pt"):
+            pass
     except SafetensorError as error:
         raise FileError(damaged(path, str(error))) from error
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         entries = json.loads(file.read(length))
-    entries.pop("__metadata__", None)
+    metadata = entries.pop("__metadata__", None) or {}
     slots = {
         name: Slot(name, entry["dtype"], tuple(entry["shape"]), *(8 + length + end for end in entry["data_offsets"]))
         for name, entry in entries.items()
@@ -66,19 +66,26 @@ def read_header(path: Path) -> Header:
 
 
 def torch_form(slot: Slot) -> tuple[torch.dtype, tuple[int, ...]] | None:
-    """Return dtype and shape of a slot as torch has them; None if torch has no such dtype."""
-    dtype = BY_CODE.get(slot.code)
-    if dtype is None:
-        return None
+    """Return dtype and shape of a slot as torch has them; None if torch has no such tensor."""
+    dtype, shape = BY_CODE.get(slot.code), slot.shape
     if dtype is torch.float4_e2m1fn_x2:  # torch counts the bytes, of two numbers each
-        return dtype, (*slot.shape[:-1], slot.shape[-1] // 2)
-    return dtype, slot.shape
+        if not shape or shape[-1] % 2:
+            return None
+        shape = (*shape[:-1], shape[-1] // 2)
+    return None if dtype is None or not possible(dtype, shape) else (dtype, shape)
+
+
+def possible(dtype: torch.dtype, shape: Sequence[int]) -> bool:
+    """Tell whether torch can make a tensor of that shape, were there the memory."""
+    return math.prod(max(n, 1) for n in shape) * dtype.itemsize < 2**63
 
 
 def file_form(dtype: torch.dtype, shape: Sequence[int]) -> tuple[str | None, tuple[int, ...]]:
     """Return the code and shape that a file has for a tensor of torch's: the inverse of `torch_form`."""
     code = KINDS[dtype].code
-    return code, (*shape[:-1], 2 * shape[-1]) if code == "F4" else tuple(shape)
+    if code != "F4":
+        return code, tuple(shape)
+    return (code, (*shape[:-1], 2 * shape[-1])) if shape else (None, ())  # a scalar would be half a number
 
 
 class Writer:

@@ -13,8 +13,8 @@ import numpy as np
 
 from secateur import bits, distributed
 from secateur.errors import InputError
-from secateur.files import StrPath, replacing, replacing_folder
-from secateur.storage.archive import packed_name, refuse_packed_names
+from secateur.files import StrPath, replacing, replacing_folder, require_covered
+from secateur.storage.archive import packed_name, refuse_names
 from secateur.storage.checkpoints import INDEX, TORCH, Checkpoint, Shard, opened
 from secateur.storage.coding import effort_of, level_of
 from secateur.storage.container import Slot, Writer, file_form, room_for
@@ -55,7 +55,7 @@ def pack(
     """
     chosen, coder = level_of(level, step), effort_of(effort)
     checkpoint = opened(src)
-    refuse_packed_names(checkpoint.tensors)
+    refuse_names(checkpoint.tensors)
 
     def write(path: Path, shard: Shard) -> Sequence[TensorInfo]:
         return write_packed(path, shard.tensors, level=chosen, effort=coder, metadata=shard.metadata, progress=progress)
@@ -149,8 +149,15 @@ def rewrite(checkpoint: Checkpoint, src: StrPath, dst: StrPath, rename: Callable
         written = list(write(target, checkpoint.shards[0])) if distributed.rank() == 0 else []
         together()
         return Contents(str(dst), tuple(written), target.stat().st_size, said)
+    if target.suffix == _ENDING and not target.is_file():  # what is one is refused below
+        raise InputError(f"{target}: the source is a folder of several files, so give the name of a folder")
     folder = checkpoint.shards[0].file.parent if checkpoint.index is None else checkpoint.index.parent
     _refuse_same(folder, target)
+    beside, left_out = _beside(folder, checkpoint)
+    said += (f"left out: {', '.join(map(str, left_out))} (other weights)",) if left_out else ()
+    made = [shard.file for shard in checkpoint.shards] + [checkpoint.index or checkpoint.shards[0].file]
+    made = [path.relative_to(folder).with_name(rename(path.name)) for path in made]
+    require_covered(target, [*beside, *made])
     infos: dict[str, TensorInfo] = {}
     with shared_folder(target) as temporary:
         for shard in mine(checkpoint):
@@ -159,8 +166,9 @@ def rewrite(checkpoint: Checkpoint, src: StrPath, dst: StrPath, rename: Callable
             path.parent.mkdir(parents=True, exist_ok=True)
             infos |= {done.name: done for done in write(path, shard)}
         if distributed.rank() == 0:
-            left_out = _copy_rest(folder, temporary, checkpoint)
-            said += (f"left out: {', '.join(left_out)} (other weights)",) if left_out else ()
+            for path in beside:
+                (temporary / path).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(folder / path, temporary / path)
             if checkpoint.index is not None:
                 _write_index(checkpoint.index, temporary, rename)
     size = sum(p.stat().st_size for p in target.rglob("*.safetensors"))
@@ -204,20 +212,18 @@ def _refuse_same(source: Path, target: Path) -> None:
         raise InputError(f"{target} is the source, or lies in it, and the source is never touched: give another place")
 
 
-def _copy_rest(folder: Path, temporary: Path, checkpoint: Checkpoint) -> list[str]:
-    """Copy what lies beside the weights (configuration, tokenizer); name the other weights, which are left out."""
+def _beside(folder: Path, checkpoint: Checkpoint) -> tuple[list[Path], list[Path]]:
+    """What lies beside the weights and is copied (configuration, tokenizer), and other weights, which are not."""
     done = {shard.file for shard in checkpoint.shards} | {checkpoint.index}
-    left_out = []
+    copied: list[Path] = []
+    left_out: list[Path] = []
     for path in sorted(folder.rglob("*")):
         place = path.relative_to(folder)
         if path in done or path.is_dir() or any(part.startswith(".") for part in place.parts):
             continue
-        if path.suffix in (*TORCH, _ENDING) or path.name.endswith(INDEX):
-            left_out.append(str(place))
-        else:
-            (temporary / place).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(path, temporary / place)
-    return left_out
+        weights = path.suffix in (*TORCH, _ENDING) or path.name.endswith(INDEX)
+        (left_out if weights else copied).append(place)
+    return copied, left_out
 
 
 def _write_index(index: Path, temporary: Path, rename: Callable[[str], str]) -> None:

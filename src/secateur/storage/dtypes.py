@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
@@ -24,12 +26,12 @@ class Kind:
     """
 
     code: str | None
-    number: np.dtype[np.generic]
+    number: np.dtype[Any]
     signed: bool = False
     parts: int = 1
 
     @property
-    def word(self) -> np.dtype[np.unsignedinteger[np.typing.NBitBase]]:
+    def word(self) -> np.dtype[Any]:
         """The unsigned integer of the size of one number."""
         return np.dtype(f"<u{self.number.itemsize}")
 
@@ -96,7 +98,7 @@ def kind_of(name: str, tensor: Tensor) -> Kind:
     return KINDS[tensor.dtype]
 
 
-def words_of(flat: Tensor) -> np.ndarray[tuple[int], np.dtype[np.unsignedinteger[np.typing.NBitBase]]]:
+def words_of(flat: Tensor) -> npt.NDArray[Any]:
     """View a flat, contiguous CPU tensor as words of bits: two for a complex number."""
     kind = KINDS[flat.dtype]
     return flat.detach().view(torch.uint8).numpy().view(kind.word)

@@ -23,11 +23,11 @@ from torch import Tensor
 from secateur.errors import FileError
 from secateur.files import Reader, StrPath, replacing
 from secateur.storage import coding
-from secateur.storage.coding import BLOCK, CodingError, Decoder, Level
-from secateur.storage.container import ALIGNMENT, Header, Slot, Writer, file_form, room_for
+from secateur.storage.coding import BLOCK, SHORTEST, CodingError, Decoder, Level
+from secateur.storage.container import ALIGNMENT, Header, Slot, Writer, file_form, possible, room_for
 from secateur.storage.contents import TensorInfo, info
 from secateur.storage.dtypes import BY_NAME, KINDS, name_of, words_of
-from secateur.storage.stored import Alias, InFile, Stored, count_zeros, parts
+from secateur.storage.stored import Alias, InFile, Stored, count_zeros, parts, weights_of
 
 VERSION = 1
 SUFFIX = ":packed-by-secateur"
@@ -61,9 +61,9 @@ class Entry:
         Raises:
             KeyError, TypeError, ValueError: it is none.
         """
-        if any(type(n) is not int or n < 0 for n in shape) or math.prod(shape) * BY_NAME[dtype].itemsize >= 2**63:
+        if any(type(n) is not int or n < 0 for n in shape) or not possible(BY_NAME[dtype], shape):
             raise ValueError(f"no tensor has the shape {shape}")
-        if type(nonzeros) is not int or not 0 <= nonzeros <= 2 * math.prod(shape):
+        if type(nonzeros) is not int or not 0 <= nonzeros <= weights_of(BY_NAME[dtype], shape):
             raise ValueError(f"a tensor of the shape {shape} does not hold {nonzeros} numbers")
         return cls(BY_NAME[dtype], torch.Size(shape), str(level), nonzeros, str(crc32))
 
@@ -94,6 +94,7 @@ class PackedTensor(Stored):
 
     def check(self) -> None:
         _check(self._file, self._slot, self._entry.crc32, self.name)
+        self.blocks()
 
     def blocks(self) -> list[tuple[int, int, int]]:
         """Return, for each block, its first element, its first byte in the file, and its number of bytes.
@@ -110,7 +111,7 @@ class PackedTensor(Stored):
             raise self._error("is cut short")
         lengths = struct.unpack(f"<{count}I", read)
         begins = list(accumulate(lengths, initial=self._slot.start))
-        if not 0 <= self._slot.stop - table - begins.pop() < ALIGNMENT:
+        if not 0 <= self._slot.stop - table - begins.pop() < ALIGNMENT or min(lengths, default=SHORTEST) < SHORTEST:
             raise self._error("has a table of blocks that does not fit")
         return [(i * BLOCK, begin, length) for i, (begin, length) in enumerate(zip(begins, lengths, strict=True))]
 
@@ -153,6 +154,10 @@ class CheckedInFile(InFile):
 
     def check(self) -> None:
         _check(self._file, self._slot, self._entry.crc32, self.name)
+
+    def pieces(self, count: int) -> Iterator[Tensor]:
+        self.check()
+        yield from super().pieces(count)
 
 
 def is_packed(header: Header) -> bool:
@@ -275,7 +280,7 @@ def write_packed(
         "sha256": "0" * 64,
         "metadata": dict(metadata),
         "tensors": {
-            t.name: t.of.name if isinstance(t, Alias) else _entry(t, max("plain", str(level), key=len), t.weights, 0)
+            t.name: t.of.name if isinstance(t, Alias) else _entry(t, _longest_level(t, level), t.weights, 0)
             for t in tensors
         },
     }
@@ -306,8 +311,12 @@ def _sealed(manifest: Mapping[str, Any]) -> dict[str, str]:
 
 def _longest(tensors: Iterable[Stored]) -> list[Slot]:
     """Slots whose header is at least as long as that of what will be written."""
-    end = sum(tensor.nbytes + ALIGNMENT for tensor in tensors)
+    end = sum(2 * tensor.nbytes + 1024 for tensor in tensors)
     return [Slot(t.name + SUFFIX, KINDS[t.dtype].code or "U8", (end, *t.shape), end, end) for t in tensors]
+
+
+def _longest_level(tensor: Stored, level: Level) -> str:
+    return max("plain", str(level.for_tensor(tensor.dtype, tensor.shape)), key=len)
 
 
 def _close(writer: Writer, tensor: Stored, done: TensorInfo) -> None:
@@ -344,9 +353,10 @@ class _Coder:
     def write(self, tensor: Stored, level: Level, progress: Progress | None) -> tuple[TensorInfo, int, str]:
         """Write one tensor; returns what that did, the CRC-32 of what was written, and the SHA-256 of its value."""
         start = self._file.tell()
-        if tensor.numel() >= _SMALL or KINDS[tensor.dtype].code is None:
+        code, _ = file_form(tensor.dtype, tensor.shape)
+        if tensor.numel() >= _SMALL or code is None:
             done, crc, digest = self._pack(tensor, level, progress)
-            if done.stored_bytes < tensor.nbytes or KINDS[tensor.dtype].code is None:
+            if done.stored_bytes < tensor.nbytes or code is None:
                 return done, crc, digest
             self._file.seek(start)
             self._file.truncate()

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from secateur.errors import InputTypeError
-from secateur.files import StrPath
+from secateur.files import StrPath, scratch_folder
 from secateur.storage.archive import load
 from secateur.storage.contents import Contents
 from secateur.storage.conversion import pack
@@ -38,8 +38,8 @@ def save_pretrained(
     """
     if not hasattr(model, "save_pretrained"):
         raise InputTypeError(f"{type(model).__name__} is no model of transformers: use secateur.save for it")
-    target = Path(folder).absolute()
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".secateur-") as plain:
+    target = Path(folder)
+    with scratch_folder(folder) as plain:
         if target.is_dir():  # a tokenizer may be there already
             shutil.copytree(target, plain, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.safetensors*"))
         model.save_pretrained(plain)
@@ -69,6 +69,7 @@ def load_pretrained(folder: StrPath, cls: Any) -> Any:
         with torch.device("meta"):
             cls = type(cls.from_config(config))
     model = cls.from_pretrained(None, config=config, state_dict=load(folder))
+    model.name_or_path = model.config.name_or_path = os.fspath(folder)
     if (Path(folder) / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     return model

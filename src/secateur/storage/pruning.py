@@ -55,6 +55,11 @@ class Recipe:
     only: tuple[str, ...] = ()
     skip: tuple[str, ...] = ()
 
+    def __post_init__(self) -> None:
+        for name in ("only", "skip"):  # one glob may stand alone, as for `secateur.weights`
+            globs = getattr(self, name)
+            object.__setattr__(self, name, (globs,) if isinstance(globs, str) else tuple(globs))
+
 
 def pattern_of(text: str) -> n_m | None:
     """Read "2:4" as `n_m(2, 4)`, and "" as no pattern.
@@ -119,7 +124,7 @@ def prune_checkpoint(
 
     rename = packed_file_name if packing is not None else plain_file_name
     written = rewrite(checkpoint, src, dst, rename, write)
-    tensors = _gathered(written, pruned, "plain" if packing is None else str(packing))
+    tensors = _gathered(written, pruned, ("plain", "lossless", str(packing)))
     return replace(written, tensors=tensors, notes=(*said, *written.notes))
 
 
@@ -133,10 +138,16 @@ def work(src: StrPath, recipe: Recipe) -> int:
 def _chosen(checkpoint: Checkpoint, recipe: Recipe) -> tuple[dict[str, Stored], dict[str, str]]:
     """The tensors to prune, tied ones once, and why the others stay as they are."""
     tensors = checkpoint.tensors
+    if recipe.pattern is not None and not isinstance(recipe.pattern, n_m):
+        kind = type(recipe.pattern).__name__
+        raise InputTypeError(f"pattern is a {kind}: give secateur.n_m(2, 4) or the like, the one that files take")
     for glob in (*recipe.only, *recipe.skip):
         if not any(matches(glob, name) for name in tensors):
             raise UnknownNameError(f"{glob!r} matches no tensor; {nearest(glob, tensors)}")
-    reasons = {name: _reason_against(tensor, recipe) for name, tensor in tensors.items()}
+    names: dict[str, list[str]] = {}
+    for name, tensor in tensors.items():
+        names.setdefault(tensor.of.name if isinstance(tensor, Alias) else name, []).append(name)
+    reasons = {name: _reason_against(tensor, names.get(name, []), recipe) for name, tensor in tensors.items()}
     chosen = {name: tensor for name, tensor in tensors.items() if not reasons[name]}
     left = {name: reason for name, reason in reasons.items() if reason}
     if not chosen:
@@ -149,16 +160,17 @@ def _chosen(checkpoint: Checkpoint, recipe: Recipe) -> tuple[dict[str, Stored], 
     return chosen, left
 
 
-def _reason_against(tensor: Stored, recipe: Recipe) -> str:
+def _reason_against(tensor: Stored, names: Sequence[str], recipe: Recipe) -> str:
+    """Why a tensor stays as it is, or an empty string; any one of its names is enough to choose or to skip it."""
     if isinstance(tensor, Alias):
         return tensor.coding
     if not tensor.numel():
         return "empty"
-    if any(matches(glob, tensor.name) for glob in recipe.skip):
+    if any(matches(glob, name) for glob in recipe.skip for name in names):
         return "skipped"
-    if recipe.only and not any(matches(glob, tensor.name) for glob in recipe.only):
+    if recipe.only and not any(matches(glob, name) for glob in recipe.only for name in names):
         return "not chosen"
-    if tensor.name in recipe.only:
+    if any(name in recipe.only for name in names):
         return ""
     if len(tensor.shape) < 2:
         return "fewer than two dimensions"
@@ -192,6 +204,8 @@ def _pruned(
         counts = allocations.shared(allocation, cast(Mapping[str, Tensor], chosen), bounds, count)
         cuts = {}
         for stream in streams:
+            if stream.here and not counts[stream.name]:  # for the others the threshold sees to that
+                selection.require_finite(stream.name, stream.values)
             cut = selection.threshold([stream], counts[stream.name])
             cuts[stream.name] = _tally([stream], cut)[stream.name][0]
     if distributed.rank() == 0:
@@ -251,17 +265,20 @@ def _untouched(left: Mapping[str, str]) -> Iterator[str]:
         yield f"{len(names)} as they are, {reason}: {shown}"
 
 
-def _gathered(written: Contents, pruned: Mapping[str, _Pruned], coding: str) -> tuple[TensorInfo, ...]:
+def _gathered(written: Contents, pruned: Mapping[str, _Pruned], codings: Sequence[str]) -> tuple[TensorInfo, ...]:
     """The facts of each pruned tensor, whichever process wrote it."""
     own = {done.name: done for done in written.tensors}
-    numbers = np.zeros((len(pruned), 3))
+    numbers = np.zeros((len(pruned), 4))
     for row, name in zip(numbers, pruned, strict=True):
         if name in own:
-            row[:] = own[name].stored_bytes, own[name].error is not None, own[name].error or 0.0
+            of = own[name]
+            row[:] = codings.index(of.coding), of.stored_bytes, of.error is not None, of.error or 0.0
     facts = zip(pruned.values(), distributed.total(numbers).tolist(), strict=True)
     return tuple(
-        info(done, done.zeros_left, coding=coding, stored_bytes=int(stored), error=error if lossy else None)
-        for done, (stored, lossy, error) in facts
+        info(
+            done, done.zeros_left, coding=codings[int(coding)], stored_bytes=int(stored), error=error if lossy else None
+        )
+        for done, (coding, stored, lossy, error) in facts
     )
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import mmap
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,7 @@ class Stored(ABC):
     @property
     def weights(self) -> int:
         """Numbers in the tensor: its elements, or two for each of float4_e2m1fn_x2."""
-        return self.numel() * (2 if self.dtype is torch.float4_e2m1fn_x2 else 1)
+        return weights_of(self.dtype, self.shape)
 
     def numel(self) -> int:
         """Elements of the tensor."""
@@ -102,8 +103,10 @@ class Stored(ABC):
 
     def tensor(self) -> Tensor:
         """Return the whole tensor, in memory."""
-        whole = torch.empty(self.shape, dtype=self.dtype)
-        self.read_into(whole.view(-1))
+        self.check()
+        whole, decoder = torch.empty(self.shape, dtype=self.dtype), Decoder()
+        for fill in self.fillers(whole.view(-1)):
+            fill(decoder)
         return whole
 
     def zeros(self) -> int:
@@ -119,7 +122,7 @@ class InMemory(Stored):
 
     def __init__(self, name: str, tensor: Tensor) -> None:
         super().__init__(name, tensor.dtype, tensor.shape)
-        self._tensor = tensor.detach()
+        self._tensor = tensor.detach().resolve_conj().resolve_neg()
 
     def pieces(self, count: int) -> Iterator[Tensor]:
         kind_of(self.name, self._tensor)
@@ -194,6 +197,7 @@ def stored_of(state: Mapping[str, Tensor]) -> list[Stored]:
         place: Any = name
         if tensor.layout is torch.strided and tensor.numel() and not tensor.is_meta:
             place = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+            place += (tensor.is_conj(), tensor.is_neg())
         own = InMemory(name, tensor)
         first = firsts.setdefault(place, own)
         found.append(own if first is own else Alias(name, first))
@@ -228,6 +232,11 @@ def regrouped(pieces: Iterator[Tensor], count: int) -> Iterator[Tensor]:
                 filled = 0
     if filled:
         yield room[:filled]
+
+
+def weights_of(dtype: torch.dtype, shape: Sequence[int]) -> int:
+    """Count the numbers in a tensor: its elements, or two for each of float4_e2m1fn_x2."""
+    return math.prod(shape) * (2 if dtype is torch.float4_e2m1fn_x2 else 1)
 
 
 def count_zeros(tensor: Tensor) -> int:
