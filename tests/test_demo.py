@@ -16,8 +16,8 @@ from secateur.demo import digits, elsewhere, pictures, run, story
 
 WEIGHTS = 4 * 128 * 8 + 4 * 128 * 128 + 10 * 128
 FILES = {
-    "run.json", "dense.safetensors", "pruned.safetensors", "pruned.packed.safetensors", "masks.safetensors", "test.safetensors", "elsewhere.py",
-    "training.png", "layers.png",
+    "run.json", "dense.safetensors", "pruned.safetensors", "pruned.packed.safetensors", "masks.safetensors",
+    "test.safetensors", "elsewhere.py", "training.png", "layers.png",
 }  # fmt: skip
 
 
