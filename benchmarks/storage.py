@@ -239,7 +239,8 @@ def csr() -> Coder:
         torch.save({n: t.to_sparse_csr() if n in two else t for n, t in state.items()}, out)
 
     def read(out: Path, _: State) -> State:
-        found = torch.load(out, weights_only=True)
+        with open(out, "rb") as file:  # by its name, torch would take it for a safetensors file
+            found = torch.load(file, weights_only=True)
         return {n: t if t.layout is torch.strided else t.to_dense() for n, t in found.items()}
 
     return Coder(write, read)

@@ -137,7 +137,7 @@ def _give_way(old: Path, new: Path) -> None:
 
 
 def _temporary(target: Path) -> Path:
-    return target.with_name(f".{target.name}.{socket.gethostname()}-{os.getpid()}.tmp")
+    return target.with_name(f".{target.name}.{socket.gethostname()}-{os.getpid()}-{threading.get_ident()}.tmp")
 
 
 def _sweep(target: Path) -> None:
@@ -147,7 +147,8 @@ def _sweep(target: Path) -> None:
     """
     start = f".{target.name}.{socket.gethostname()}-"
     for left in target.parent.glob(f"{escape(start)}*"):
-        pid, _, ending = left.name.removeprefix(start).partition(".")
+        owner, _, ending = left.name.removeprefix(start).partition(".")
+        pid, _, _ = owner.partition("-")
         if ending not in ("tmp", "old") or not pid.isdecimal() or _alive(int(pid)):
             continue
         if ending == "old" and not target.exists():

@@ -35,15 +35,16 @@ def save(
 ) -> Contents:
     """Write a model's state to a packed `.safetensors` file, near the entropy of its weights.
 
-    Every tensor comes back bit for bit, unless a lossy level is asked for. Then the weights (floating-point tensors of
-    two or more dimensions) lose bits: zeros stay zeros, survivors stay other than zero, and what the level cannot
-    hold is stored exactly. Tied tensors are stored once. An old file stays as it is until the new one is whole.
+    Every tensor comes back bit for bit, unless a lossy level is asked for. Then zeros stay zeros, survivors stay other
+    than zero, and what the level cannot hold is stored exactly. Tied tensors are stored once. An old file stays as it
+    is until the new one is whole.
 
     Args:
         model: a module (wrappers are looked through) or a state_dict, on any device.
         path: ends in `.safetensors`.
-        level: "lossless"; "fp16" or "bf16" (float32 and float64 weights keep that many bits); "near", "small" or
-            "tiny": whole steps of 1/64, 1/16 or 1/4 of the root mean square of the survivors.
+        level: "lossless"; "fp16" or "bf16" (float32 and float64 tensors keep that many bits); "near", "small" or
+            "tiny": weights, floating-point tensors of two or more dimensions, become whole steps of 1/64, 1/16 or
+            1/4 of the root mean square of the survivors.
         step: a step of one's own, relative to that root mean square, instead of a level.
         effort: "fast", "normal" or "best": how hard to look for a small file. Reading takes the same time.
 
@@ -157,6 +158,8 @@ def _tensors_of(model: nn.Module | Mapping[str, Tensor]) -> list[Stored]:
             )
         kind_of(name, tensor)
     refuse_names(state)
+    if not state:
+        raise InputError("there is nothing to save: the state holds no tensor")
     return stored_of(state)
 
 

@@ -11,6 +11,7 @@ import math
 import struct
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -79,10 +80,10 @@ def level_of(name: str, step: float | None) -> Level:
     if step is not None:
         if name != "lossless":
             raise InputError(f"level={name!r} and step={step!r} are two levels: give one of them")
-        if isinstance(step, bool) or not isinstance(step, (int, float)) or not 0 < step < math.inf:
+        if isinstance(step, bool) or not isinstance(step, Real) or not 0 < step < math.inf:
             raise InputError(f"step={step!r}: give a step relative to the rms of the weights, such as 1/64")
         return Level("step", float(step))
-    if name in STEPS:
+    if isinstance(name, str) and name in STEPS:
         return Level("step", STEPS[name])
     if name not in ("lossless", "fp16", "bf16"):
         raise InputError(f"no level named {name!r}: choose lossless, fp16, bf16, {', '.join(STEPS)}, or give step=")
@@ -95,7 +96,7 @@ def effort_of(name: str) -> int:
     Raises:
         InputError: an unknown name.
     """
-    if name not in EFFORTS:
+    if not isinstance(name, str) or name not in EFFORTS:
         raise InputError(f"no effort named {name!r}: choose {', '.join(EFFORTS)}")
     return EFFORTS[name]
 

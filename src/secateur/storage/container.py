@@ -16,6 +16,7 @@ from secateur.errors import FileError
 from secateur.storage.dtypes import BY_CODE, KINDS
 
 ALIGNMENT = 8
+_DIMENSIONS = 1000  # no tensor has so many; the product of millions would take very long
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ def torch_form(slot: Slot) -> tuple[torch.dtype, tuple[int, ...]] | None:
 
 def possible(dtype: torch.dtype, shape: Sequence[int]) -> bool:
     """Tell whether torch can make a tensor of that shape, were there the memory."""
-    return math.prod(max(n, 1) for n in shape) * dtype.itemsize < 2**63
+    return len(shape) <= _DIMENSIONS and math.prod(max(n, 1) for n in shape) * dtype.itemsize < 2**63
 
 
 def file_form(dtype: torch.dtype, shape: Sequence[int]) -> tuple[str | None, tuple[int, ...]]:
