@@ -35,6 +35,14 @@ class Reader:
             os.lseek(self._descriptor, start, os.SEEK_SET)
             return os.read(self._descriptor, size)
 
+    def read_into(self, start: int, room: memoryview) -> int:
+        """Fill memory with the bytes at a place; returns how many there were before the file ended."""
+        if hasattr(os, "preadv"):
+            return os.preadv(self._descriptor, [room], start)
+        read = self.read(start, len(room))
+        room[: len(read)] = read
+        return len(read)
+
 
 @contextmanager
 def replacing(path: StrPath) -> Iterator[Path]:

@@ -136,7 +136,11 @@ class Decoder:
     def __init__(self) -> None:
         self._buffers: dict[str, npt.NDArray[np.uint8]] = {}
 
-    def __call__(self, data: bytes, dtype: torch.dtype, out: Words) -> None:
+    def room(self, size: int) -> memoryview:
+        """Return memory to read a block into; it is the same for each block."""
+        return self._buffer("data", size, np.uint8).data
+
+    def __call__(self, data: bytes | memoryview, dtype: torch.dtype, out: Words) -> None:
         """Decode one block into `out`, flat words of the block's size, overwriting all of them.
 
         Raises:
@@ -176,7 +180,7 @@ class Decoder:
         return self._buffers[name][:size].view(dtype)
 
 
-def _sections(data: bytes, kind: Kind, size: int) -> tuple[bool, int, int, float, tuple[bytes, bytes, bytes, bytes]]:
+def _sections(data: bytes | memoryview, kind: Kind, size: int) -> tuple[bool, int, int, float, list[memoryview]]:
     """Take a block apart: sparse, how numbers are coded, their count, the step; gaps, signs, magnitudes, exact ones."""
     if len(data) < _HEAD.size:
         raise CodingError("has a block that is cut short")
@@ -185,8 +189,7 @@ def _sections(data: bytes, kind: Kind, size: int) -> tuple[bool, int, int, float
     dense = not sparse and how == _EXACT and count == size and not lengths[0]
     if sparse > 1 or how > _STEPS or zero or count > size or ends[-1] != len(data) or not (sparse or dense):
         raise CodingError("has a block that contradicts itself")
-    gaps, signs, coded, exact = (data[start:stop] for start, stop in pairwise(ends))
-    return bool(sparse), how, count, step, (gaps, signs, coded, exact)
+    return bool(sparse), how, count, step, [memoryview(data)[start:stop] for start, stop in pairwise(ends)]
 
 
 def _quantize(magnitudes: Words, dtype: torch.dtype, level: Level) -> tuple[Words, float]:
@@ -244,13 +247,13 @@ def _compress(numbers: npt.NDArray[Any], effort: int) -> bytes:
     return bytes(standalone.simple_compress(numbers, config)) if numbers.size else b""
 
 
-def _decompress(data: bytes, out: npt.NDArray[Any]) -> None:
+def _decompress(data: memoryview, out: npt.NDArray[Any]) -> None:
     if not out.size:
         if data:
             raise CodingError("has a block with numbers that nothing asks for")
         return
     try:
-        progress = standalone.simple_decompress_into(data, out)
+        progress = standalone.simple_decompress_into(bytes(data), out)
     except BaseException as error:  # a panic of the decoder is no Exception
         if isinstance(error, Exception) or type(error).__name__ == "PanicException":
             raise CodingError(f"has a block that cannot be decoded ({error})") from error

@@ -35,7 +35,7 @@ SUFFIX = ":packed-by-secateur"
 
 _MANIFEST, _SEAL = "secateur", "secateur.crc32"
 _SMALL = 256  # elements: a smaller tensor is not worth a blob
-_READ = 1 << 20
+_READ = 1 << 17  # stays in cache
 
 Progress = Callable[[int], None]
 """Called with the bytes (of memory, not of the file) done since the last call."""
@@ -122,7 +122,9 @@ class PackedTensor(Stored):
             FileError: the block is damaged.
         """
         _, begin, length = block
-        data = self._file.read(begin, length)
+        data = decoder.room(length)
+        if self._file.read_into(begin, data) < length:
+            raise self._error("is cut short")
         try:
             decoder(data, self.dtype, words_of(out))
         except CodingError as error:
@@ -206,9 +208,10 @@ def _tensor(header: Header, file: Reader, name: str, entry: Entry) -> Stored:
 
 def _check(file: Reader, slot: Slot, crc32: str, name: str) -> None:
     """Compare the checksum of a slot with what it should be."""
-    crc = 0
+    crc, room = 0, memoryview(bytearray(min(_READ, slot.nbytes)))
     for start in range(slot.start, slot.stop, _READ):
-        crc = zlib.crc32(file.read(start, min(_READ, slot.stop - start)), crc)
+        read = file.read_into(start, room[: slot.stop - start])
+        crc = zlib.crc32(room[:read], crc)
     if f"{crc:08x}" != crc32:
         raise FileError(f"{file.path}: {name} is damaged (its checksum differs): copy or download the file again")
 
