@@ -1,0 +1,402 @@
+// The kernels, in GCC's vector extensions; compiled once for each instruction set. Nothing here may be inlined into or
+// shared with code for other CPUs: everything lives in an anonymous namespace, and no standard header with code is used.
+#include "kernels.h"
+
+#if !defined(__GNUC__)
+#error "needs GCC's vector extensions: use gcc, clang or clang-cl"
+#endif
+
+#define JOIN_(a, b) a##b
+#define JOIN(a, b) JOIN_(a, b)
+#define avx512 1
+#define avx2 2
+#define neon 3
+#define portable 4
+#define THIS_ISA SECATEUR_ISA
+#if THIS_ISA == avx512
+#define LANES 16
+#define NAME "avx512"
+#define TABLE kAvx512
+#elif THIS_ISA == avx2
+#define LANES 8
+#define NAME "avx2"
+#define TABLE kAvx2
+#elif THIS_ISA == neon
+#define LANES 4
+#define NAME "neon"
+#define TABLE kNeon
+#else
+#define LANES 4
+#define NAME "portable"
+#define TABLE kPortable
+#endif
+constexpr bool kAvx512Here = LANES == 16;
+#undef avx512
+#undef avx2
+#undef neon
+#undef portable
+#if LANES == 16
+#include <immintrin.h>
+#endif
+
+#define UNROLL _Pragma("GCC unroll 16")
+#define INLINE static inline __attribute__((always_inline))
+
+namespace secateur {
+namespace {
+
+// type: a vector of N floats; loose: the same in memory, at any address
+template <int N> struct Of;
+#define VECTOR(N)                                                                      \
+    template <> struct Of<N> {                                                         \
+        typedef float type __attribute__((vector_size(4 * N)));                        \
+        typedef float loose __attribute__((vector_size(4 * N), aligned(4), may_alias)); \
+    }
+VECTOR(16);
+VECTOR(8);
+VECTOR(4);
+template <> struct Of<1> { using type = float; using loose = float; };
+
+using vec = Of<LANES>::type;
+typedef int vint __attribute__((vector_size(LANES * 4)));
+
+template <class V> using Loose = Of<sizeof(V) / 4>;
+template <class V> INLINE V load(const float* p) { return *reinterpret_cast<const typename Loose<V>::loose*>(p); }
+template <class V> INLINE void store(float* p, V v) { *reinterpret_cast<typename Loose<V>::loose*>(p) = v; }
+INLINE vec splat(float x) { return vec{} + x; }
+
+// ---- transposes: LANES x LANES, by log2(LANES) rounds of interleaving row i with row i + LANES / 2
+
+#if LANES == 16
+#define LOW(a, b) __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23)
+#define HIGH(a, b) __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31)
+#elif LANES == 8
+#define LOW(a, b) __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11)
+#define HIGH(a, b) __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15)
+#else
+#define LOW(a, b) __builtin_shufflevector(a, b, 0, 4, 1, 5)
+#define HIGH(a, b) __builtin_shufflevector(a, b, 2, 6, 3, 7)
+#endif
+
+INLINE void transpose(vec (&a)[LANES]) {
+    for (int round = 1; round < LANES; round *= 2) {
+        vec b[LANES];
+        UNROLL for (int i = 0; i < LANES / 2; i++) {
+            b[2 * i] = LOW(a[i], a[i + LANES / 2]);
+            b[2 * i + 1] = HIGH(a[i], a[i + LANES / 2]);
+        }
+        UNROLL for (int i = 0; i < LANES; i++) a[i] = b[i];
+    }
+}
+
+// to[columns][to_stride] = from[rows][from_stride]^T for columns that are a multiple of nothing in particular; rows
+// beyond `rows` up to `padded` become zeros.
+void transposed(const float* from, i64 from_stride, int rows, int padded, i64 columns, float* to, i64 to_stride) {
+    i64 j = 0;
+    if (padded % LANES == 0)
+        for (; j + LANES <= columns; j += LANES)
+            for (int r = 0; r < padded; r += LANES) {
+                vec a[LANES];
+                if (r + LANES <= rows) {
+                    UNROLL for (int i = 0; i < LANES; i++) a[i] = load<vec>(from + (r + i) * from_stride + j);
+                } else {
+                    UNROLL for (int i = 0; i < LANES; i++)
+                        a[i] = r + i < rows ? load<vec>(from + (r + i) * from_stride + j) : vec{};
+                }
+                transpose(a);
+                UNROLL for (int i = 0; i < LANES; i++) store(to + (j + i) * to_stride + r, a[i]);
+            }
+    for (; j < columns; j++) {
+        for (int r = 0; r < rows; r++) to[j * to_stride + r] = from[r * from_stride + j];
+        for (int r = rows; r < padded; r++) to[j * to_stride + r] = 0;
+    }
+}
+
+void panel_pack(const float* x, int n, int width, i64 columns, float* panel) {
+    transposed(x, columns, n, width, columns, panel, width);
+}
+
+// ---- products
+
+// sums[row][C vectors] += the chunk's rows times the inputs; U non-zeros at a time, each with sums of its own.
+// Input of column j: at inputs + j * width, or at inputs + offset[j].
+template <class V, int C, int U, bool kOffsets>
+INLINE void product(Blob blob, const float* inputs, const u32* offset, u32 chunk, float* sums) {
+    constexpr int lanes = sizeof(V) / 4, width = lanes * C;
+    const Header& head = *blob.head;
+    const Chunk& at = blob.at<Chunk>(head.chunk_table)[chunk];
+    const u32* counts = blob.at<u32>(head.run_counts) + u64(chunk) * head.blocks;
+    const Run* run = blob.at<Run>(head.runs) + at.run;
+    const u16* row = blob.at<u16>(head.row_order) + at.row;
+    const u16* index = blob.at<u16>(head.index) + at.entry;
+    const float* value = blob.at<float>(head.value) + at.entry;
+    for (u32 b = 0; b < head.blocks; b++) {
+        const float* in = kOffsets ? inputs : inputs + u64(b) * head.block * width;
+        const u32* off = kOffsets ? offset + u64(b) * head.block : nullptr;
+        for (const Run* end = run + counts[b]; run < end; run++) {
+            const int length = run->length;
+            for (int k = run->count; k > 0; k--) {
+                float* out = sums + u64(*row++) * width;
+                V s[U][C];
+                UNROLL for (int c = 0; c < C; c++) s[0][c] = load<V>(out + c * lanes);
+                UNROLL for (int u = 1; u < U; u++)
+                    UNROLL for (int c = 0; c < C; c++) s[u][c] = V{};
+                int i = 0;
+                for (; i + U <= length; i += U) {
+                    UNROLL for (int u = 0; u < U; u++) {
+                        const float* x = kOffsets ? in + off[index[i + u]] : in + u64(index[i + u]) * width;
+                        const float w = value[i + u];
+                        UNROLL for (int c = 0; c < C; c++) s[u][c] += w * load<V>(x + c * lanes);
+                    }
+                }
+                for (; i < length; i++) {
+                    const float* x = kOffsets ? in + off[index[i]] : in + u64(index[i]) * width;
+                    const float w = value[i];
+                    UNROLL for (int c = 0; c < C; c++) s[0][c] += w * load<V>(x + c * lanes);
+                }
+                index += length, value += length;
+                UNROLL for (int u = 1; u < U; u++)
+                    UNROLL for (int c = 0; c < C; c++) s[0][c] += s[u][c];
+                UNROLL for (int c = 0; c < C; c++) store(out + c * lanes, s[0][c]);
+            }
+        }
+    }
+}
+
+constexpr int least(int a, int b) { return a < b ? a : b; }
+
+// Vectors of at most LANES, and enough sums at a time to hide the latency of an addition.
+template <int kWidth, bool kOffsets>
+void product_of_width(Blob blob, const float* inputs, const u32* offset, u32 chunk, float* sums) {
+    constexpr int lanes = least(kWidth, LANES), vectors = kWidth / lanes;
+    constexpr int together = vectors >= 8 ? 1 : vectors >= 2 ? 2 : 4;
+    product<typename Of<lanes>::type, vectors, together, kOffsets>(blob, inputs, offset, chunk, sums);
+}
+
+INLINE u32 chunk_rows(const Header& head, u32 chunk) {
+    const u32 first = chunk * head.chunk, left = head.rows - first;
+    return left < head.chunk ? left : head.chunk;
+}
+
+void bias_sums(const float* bias, i64 rows, int width, float* sums) {
+    if (width % LANES == 0) {
+        for (i64 r = 0; r < rows; r++) {
+            const vec b = splat(bias ? bias[r] : 0);
+            for (int i = 0; i < width; i += LANES) store(sums + r * width + i, b);
+        }
+    } else {
+        for (i64 r = 0; r < rows; r++)
+            for (int i = 0; i < width; i++) sums[r * width + i] = bias ? bias[r] : 0;
+    }
+}
+
+void panel(Blob blob, const float* inputs, int n, int width, const float* bias, bool accumulate, float* y, u32 chunk,
+           float* sums) {
+    const Header& head = *blob.head;
+    const i64 first = i64(chunk) * head.chunk, rows = chunk_rows(head, chunk);
+    if (accumulate)
+        transposed(y + first, head.rows, n, width, rows, sums, width);
+    else
+        bias_sums(bias ? bias + first : nullptr, rows, width, sums);
+    switch (width) {
+        case 32: product_of_width<32, false>(blob, inputs, nullptr, chunk, sums); break;
+        case 16: product_of_width<16, false>(blob, inputs, nullptr, chunk, sums); break;
+        case 8: product_of_width<8, false>(blob, inputs, nullptr, chunk, sums); break;
+        case 4: product_of_width<4, false>(blob, inputs, nullptr, chunk, sums); break;
+        default: product_of_width<1, false>(blob, inputs, nullptr, chunk, sums);
+    }
+    // y[n][rows of the chunk] = sums^T, whole vectors of rows first
+    i64 r = 0;
+    if (width % LANES == 0)
+        for (; r + LANES <= rows; r += LANES)
+            for (int i = 0; i < n; i += LANES) {
+                vec a[LANES];
+                UNROLL for (int k = 0; k < LANES; k++) a[k] = load<vec>(sums + (r + k) * width + i);
+                transpose(a);
+                float* to = y + i * i64(head.rows) + first + r;
+                if (i + LANES <= n) {
+                    UNROLL for (int k = 0; k < LANES; k++) store(to + k * i64(head.rows), a[k]);
+                } else {
+                    UNROLL for (int k = 0; k < LANES; k++)
+                        if (i + k < n) store(to + k * i64(head.rows), a[k]);
+                }
+            }
+    for (; r < rows; r++)
+        for (int i = 0; i < n; i++) y[i * i64(head.rows) + first + r] = sums[r * width + i];
+}
+
+void planes(Blob blob, const float* inputs, const u32* offset, int width, const float* bias, u32 chunk, float* sums) {
+    const Header& head = *blob.head;
+    const i64 first = i64(chunk) * head.chunk;
+    bias_sums(bias ? bias + first : nullptr, chunk_rows(head, chunk), width, sums);
+    if (width == 32)
+        product_of_width<32, true>(blob, inputs, offset, chunk, sums);
+    else
+        product_of_width<16, true>(blob, inputs, offset, chunk, sums);
+}
+
+// ---- the jagged layout: one to four inputs
+
+void small_pack(const float* x, int n, i64 columns, float* tiles) {
+    const i64 whole = columns / kTile;
+    for (i64 t = 0; t < whole; t++)
+        for (int i = 0; i < n; i++)
+            for (int k = 0; k < kTile; k += LANES)
+                store(tiles + (t * n + i) * kTile + k, load<vec>(x + i * columns + t * kTile + k));
+    if (const i64 rest = columns % kTile)
+        for (int i = 0; i < n; i++)
+            for (int k = 0; k < kTile; k++)
+                tiles[(whole * n + i) * kTile + k] = k < rest ? x[i * columns + whole * kTile + k] : 0;
+}
+
+#if LANES == 16
+alignas(64) const u16 kFirst[17] = {0,      1,      3,      7,       0xf,     0x1f,   0x3f,   0x7f,  0xff,
+                                    0x1ff,  0x3ff,  0x7ff,  0xfff,   0x1fff,  0x3fff, 0x7fff, 0xffff};
+
+INLINE __m512i bytes(const u8* p) { return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+INLINE __mmask16 first(i64 n) { return n >= 16 ? 0xffff : kFirst[n < 0 ? 0 : n]; }
+
+template <int N>
+void small_n(Blob blob, const float* tiles, const float* bias, bool accumulate, float* y, u32 begin, u32 end) {
+    const Header& head = *blob.head;
+    const i64 rows = head.rows;
+    for (u32 g = begin; g < end; g++) {
+        const JaggedGroup& group = blob.at<JaggedGroup>(head.group_table)[g];
+        const u8* meta = blob.at<u8>(head.meta) + group.meta;
+        const u8* index = blob.at<u8>(head.jagged_index) + group.entry;
+        const float* value = blob.at<float>(head.jagged_value) + group.entry;
+        const JaggedRun* run = blob.at<JaggedRun>(head.jagged_runs) + group.run;
+        __m512 sum[N][2];
+        const i64 at = i64(g) * kGroup;
+        UNROLL for (int i = 0; i < N; i++)
+            UNROLL for (int h = 0; h < 2; h++) {
+                const float* from = accumulate ? y + i * rows : bias;
+                sum[i][h] = from ? _mm512_maskz_loadu_ps(first(rows - at - 16 * h), from + at + 16 * h)
+                                 : _mm512_setzero_ps();
+            }
+        for (const JaggedRun* last = run + group.runs; run < last; run++) {
+            const int depth[2] = {run->depth[0], run->depth[1]};
+            for (int c = run->count; c > 0; c--) {
+                const float* in = tiles + (meta[0] | meta[1] << 8) * i64(kTile * N);
+                const u8* lanes = meta + 2;
+                meta += 2 + kGroup;
+                __m512 x[N][2], s[2][N];
+                UNROLL for (int i = 0; i < N; i++) {
+                    x[i][0] = _mm512_loadu_ps(in + i * kTile);
+                    x[i][1] = _mm512_loadu_ps(in + i * kTile + 16);
+                    s[0][i] = s[1][i] = _mm512_setzero_ps();
+                }
+                UNROLL for (int h = 0; h < 2; h++)
+                    for (int d = depth[h]; d > 0; d--) {
+                        const u32 n = *meta++;
+                        const __mmask16 k = kFirst[n];
+                        const __m512i at_columns = bytes(index);
+                        if (N == 1) {
+                            s[h][0] = _mm512_mask3_fmadd_ps(_mm512_loadu_ps(value),
+                                                            _mm512_permutex2var_ps(x[0][0], at_columns, x[0][1]), s[h][0], k);
+                        } else {
+                            const __m512 w = _mm512_maskz_loadu_ps(k, value);
+                            UNROLL for (int i = 0; i < N; i++)
+                                s[h][i] = _mm512_fmadd_ps(w, _mm512_permutex2var_ps(x[i][0], at_columns, x[i][1]), s[h][i]);
+                        }
+                        value += n, index += n;
+                    }
+                const __m512i to0 = bytes(lanes), to1 = bytes(lanes + 16);
+                UNROLL for (int i = 0; i < N; i++) {
+                    sum[i][0] = _mm512_add_ps(sum[i][0], _mm512_permutex2var_ps(s[0][i], to0, s[1][i]));
+                    sum[i][1] = _mm512_add_ps(sum[i][1], _mm512_permutex2var_ps(s[0][i], to1, s[1][i]));
+                }
+            }
+        }
+        UNROLL for (int i = 0; i < N; i++)
+            UNROLL for (int h = 0; h < 2; h++)
+                _mm512_mask_storeu_ps(y + i * rows + at + 16 * h, first(rows - at - 16 * h), sum[i][h]);
+    }
+}
+
+void small(Blob blob, const float* tiles, int n, const float* bias, bool accumulate, float* y, u32 begin, u32 end) {
+    switch (n) {
+        case 1: small_n<1>(blob, tiles, bias, accumulate, y, begin, end); break;
+        case 2: small_n<2>(blob, tiles, bias, accumulate, y, begin, end); break;
+        case 3: small_n<3>(blob, tiles, bias, accumulate, y, begin, end); break;
+        default: small_n<4>(blob, tiles, bias, accumulate, y, begin, end);
+    }
+}
+#else
+void small(Blob, const float*, int, const float*, bool, float*, u32, u32) {}
+#endif
+
+// ---- nonlinearities of recurrent layers, absolute error below 2e-7 (Cephes' coefficients)
+
+INLINE vec exponential(vec x) {  // of |x| <= 87
+    const vec magic = splat(12582912.f);  // 1.5 * 2^23: adding it rounds to an integer
+    const vec k = (x * 1.44269504f + magic) - magic;
+    const vec r = (x - k * 0.693359375f) + k * 2.12194440e-4f;
+    vec p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * (r * r) + r + 1.f;
+    const vint e = (__builtin_convertvector(k, vint) + 127) << 23;
+    return p * reinterpret_cast<vec>(e);
+}
+INLINE vec clamp(vec x, float bound) {
+    x = x > bound ? splat(bound) : x;  // a NaN compares false and stays
+    return x < -bound ? splat(-bound) : x;
+}
+INLINE vec sigmoid(vec x) { return 1.f / (1.f + exponential(-clamp(x, 80.f))); }
+INLINE vec hyperbolic_tangent(vec x) {
+    const vec far = 1.f - 2.f / (exponential(clamp(x + x, 40.f)) + 1.f);
+    const vec z = x * x;
+    vec p = z * -5.70498872745e-3f + 2.06390887954e-2f;
+    p = p * z + -5.37397155531e-2f;
+    p = p * z + 1.33314422036e-1f;
+    p = p * z + -3.33332819422e-1f;
+    const vec near = p * z * x + x;
+    return z < 0.39f ? near : far;
+}
+
+// f on vectors of LANES units of `count` arrays at once; the last, incomplete one by way of copies.
+template <int kIn, int kOut, class F>
+INLINE void units(i64 hidden, const float* const (&in)[kIn], float* const (&out)[kOut], F f) {
+    i64 i = 0;
+    for (; i + LANES <= hidden; i += LANES) {
+        vec a[kIn], b[kOut];
+        UNROLL for (int k = 0; k < kIn; k++) a[k] = load<vec>(in[k] + i);
+        f(a, b);
+        UNROLL for (int k = 0; k < kOut; k++) store(out[k] + i, b[k]);
+    }
+    if (const i64 rest = hidden - i) {
+        vec a[kIn] = {}, b[kOut];
+        for (int k = 0; k < kIn; k++)
+            for (i64 j = 0; j < rest; j++) a[k][j] = in[k][i + j];
+        f(a, b);
+        for (int k = 0; k < kOut; k++)
+            for (i64 j = 0; j < rest; j++) out[k][i + j] = b[k][j];
+    }
+}
+
+void lstm(const float* gates, i64 hidden, float* c, float* h) {
+    const float* const in[5] = {gates, gates + hidden, gates + 2 * hidden, gates + 3 * hidden, c};
+    float* const out[2] = {c, h};
+    units(hidden, in, out, [](const vec(&a)[5], vec(&b)[2]) {
+        b[0] = sigmoid(a[1]) * a[4] + sigmoid(a[0]) * hyperbolic_tangent(a[2]);
+        b[1] = sigmoid(a[3]) * hyperbolic_tangent(b[0]);
+    });
+}
+
+void gru(const float* x, const float* s, i64 hidden, float* h) {
+    const float* const in[7] = {x, x + hidden, x + 2 * hidden, s, s + hidden, s + 2 * hidden, h};
+    float* const out[1] = {h};
+    units(hidden, in, out, [](const vec(&a)[7], vec(&b)[1]) {
+        const vec r = sigmoid(a[0] + a[3]), z = sigmoid(a[1] + a[4]), n = hyperbolic_tangent(a[2] + r * a[5]);
+        b[0] = n + z * (a[6] - n);
+    });
+}
+
+}  // namespace
+
+const Kernels TABLE = {NAME, kAvx512Here, small_pack, small, panel_pack, panel, planes, lstm, gru};
+
+}  // namespace secateur

@@ -1,0 +1,40 @@
+// The kernels of one instruction set. Each works on a range and shares nothing, so that threads can divide the work;
+// dispatch.cpp chooses the set and does the dividing.
+#pragma once
+#include "blob.h"
+
+namespace secateur {
+
+// Some inputs of a product: rows [0, n) of x, laid out for the kernels.
+struct Kernels {
+    const char* name;
+    bool jagged;  // has small() for 1 <= n <= kSmall; otherwise a panel of width 4 or 1 takes these
+
+    // x[n][columns] -> tiles[columns / 32, rounded up][n][32], zeros beyond the last column. 1 <= n <= kSmall.
+    void (*small_pack)(const float* x, int n, i64 columns, float* tiles);
+
+    // Groups [begin, end) of y[n][rows] = W tiles + (bias, or what y holds if accumulate).
+    void (*small)(Blob, const float* tiles, int n, const float* bias, bool accumulate, float* y, u32 begin, u32 end);
+
+    // x[n][columns] -> panel[columns][width], zeros beyond the n-th. n <= width; width is 32, 16, 8, 4 or 1.
+    void (*panel_pack)(const float* x, int n, int width, i64 columns, float* panel);
+
+    // Chunk `chunk` of y[n][rows] = W panel + (bias, or what y holds). sums: scratch, [chunk rows][width].
+    void (*panel)(Blob, const float* panel, int n, int width, const float* bias, bool accumulate, float* y, u32 chunk,
+                  float* sums);
+
+    // Chunk `chunk` of sums[chunk rows][width] = bias + W planes, where column j begins at planes[offset[j]]: a
+    // convolution at `width` (32 or 16) neighbouring places.
+    void (*planes)(Blob, const float* planes, const u32* offset, int width, const float* bias, u32 chunk, float* sums);
+
+    // One step of one sequence. LSTM: gates[4 * hidden] = i f g o before their nonlinearities; c is updated, h written.
+    void (*lstm)(const float* gates, i64 hidden, float* c, float* h);
+    // GRU: x[3 * hidden] and s[3 * hidden] = r z n from the input and from the state; h is updated.
+    void (*gru)(const float* x, const float* s, i64 hidden, float* h);
+};
+
+extern const Kernels kPortable, kNeon, kAvx2, kAvx512;
+
+i64 pack(const float* weight, i64 rows, i64 columns, i64 groups, bool with_jagged, void* blob);
+
+}  // namespace secateur

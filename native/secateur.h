@@ -1,0 +1,68 @@
+/* The C ABI of secateur's sparse kernels: raw pointers, float32, no torch headers.
+ *
+ * A "blob" is a packed sparse matrix: position-independent bytes made by secateur_pack. All functions but the
+ * first three return 0, or a negative number if the arguments make no sense (a blob of another version, ...).
+ */
+#ifndef SECATEUR_H
+#define SECATEUR_H
+#include <stdint.h>
+
+#if defined(_WIN32)
+#define SECATEUR_API __declspec(dllexport)
+#else
+#define SECATEUR_API __attribute__((visibility("default")))
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define SECATEUR_ABI 1
+
+/* SECATEUR_ABI of the library. */
+SECATEUR_API int32_t secateur_abi(void);
+
+/* The instruction set in use: "avx512", "avx2", "neon" or "portable": the best one that this CPU has, or the one
+ * named by the environment variable SECATEUR_ISA when the library was loaded, if the CPU has it. */
+SECATEUR_API const char* secateur_isa(void);
+
+/* Chooses an instruction set by name; 0, or -1 if this CPU or build does not have it. For tests. */
+SECATEUR_API int32_t secateur_set_isa(const char* name);
+
+/* The address of GOMP_parallel in the OpenMP library that torch has loaded, or NULL: work is then not shared. */
+SECATEUR_API void secateur_set_parallel(void* gomp_parallel);
+
+/* Packs the dense row-major matrix weight[rows][columns] into blob and returns the bytes needed. With blob == NULL only
+ * counts. groups > 1: the matrix is block-diagonal, weight holds rows of columns / groups each, and row r sees the
+ * (r / (rows / groups))-th block of columns (a grouped convolution). */
+SECATEUR_API int64_t secateur_pack(const float* weight, int64_t rows, int64_t columns, int64_t groups, void* blob);
+
+/* y[n][rows] = x[n][columns] * W^T + bias; bias may be NULL; accumulate != 0: y += x * W^T (bias is ignored). */
+SECATEUR_API int32_t secateur_linear(const void* blob, const float* x, int64_t n, const float* bias, float* y,
+                                     int32_t accumulate, int32_t threads);
+
+/* y[batch][out][oh][ow] = conv(x[batch][channels][height][width]); columns of the blob = channels * kh * kw.
+ * shape: batch, channels, height, width, kh, kw, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w.
+ * Grouped convolutions are packed with groups. Padding is with zeros. */
+SECATEUR_API int32_t secateur_conv2d(const void* blob, const float* x, const int64_t shape[12], const float* bias,
+                                     float* y, int32_t threads);
+
+/* One layer and direction of an LSTM (kind 0; gates i f g o) or GRU (kind 1; gates r z n) over `steps` steps.
+ * Rows of all steps lie one after the other (time-major); step t has sizes[t] rows, its first sequences (as in a
+ * packed sequence; all equal to batch otherwise).
+ *   recurrent  blob of weight_hh, [gates * hidden][state]; state = hidden, or proj if projection != NULL
+ *   projection blob of weight_hr [proj][hidden], or NULL
+ *   gates      [rows of all steps][gates * hidden]: the input's part with its biases (LSTM: b_ih + b_hh; GRU: b_ih);
+ *              overwritten
+ *   bias       GRU: b_hh [3 * hidden], or NULL
+ *   h          [batch][state], c [batch][hidden] (LSTM, else NULL): initial state in, final state out
+ *   out        h of every step, rows out_stride floats apart
+ *   reverse    != 0: from the last step to the first */
+SECATEUR_API int32_t secateur_recurrent(int32_t kind, const void* recurrent, const void* projection, float* gates,
+                                        const int64_t* sizes, int64_t steps, int64_t batch, const float* bias, float* h,
+                                        float* c, float* out, int64_t out_stride, int32_t reverse, int32_t threads);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

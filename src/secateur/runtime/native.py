@@ -1,0 +1,107 @@
+"""The binding to the native kernels (`native/secateur.h`), by ctypes; nothing else in the package calls them.
+
+The library is looked for in this package's folder. Where it is missing (`SECATEUR_NATIVE=0 pip install .`, or no
+compiler) `library()` is None and everything above works on torch alone.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from secateur.errors import InputError
+
+ABI = 1
+_P, _I64, _I32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
+_SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
+    "secateur_abi": (_I32, []),
+    "secateur_isa": (ctypes.c_char_p, []),
+    "secateur_set_isa": (_I32, [ctypes.c_char_p]),
+    "secateur_set_parallel": (None, [_P]),
+    "secateur_pack": (_I64, [_P, _I64, _I64, _I64, _P]),
+    "secateur_linear": (_I32, [_P, _P, _I64, _P, _P, _I32, _I32]),
+    "secateur_conv2d": (_I32, [_P, _P, _P, _P, _P, _I32]),
+    "secateur_recurrent": (_I32, [_I32, _P, _P, _P, _P, _I64, _I64, _P, _P, _P, _P, _I64, _I32, _I32]),
+}
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The loaded kernels, or None where they were not built, or are of another version."""
+    if (path := _path()) is None:
+        return None
+    lib = ctypes.CDLL(str(path))
+    for name, (result, arguments) in _SIGNATURES.items():
+        function = getattr(lib, name)
+        function.restype, function.argtypes = result, arguments
+    if lib.secateur_abi() != ABI:
+        return None
+    if (parallel := _openmp()) is not None:
+        lib.secateur_set_parallel(parallel)
+    return lib
+
+
+def isa() -> str | None:
+    """The instruction set the kernels use: "avx512", "avx2", "neon" or "portable"; None without kernels."""
+    lib = library()
+    return None if lib is None else str(lib.secateur_isa().decode())
+
+
+def pack(weight: Tensor, groups: int = 1) -> Tensor:
+    """Pack a matrix for the kernels.
+
+    Args:
+        weight: float32 [rows, columns] on the CPU.
+        groups: with more than one, row r sees only the (r // (rows // groups))-th block of columns.
+
+    Returns:
+        uint8 [bytes]: position-independent, may be copied and stored.
+
+    Raises:
+        InputError: more than 65,535 * 32 rows or columns.
+    """
+    lib = library()
+    assert lib is not None
+    dense = weight.detach().contiguous()
+    rows, columns = dense.shape
+    arguments = (dense.data_ptr(), rows, columns * groups, groups)
+    size = lib.secateur_pack(*arguments, None)
+    if size < 0:
+        raise InputError(f"a matrix of {rows} x {columns * groups} cannot be packed. Leave this layer dense.")
+    blob = torch.empty(size, dtype=torch.uint8)
+    lib.secateur_pack(*arguments, blob.data_ptr())
+    return blob
+
+
+def _path() -> Path | None:
+    import secateur.runtime
+
+    names = {"win32": "secateur_native.dll", "darwin": "libsecateur_native.dylib"}
+    name = names.get(sys.platform, "libsecateur_native.so")
+    if (given := os.environ.get("SECATEUR_LIBRARY")) is not None:
+        return Path(given) if given else None
+    places = (Path(folder) / name for folder in secateur.runtime.__path__)
+    return next((path for path in places if path.exists()), None)
+
+
+def _openmp() -> int | None:
+    """Address of GOMP_parallel in the OpenMP library that torch itself runs on: one pool of threads for both."""
+    try:
+        return ctypes.cast(ctypes.CDLL(None).GOMP_parallel, _P).value
+    except (AttributeError, OSError, TypeError):
+        pass
+    if sys.platform == "linux":
+        for line in Path("/proc/self/maps").read_text().splitlines():
+            path = line.rpartition(" ")[2]
+            if "omp" in path.rpartition("/")[2] and ".so" in path:
+                try:
+                    return ctypes.cast(ctypes.CDLL(path).GOMP_parallel, _P).value
+                except (AttributeError, OSError):
+                    continue
+    return None
