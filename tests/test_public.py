@@ -15,9 +15,11 @@ from torch import nn
 import secateur as sc
 
 MODULES = sorted(
-    found.name for found in pkgutil.walk_packages(sc.__path__, "secateur.") if not found.name.endswith("__main__")
+    found.name
+    for found in pkgutil.walk_packages(sc.__path__, "secateur.")
+    if not found.name.endswith(("__main__", "secateur_native"))  # the latter is a library, not a module
 )
-SOURCES = sorted(Path(sc.__path__[0]).rglob("*.py"))
+SOURCES = sorted(Path(sc.__file__).parent.rglob("*.py"))
 
 
 def public_names(module):
