@@ -13,6 +13,7 @@ import torch
 
 from secateur import doctor
 from secateur.doctor import Facts, diagnose, secateur_version
+from secateur.runtime import native
 
 HEALTHY = Facts(
     secateur="0.1.0",
@@ -24,6 +25,7 @@ HEALTHY = Facts(
     cpu="A CPU",
     cpu_flags=("avx2", "fma"),
     torch_isa="AVX2",
+    kernels="avx2",
     physical_cores=4,
     allowed_cores=4,
     torch_threads=4,
@@ -67,6 +69,8 @@ def test_nothing_is_found_where_all_is_well():
         ({"torch_threads": 8}, "8 threads on the 4 cores it may use", "torch.set_num_threads(4), or OMP_NUM_THREADS=4"),
         ({"torch_isa": "DEFAULT"}, "this CPU has AVX2, and torch uses DEFAULT", "unset ATEN_CPU_CAPABILITY"),
         ({"torch_isa": "DEFAULT", "cpu_flags": ()}, "no vector instructions", "newer CPU"),
+        ({"kernels": None}, "native kernels are missing: sc.accelerate falls back", "where there is a C++17 compiler"),
+        ({"kernels": "portable"}, "use no vector instructions", "unset SECATEUR_ISA"),
         ({"mkl": False, "onednn": False}, "without MKL and oneDNN", "pytorch.org"),
         ({"debug_builds": ("torch",)}, "torch is a debug build", "release build of torch"),
         ({"denormals_flushed": False}, "denormal numbers", "torch.set_flush_denormal(True)"),
@@ -79,6 +83,18 @@ def test_each_finding_has_its_remedy(changes, what, remedy):
     said, _, advice = found.partition(" -> ")
     assert what in said
     assert remedy in advice
+
+
+def test_portable_kernels_are_the_best_for_a_cpu_without_vectors():
+    assert findings(kernels="portable", cpu_flags=()) == []
+
+
+def test_the_kernels_in_use_are_told(monkeypatch):
+    assert diagnose().facts.kernels == native.isa()
+    monkeypatch.setenv("SECATEUR_LIBRARY", "")  # as if they had not been built
+    monkeypatch.setattr(native, "library", native.library.__wrapped__)
+    assert diagnose().facts.kernels is None
+    assert "the native kernels are missing" in str(diagnose())
 
 
 def test_a_gpu_that_is_seen_is_no_finding():

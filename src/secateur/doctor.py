@@ -47,6 +47,8 @@ class Facts:
     """Of those that matter to kernels, the ones this CPU has."""
     torch_isa: str
     """The instruction set torch's own kernels use: DEFAULT, AVX2, AVX512, ..."""
+    kernels: str | None
+    """The instruction set the sparse kernels use: avx512, avx2, neon or portable; None without them."""
     physical_cores: int | None
     allowed_cores: int
     """Cores this process may use: affinity and container quota."""
@@ -123,6 +125,8 @@ def secateur_version() -> str:
 def _facts() -> Facts:
     import torch
 
+    from secateur.runtime import native
+
     backends: Any = torch.backends  # parts of it have no types
     cpu = _cpuinfo()
     return Facts(
@@ -135,6 +139,7 @@ def _facts() -> Facts:
         cpu=_first(cpu, "model name") or platform.processor() or platform.machine(),
         cpu_flags=tuple(f for f in _FLAGS if f in (_first(cpu, "flags") or _first(cpu, "Features") or "").split()),
         torch_isa=backends.cpu.get_cpu_capability(),
+        kernels=native.isa(),
         physical_cores=len({(c.get("physical id"), c["core id"]) for c in cpu if "core id" in c}) or None,
         allowed_cores=_allowed_cores(),
         torch_threads=torch.get_num_threads(),
@@ -209,6 +214,16 @@ def _findings(facts: Facts) -> Iterator[Finding]:
         )
     elif facts.torch_isa in ("DEFAULT", "NO AVX"):
         yield Finding("torch finds no vector instructions (AVX2 or the like): its kernels are slow", "use a newer CPU")
+    if facts.kernels is None:
+        yield Finding(
+            "the native kernels are missing: sc.accelerate falls back to torch",
+            "unset SECATEUR_LIBRARY and SECATEUR_NATIVE, and install secateur again where there is a C++17 compiler",
+        )
+    elif facts.kernels == "portable" and {"avx2", "avx512f", "asimd"}.intersection(facts.cpu_flags):
+        yield Finding(
+            "the native kernels use no vector instructions, and this CPU has them",
+            "unset SECATEUR_ISA, or install secateur again with a newer compiler",
+        )
     if not (facts.mkl or facts.onednn):
         yield Finding(
             "torch was built without MKL and oneDNN: matrix products are slow",
