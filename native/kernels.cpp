@@ -40,6 +40,13 @@ constexpr bool kAvx512Here = LANES == 16;
 #endif
 
 #define UNROLL _Pragma("GCC unroll 16")
+#if defined(__aarch64__)
+#define OPAQUE(v) asm("" : "+w"(v))
+#elif defined(__x86_64__)
+#define OPAQUE(v) asm("" : "+v"(v))
+#else
+#define OPAQUE(v)
+#endif
 #define INLINE static inline __attribute__((always_inline))
 
 namespace secateur {
@@ -57,59 +64,93 @@ VECTOR(8);
 VECTOR(4);
 template <> struct Of<1> { using type = float; using loose = float; };
 
+constexpr int least(int a, int b) { return a < b ? a : b; }
+
 using vec = Of<LANES>::type;
 typedef int vint __attribute__((vector_size(LANES * 4)));
 
+template <int N> struct Count { static constexpr int value = N; };
 template <class V> using Loose = Of<sizeof(V) / 4>;
 template <class V> INLINE V load(const float* p) { return *reinterpret_cast<const typename Loose<V>::loose*>(p); }
 template <class V> INLINE void store(float* p, V v) { *reinterpret_cast<typename Loose<V>::loose*>(p) = v; }
 INLINE vec splat(float x) { return vec{} + x; }
 
-// ---- transposes: LANES x LANES, by log2(LANES) rounds of interleaving row i with row i + LANES / 2
+// ---- transposes of N x N, by log2(N) rounds of interleaving row i with row i + N / 2
 
-#if LANES == 16
-#define LOW(a, b) __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23)
-#define HIGH(a, b) __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31)
-#elif LANES == 8
-#define LOW(a, b) __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11)
-#define HIGH(a, b) __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15)
-#else
-#define LOW(a, b) __builtin_shufflevector(a, b, 0, 4, 1, 5)
-#define HIGH(a, b) __builtin_shufflevector(a, b, 2, 6, 3, 7)
-#endif
+INLINE void interleave(Of<16>::type a, Of<16>::type b, Of<16>::type& low, Of<16>::type& high) {
+    low = __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    high = __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+}
+INLINE void interleave(Of<8>::type a, Of<8>::type b, Of<8>::type& low, Of<8>::type& high) {
+    low = __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11);
+    high = __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15);
+}
+INLINE void interleave(Of<4>::type a, Of<4>::type b, Of<4>::type& low, Of<4>::type& high) {
+    low = __builtin_shufflevector(a, b, 0, 4, 1, 5);
+    high = __builtin_shufflevector(a, b, 2, 6, 3, 7);
+}
 
-INLINE void transpose(vec (&a)[LANES]) {
-    for (int round = 1; round < LANES; round *= 2) {
-        vec b[LANES];
-        UNROLL for (int i = 0; i < LANES / 2; i++) {
-            b[2 * i] = LOW(a[i], a[i + LANES / 2]);
-            b[2 * i + 1] = HIGH(a[i], a[i + LANES / 2]);
-        }
-        UNROLL for (int i = 0; i < LANES; i++) a[i] = b[i];
+template <int N>
+INLINE void transpose(typename Of<N>::type (&a)[N]) {
+    for (int round = 1; round < N; round *= 2) {
+        typename Of<N>::type b[N];
+        UNROLL for (int i = 0; i < N / 2; i++) interleave(a[i], a[i + N / 2], b[2 * i], b[2 * i + 1]);
+        UNROLL for (int i = 0; i < N; i++) a[i] = b[i];
     }
 }
 
-// to[columns][to_stride] = from[rows][from_stride]^T for columns that are a multiple of nothing in particular; rows
-// beyond `rows` up to `padded` become zeros.
-void transposed(const float* from, i64 from_stride, int rows, int padded, i64 columns, float* to, i64 to_stride) {
+// to[columns][to_stride] = from[rows][from_stride]^T; rows from `rows` to `padded` count as zeros.
+template <int N>
+void transposed_by(const float* from, i64 from_stride, i64 rows, i64 padded, i64 columns, float* to, i64 to_stride) {
+    using V = typename Of<N>::type;
     i64 j = 0;
-    if (padded % LANES == 0)
-        for (; j + LANES <= columns; j += LANES)
-            for (int r = 0; r < padded; r += LANES) {
-                vec a[LANES];
-                if (r + LANES <= rows) {
-                    UNROLL for (int i = 0; i < LANES; i++) a[i] = load<vec>(from + (r + i) * from_stride + j);
-                } else {
-                    UNROLL for (int i = 0; i < LANES; i++)
-                        a[i] = r + i < rows ? load<vec>(from + (r + i) * from_stride + j) : vec{};
-                }
-                transpose(a);
-                UNROLL for (int i = 0; i < LANES; i++) store(to + (j + i) * to_stride + r, a[i]);
+    for (; j + N <= columns; j += N)
+        for (i64 r = 0; r < padded; r += N) {
+            V a[N];
+            if (r + N <= rows) {
+                UNROLL for (int i = 0; i < N; i++) a[i] = load<V>(from + (r + i) * from_stride + j);
+            } else {
+                UNROLL for (int i = 0; i < N; i++) a[i] = r + i < rows ? load<V>(from + (r + i) * from_stride + j) : V{};
             }
+            transpose<N>(a);
+            UNROLL for (int i = 0; i < N; i++) store(to + (j + i) * to_stride + r, a[i]);
+        }
     for (; j < columns; j++) {
-        for (int r = 0; r < rows; r++) to[j * to_stride + r] = from[r * from_stride + j];
-        for (int r = rows; r < padded; r++) to[j * to_stride + r] = 0;
+        for (i64 r = 0; r < rows; r++) to[j * to_stride + r] = from[r * from_stride + j];
+        for (i64 r = rows; r < padded; r++) to[j * to_stride + r] = 0;
     }
+}
+
+void transposed(const float* from, i64 from_stride, i64 rows, i64 padded, i64 columns, float* to, i64 to_stride) {
+    if (padded % LANES == 0)
+        transposed_by<LANES>(from, from_stride, rows, padded, columns, to, to_stride);
+    else if (padded % 8 == 0)
+        transposed_by<least(LANES, 8)>(from, from_stride, rows, padded, columns, to, to_stride);
+    else if (padded % 4 == 0)
+        transposed_by<4>(from, from_stride, rows, padded, columns, to, to_stride);
+    else
+        for (i64 j = 0; j < columns; j++) to[j * to_stride] = from[j];
+}
+
+// y[n][rows] = sums[rows][width]^T, of whose columns the first n count
+template <int N>
+void unpack(const float* sums, int width, i64 rows, int n, float* y, i64 stride) {
+    using V = typename Of<N>::type;
+    i64 r = 0;
+    for (; r + N <= rows; r += N)
+        for (int i = 0; i < n; i += N) {
+            V a[N];
+            UNROLL for (int k = 0; k < N; k++) a[k] = load<V>(sums + (r + k) * width + i);
+            transpose<N>(a);
+            if (i + N <= n) {
+                UNROLL for (int k = 0; k < N; k++) store(y + (i + k) * stride + r, a[k]);
+            } else {
+                UNROLL for (int k = 0; k < N; k++)
+                    if (i + k < n) store(y + (i + k) * stride + r, a[k]);
+            }
+        }
+    for (; r < rows; r++)
+        for (int i = 0; i < n; i++) y[i * stride + r] = sums[r * width + i];
 }
 
 void panel_pack(const float* x, int n, int width, i64 columns, float* panel) {
@@ -118,11 +159,38 @@ void panel_pack(const float* x, int n, int width, i64 columns, float* panel) {
 
 // ---- products
 
-// sums[row][C vectors] += the chunk's rows times the inputs; U non-zeros at a time, each with sums of its own.
-// Input of column j: at inputs + j * width, or at inputs + offset[j].
-template <class V, int C, int U, bool kOffsets>
+constexpr int kAhead = 512;  // non-zeros ahead that are fetched, as rows are too short for the CPU to foresee
+
+// All lanes of the result are lane u of w.
+template <int u> INLINE Of<16>::type lane(Of<16>::type w) {
+    return __builtin_shufflevector(w, w, u, u, u, u, u, u, u, u, u, u, u, u, u, u, u, u);
+}
+template <int u> INLINE Of<8>::type lane(Of<8>::type w) { return __builtin_shufflevector(w, w, u, u, u, u, u, u, u, u); }
+template <int u> INLINE Of<4>::type lane(Of<4>::type w) { return __builtin_shufflevector(w, w, u, u, u, u); }
+
+// Non-zeros u, u + 1, ... G - 1 of a group: s[u % A] += their weight times their input.
+template <int u, int G, bool kInRegister, bool kOffsets, class V, int C, int A>
+INLINE void group(V w, const float* value, const u16* index, const float* in, const u32* offset, V (&s)[A][C]) {
+    constexpr int lanes = sizeof(V) / 4;
+    if constexpr (u < G) {
+        const float* x = kOffsets ? in + offset[index[u]] : in + u64(index[u]) * (lanes * C);
+        V weight;
+        if constexpr (kInRegister)
+            weight = lane<u>(w);
+        else
+            weight = V{} + value[u];
+        UNROLL for (int c = 0; c < C; c++) s[u % A][c] += weight * load<V>(x + c * lanes);
+        group<u + 1, G, kInRegister, kOffsets>(w, value, index, in, offset, s);
+    }
+}
+
+// sums[row][C vectors] += the chunk's rows times the inputs, with A partial sums to hide the latency of additions.
+// Input of column j: at inputs + j * width, or at inputs + offset[j]. Loads are what bounds it: so weights come as
+// vectors of G, and each is spread over a register by a shuffle rather than by a load of its own.
+template <class V, int C, int A, bool kOffsets>
 INLINE void product(Blob blob, const float* inputs, const u32* offset, u32 chunk, float* sums) {
-    constexpr int lanes = sizeof(V) / 4, width = lanes * C;
+    constexpr int lanes = sizeof(V) / 4, width = lanes * C, G = least(lanes, 8) == 1 ? A : least(lanes, 8);
+    constexpr bool in_register = lanes > 1 && C <= 2;
     const Header& head = *blob.head;
     const Chunk& at = blob.at<Chunk>(head.chunk_table)[chunk];
     const u32* counts = blob.at<u32>(head.run_counts) + u64(chunk) * head.blocks;
@@ -137,40 +205,43 @@ INLINE void product(Blob blob, const float* inputs, const u32* offset, u32 chunk
             const int length = run->length;
             for (int k = run->count; k > 0; k--) {
                 float* out = sums + u64(*row++) * width;
-                V s[U][C];
+                V s[A][C];
                 UNROLL for (int c = 0; c < C; c++) s[0][c] = load<V>(out + c * lanes);
-                UNROLL for (int u = 1; u < U; u++)
-                    UNROLL for (int c = 0; c < C; c++) s[u][c] = V{};
+                UNROLL for (int a = 1; a < A; a++)
+                    UNROLL for (int c = 0; c < C; c++) s[a][c] = V{};
                 int i = 0;
-                for (; i + U <= length; i += U) {
-                    UNROLL for (int u = 0; u < U; u++) {
-                        const float* x = kOffsets ? in + off[index[i + u]] : in + u64(index[i + u]) * width;
-                        const float w = value[i + u];
-                        UNROLL for (int c = 0; c < C; c++) s[u][c] += w * load<V>(x + c * lanes);
+                auto some = [&](auto count) {
+                    V w{};
+                    if constexpr (in_register) {
+                        w = load<V>(value + i);
+                        OPAQUE(w);  // or the compiler turns the shuffles back into loads
                     }
-                }
+                    group<0, decltype(count)::value, in_register, kOffsets>(w, value + i, index + i, in, off, s);
+                    i += decltype(count)::value;
+                };
+                while (i + G <= length) some(Count<G>{});
+                if (G > 4 && i + 4 <= length) some(Count<4>{});
                 for (; i < length; i++) {
                     const float* x = kOffsets ? in + off[index[i]] : in + u64(index[i]) * width;
-                    const float w = value[i];
-                    UNROLL for (int c = 0; c < C; c++) s[0][c] += w * load<V>(x + c * lanes);
+                    UNROLL for (int c = 0; c < C; c++) s[A - 1][c] += value[i] * load<V>(x + c * lanes);
                 }
+                for (int k = 0; k < length; k += 16) __builtin_prefetch(value + kAhead + k);
+                for (int k = 0; k < length; k += 32) __builtin_prefetch(index + kAhead + k);
                 index += length, value += length;
-                UNROLL for (int u = 1; u < U; u++)
-                    UNROLL for (int c = 0; c < C; c++) s[0][c] += s[u][c];
+                UNROLL for (int a = 1; a < A; a++)
+                    UNROLL for (int c = 0; c < C; c++) s[0][c] += s[a][c];
                 UNROLL for (int c = 0; c < C; c++) store(out + c * lanes, s[0][c]);
             }
         }
     }
 }
 
-constexpr int least(int a, int b) { return a < b ? a : b; }
-
-// Vectors of at most LANES, and enough sums at a time to hide the latency of an addition.
+// In vectors of at most LANES, with about as many sums at a time as the latency of an addition asks for.
 template <int kWidth, bool kOffsets>
 void product_of_width(Blob blob, const float* inputs, const u32* offset, u32 chunk, float* sums) {
     constexpr int lanes = least(kWidth, LANES), vectors = kWidth / lanes;
-    constexpr int together = vectors >= 8 ? 1 : vectors >= 2 ? 2 : 4;
-    product<typename Of<lanes>::type, vectors, together, kOffsets>(blob, inputs, offset, chunk, sums);
+    constexpr int partial = vectors >= 8 ? 1 : vectors >= 2 ? 2 : 4;
+    product<typename Of<lanes>::type, vectors, partial, kOffsets>(blob, inputs, offset, chunk, sums);
 }
 
 INLINE u32 chunk_rows(const Header& head, u32 chunk) {
@@ -205,24 +276,14 @@ void panel(Blob blob, const float* inputs, int n, int width, const float* bias, 
         case 4: product_of_width<4, false>(blob, inputs, nullptr, chunk, sums); break;
         default: product_of_width<1, false>(blob, inputs, nullptr, chunk, sums);
     }
-    // y[n][rows of the chunk] = sums^T, whole vectors of rows first
-    i64 r = 0;
-    if (width % LANES == 0)
-        for (; r + LANES <= rows; r += LANES)
-            for (int i = 0; i < n; i += LANES) {
-                vec a[LANES];
-                UNROLL for (int k = 0; k < LANES; k++) a[k] = load<vec>(sums + (r + k) * width + i);
-                transpose(a);
-                float* to = y + i * i64(head.rows) + first + r;
-                if (i + LANES <= n) {
-                    UNROLL for (int k = 0; k < LANES; k++) store(to + k * i64(head.rows), a[k]);
-                } else {
-                    UNROLL for (int k = 0; k < LANES; k++)
-                        if (i + k < n) store(to + k * i64(head.rows), a[k]);
-                }
-            }
-    for (; r < rows; r++)
-        for (int i = 0; i < n; i++) y[i * i64(head.rows) + first + r] = sums[r * width + i];
+    float* to = y + first;
+    switch (least(width, LANES)) {
+        case 16: return unpack<least(LANES, 16)>(sums, width, rows, n, to, head.rows);
+        case 8: return unpack<least(LANES, 8)>(sums, width, rows, n, to, head.rows);
+        case 4: return unpack<4>(sums, width, rows, n, to, head.rows);
+        default:
+            for (i64 r = 0; r < rows; r++) to[r] = sums[r];
+    }
 }
 
 void planes(Blob blob, const float* inputs, const u32* offset, int width, const float* bias, u32 chunk, float* sums) {
