@@ -17,6 +17,7 @@ from secateur.measurement import compare, measure
 from secateur.patterns import blocks, n_m
 from secateur.pruner import Pruner, prune
 from secateur.reports import report
+from secateur.runtime.acceleration import accelerate, dense, explain
 from secateur.schedules import cubic, geometric, linear
 from secateur.scope import weights
 from secateur.scores import accumulate
@@ -27,11 +28,14 @@ __all__ = [
     "Masks",
     "Pruner",
     "SecateurError",
+    "accelerate",
     "accumulate",
     "blocks",
     "check",
     "compare",
     "cubic",
+    "dense",
+    "explain",
     "from_torch_prune",
     "geometric",
     "linear",

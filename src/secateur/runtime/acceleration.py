@@ -1,0 +1,379 @@
+"""The verbs of fast inference: accelerate a model, explain what was chosen, make it plain again."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from secateur.costs import Call
+from secateur.errors import InputError, StateError
+from secateur.measurement import _arguments
+from secateur.runtime import attention, convolutions, linears, native, recurrences, tuning
+from secateur.runtime.layers import SPARSE_ENOUGH, Sparse, Swapped, swap, zero_share
+from secateur.runtime.plans import Gain, LayerPlan, Plan, Timing, without
+from secateur.scope import unwrap
+from secateur.tables import percent
+
+_KINDS: dict[type[nn.Module], type[Sparse]] = {
+    nn.Linear: linears.SparseLinear,
+    nn.Conv1d: convolutions.SparseConv1d,
+    nn.Conv2d: convolutions.SparseConv2d,
+    nn.LSTM: recurrences.SparseLSTM,
+    nn.GRU: recurrences.SparseGRU,
+    nn.MultiheadAttention: attention.SparseMultiheadAttention,
+}
+_AROUND: dict[type[nn.Module], type[Swapped]] = {
+    nn.TransformerEncoderLayer: attention.SparseTransformerEncoderLayer,
+    nn.TransformerEncoder: attention.SparseTransformerEncoder,
+}
+
+
+_OTHERS = (
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+    nn.RNNBase,
+    nn.RNNCellBase,
+    nn.Bilinear,
+)
+
+
+@dataclass(frozen=True)
+class _Trace:
+    """What an accelerated model carries besides its sparse layers."""
+
+    plan: Plan
+    trained: frozenset[str]
+    """Parameters that require gradients in the plain model."""
+
+
+def accelerate(
+    model: nn.Module,
+    example_inputs: Any,
+    *,
+    threads: int | None = None,
+    plan: Plan | Mapping[str, Any] | None = None,
+) -> nn.Module:
+    """Copy a model for inference in which every layer runs the faster of its dense and its sparse kernel.
+
+    Linear, Conv1d, Conv2d, LSTM, GRU, MultiheadAttention and transformers' Conv1D are tried, in float32 on the
+    CPU. Each is timed in the model, on the example, and stays dense where sparse is not faster; if then the whole
+    model is not, all of it stays dense. Results equal the plain ones up to rounding.
+
+    The copy is in evaluation mode and its parameters require no gradients. Its `state_dict()` is that of `model`;
+    `fast.plan` holds what was chosen (unless the model has a `plan` of its own: then `sc.explain` alone does). A
+    layer whose weights change afterwards raises a StateError when it is called. Under `torch.compile` and in an
+    exported program nothing looks for such changes.
+
+    Args:
+        model: left as it is.
+        example_inputs: a tensor, a tuple of positional or a dict of keyword arguments, as it will be in use; a list
+            of these for several batch sizes. Any other size goes as the nearest one.
+        threads: CPU threads to tune for; by default as many as torch has now.
+        plan: `fast.plan`, or its `to_dict()`, of an earlier run for the same weights and machine: nothing is timed.
+
+    Returns:
+        The fast copy, of the same type.
+
+    Raises:
+        InputTypeError: no module, or inputs of another type.
+        InputError: `threads` below 1; no example; a lazy or meta parameter; a plan for something else.
+        StateError: the model is accelerated already.
+
+    >>> model = nn.Sequential(nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 8))
+    >>> masks = sc.prune(model, 0.9)
+    >>> fast = sc.accelerate(model, torch.zeros(1, 256))
+    >>> torch.allclose(fast(torch.ones(1, 256)), model(torch.ones(1, 256)), atol=1e-5)
+    True
+    """
+    model = unwrap(model)
+    calls = [_arguments(one) for one in (example_inputs if isinstance(example_inputs, list) else [example_inputs])]
+    given = plan if plan is None or isinstance(plan, Plan) else Plan.from_dict(plan)
+    _check(model, calls, threads)
+    with _threads(threads), torch.inference_mode(False):
+        fast, trained = _copy(model)
+        tuned = _Tuning(model, fast, calls)
+        tuned.take(given) if given is not None else tuned.measure()
+        found = Plan(tuning.cpu(), native.isa(), torch.get_num_threads(), tuple(tuned.plans.values()), tuned.gains)
+    if not hasattr(fast, "plan"):
+        fast.__dict__["plan"] = found
+    fast.__dict__["_secateur"] = _Trace(found, trained)
+    return fast
+
+
+def explain(fast: nn.Module) -> Plan:
+    """Tell which kernel each layer of an accelerated model runs, for how many rows, and why.
+
+    Returns:
+        The plan; `str()` is a table of layers with their times, and a line on the whole model.
+
+    Raises:
+        StateError: the model was not accelerated.
+
+    >>> fast = sc.accelerate(nn.Linear(8, 8), torch.zeros(1, 8))
+    >>> print(sc.explain(fast).layers[0].reason)
+    too dense: 0.00 % zeros
+    """
+    trace = unwrap(fast).__dict__.get("_secateur")
+    if trace is None:
+        raise StateError(
+            f"this {type(fast).__name__} was not accelerated, so there is nothing to explain. "
+            "Call fast = sc.accelerate(model, example_inputs), then sc.explain(fast)."
+        )
+    plan: Plan = trace.plan
+    return plan
+
+
+def dense(fast: nn.Module) -> nn.Module:
+    """Copy an accelerated model as a plain one: torch's own layers, the weights as they are now, no trace.
+
+    Args:
+        fast: left as it is; or a model that contains one.
+
+    Raises:
+        StateError: nothing in the model is accelerated.
+
+    >>> model = nn.Linear(8, 8)
+    >>> type(sc.dense(sc.accelerate(model, torch.zeros(1, 8)))) is nn.Linear
+    True
+    """
+    fast = unwrap(fast)
+    if not _accelerated(fast):
+        raise StateError(f"nothing in this {type(fast).__name__} is accelerated: it is plain already")
+    with torch.inference_mode(False):
+        plain = copy.deepcopy(fast)
+    for module in list(plain.modules()):
+        if isinstance(module, Swapped):
+            module.restore()
+        trace = module.__dict__.pop("_secateur", None)
+        if trace is not None:
+            if module.__dict__.get("plan") == trace.plan:
+                del module.__dict__["plan"]
+            for name, parameter in module.named_parameters():
+                parameter.requires_grad_(name in trace.trained)
+    return plain
+
+
+class _Tuning:
+    """The copy on its way: layers swapped, tried and, where they do not gain, put back."""
+
+    def __init__(self, model: nn.Module, fast: nn.Module, calls: Sequence[Call]) -> None:
+        self.model, self.fast, self.calls = model, fast, calls
+        self.plans = {layer.name: layer for layer in _survey(fast)}
+        self.gains: tuple[Gain, ...] = ()
+        modules = dict(fast.named_modules())
+        self.layers = {name: _swap(modules[name], name) for name, layer in self.plans.items() if not layer.reason}
+        _enclose(fast)
+        with tuning.recording(self.layers) as recorders, torch.inference_mode():
+            self.seen = [tuning.look(fast, recorders, call) for call in calls]
+        for name, layer in self.layers.items():
+            self._pack(name, layer)
+
+    def _pack(self, name: str, layer: Sparse) -> None:
+        if not any(name in seen for seen in self.seen):
+            self.plans[name] = replace(self.plans[name], reason="the example does not reach it")
+            return
+        try:
+            layer.pack()
+        except InputError as error:
+            self.plans[name] = replace(self.plans[name], reason=str(error))
+            return
+        self.plans[name] = replace(self.plans[name], pattern=tuning.pattern(_matrices(layer)))
+
+    def measure(self) -> None:
+        """Time all layers, then the whole model, and keep what is faster."""
+        found: dict[str, dict[int, Timing]] = {name: {} for name in self.layers}
+        tried = {name: layer for name, layer in self.layers.items() if not self.plans[name].reason}
+        patterns = {name: self.plans[name].pattern for name in tried}
+        with tuning.recording(tried) as recorders, torch.inference_mode():
+            for call, seen in zip(self.calls, self.seen, strict=True):
+                for name, timings in tuning.choose(self.fast, recorders, call, seen, patterns).items():
+                    found[name].update({timing.bucket: timing for timing in timings})
+        for name in tried:
+            measured = tuple(found[name][b] for b in sorted(found[name]))
+            self.plans[name] = without(replace(self.plans[name], timings=measured), set(), "not faster")
+        self._settle()
+        if any(layer.choices for layer in self.plans.values()):
+            self.gains = tuple(tuning.gain(self.model, self.fast, call) for call in self.calls)
+            self._reject()
+            self._settle()
+
+    def take(self, plan: Plan) -> None:
+        """Choose as an earlier run did.
+
+        Raises:
+            InputError: it was for other weights, or measured elsewhere.
+        """
+        here = (tuning.cpu(), native.isa(), torch.get_num_threads())
+        if (plan.cpu, plan.isa, plan.threads) != here:
+            raise InputError(
+                f"the plan was measured on {plan.cpu} with {plan.isa} kernels and {plan.threads} threads, and this is "
+                f"{here[0]}, {here[1]}, {here[2]}. Leave plan out, and the model is tuned here."
+            )
+        planned = {layer.name: layer for layer in plan.layers}
+        for name in [*planned, *self.plans]:
+            old, new = planned.get(name), self.plans.get(name)
+            if old is None or new is None or _identity(old) != _identity(new):
+                raise InputError(
+                    f"the plan is for another model: {name!r} is {_words(new)} here, and {_words(old)} in the plan. "
+                    "Leave plan out, and the model is tuned anew."
+                )
+        self.plans, self.gains = planned, plan.gains
+        self._settle()
+
+    def _reject(self) -> None:
+        """Put back to dense the row classes of each example that did not get faster as a whole."""
+        kept = [seen for seen, gain in zip(self.seen, self.gains, strict=True) if gain.faster]
+        lost = [seen for seen, gain in zip(self.seen, self.gains, strict=True) if not gain.faster]
+        for name, layer in self.plans.items():
+            saved = {b for seen in kept for b in seen.get(name, ())}
+            buckets = {b for seen in lost for b in seen.get(name, ())} - saved
+            if layer.timings:
+                self.plans[name] = without(layer, buckets, "the whole model was not faster")
+
+    def _settle(self) -> None:
+        """Give the layers their choices, and put those back that are always dense."""
+        for name, layer in self.layers.items():
+            if not isinstance(layer, Sparse):
+                continue
+            layer._choices = self.plans[name].choices
+            if not layer._choices:
+                layer.restore()
+        _enclose(self.fast)
+
+
+def _check(model: nn.Module, calls: Sequence[Call], threads: int | None) -> None:
+    if not calls:
+        raise InputError("example_inputs is an empty list: give at least one example to tune for")
+    if threads is not None and threads < 1:
+        raise InputError(f"threads is {threads}, but a model needs one at least. Leave it out for torch's own.")
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if is_lazy(tensor) or tensor.is_meta:
+            raise InputError(
+                f"{name!r} has no data (it is lazy or on the meta device), so the model cannot run. "
+                "Call it once, or use `to_empty` and `load_state_dict`, before you accelerate."
+            )
+    if _accelerated(model):
+        raise StateError("the model is accelerated already. To tune it anew: sc.accelerate(sc.dense(model), ...)")
+
+
+def _accelerated(model: nn.Module) -> bool:
+    return any(isinstance(module, Swapped) or "_secateur" in module.__dict__ for module in model.modules())
+
+
+@contextmanager
+def _threads(threads: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads or before)
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _copy(model: nn.Module) -> tuple[nn.Module, frozenset[str]]:
+    """A copy in evaluation mode without gradients, and the names of the parameters that required them."""
+    try:
+        fast = copy.deepcopy(model)
+    except RuntimeError as error:
+        raise InputError(
+            f"the model cannot be copied: {error} Weights that a hook computes (weight_norm, torch.nn.utils.prune) "
+            "are the usual cause: make them plain first"
+        ) from error
+    for module in fast.modules():
+        module.training = False
+    trained = frozenset(name for name, parameter in fast.named_parameters() if parameter.requires_grad)
+    for parameter in fast.parameters():
+        parameter.requires_grad_(False)
+    return fast, trained
+
+
+def _survey(model: nn.Module) -> Iterator[LayerPlan]:
+    """Each layer with a weight matrix; those without a reason are to be tried."""
+    inner = {id(m.out_proj) for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
+    for name, module in model.named_modules():
+        mixin = _mixin(module)
+        if id(module) in inner or (mixin is None and not isinstance(module, _OTHERS)):
+            continue
+        weights = _matrices(module)
+        zeros = sum(zero_share(w) * w.numel() for w in weights) / max(sum(w.numel() for w in weights), 1)
+        shape = max((tuple(w.shape) for w in weights), key=math.prod, default=())
+        kind = type(module).__name__
+        reason = f"no sparse kernel for {kind}" if mixin is None else _obstacle(module, mixin, zeros)
+        yield LayerPlan(name, kind, shape, zeros, reason=reason)
+
+
+def _mixin(module: nn.Module) -> type[Sparse] | None:
+    if linears.is_transposed(type(module)):
+        return linears.SparseTransposedLinear
+    return next((mixin for plain, mixin in _KINDS.items() if isinstance(module, plain)), None)
+
+
+def _obstacle(module: nn.Module, mixin: type[Sparse], zeros: float) -> str:
+    """Why a layer cannot be sparse, or an empty string."""
+    if mixin.plain is not nn.Module and type(module).forward is not mixin.plain.forward:
+        return "its class has a forward of its own"
+    strange = sorted({name for name, _ in module.named_parameters()} - _names(module))
+    if strange:
+        return f"its weights are computed from {strange[0]} (by a parametrization, norm or pruning hook)"
+    for name, parameter in module.named_parameters():
+        if type(parameter.data) is not Tensor or parameter.layout is not torch.strided:
+            return f"{name} is no plain tensor"
+        if parameter.dtype is not torch.float32 or not parameter.is_cpu:
+            return f"{name} is {parameter.dtype} on {parameter.device}, and the kernels are for float32 on the CPU"
+        if parameter.dim() == 1 and not parameter.is_contiguous():
+            return f"{name} is not contiguous"
+    return mixin.obstacle(module) or ("" if zeros >= SPARSE_ENOUGH else f"too dense: {percent(zeros)} zeros")
+
+
+def _names(module: nn.Module) -> set[str]:
+    """The parameters that a layer has by nature."""
+    if isinstance(module, nn.RNNBase):
+        return set(module._flat_weights_names)
+    projections = {"in_proj_weight", "in_proj_bias", "q_proj_weight", "k_proj_weight", "v_proj_weight"}
+    attention = {*projections, "out_proj.weight", "out_proj.bias", "bias_k", "bias_v"}
+    return attention if isinstance(module, nn.MultiheadAttention) else {"weight", "bias"}
+
+
+def _matrices(module: nn.Module) -> list[Tensor]:
+    return [parameter for parameter in module.parameters() if parameter.dim() > 1]
+
+
+def _swap(module: nn.Module, name: str) -> Sparse:
+    mixin = _mixin(module)
+    assert mixin is not None
+    swap(module, mixin)
+    assert isinstance(module, Sparse)
+    module.prepare(name)
+    return module
+
+
+def _enclose(model: nn.Module) -> None:
+    """Swap the transformer layers that contain sparse layers, and no others."""
+    for module in model.modules():
+        for plain, mixin in _AROUND.items():
+            if isinstance(module, plain):
+                holds = any(isinstance(inner, Sparse) for inner in module.modules())
+                if holds and not isinstance(module, Swapped):
+                    swap(module, mixin)
+                elif not holds and isinstance(module, Swapped):
+                    module.restore()
+
+
+def _identity(layer: LayerPlan) -> tuple[Any, ...]:
+    return layer.kind, layer.shape, layer.pattern
+
+
+def _words(layer: LayerPlan | None) -> str:
+    if layer is None:
+        return "missing"
+    return f"{layer.kind} {' x '.join(map(str, layer.shape))} with zeros {layer.pattern[:8] or '(not tried)'}"

@@ -1,0 +1,240 @@
+"""The sparse products on tensors: the native kernels where they are there, torch's CSR or dense elsewhere.
+
+A matrix is packed once into a `uint8` blob. Each product also gets the dense weight and `choices`, whose bit `b`
+says whether inputs of row class `b` (`bucket`) take the sparse kernel; all others take torch's dense one, as do
+inputs that have no memory of their own (under vmap).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from secateur.errors import StateError
+from secateur.runtime import native
+
+LSTM, GRU = 0, 1
+"""Kinds of recurrent layers, as the native library counts them."""
+
+ALL = (1 << 62) - 1
+"""Sparse for every number of rows."""
+
+_CSR = b"csr-0001"  # how a blob begins that torch can read
+_twelve = ctypes.c_int64 * 12
+
+
+def bucket(rows: int) -> int:
+    """Row class of an input: b holds the rows above 2**(b - 1) up to 2**b.
+
+    >>> [bucket(rows) for rows in (1, 2, 3, 4, 5, 128)]
+    [0, 1, 2, 2, 3, 7]
+    """
+    return (rows - 1).bit_length() if rows > 1 else 0
+
+
+def form() -> str:
+    """What packed weights look like here: "native", or "csr" without the native library."""
+    return "csr" if native.library() is None else "native"
+
+
+def pack(weight: Tensor, groups: int = 1) -> Tensor:
+    """Pack a matrix: float32 [rows, columns], of a grouped convolution [rows, columns / groups]; gives uint8 [bytes].
+
+    Raises:
+        InputError: the native library cannot hold so many rows or columns.
+    """
+    weight = weight.detach()
+    if native.library() is not None:
+        return native.pack(weight, groups)
+    _csr_is_beta()
+    csr = weight.to_sparse_csr()
+    parts = (csr.crow_indices().int(), csr.col_indices().int(), csr.values())
+    return torch.cat([torch.frombuffer(bytearray(_CSR), dtype=torch.uint8), *(p.view(torch.uint8) for p in parts)])
+
+
+def linear(x: Tensor, weight: Tensor, packed: Tensor, bias: Tensor | None, choices: int) -> Tensor:
+    """`F.linear(x, weight, bias)`; x: float32 [..., columns] of any number of dimensions but none."""
+    rows, columns = weight.shape
+    shape = x.shape
+    n = x.numel() // columns
+    if n == 0 or shape[-1] != columns or not choices >> (n - 1).bit_length() & 1:
+        return F.linear(x, weight, bias)
+    lib = native.library()
+    if lib is None:
+        return _csr_linear(x, weight, packed, bias)
+    if not x.is_contiguous():
+        x = x.contiguous()
+    try:
+        source = x.data_ptr()
+    except RuntimeError:  # under vmap
+        return F.linear(x, weight, bias)
+    # not given as a tuple, which would take half a microsecond more
+    out = x.new_empty(n, rows) if len(shape) == 2 else x.new_empty(*shape[:-1], rows)
+    offset = None if bias is None else bias.data_ptr()
+    if lib.secateur_linear(packed.data_ptr(), source, n, offset, out.data_ptr(), 0, torch.get_num_threads()):
+        raise _unreadable()
+    return out
+
+
+def conv2d(
+    x: Tensor,
+    weight: Tensor,
+    packed: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    choices: int,
+) -> Tensor:
+    """`F.conv2d(x, weight, bias, ...)`; x: float32 [batch, channels, height, width]; gives it contiguous."""
+    lib = native.library()
+    out_h, out_w = conv_size(x.shape[-2:], weight.shape[-2:], stride, padding, dilation)
+    pixels = x.shape[0] * out_h * out_w
+    fits = pixels > 0 and out_h > 0 and x.shape[1] == weight.shape[1] * groups
+    if lib is None or not fits or not choices >> bucket(pixels) & 1:
+        return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+    x = x.contiguous()
+    try:
+        source = x.data_ptr()
+    except RuntimeError:  # under vmap
+        return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+    out = x.new_empty((x.shape[0], weight.shape[0], out_h, out_w))
+    sizes = _twelve(*x.shape, *weight.shape[-2:], *stride, *padding, *dilation)
+    offset = None if bias is None else bias.data_ptr()
+    threads = torch.get_num_threads()
+    if lib.secateur_conv2d(packed.data_ptr(), source, sizes, offset, out.data_ptr(), threads):
+        raise _unreadable()
+    return out
+
+
+def conv_size(
+    image: Sequence[int],
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> list[int]:
+    """Height and width that a convolution gives.
+
+    >>> conv_size((56, 56), (3, 3), (2, 2), (1, 1), (1, 1))
+    [28, 28]
+    """
+    axes = zip(image, kernel, stride, padding, dilation, strict=True)
+    return [(size + 2 * pad - spread * (width - 1) - 1) // step + 1 for size, width, step, pad, spread in axes]
+
+
+def recurrent(
+    x: Tensor,
+    sizes: Tensor | None,
+    h: Tensor,
+    c: Tensor | None,
+    weights: Sequence[Tensor],
+    packed: Sequence[Tensor],
+    bidirectional: bool,
+    choices: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """All layers and directions of an LSTM or GRU.
+
+    Args:
+        x: float32 [steps, batch, features], or [rows of all steps, features] with `sizes`.
+        sizes: int64 [steps], the sequences that each step of a packed input still has.
+        h: first states [layers * directions, batch, state].
+        c: first cells [layers * directions, batch, hidden] of an LSTM; None makes it a GRU.
+        weights: as the module's `_flat_weights`.
+        packed: for each layer and direction the packed weight_ih (empty: take the dense one), weight_hh and
+            (with projections) weight_hr.
+        bidirectional: whether every other one of the layers runs backwards.
+        choices: sparse for these classes of batch; the caller has torch do the others.
+
+    Returns:
+        All states [steps, batch, directions * state] (or [rows, ...]), last states, last cells (empty for a GRU).
+    """
+    lib = native.library()
+    if lib is None or not x.numel() or not choices >> bucket(h.shape[1]) & 1:
+        return _dense_recurrent(x, sizes, h, c, weights, bidirectional)
+    layers, directions = h.shape[0], 2 if bidirectional else 1
+    per, state = len(weights) // layers, h.shape[2]
+    if sizes is None:
+        sizes = torch.full((x.shape[0],), x.shape[1])
+    h, c = _own(h), None if c is None else _own(c)
+    shape, rows = x.shape[:-1], x.reshape(-1, x.shape[-1]).contiguous()
+    for first in range(0, layers, directions):
+        out = x.new_empty((rows.shape[0], directions * state))
+        for i in range(first, first + directions):
+            w_ih, _, *rest = weights[i * per : (i + 1) * per]
+            ih, hh, *hr = packed[i * len(packed) // layers : (i + 1) * len(packed) // layers]
+            biases = rest[:2] if per >= 4 else [None, None]
+            bias = biases[0] if c is None or biases[0] is None else biases[0] + biases[1]
+            gates = linear(rows, w_ih, ih, bias, ALL) if ih.numel() else F.linear(rows, w_ih, bias)
+            failed = lib.secateur_recurrent(
+                GRU if c is None else LSTM,
+                hh.data_ptr(),
+                hr[0].data_ptr() if hr else None,
+                gates.data_ptr(),
+                sizes.data_ptr(),
+                len(sizes),
+                h.shape[1],
+                biases[1].data_ptr() if c is None and biases[1] is not None else None,
+                h[i].data_ptr(),
+                None if c is None else c[i].data_ptr(),
+                out.data_ptr() + (i - first) * state * 4,
+                directions * state,
+                i - first,
+                torch.get_num_threads(),
+            )
+            if failed:
+                raise _unreadable()
+        rows = out
+    return rows.view(*shape, -1), h, h.new_empty(0) if c is None else c
+
+
+def _dense_recurrent(
+    x: Tensor, sizes: Tensor | None, h: Tensor, c: Tensor | None, weights: Sequence[Tensor], bidirectional: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    directions = 2 if bidirectional else 1
+    layers, biases = h.shape[0] // directions, len(weights) // h.shape[0] >= 4
+    run: Any = torch.gru if c is None else torch.lstm
+    hidden: Any = h if c is None else (h, c)
+    common = (list(weights), biases, layers, 0.0, False, bidirectional)
+    out, *last = run(x, hidden, *common, False) if sizes is None else run(x, sizes, hidden, *common)
+    return out, last[0], h.new_empty(0) if c is None else last[1]
+
+
+def _own(states: Tensor) -> Tensor:
+    return states.clone(memory_format=torch.contiguous_format)
+
+
+@functools.cache
+def _csr_is_beta() -> None:
+    """Have torch say once, unheard, that its CSR tensors are in beta."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.zeros(1, 1).to_sparse_csr()
+
+
+def _csr_linear(x: Tensor, weight: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
+    if packed[: len(_CSR)].numpy().tobytes() != _CSR:  # packed where there was a native library
+        return F.linear(x, weight, bias)
+    words, rows = packed[len(_CSR) :].view(torch.int32), weight.shape[0]
+    count = (len(words) - rows - 1) // 2
+    crow, col, values = torch.split(words, [rows + 1, count, count])
+    _csr_is_beta()
+    csr = torch.sparse_csr_tensor(crow, col, values.view(torch.float32), weight.shape, check_invariants=False)
+    flat = x.reshape(-1, x.shape[-1])
+    out = (csr @ flat.t()).t() if bias is None else torch.addmm(bias[:, None], csr, flat.t()).t()
+    return out.contiguous().view(*x.shape[:-1], rows)
+
+
+def _unreadable() -> StateError:
+    return StateError(
+        "the packed weights are of another version of secateur's native library. "
+        "Make them anew: fast = sc.accelerate(sc.dense(fast), example_inputs)"
+    )

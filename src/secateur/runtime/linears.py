@@ -1,0 +1,64 @@
+"""Sparse Linear layers; also the transposed ones of transformers' GPT-2 (`Conv1D`)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from secateur.runtime import kernels
+from secateur.runtime import operators as operators  # registers torch.ops.secateur
+from secateur.runtime.layers import Sparse
+
+
+class SparseLinear(Sparse, nn.Linear):
+    """An nn.Linear with packed weights."""
+
+    plain = nn.Linear
+    packed_weight: Tensor
+
+    def matrices(self) -> Iterator[tuple[str, Tensor, int]]:
+        yield "weight", self.weight, 1
+
+    def rows(self, input: Tensor) -> int:
+        return input.numel() // self.in_features
+
+    def forward(self, input: Tensor) -> Tensor:
+        """As nn.Linear: [..., in_features] to [..., out_features]."""
+        if torch.compiler.is_compiling():
+            if not self._traceable(input):
+                return super().forward(input)
+            found: Tensor = torch.ops.secateur.linear(input, self.weight, self.packed_weight, self.bias, self._choices)
+            return found
+        if not self._ready(input):
+            return super().forward(input)
+        own = self._parameters
+        return kernels.linear(input, own["weight"], self._buffers["packed_weight"], own["bias"], self._choices)  # type: ignore[arg-type]
+
+
+class SparseTransposedLinear(Sparse):
+    """A `Conv1D` of transformers: a Linear whose weight is [in, out]."""
+
+    weight: Tensor
+    bias: Tensor
+    packed_weight: Tensor
+
+    def matrices(self) -> Iterator[tuple[str, Tensor, int]]:
+        yield "weight", self.weight.t(), 1
+
+    def rows(self, x: Tensor) -> int:
+        return x.numel() // self.weight.shape[0]
+
+    def forward(self, x: Tensor) -> Any:
+        """[..., in] to [..., out]."""
+        given = (x, self.weight.t(), self.packed_weight, self.bias, self._choices)
+        if torch.compiler.is_compiling():
+            return torch.ops.secateur.linear(*given) if self._traceable(x) else super().forward(x)
+        return kernels.linear(*given) if self._ready(x) else super().forward(x)
+
+
+def is_transposed(kind: type[nn.Module]) -> bool:
+    """Tell transformers' `Conv1D` by its name: that package need not be there."""
+    return kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"

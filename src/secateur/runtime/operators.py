@@ -1,0 +1,88 @@
+"""The sparse products as registered operators, `torch.ops.secateur.*`: what `torch.compile` and `torch.export` see.
+
+Eager calls go straight to `secateur.runtime.kernels`, as an operator costs microseconds. The fake implementations
+know shapes only, so batch sizes may be symbols. There are no gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from secateur.errors import StateError
+from secateur.runtime import kernels
+
+_LINEAR = "(Tensor x, Tensor weight, Tensor packed, Tensor? bias, int choices) -> Tensor"
+_CONV2D = (
+    "(Tensor x, Tensor weight, Tensor packed, Tensor? bias, int[] stride, SymInt[] padding, int[] dilation, "
+    "int groups, int choices) -> Tensor"
+)
+_RECURRENT = (
+    "(Tensor x, Tensor? sizes, Tensor h, Tensor? c, Tensor[] weights, Tensor[] packed, bool bidirectional, "
+    "int choices) -> (Tensor, Tensor, Tensor)"
+)
+
+
+def _linear_shape(x: Tensor, weight: Tensor, packed: Tensor, bias: Tensor | None, choices: int) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+def _conv2d_shape(
+    x: Tensor,
+    weight: Tensor,
+    packed: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    choices: int,
+) -> Tensor:
+    size = kernels.conv_size(x.shape[-2:], weight.shape[-2:], stride, padding, dilation)
+    return x.new_empty((x.shape[0], weight.shape[0], *size))
+
+
+def _recurrent_shape(
+    x: Tensor,
+    sizes: Tensor | None,
+    h: Tensor,
+    c: Tensor | None,
+    weights: Sequence[Tensor],
+    packed: Sequence[Tensor],
+    bidirectional: bool,
+    choices: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    out = x.new_empty((*x.shape[:-1], h.shape[-1] * (2 if bidirectional else 1)))
+    return out, h.new_empty(h.shape), h.new_empty(0) if c is None else c.new_empty(c.shape)
+
+
+def _conv2d(x: Tensor, *rest: Any) -> Tensor:
+    return kernels.conv2d(x, *rest).contiguous()  # the dense one may give channels_last, the fake one does not
+
+
+def _recurrent(*given: Any) -> tuple[Tensor, Tensor, Tensor]:
+    out, h, c = kernels.recurrent(*given)
+    return out.contiguous(), h.contiguous(), c.contiguous()
+
+
+def _refuse(context: Any, *gradients: Any) -> None:
+    raise StateError(
+        "a sparse layer is for inference and has no gradients. "
+        "Train the model you gave to accelerate, or sc.dense(fast)."
+    )
+
+
+def _register(name: str, schema: str, kernel: Callable[..., Any], shape: Callable[..., Any]) -> None:
+    full = f"secateur::{name}"
+    torch.library.define(full, schema)
+    torch.library.impl(full, "CPU", kernel)
+    torch.library.register_fake(full, shape)
+    torch.library.register_autograd(full, _refuse)
+
+
+_register("linear", _LINEAR, kernels.linear, _linear_shape)
+_register("conv2d", _CONV2D, _conv2d, _conv2d_shape)
+_register("recurrent", _RECURRENT, _recurrent, _recurrent_shape)

@@ -1,0 +1,175 @@
+"""Times dense and sparse layers where they stand: in the model, on the example, with weights out of the cache.
+
+Whole passes alternate, dense, sparse, sparse, dense, and every layer takes its own time meanwhile. What looks
+faster must be so again in a second, independent measurement.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import platform
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from secateur import bits
+from secateur.costs import Call
+from secateur.measurement import _at_rest, _interval, _quantile, _time_blocks
+from secateur.runtime import kernels, native
+from secateur.runtime.layers import Sparse
+from secateur.runtime.plans import Gain, Timing
+
+_MARGIN = 1.05  # sparse must win by so much, twice
+_SECONDS = 1.0  # of a measurement, of which there are two for each example
+_ROUNDS = range(4, 10)  # of four passes each; at least, at most
+_FLUSH = torch.empty(0)
+_FLUSH_BYTES = 48 << 20
+_CACHE: dict[tuple[Any, ...], Timing] = {}
+Seen = dict[str, set[int]]
+"""Row classes that an example led to each layer, by the name of the layer."""
+
+
+class Recorder:
+    """Stands before the forward of a layer and times it, dense or sparse."""
+
+    def __init__(self, name: str, layer: Sparse) -> None:
+        self.name, self.layer = name, layer
+        self.mode = "dense"
+        self.seconds: dict[tuple[str, int], list[float]] = defaultdict(list)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        layer = self.layer
+        sparse = self.mode == "sparse"
+        kind: Any = type(layer) if sparse else layer.plain
+        layer._choices = kernels.ALL if sparse else 0
+        if self.mode == "look":
+            layer.observe(*args, **kwargs)
+        start = time.perf_counter()
+        out = kind.forward(layer, *args, **kwargs)
+        spent = time.perf_counter() - start
+        self.seconds[self.mode, kernels.bucket(layer.rows(*args, **kwargs))].append(spent)
+        return out
+
+
+@contextmanager
+def recording(layers: Mapping[str, Sparse]) -> Iterator[list[Recorder]]:
+    """Put a recorder before each layer; they and the choices go at the end."""
+    recorders = [Recorder(name, layer) for name, layer in layers.items()]
+    try:
+        for recorder in recorders:
+            recorder.layer.__dict__["forward"] = recorder
+        yield recorders
+    finally:
+        for recorder in recorders:
+            recorder.layer.__dict__.pop("forward", None)
+            recorder.layer._choices = 0
+
+
+def look(model: nn.Module, recorders: Sequence[Recorder], call: Call) -> Seen:
+    """Run an example once, dense: which layers it reaches, with how many rows."""
+    _run(model, recorders, call, "look")
+    return {r.name: {b for _, b in r.seconds} for r in recorders if r.seconds} | _forget(recorders)
+
+
+def times(model: nn.Module, recorders: Sequence[Recorder], call: Call) -> dict[tuple[str, int], tuple[float, float]]:
+    """Median seconds, dense and sparse, of each layer and row class of an example."""
+    for mode in ("dense", "sparse"):  # the first pass of each is not counted
+        _run(model, recorders, call, mode)
+    _forget(recorders)
+    start = time.perf_counter()
+    for i in range(_ROUNDS.stop):
+        if i >= _ROUNDS.start and time.perf_counter() - start > _SECONDS:
+            break
+        for mode in ("dense", "sparse", "sparse", "dense"):
+            _empty_cache()
+            _run(model, recorders, call, mode)
+    found = {
+        (r.name, b): (median(spent), median(r.seconds["sparse", b]))
+        for r in recorders
+        for (mode, b), spent in r.seconds.items()
+        if mode == "dense" and ("sparse", b) in r.seconds
+    }
+    _forget(recorders)
+    return found
+
+
+def choose(
+    model: nn.Module, recorders: Sequence[Recorder], call: Call, seen: Seen, patterns: Mapping[str, str]
+) -> dict[str, list[Timing]]:
+    """Time what an example reaches and choose: from memory where the same was measured before in this process."""
+    keys = {(r.name, b): _key(r.layer, patterns[r.name], b) for r in recorders for b in seen.get(r.name, ())}
+    if any(key not in _CACHE for key in keys.values()):
+        first = times(model, recorders, call)
+        promising = any(_wins(pair) for pair in first.values())
+        second = times(model, recorders, call) if promising else first
+        for place, key in keys.items():
+            if place in first and place in second:
+                dense, sparse = ((a + b) / 2 for a, b in zip(first[place], second[place], strict=True))
+                _CACHE[key] = Timing(place[1], dense, sparse, _wins(first[place]) and _wins(second[place]))
+    found: dict[str, list[Timing]] = defaultdict(list)
+    for (name, _), key in keys.items():
+        if key in _CACHE:
+            found[name].append(_CACHE[key])
+    return found
+
+
+def gain(plain: nn.Module, fast: nn.Module, call: Call) -> Gain:
+    """How much faster the whole model is than the plain one: blocks of calls in turn, in steady state."""
+    models = {"plain": plain, "fast": fast}
+    with _at_rest(models, torch.get_num_threads()):
+        blocks, _ = _time_blocks(models, call, 0.4)
+    ratios = [a / b for a, b in zip(blocks["plain"], blocks["fast"], strict=True)]
+    return Gain(_quantile(ratios, 0.5), *_interval(ratios))
+
+
+def pattern(weights: Sequence[Tensor]) -> str:
+    """Hash of where the zeros of some weights are."""
+    digest = hashlib.blake2b(digest_size=16)
+    for weight in weights:
+        digest.update(str(tuple(weight.shape)).encode())
+        digest.update(bits.pack(weight.detach() != 0).numpy().tobytes())
+    return digest.hexdigest()
+
+
+@functools.cache
+def cpu() -> str:
+    """Name of the processor."""
+    listed = Path("/proc/cpuinfo")
+    lines = listed.read_text().splitlines() if listed.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _key(layer: Sparse, hashed: str, bucket: int) -> tuple[Any, ...]:
+    return cpu(), native.isa(), torch.get_num_threads(), type(layer).__name__, repr(layer), hashed, bucket
+
+
+def _wins(pair: tuple[float, float]) -> bool:
+    return pair[0] > _MARGIN * pair[1]
+
+
+def _run(model: nn.Module, recorders: Sequence[Recorder], call: Call, mode: str) -> None:
+    for recorder in recorders:
+        recorder.mode = mode
+    model(*call[0], **call[1])
+
+
+def _forget(recorders: Sequence[Recorder]) -> Seen:
+    for recorder in recorders:
+        recorder.seconds.clear()
+    return {}
+
+
+def _empty_cache() -> None:
+    global _FLUSH
+    if not _FLUSH.numel():
+        _FLUSH = torch.zeros(_FLUSH_BYTES // 4)
+    _FLUSH.add_(1)
