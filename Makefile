@@ -30,7 +30,7 @@ sanitize: $(VENV)/.test
 	cmake --build build/sanitize
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 SECATEUR_LIBRARY=build/sanitize/libsecateur_native.so \
-	  $(BIN)/python -m pytest tests/runtime
+	  $(BIN)/python -m pytest --capture=sys tests/runtime
 
 $(VENV)/bin/pip:
 	$(PYTHON) -m venv $(VENV)
