@@ -16,7 +16,9 @@ from torch.nn import functional as F
 
 from secateur.runtime import kernels
 from secateur.runtime import operators as operators  # registers torch.ops.secateur
-from secateur.runtime.layers import Sparse, Swapped, _Watch, worth_packing
+from secateur.runtime.layers import Sparse, Swapped, worth_packing
+
+_SEPARATE = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 
 class SparseMultiheadAttention(Sparse, nn.MultiheadAttention):
@@ -45,11 +47,11 @@ class SparseMultiheadAttention(Sparse, nn.MultiheadAttention):
             if worth_packing(weight):
                 yield name, weight, 1
 
-    def watched(self) -> Iterator[_Watch]:
-        for name in ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"):
-            if self._parameters.get(name) is not None:
-                yield self._parameters, name
-        yield self.out_proj._parameters, "weight"
+    def sources(self) -> dict[str, Tensor | None]:
+        return {**self._parameters, "out": self.out_proj._parameters.get("weight")}
+
+    def watched(self) -> tuple[str, ...]:
+        return ("out", "in_proj_weight") if self._qkv_same_embed_dim else ("out", *_SEPARATE)
 
     def rows(self, query: Tensor, *_: Any, **__: Any) -> int:
         return query.numel() // int(self.embed_dim)

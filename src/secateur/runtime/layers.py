@@ -6,7 +6,7 @@ A swap changes `module.__class__` to a subclass and nothing else that a user see
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -22,7 +22,6 @@ _autocast = torch._C._is_any_autocast_enabled
 _modes = torch._C._len_torch_dispatch_stack  # FlopCounterMode and its like, which ctypes would hide the work from
 _tracing = torch._C._is_tracing
 _warned: set[str] = set()
-_Watch = tuple[dict[str, nn.Parameter | None], str]
 
 
 class Swapped(nn.Module):
@@ -52,7 +51,8 @@ class Sparse(Swapped):
     _choices: int
     _place: str
     _form: str
-    _stamp: tuple[tuple[dict[str, nn.Parameter | None], str, int, int | None], ...]
+    _stamp: tuple[tuple[str, int, int | None], ...] | None
+    """Address and version of each packed parameter; holds no tensor, as torch.export would replace it."""
 
     @classmethod
     def obstacle(cls, module: nn.Module) -> str:
@@ -63,9 +63,13 @@ class Sparse(Swapped):
         """Name, values [rows, columns] and groups of each matrix to pack."""
         raise NotImplementedError
 
-    def watched(self) -> Iterator[_Watch]:
-        """Where the parameters are that were packed."""
-        yield self._parameters, "weight"
+    def sources(self) -> dict[str, Tensor | None]:
+        """The parameters by name, among them those that are packed."""
+        return self._parameters  # type: ignore[return-value]
+
+    def watched(self) -> Sequence[str]:
+        """Names of the parameters that are packed."""
+        return ("weight",)
 
     def rows(self, *args: Any, **kwargs: Any) -> int:
         """How many rows a call has: what its choice of kernel goes by."""
@@ -91,13 +95,16 @@ class Sparse(Swapped):
 
     def stamp(self) -> None:
         """Take the weights as they are now for those that were packed."""
-        self._stamp = tuple((at, name, at[name].data_ptr(), _version(at[name])) for at, name in self.watched())  # type: ignore[union-attr]
+        found = self.sources()
+        weights = {name: weight for name in self.watched() if (weight := found[name]) is not None}
+        self._stamp = tuple((name, weight.data_ptr(), _version(weight)) for name, weight in weights.items())
 
     def fresh(self) -> bool:
         """Whether the weights are those that were packed."""
-        return all(
-            (weight := at.get(name)) is not None and (weight.data_ptr(), _version(weight)) == (address, version)
-            for at, name, address, version in self._stamp
+        found = self.sources()
+        return self._stamp is not None and all(
+            (weight := found.get(name)) is not None and (weight.data_ptr(), _version(weight)) == (address, version)
+            for name, address, version in self._stamp
         )
 
     def restore(self) -> None:
@@ -132,13 +139,14 @@ class Sparse(Swapped):
                 _warn_once("autocast is on, so sparse layers run dense in its dtype. Switch it off for their speed.")
             return False
         try:
-            for at, name, address, version in self._stamp:
-                weight = at[name]
+            found = self.sources()
+            for name, address, version in self._stamp:  # type: ignore[union-attr]
+                weight = found[name]
                 if weight._version != version or weight.data_ptr() != address:  # type: ignore[union-attr]
                     break
             else:
                 return True
-        except (KeyError, AttributeError, RuntimeError):  # a parameter that is gone, or made in inference mode
+        except (KeyError, AttributeError, TypeError, RuntimeError):  # parameters gone, or made in inference mode
             pass
         if self.fresh():
             return True
@@ -160,12 +168,11 @@ class Sparse(Swapped):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         made, given, state, *rest = super().__reduce_ex__(protocol)
-        return made, given, {**state, "_stamp": None if self.fresh() else ()}, *rest
+        return made, given, {**state, "_stamp": () if self.fresh() else None}, *rest
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        if self._stamp is not None:  # already stale
-            self._stamp = ((self._parameters, "", 0, None),)
+        if self._stamp is None:  # stale before
             return
         packed = any(name.startswith("packed_") for name in self._buffers)
         if packed and self._form != kernels.form():  # from a machine with, or without, the native library
@@ -173,10 +180,12 @@ class Sparse(Swapped):
         self.stamp()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        before = [at[name].detach() for at, name in self.watched()] if self.fresh() else None  # type: ignore[union-attr]
+        found = self.sources()
+        before = {name: weight.detach() for name, *_ in self._stamp or () if (weight := found[name]) is not None}
+        fresh = self.fresh()
         result = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        after = [at[name] for at, name in self.watched()]
-        if before is not None and all(_same(*pair) for pair in zip(before, after, strict=True)):
+        found = self.sources()
+        if fresh and all(_same(weight, found.get(name)) for name, weight in before.items()):
             self.stamp()
         return result
 

@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from secateur.runtime import kernels
 from secateur.runtime import operators as operators  # registers torch.ops.secateur
-from secateur.runtime.layers import Sparse, _Watch, worth_packing
+from secateur.runtime.layers import Sparse, worth_packing
 
 _States = tuple[Tensor, ...]
 
@@ -29,9 +29,8 @@ class _SparseRecurrent(Sparse, nn.RNNBase):
             if "_ih_" not in name or worth_packing(weight):  # the steps have no dense kernel
                 yield name, weight, 1
 
-    def watched(self) -> Iterator[_Watch]:
-        for name in self._matrix_names():
-            yield self._parameters, name
+    def watched(self) -> list[str]:
+        return self._matrix_names()
 
     def rows(self, input: Tensor | PackedSequence, hx: Any = None) -> int:
         if isinstance(input, PackedSequence):

@@ -30,8 +30,8 @@ from secateur.runtime.plans import Gain, Timing
 _MARGIN = 1.05  # sparse must win by so much, twice
 _SECONDS = 1.0  # of a measurement, of which there are two for each example
 _ROUNDS = range(4, 10)  # of four passes each; at least, at most
-_FLUSH = torch.empty(0)
-_FLUSH_BYTES = 48 << 20
+_CACHE_BYTES = 48 << 20  # streamed through the cache before each pass
+_GAIN_SECONDS = 0.4  # of each of the two models that are compared in the end
 _CACHE: dict[tuple[Any, ...], Timing] = {}
 Seen = dict[str, set[int]]
 """Row classes that an example led to each layer, by the name of the layer."""
@@ -76,7 +76,9 @@ def recording(layers: Mapping[str, Sparse]) -> Iterator[list[Recorder]]:
 def look(model: nn.Module, recorders: Sequence[Recorder], call: Call) -> Seen:
     """Run an example once, dense: which layers it reaches, with how many rows."""
     _run(model, recorders, call, "look")
-    return {r.name: {b for _, b in r.seconds} for r in recorders if r.seconds} | _forget(recorders)
+    seen = {r.name: {bucket for _, bucket in r.seconds} for r in recorders if r.seconds}
+    _forget(recorders)
+    return seen
 
 
 def times(model: nn.Module, recorders: Sequence[Recorder], call: Call) -> dict[tuple[str, int], tuple[float, float]]:
@@ -84,12 +86,13 @@ def times(model: nn.Module, recorders: Sequence[Recorder], call: Call) -> dict[t
     for mode in ("dense", "sparse"):  # the first pass of each is not counted
         _run(model, recorders, call, mode)
     _forget(recorders)
+    stream = torch.zeros(_CACHE_BYTES // 4)
     start = time.perf_counter()
     for i in range(_ROUNDS.stop):
         if i >= _ROUNDS.start and time.perf_counter() - start > _SECONDS:
             break
         for mode in ("dense", "sparse", "sparse", "dense"):
-            _empty_cache()
+            stream.add_(1)
             _run(model, recorders, call, mode)
     found = {
         (r.name, b): (median(spent), median(r.seconds["sparse", b]))
@@ -125,7 +128,7 @@ def gain(plain: nn.Module, fast: nn.Module, call: Call) -> Gain:
     """How much faster the whole model is than the plain one: blocks of calls in turn, in steady state."""
     models = {"plain": plain, "fast": fast}
     with _at_rest(models, torch.get_num_threads()):
-        blocks, _ = _time_blocks(models, call, 0.4)
+        blocks, _ = _time_blocks(models, call, _GAIN_SECONDS)
     ratios = [a / b for a, b in zip(blocks["plain"], blocks["fast"], strict=True)]
     return Gain(_quantile(ratios, 0.5), *_interval(ratios))
 
@@ -162,14 +165,6 @@ def _run(model: nn.Module, recorders: Sequence[Recorder], call: Call, mode: str)
     model(*call[0], **call[1])
 
 
-def _forget(recorders: Sequence[Recorder]) -> Seen:
+def _forget(recorders: Sequence[Recorder]) -> None:
     for recorder in recorders:
         recorder.seconds.clear()
-    return {}
-
-
-def _empty_cache() -> None:
-    global _FLUSH
-    if not _FLUSH.numel():
-        _FLUSH = torch.zeros(_FLUSH_BYTES // 4)
-    _FLUSH.add_(1)
