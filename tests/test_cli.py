@@ -382,3 +382,169 @@ def test_folders_from_the_command_line(tmp_path):
     result = call("pack", tmp_path / "pruned", tmp_path / "plain")
     assert result.exit_code == 2
     assert "which would be lost: give a new folder, or move it away" in result.stderr
+
+
+# ---- bench --------------------------------------------------------------------------------------------------------
+
+OF_THE_USER = """
+import torch
+from torch import nn
+
+def mlp():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2))
+
+class Tagger(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.words, self.kinds, self.head = nn.Embedding(100, 8), nn.Embedding(2, 8), nn.Linear(8, 3)
+
+    def forward(self, words, kinds):
+        return self.head(self.words(words) + self.kinds(kinds))
+
+class Family:
+    small = staticmethod(mlp)
+
+def sized(width):
+    return nn.Linear(width, width)
+
+def words():
+    return {"a": 1}
+
+ready, number = nn.Linear(8, 8), 3
+"""
+
+
+@pytest.fixture
+def models(tmp_path, monkeypatch):
+    """A folder with models.py, in which the commands run; returns the name of the module."""
+    name = f"models_{tmp_path.name}"  # imported once a process
+    (tmp_path / f"{name}.py").write_text(OF_THE_USER)
+    (tmp_path / "broken_models.py").write_text("import a_module_nobody_has")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry])
+    return name
+
+
+def bench(*arguments):
+    return call("bench", *arguments, "--seconds", 0.01, "--threads", 1)
+
+
+def test_bench_explains_and_compares(models):
+    result = bench(f"{models}:mlp", "--input", "4x8")
+    assert (result.exit_code, result.stderr) == (0, "")
+    explained, _, compared = result.stdout.partition("\n\n")
+    assert explained.strip()
+    assert "time of a call" in compared
+    assert "dense" in compared
+    assert "fast: " in compared
+
+
+def test_bench_prints_json_and_nothing_else(models):
+    result = bench(f"{models}:mlp", "--input", "4x8", "--json")
+    assert (result.exit_code, result.stderr) == (0, "")
+    found = json.loads(result.stdout)
+    assert found.keys() == {"explanation", "comparison"}
+    assert found["comparison"]["baseline"] == "dense"
+    assert found["comparison"]["measurements"]["fast"]["threads"] == 1
+
+
+def test_bench_draws_tables_on_a_terminal(models, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "160")
+    result = bench(f"{models}:mlp", "--input", "4x8")
+    assert result.exit_code == 0
+    assert result.stdout.count("┏") == 2
+
+
+@pytest.mark.parametrize(
+    ("factory", "inputs"),
+    [
+        ("Family.small", ["2x8"]),
+        ("ready", ["3x2x8"]),
+        ("Tagger", ["1x6:int64", "1x6:int64:2"]),
+        ("Tagger", ["4x1:int32", "4x1:int32:1"]),
+    ],
+)
+def test_bench_builds_what_it_is_told(models, factory, inputs):
+    result = bench(f"{models}:{factory}", *(argument for one in inputs for argument in ("--input", one)))
+    assert (result.exit_code, result.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("form", ["plain.safetensors", "packed.safetensors", "plain.pt"])
+def test_bench_fills_the_model(models, tmp_path, monkeypatch, form):
+    model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 2))
+    secateur.prune(model, 0.5)
+    file = tmp_path / form
+    if form == "plain.pt":
+        torch.save(model.state_dict(), file)
+    else:
+        (secateur.save if form.startswith("packed") else lambda m, f: save_file(m.state_dict(), f))(model, file)
+    found = json.loads(bench(f"{models}:mlp", "--input", "4x8", "--weights", file, "--json").stdout)
+    assert found["comparison"]["measurements"]["dense"]["nonzeros"] == 80 + 18
+
+
+def test_the_inputs_of_bench_are_the_same_each_time():
+    from secateur.runtime.trial import input_of
+
+    def made(spelled):
+        return input_of(spelled, torch.Generator().manual_seed(0))
+
+    assert torch.equal(made("1x784"), made("1x784"))
+    assert made("1x784").std() == pytest.approx(1, abs=0.1)
+    assert (made("2x3:float16").dtype, made("2x3:float16").shape) == (torch.float16, (2, 3))
+    assert (made("9x99:int64").min(), made("9x99:int64").max()) == (0, 99)
+    assert made("9:int32:2").unique().tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("flag", [[], ["--json"]])
+@pytest.mark.parametrize(
+    ("target", "options", "message"),
+    [
+        ("MODELS", ["--input", "1x8"], "is no MODULE:FACTORY: give for example models:build"),
+        ("MODELS:", ["--input", "1x8"], "is no MODULE:FACTORY"),
+        (":mlp", ["--input", "1x8"], "is no MODULE:FACTORY"),
+        ("none:mlp", ["--input", "1x8"], "no module named 'none' here or installed: give MODULE as in `import MODULE`"),
+        ("MODELS.py:mlp", ["--input", "1x8"], "without .py"),
+        (".models:mlp", ["--input", "1x8"], "'.models' is no name of a module"),
+        ("MODELS:mpl", ["--input", "1x8"], "that module has no mpl; the nearest names are: mlp"),
+        ("MODELS:Family.large", ["--input", "1x8"], "that module has no Family.large; "),
+        ("MODELS:number", ["--input", "1x8"], "is a int, not callable: give a function that makes a model"),
+        ("MODELS:sized", ["--input", "1x8"], "without arguments (missing a required argument: 'width')"),
+        ("MODELS:words", ["--input", "1x8"], "gave a dict, not an nn.Module: let it return the model"),
+        ("MODELS:mlp", ["--input", "1,8"], "'1,8' is no shape: give sizes such as 1x784"),
+        ("MODELS:mlp", ["--input", "0x8"], "'0x8' is no shape"),
+        ("MODELS:mlp", ["--input", ""], "'' is no shape"),
+        ("MODELS:mlp", ["--input", "1x8:int64:2:3"], "is no shape"),
+        ("MODELS:mlp", ["--input", "1x8:long"], "choose float32, float64, float16, bfloat16, int64, int32"),
+        ("MODELS:mlp", ["--input", "1x8:float32:5"], "only whole numbers have one"),
+        ("MODELS:mlp", ["--input", "1x8:int64:no"], "has no bound"),
+        ("MODELS:mlp", ["--input", "99999999x99999999"], "is over a terabyte"),
+        ("MODELS:mlp", ["--input", "1x9"], "does not run on inputs 1x9 (RuntimeError: mat1 and mat2"),
+        ("MODELS:mlp", ["--input", "1x8:int64"], "does not run on inputs 1x8:int64 (RuntimeError"),
+        ("MODELS:mlp", ["--input", "1x8", "--input", "1x8"], "give an --input of the right shape and dtype for each"),
+        ("MODELS:mlp", ["--input", "1x8", "--weights", "other.safetensors"], "is of another model: "),
+        ("MODELS:mlp", ["--input", "1x8", "--weights", "none.pt"], "no such file"),
+        ("MODELS:mlp", ["--input", "1x8", "--seconds", "0"], "seconds is 0"),
+    ],
+)
+def test_errors_of_bench_are_one_sentence(models, tmp_path, target, options, message, flag):
+    save_file({"0.weight": torch.ones(16, 9)}, tmp_path / "other.safetensors")
+    result = call("bench", target.replace("MODELS", models), *options, *flag)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr.startswith("secateur: ")
+    assert message in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("arguments", [["a:b"], ["a:b", "--input", "1", "--threads", "0"], ["--input", "1"]])
+def test_usage_errors_of_bench(arguments):
+    result = call("bench", *arguments)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "Usage" in result.stderr
+
+
+def test_what_the_module_of_a_user_lacks_is_not_hidden(models):
+    error = bench("broken_models:mlp", "--input", "1x8").exception
+    assert isinstance(error, ModuleNotFoundError)
+    assert error.name == "a_module_nobody_has"

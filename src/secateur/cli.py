@@ -1,4 +1,4 @@
-"""The command line: `secateur demo | inspect | prune | pack | unpack | doctor`.
+"""The command line: `secateur demo | inspect | prune | pack | unpack | bench | doctor`.
 
 Every command has `--json`: one JSON object on stdout and nothing else. An error is one sentence on stderr,
 with `--json` too, and exit status 2, as for a usage error; Ctrl-C exits with 130. A person at a terminal gets
@@ -155,6 +155,38 @@ def unpack(checkpoint: Source, out: Output, as_json: Json = False) -> None:
     with _progress("unpacking", lambda: _bytes_of(checkpoint)) as progress:
         result = unpack_file(checkpoint, out, progress=progress)
     _show(result, as_json)
+
+
+@app.command()
+def bench(
+    model: Annotated[
+        str, typer.Argument(metavar="MODULE:FACTORY", help="models:build calls build() of models.py, in this folder.")
+    ],
+    inputs: Annotated[
+        list[str],
+        typer.Option(
+            "--input",
+            help="Sizes of an argument of the model, 1x784, of random numbers; 1x128:int64 is of whole numbers below "
+            "100, 1x128:int64:2 of those below 2. Once for each argument.",
+        ),
+    ],
+    weights: Annotated[
+        Path | None, typer.Option(help="A checkpoint, packed or not, that fills the model; it runs no pickled code.")
+    ] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; as many as torch takes by default.")] = None,
+    seconds: Annotated[float, typer.Option(help="About how long each of the two models is timed.")] = 1.0,
+    as_json: Json = False,
+) -> None:
+    """Accelerate a model of yours, and measure what that gains on this machine."""
+    from secateur.runtime.trial import run
+
+    result = run(model, inputs, weights=weights, threads=threads, seconds=seconds)
+    if as_json:
+        _print_json(result.to_dict())
+        return
+    _show(result.explanation, as_json)
+    typer.echo()
+    _show(result.comparison, as_json)
 
 
 def _bytes_of(checkpoint: Path) -> int:

@@ -185,12 +185,16 @@ class Comparison:
             "summary": self.summary,
         }
 
+    def table(self) -> Table:
+        """One row a quantity, one column a model; the summary is the notes."""
+        return _table(self.measurements, self)
+
     def markdown(self) -> str:
         """The table in Markdown, the summary below."""
-        return _table(self.measurements, self).markdown()
+        return self.table().markdown()
 
     def __str__(self) -> str:
-        return _table(self.measurements, self).text()
+        return self.table().text()
 
 
 def measure(model: nn.Module, inputs: Any, *, threads: int | None = None, seconds: float = 1.0) -> Measurement:

@@ -133,12 +133,13 @@ class Plan:
 
     def markdown(self) -> str:
         """The table in Markdown."""
-        return self._table().markdown()
+        return self.table().markdown()
 
     def __str__(self) -> str:
-        return self._table().text()
+        return self.table().text()
 
-    def _table(self) -> Table:
+    def table(self) -> Table:
+        """One row a layer and row class; the notes tell of the whole model."""
         rows = [row for layer in self.layers for row in _rows(layer)]
         library = f"native kernels: {self.isa}" if self.isa else "no native library: torch's CSR and dense kernels"
         notes = [*self._verdicts(), f"{library}; threads: {self.threads}; CPU: {self.cpu}"]
