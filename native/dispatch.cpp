@@ -68,100 +68,108 @@ void share(i64 count, int threads, const Work& work) {
 // ---- scratch memory: one growing piece a thread and purpose, kept from call to call
 
 struct Scratch {
-    float* data = nullptr;
+    void* memory = nullptr;
     std::size_t size = 0;
-    ~Scratch() { std::free(data); }
+    ~Scratch() { std::free(memory); }
+    // at least so many floats, on a cache line; zeros when fresh; nullptr if there is no memory
     float* get(std::size_t floats) {
         if (floats > size) {
-            std::free(data);
-            size = 0;
-            void* fresh = nullptr;
-#if defined(_WIN32)
-            fresh = std::malloc(floats * sizeof(float));
-#else
-            if (posix_memalign(&fresh, 64, floats * sizeof(float))) fresh = nullptr;
-#endif
-            data = static_cast<float*>(fresh);
-            if (data) size = floats;
+            std::free(memory);
+            memory = std::calloc(floats + 16, sizeof(float));
+            size = memory ? floats : 0;
         }
-        return data;
+        const auto address = (reinterpret_cast<std::uintptr_t>(memory) + 63) / 64 * 64;
+        return memory ? reinterpret_cast<float*>(address) : nullptr;
     }
 };
 
-thread_local Scratch inputs, sums, gathered;
+thread_local Scratch inputs, sums, gathered, arranged, offsets;
+thread_local Scratch zeros;  // never written
 
 constexpr i64 kWorthSharing = 200000;  // multiplications below which waking another thread costs more than it gains
 
-// ---- y[n][rows] = x[n][columns] W^T
+// ---- y = W x, by tiles of at most kWidth inputs
 
-// The inputs cut into pieces of at most 32, and the width at which each is computed.
-struct Piece {
-    i64 first;
-    int n, width;
-};
-int width_of(i64 n, bool jagged) {
-    return n > 16 ? 32 : n > 8 ? 16 : n > kSmall ? 8 : jagged ? 0 : n > 1 ? 4 : 1;  // 0: the jagged layout
-}
-Piece piece(i64 i, i64 n, bool jagged) {
-    const i64 first = i * kWidth, left = n - first;
-    const int take = int(left < kWidth ? left : kWidth);
-    return {first, take, width_of(take, jagged)};
-}
-
-bool linear(Blob blob, const float* x, i64 n, const float* bias, float* y, bool accumulate, int threads) {
-    const Kernels& k = *kernels;
-    const Header& head = *blob.head;
-    const i64 columns = head.columns, rows = head.rows, pieces = (n + kWidth - 1) / kWidth;
-    if (n == 0 || rows == 0) return true;
-    const bool jagged = k.jagged && head.groups;
-    if (i64(head.nonzeros) * n < kWorthSharing) threads = 1;
-    const std::size_t input_floats = std::size_t((columns + kTile) * kWidth), sum_floats = head.chunk * kWidth;
+// Calls arrange(tile, panel) for each tile, and compute(tile, what arrange returned, part, parts) for each part of its
+// rows. With few tiles for the threads, they share the parts of a tile; otherwise each takes whole tiles.
+template <class Arrange, class Compute>
+bool by_tiles(i64 tiles, std::size_t floats, i64 parts, int threads, const Arrange& arrange, const Compute& compute) {
     std::atomic<bool> enough{true};
-    auto compute = [&](const Piece& p, const float* in, u32 begin, u32 end) {
-        if (p.width == 0) {
-            k.small(blob, in, p.n, bias, accumulate, y + p.first * rows, begin, end);
-            return;
-        }
-        float* scratch = sums.get(sum_floats);
-        if (!scratch) {
-            enough = false;
-            return;
-        }
-        for (u32 c = begin; c < end; c++)
-            k.panel(blob, in, p.n, p.width, bias, accumulate, y + p.first * rows, c, scratch);
-    };
-    auto arrange = [&](const Piece& p, float* in) -> const float* {
-        const float* from = x + p.first * columns;
-        if (p.width == 1 || (p.width == 0 && p.n == 1 && columns % kTile == 0)) return from;
-        if (p.width)
-            k.panel_pack(from, p.n, p.width, columns, in);
-        else
-            k.small_pack(from, p.n, columns, in);
-        return in;
-    };
-    if (threads <= 1 || pieces >= 4 * threads || pieces % threads == 0) {  // a piece is a unit of work
-        share(pieces, threads, [&](i64 i) {
-            const Piece p = piece(i, n, jagged);
-            if (float* in = inputs.get(input_floats))
-                compute(p, arrange(p, in), 0, p.width ? head.chunks : head.groups);
+    if (threads <= 1 || tiles % threads == 0 || tiles >= 8 * i64(threads)) {
+        share(tiles, threads, [&](i64 i) {
+            if (float* panel = inputs.get(floats))
+                enough = compute(i, arrange(i, panel), 0, 1) && enough;
             else
                 enough = false;
         });
         return enough;
     }
-    float* all = inputs.get(input_floats * pieces);  // shared: arranged first, then rows and pieces are divided
-    if (!all) return false;
-    share(pieces, threads, [&](i64 i) { arrange(piece(i, n, jagged), all + i * input_floats); });
-    const i64 parts = head.chunks > 4 * i64(threads) ? 4 * i64(threads) : head.chunks;
-    share(pieces * parts, threads, [&](i64 unit) {
-        const i64 i = unit / parts, part = unit % parts;
-        const Piece p = piece(i, n, jagged);
-        const u64 count = p.width ? head.chunks : head.groups;
-        const bool direct = p.width == 1 || (p.width == 0 && p.n == 1 && columns % kTile == 0);
-        compute(p, direct ? x + p.first * columns : all + i * input_floats, u32(count * part / parts),
-                u32(count * (part + 1) / parts));
+    float* all = inputs.get(floats * tiles);
+    const float** ready = reinterpret_cast<const float**>(arranged.get(2 * tiles));
+    if (!all || !ready) return false;
+    share(tiles, threads, [&](i64 i) { ready[i] = arrange(i, all + i * floats); });
+    if (parts > 4 * i64(threads)) parts = 4 * i64(threads);
+    share(tiles * parts, threads, [&](i64 unit) {
+        if (!compute(unit / parts, ready[unit / parts], unit % parts, parts)) enough = false;
     });
     return enough;
+}
+
+int width_of(i64 n, bool jagged) {  // 0: the jagged layout
+    return n > 16 ? 32 : n > 8 ? 16 : n > kSmall ? 8 : jagged ? 0 : n > 1 ? 4 : 1;
+}
+
+struct Tile {
+    i64 first;
+    int n, width;
+    Tile(i64 i, i64 all, bool jagged) : first(i * kWidth) {
+        n = int(all - first < kWidth ? all - first : kWidth);
+        width = width_of(n, jagged);
+    }
+};
+
+bool linear(Blob blob, const float* x, i64 n, const float* bias, float* y, bool accumulate, int threads) {
+    const Kernels& k = *kernels;
+    const Header& head = *blob.head;
+    const i64 columns = head.columns, rows = head.rows;
+    if (n == 0 || rows == 0) return true;
+    const bool jagged = k.jagged && head.groups;
+    if (i64(head.nonzeros) * n < kWorthSharing) threads = 1;
+    auto arrange = [&](i64 i, float* panel) -> const float* {
+        const Tile t(i, n, jagged);
+        const float* from = x + t.first * columns;
+        if (t.width == 1 || (t.width == 0 && t.n == 1 && columns % kTile == 0)) return from;
+        if (t.width)
+            k.panel_pack(from, columns, t.n, t.width, columns, panel);
+        else
+            k.small_pack(from, t.n, columns, panel);
+        return panel;
+    };
+    auto compute = [&](i64 i, const float* in, i64 part, i64 parts) {
+        const Tile t(i, n, jagged);
+        float* to = y + t.first * rows;
+        if (t.width == 0) {
+            k.small(blob, in, t.n, bias, accumulate, to, u32(head.groups * part / parts),
+                    u32(head.groups * (part + 1) / parts));
+            return true;
+        }
+        float* out = sums.get(std::size_t(head.chunk) * kWidth);
+        if (!out) return false;
+        for (u32 c = u32(head.chunks * part / parts); c < u32(head.chunks * (part + 1) / parts); c++) {
+            const i64 first = i64(c) * head.chunk, left = rows - first, count = left < head.chunk ? left : head.chunk;
+            const float* start = bias ? bias : zeros.get(rows);
+            if (!start) return false;
+            if (accumulate) {
+                k.panel_pack(to + first, rows, t.n, t.width, count, out);
+                start = nullptr;
+            }
+            k.panel(blob, in, t.width, start, c, out);
+            k.panel_unpack(out, t.n, t.width, count, to + first, rows);
+        }
+        return true;
+    };
+    const i64 tiles = (n + kWidth - 1) / kWidth;
+    return by_tiles(tiles, std::size_t(columns + kTile) * kWidth, head.chunks, threads, arrange, compute);
 }
 
 // ---- convolution
@@ -170,101 +178,111 @@ struct Geometry {
     i64 batch, channels, height, width, kh, kw, sh, sw, ph, pw, dh, dw;
     i64 oh() const { return (height + 2 * ph - dh * (kh - 1) - 1) / sh + 1; }
     i64 ow() const { return (width + 2 * pw - dw * (kw - 1) - 1) / sw + 1; }
+    bool plain() const { return kh * kw * sh * sw == 1 && ph + pw == 0; }  // the image is what the weights meet
 };
 
-// The padded image is laid out in planes, one for each channel, vertical phase (of the stride) and horizontal place in
-// the kernel or phase, such that what a weight meets at neighbouring outputs lies at neighbouring addresses.
+// The padded image, a plane for each channel and phase of the strides, so that what a weight meets at neighbouring
+// outputs of a row lies at neighbouring addresses.
 struct Planes {
     Geometry g;
-    i64 pitch, height, variants, size;  // of a plane: floats a row, rows; planes a channel and phase; floats in all
-    bool copies;                        // a plane for each kx, all rows aligned; else one a phase, shifted by the offset
-    explicit Planes(const Geometry& g_, bool copies_) : g(g_), copies(copies_) {
-        const i64 reach = copies ? 0 : (g.kw - 1) * g.dw / g.sw;
-        pitch = g.ow() + reach;
-        if (copies) pitch = (pitch + 15) / 16 * 16;
-        height = g.oh() + (g.kh - 1) * g.dh / g.sh + 1;
-        variants = copies ? g.kw : (g.sw < g.kw ? g.sw : g.kw);
-        plane = (pitch * height + 15) / 16 * 16;
-        size = g.channels * g.sh * variants * plane + 64;
+    i64 pitch, height, phases, plane;  // floats a row, rows, horizontal phases, floats a plane
+    explicit Planes(const Geometry& g_) : g(g_) {
+        pitch = g.plain() ? g.width : g.ow() + (g.kw - 1) * g.dw / g.sw;
+        height = g.plain() ? g.height : g.oh() + (g.kh - 1) * g.dh / g.sh;
+        phases = g.sw;
+        plane = pitch * height;
     }
-    i64 plane;
-    i64 variant(i64 kx) const { return copies ? kx : (kx * g.dw) % g.sw; }
-    i64 shift(i64 v) const { return copies ? v * g.dw : v; }
-    i64 at(i64 c, i64 phase, i64 v) const { return ((c * g.sh + phase) * variants + v) * plane; }
+    std::size_t size() const { return std::size_t(g.channels * g.sh * phases * plane + 2 * kWidth); }
+    i64 at(i64 c, i64 y, i64 x) const { return ((c * g.sh + y) * phases + x) * plane; }
     i64 offset(i64 c, i64 ky, i64 kx) const {
-        const i64 y = ky * g.dh;
-        return at(c, y % g.sh, variant(kx)) + y / g.sh * pitch + (copies ? 0 : kx * g.dw / g.sw);
+        const i64 y = ky * g.dh, x = kx * g.dw;
+        return at(c, y % g.sh, x % g.sw) + y / g.sh * pitch + x / g.sw;
     }
-    // all planes of channel c of one image
-    void fill(const float* image, i64 c, float* to) const {
+    // all planes of channel c of an image
+    void fill(const float* image, i64 c, float* planes) const {
         const float* from = image + c * g.height * g.width;
-        for (i64 phase = 0; phase < g.sh; phase++)
-            for (i64 v = 0; v < variants; v++) {
-                float* row = to + at(c, phase, v);
+        for (i64 py = 0; py < g.sh; py++)
+            for (i64 px = 0; px < phases; px++) {
+                // columns [begin, end) come from the image
+                const i64 x0 = px - g.pw;
+                i64 begin = x0 >= 0 ? 0 : (-x0 + g.sw - 1) / g.sw, end = (g.width - x0 + g.sw - 1) / g.sw;
+                end = end < 0 ? 0 : end > pitch ? pitch : end;
+                begin = begin > end ? end : begin;
+                float* row = planes + at(c, py, px);
                 for (i64 q = 0; q < height; q++, row += pitch) {
-                    const i64 y = q * g.sh + phase - g.ph;
-                    // columns [begin, end) of the row come from the image, from x = p * sw + shift - pw
-                    const i64 x0 = shift(v) - g.pw;
-                    i64 begin = x0 >= 0 ? 0 : (-x0 + g.sw - 1) / g.sw, end = (g.width - x0 + g.sw - 1) / g.sw;
-                    if (y < 0 || y >= g.height || end < 0) end = 0;
-                    if (end > pitch) end = pitch;
-                    if (begin > end) begin = end;
-                    std::memset(row, 0, begin * sizeof(float));
-                    const float* line = from + y * g.width + x0;
+                    const i64 y = q * g.sh + py - g.ph;
+                    if (y < 0 || y >= g.height) {
+                        std::memset(row, 0, pitch * sizeof(float));
+                        continue;
+                    }
+                    const float* line = from + y * g.width;
+                    for (i64 p = 0; p < begin; p++) row[p] = 0;
                     if (g.sw == 1)
-                        std::memcpy(row + begin, line + begin, (end - begin) * sizeof(float));
+                        std::memcpy(row + begin, line + (begin + x0), (end - begin) * sizeof(float));
                     else
-                        for (i64 p = begin; p < end; p++) row[p] = line[p * g.sw];
-                    std::memset(row + end, 0, (pitch - end) * sizeof(float));
+                        for (i64 p = begin; p < end; p++) row[p] = line[p * g.sw + x0];
+                    for (i64 p = end; p < pitch; p++) row[p] = 0;
                 }
             }
     }
+    // Places are counted along the planes' rows, and so are some beyond the last output of a row, whose results are
+    // dropped: cheaper than to leave them out.
+    i64 places() const { return (g.oh() - 1) * pitch + g.ow(); }
 };
 
 bool conv2d(Blob blob, const float* x, const Geometry& g, const float* bias, float* y, int threads) {
     const Kernels& k = *kernels;
     const Header& head = *blob.head;
-    static const bool copies = std::getenv("SECATEUR_COPIES") != nullptr;
-    const Planes planes(g, copies);
-    const i64 oh = g.oh(), ow = g.ow(), rows = head.rows, places = (oh - 1) * planes.pitch + ow;
+    const Planes planes(g);
+    const i64 places = planes.places(), rows = head.rows, columns = head.columns;
+    const i64 image = g.channels * g.height * g.width, oh = g.oh(), ow = g.ow();
     if (i64(head.nonzeros) * places * g.batch < kWorthSharing) threads = 1;
-    float* laid = inputs.get(planes.size + kWidth);
-    const i64 taps = g.channels * g.kh * g.kw;
-    u32* offset = reinterpret_cast<u32*>(gathered.get(taps));
-    if (!laid || !offset) return false;
+    i64* offset = reinterpret_cast<i64*>(offsets.get(2 * columns));
+    const float* start = bias ? bias : zeros.get(rows);
+    float* laid = gathered.get(g.plain() ? 0 : planes.size());
+    if (!offset || !start || !laid) return false;
     for (i64 c = 0, j = 0; c < g.channels; c++)
         for (i64 ky = 0; ky < g.kh; ky++)
-            for (i64 kx = 0; kx < g.kw; kx++, j++) offset[j] = u32(planes.offset(c, ky, kx));
-    std::atomic<bool> enough{true};
+            for (i64 kx = 0; kx < g.kw; kx++) offset[j++] = planes.offset(c, ky, kx);
     const i64 tiles = (places + kWidth - 1) / kWidth;
     for (i64 b = 0; b < g.batch; b++) {
-        const float* image = x + b * g.channels * g.height * g.width;
-        share(g.channels, threads, [&](i64 c) { planes.fill(image, c, laid); });
-        share(tiles * head.chunks, threads, [&](i64 unit) {
-            const i64 first = unit / head.chunks * kWidth;
-            const u32 chunk = u32(unit % head.chunks);
-            const int width = places - first > 16 ? 32 : 16;
-            float* out = sums.get(head.chunk * kWidth);
-            if (!out) {
-                enough = false;
-                return;
-            }
-            k.planes(blob, laid + first, offset, width, bias, chunk, out);
-            const i64 r0 = i64(chunk) * head.chunk, r1 = r0 + head.chunk < rows ? r0 + head.chunk : rows;
-            for (i64 p = first; p < first + width && p < places;) {  // pieces of output rows
-                const i64 oy = p / planes.pitch, ox = p % planes.pitch;
-                const i64 left = first + width - p, line = planes.pitch - ox;
-                const i64 step = left < line ? left : line;
-                const i64 take = ow - ox < step ? ow - ox : step;
-                if (take > 0)
-                    for (i64 r = r0; r < r1; r++)
-                        std::memcpy(y + ((b * rows + r) * oh + oy) * ow + ox, out + (r - r0) * width + (p - first),
+        const float* seen = laid;
+        if (g.plain())
+            seen = x + b * image;
+        else
+            share(g.channels, threads, [&](i64 c) { planes.fill(x + b * image, c, laid); });
+        auto arrange = [&](i64 i, float* panel) -> const float* {
+            const Tile t(i, places, false);
+            if (g.plain() && t.n < t.width)  // x ends here: no vector may reach beyond
+                for (i64 j = 0; j < columns; j++)
+                    for (int i = 0; i < t.width; i++)
+                        panel[j * t.width + i] = i < t.n ? seen[offset[j] + t.first + i] : 0;
+            else
+                k.gather(seen + t.first, offset, columns, t.width, panel);
+            return panel;
+        };
+        auto compute = [&](i64 i, const float* in, i64 part, i64 parts) {
+            const Tile t(i, places, false);
+            float* out = sums.get(std::size_t(head.chunk) * kWidth);
+            if (!out) return false;
+            for (u32 c = u32(head.chunks * part / parts); c < u32(head.chunks * (part + 1) / parts); c++) {
+                const i64 first = i64(c) * head.chunk, last = first + head.chunk < rows ? first + head.chunk : rows;
+                k.panel(blob, in, t.width, start, c, out);
+                for (i64 p = t.first; p < t.first + t.n;) {  // by pieces of output rows
+                    const i64 py = p / planes.pitch, px = p % planes.pitch, left = t.first + t.n - p;
+                    const i64 line = planes.pitch == ow ? left : ow - px;  // rows without a gap are one
+                    const i64 take = line < left ? line : left;            // negative beyond the last output
+                    for (i64 r = first; r < last && take > 0; r++)
+                        std::memcpy(y + ((b * rows + r) * oh + py) * ow + px, out + (r - first) * t.width + p - t.first,
                                     take * sizeof(float));
-                p += step;
+                    p += planes.pitch == ow ? left : planes.pitch - px;
+                }
             }
-        });
+            return true;
+        };
+        if (!by_tiles(tiles, std::size_t(columns + 2) * kWidth, head.chunks, threads, arrange, compute)) return false;
     }
-    return enough;
+    return true;
 }
 
 // ---- recurrent layers

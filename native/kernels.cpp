@@ -153,8 +153,8 @@ void unpack(const float* sums, int width, i64 rows, int n, float* y, i64 stride)
         for (int i = 0; i < n; i++) y[i * stride + r] = sums[r * width + i];
 }
 
-void panel_pack(const float* x, int n, int width, i64 columns, float* panel) {
-    transposed(x, columns, n, width, columns, panel, width);
+void panel_pack(const float* x, i64 stride, int n, int width, i64 columns, float* panel) {
+    transposed(x, stride, n, width, columns, panel, width);
 }
 
 // ---- products
@@ -169,26 +169,26 @@ template <int u> INLINE Of<8>::type lane(Of<8>::type w) { return __builtin_shuff
 template <int u> INLINE Of<4>::type lane(Of<4>::type w) { return __builtin_shufflevector(w, w, u, u, u, u); }
 
 // Non-zeros u, u + 1, ... G - 1 of a group: s[u % A] += their weight times their input.
-template <int u, int G, bool kInRegister, bool kOffsets, class V, int C, int A>
-INLINE void group(V w, const float* value, const u16* index, const float* in, const u32* offset, V (&s)[A][C]) {
+template <int u, int G, bool kInRegister, class V, int C, int A>
+INLINE void group(V w, const float* value, const u16* index, const float* in, V (&s)[A][C]) {
     constexpr int lanes = sizeof(V) / 4;
     if constexpr (u < G) {
-        const float* x = kOffsets ? in + offset[index[u]] : in + u64(index[u]) * (lanes * C);
+        const float* x = in + u64(index[u]) * (lanes * C);
         V weight;
         if constexpr (kInRegister)
             weight = lane<u>(w);
         else
             weight = V{} + value[u];
         UNROLL for (int c = 0; c < C; c++) s[u % A][c] += weight * load<V>(x + c * lanes);
-        group<u + 1, G, kInRegister, kOffsets>(w, value, index, in, offset, s);
+        group<u + 1, G, kInRegister>(w, value, index, in, s);
     }
 }
 
 // sums[row][C vectors] += the chunk's rows times the inputs, with A partial sums to hide the latency of additions.
-// Input of column j: at inputs + j * width, or at inputs + offset[j]. Loads are what bounds it: so weights come as
-// vectors of G, and each is spread over a register by a shuffle rather than by a load of its own.
-template <class V, int C, int A, bool kOffsets>
-INLINE void product(Blob blob, const float* inputs, const u32* offset, u32 chunk, float* sums) {
+// Loads are what bounds it: so weights come as vectors of G, and each is spread over a register by a shuffle rather than
+// by a load of its own.
+template <class V, int C, int A>
+INLINE void product(Blob blob, const float* inputs, u32 chunk, float* sums) {
     constexpr int lanes = sizeof(V) / 4, width = lanes * C, G = least(lanes, 8) == 1 ? A : least(lanes, 8);
     constexpr bool in_register = lanes > 1 && C <= 2;
     const Header& head = *blob.head;
@@ -199,8 +199,7 @@ INLINE void product(Blob blob, const float* inputs, const u32* offset, u32 chunk
     const u16* index = blob.at<u16>(head.index) + at.entry;
     const float* value = blob.at<float>(head.value) + at.entry;
     for (u32 b = 0; b < head.blocks; b++) {
-        const float* in = kOffsets ? inputs : inputs + u64(b) * head.block * width;
-        const u32* off = kOffsets ? offset + u64(b) * head.block : nullptr;
+        const float* in = inputs + u64(b) * head.block * width;
         for (const Run* end = run + counts[b]; run < end; run++) {
             const int length = run->length;
             for (int k = run->count; k > 0; k--) {
@@ -216,13 +215,13 @@ INLINE void product(Blob blob, const float* inputs, const u32* offset, u32 chunk
                         w = load<V>(value + i);
                         OPAQUE(w);  // or the compiler turns the shuffles back into loads
                     }
-                    group<0, decltype(count)::value, in_register, kOffsets>(w, value + i, index + i, in, off, s);
+                    group<0, decltype(count)::value, in_register>(w, value + i, index + i, in, s);
                     i += decltype(count)::value;
                 };
                 while (i + G <= length) some(Count<G>{});
                 if (G > 4 && i + 4 <= length) some(Count<4>{});
                 for (; i < length; i++) {
-                    const float* x = kOffsets ? in + off[index[i]] : in + u64(index[i]) * width;
+                    const float* x = in + u64(index[i]) * width;
                     UNROLL for (int c = 0; c < C; c++) s[A - 1][c] += value[i] * load<V>(x + c * lanes);
                 }
                 for (int k = 0; k < length; k += 16) __builtin_prefetch(value + kAhead + k);
@@ -237,11 +236,11 @@ INLINE void product(Blob blob, const float* inputs, const u32* offset, u32 chunk
 }
 
 // In vectors of at most LANES, with about as many sums at a time as the latency of an addition asks for.
-template <int kWidth, bool kOffsets>
-void product_of_width(Blob blob, const float* inputs, const u32* offset, u32 chunk, float* sums) {
+template <int kWidth>
+void product_of_width(Blob blob, const float* inputs, u32 chunk, float* sums) {
     constexpr int lanes = least(kWidth, LANES), vectors = kWidth / lanes;
     constexpr int partial = vectors >= 8 ? 1 : vectors >= 2 ? 2 : 4;
-    product<typename Of<lanes>::type, vectors, partial, kOffsets>(blob, inputs, offset, chunk, sums);
+    product<typename Of<lanes>::type, vectors, partial>(blob, inputs, chunk, sums);
 }
 
 INLINE u32 chunk_rows(const Header& head, u32 chunk) {
@@ -249,51 +248,56 @@ INLINE u32 chunk_rows(const Header& head, u32 chunk) {
     return left < head.chunk ? left : head.chunk;
 }
 
+// sums[rows][width] = bias
 void bias_sums(const float* bias, i64 rows, int width, float* sums) {
     if (width % LANES == 0) {
         for (i64 r = 0; r < rows; r++) {
-            const vec b = splat(bias ? bias[r] : 0);
+            const vec b = splat(bias[r]);
             for (int i = 0; i < width; i += LANES) store(sums + r * width + i, b);
         }
     } else {
         for (i64 r = 0; r < rows; r++)
-            for (int i = 0; i < width; i++) sums[r * width + i] = bias ? bias[r] : 0;
+            for (int i = 0; i < width; i++) sums[r * width + i] = bias[r];
     }
 }
 
-void panel(Blob blob, const float* inputs, int n, int width, const float* bias, bool accumulate, float* y, u32 chunk,
-           float* sums) {
-    const Header& head = *blob.head;
-    const i64 first = i64(chunk) * head.chunk, rows = chunk_rows(head, chunk);
-    if (accumulate)
-        transposed(y + first, head.rows, n, width, rows, sums, width);
-    else
-        bias_sums(bias ? bias + first : nullptr, rows, width, sums);
+void panel(Blob blob, const float* inputs, int width, const float* bias, u32 chunk, float* sums) {
+    if (bias) bias_sums(bias + i64(chunk) * blob.head->chunk, chunk_rows(*blob.head, chunk), width, sums);
     switch (width) {
-        case 32: product_of_width<32, false>(blob, inputs, nullptr, chunk, sums); break;
-        case 16: product_of_width<16, false>(blob, inputs, nullptr, chunk, sums); break;
-        case 8: product_of_width<8, false>(blob, inputs, nullptr, chunk, sums); break;
-        case 4: product_of_width<4, false>(blob, inputs, nullptr, chunk, sums); break;
-        default: product_of_width<1, false>(blob, inputs, nullptr, chunk, sums);
-    }
-    float* to = y + first;
-    switch (least(width, LANES)) {
-        case 16: return unpack<least(LANES, 16)>(sums, width, rows, n, to, head.rows);
-        case 8: return unpack<least(LANES, 8)>(sums, width, rows, n, to, head.rows);
-        case 4: return unpack<4>(sums, width, rows, n, to, head.rows);
-        default:
-            for (i64 r = 0; r < rows; r++) to[r] = sums[r];
+        case 32: return product_of_width<32>(blob, inputs, chunk, sums);
+        case 16: return product_of_width<16>(blob, inputs, chunk, sums);
+        case 8: return product_of_width<8>(blob, inputs, chunk, sums);
+        case 4: return product_of_width<4>(blob, inputs, chunk, sums);
+        default: return product_of_width<1>(blob, inputs, chunk, sums);
     }
 }
 
-void planes(Blob blob, const float* inputs, const u32* offset, int width, const float* bias, u32 chunk, float* sums) {
-    const Header& head = *blob.head;
-    const i64 first = i64(chunk) * head.chunk;
-    bias_sums(bias ? bias + first : nullptr, chunk_rows(head, chunk), width, sums);
-    if (width == 32)
-        product_of_width<32, true>(blob, inputs, offset, chunk, sums);
-    else
-        product_of_width<16, true>(blob, inputs, offset, chunk, sums);
+void panel_unpack(const float* sums, int n, int width, i64 rows, float* y, i64 stride) {
+    switch (least(width, LANES)) {
+        case 16: return unpack<least(LANES, 16)>(sums, width, rows, n, y, stride);
+        case 8: return unpack<least(LANES, 8)>(sums, width, rows, n, y, stride);
+        case 4: return unpack<4>(sums, width, rows, n, y, stride);
+        default:
+            for (i64 r = 0; r < rows; r++) y[r] = sums[r];
+    }
+}
+
+template <int kWidth>
+void gather_by(const float* planes, const i64* offset, i64 columns, float* panel) {
+    constexpr int lanes = least(kWidth, LANES);
+    using V = typename Of<lanes>::type;
+    for (i64 j = 0; j < columns; j++)
+        UNROLL for (int k = 0; k < kWidth; k += lanes) store(panel + j * kWidth + k, load<V>(planes + offset[j] + k));
+}
+
+void gather(const float* planes, const i64* offset, i64 columns, int width, float* panel) {
+    switch (width) {
+        case 32: return gather_by<32>(planes, offset, columns, panel);
+        case 16: return gather_by<16>(planes, offset, columns, panel);
+        case 8: return gather_by<8>(planes, offset, columns, panel);
+        case 4: return gather_by<4>(planes, offset, columns, panel);
+        default: return gather_by<1>(planes, offset, columns, panel);
+    }
 }
 
 // ---- the jagged layout: one to four inputs
@@ -458,6 +462,6 @@ void gru(const float* x, const float* s, i64 hidden, float* h) {
 
 }  // namespace
 
-const Kernels TABLE = {NAME, kAvx512Here, small_pack, small, panel_pack, panel, planes, lstm, gru};
+const Kernels TABLE = {NAME, kAvx512Here, small_pack, small, panel_pack, panel, panel_unpack, gather, lstm, gru};
 
 }  // namespace secateur

@@ -5,7 +5,6 @@
 
 namespace secateur {
 
-// Some inputs of a product: rows [0, n) of x, laid out for the kernels.
 struct Kernels {
     const char* name;
     bool jagged;  // has small() for 1 <= n <= kSmall; otherwise a panel of width 4 or 1 takes these
@@ -16,16 +15,17 @@ struct Kernels {
     // Groups [begin, end) of y[n][rows] = W tiles + (bias, or what y holds if accumulate).
     void (*small)(Blob, const float* tiles, int n, const float* bias, bool accumulate, float* y, u32 begin, u32 end);
 
-    // x[n][columns] -> panel[columns][width], zeros beyond the n-th. n <= width; width is 32, 16, 8, 4 or 1.
-    void (*panel_pack)(const float* x, int n, int width, i64 columns, float* panel);
+    // x[n][columns], rows `stride` apart -> panel[columns][width], zeros beyond the n-th; width: 32, 16, 8, 4 or 1.
+    void (*panel_pack)(const float* x, i64 stride, int n, int width, i64 columns, float* panel);
 
-    // Chunk `chunk` of y[n][rows] = W panel + (bias, or what y holds). sums: scratch, [chunk rows][width].
-    void (*panel)(Blob, const float* panel, int n, int width, const float* bias, bool accumulate, float* y, u32 chunk,
-                  float* sums);
+    // The rows of chunk `chunk`: sums[chunk rows][width] = bias + W panel; without bias sums += W panel.
+    void (*panel)(Blob, const float* panel, int width, const float* bias, u32 chunk, float* sums);
 
-    // Chunk `chunk` of sums[chunk rows][width] = bias + W planes, where column j begins at planes[offset[j]]: a
-    // convolution at `width` (32 or 16) neighbouring places.
-    void (*planes)(Blob, const float* planes, const u32* offset, int width, const float* bias, u32 chunk, float* sums);
+    // y[n][rows], rows of y `stride` apart = sums[rows][width] transposed, of which the first n count.
+    void (*panel_unpack)(const float* sums, int n, int width, i64 rows, float* y, i64 stride);
+
+    // panel[columns][width], row j from planes + offset[j].
+    void (*gather)(const float* planes, const i64* offset, i64 columns, int width, float* panel);
 
     // One step of one sequence. LSTM: gates[4 * hidden] = i f g o before their nonlinearities; c is updated, h written.
     void (*lstm)(const float* gates, i64 hidden, float* c, float* h);
