@@ -24,7 +24,7 @@ bench: $(VENV)/.bench
 	$(BIN)/python benchmarks/core.py
 	$(BIN)/python benchmarks/demo.py
 	$(BIN)/python benchmarks/storage.py
-	$(BIN)/python benchmarks/runtime.py peers linear conv models recurrent sparsity floor threads avx2
+	$(BIN)/python benchmarks/runtime.py all
 
 sanitize: $(VENV)/.test
 	cmake -S native -B build/sanitize -DSECATEUR_SANITIZE=ON

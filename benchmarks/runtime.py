@@ -12,13 +12,13 @@ of distinct layers repeated, *evicted* the chain with 256 MB streamed through th
 timed alone, a block being the median of ten). Models are pruned by `sc.prune(model, s, allocation="uniform")`.
 Secateur's side is what a user gets from `sc.accelerate(model, x, threads=1)`, layers left dense included.
 
-"Best dense" is the fastest float32 of eager (convolutions: in both layouts), `torch.compile` (weights frozen or not) and
-ONNX Runtime; OpenVINO has a column of its own. bf16 and int8 are lossy, and shown with their error. Eager convolutions
-get channels_last, the others the plain layout. 4096x4096 is a chain of two: more would not fit in a cache, pruned.
+"Best dense" is the fastest float32 of eager (convolutions: in both layouts), `torch.compile` (frozen or not) and ONNX
+Runtime; OpenVINO has a column of its own. bf16 and int8 are lossy, and shown with their error. Eager convolutions get
+channels_last, the others the plain layout. 4096x4096 is a chain of two: more would not fit in a cache, pruned.
 
 `peers`, when named, creates an environment for each peer in FOLDER (default: `peers` beside this interpreter's `bin`).
 Peers are measured there, over the torch eager of that environment. Without any name everything is measured, with those
-peers that are installed; `all` is everything, and installs them. `--kernel` also times the C functions alone, through ctypes.
+peers that are installed; `all` is everything, and installs them. `--kernel` also times the C functions alone.
 """
 
 from __future__ import annotations
@@ -60,6 +60,7 @@ Row = dict[str, Any]
 Found = dict[tuple[str, str], dict[str, dict[str, float]]]  # by case and regime, by "peer, side"
 
 excluded: list[str] = []
+notes: list[str] = []
 peers_found: Found = {}
 plans: dict[str, Any] = {}
 arguments = argparse.Namespace()
@@ -288,6 +289,7 @@ def avx2() -> list[Row]:
                        stdout=subprocess.DEVNULL)  # fmt: skip
         found = json.loads(file.read_text())
     excluded.extend(f"AVX2: {what}" for what in found["settings"]["excluded"])
+    notes.append(f"AVX2: {found['settings']['machine']}. MKL ignores its variable on processors that are not Intel's.")
     return found["avx2"]  # type: ignore[no-any-return]
 
 
@@ -395,7 +397,8 @@ def answers(name: str, python: Path, asked: list[dict[str, Any]], request: Path)
         if not begun:
             leave_out(name, f"does not start: {done.stderr[-160:]}")
             break
-        lines.append({"id": begun[-1], "cannot": f"its process ended with {done.returncode}"})
+        if begun[-1] not in {line["id"] for line in lines}:
+            lines.append({"id": begun[-1], "cannot": f"its process ended with {done.returncode}"})
         asked = asked[[one["id"] for one in asked].index(begun[-1]) + 1 :]
     return lines
 
@@ -524,9 +527,15 @@ def main() -> None:
               if name in SECTIONS and name != "threads" for row in found[name] if below(row)]  # fmt: skip
     print("\nBelow must:", "\n- ".join(["", *missed]) if missed else "none.")
     print("\nExcluded:", "\n- ".join(["", *excluded]) if excluded else "nothing.")
-    print(f"One thread but for the section on threads. {machine()}.")
+    print("\n".join([f"One thread but for the section on threads. {machine()}.", *notes]))
     if arguments.json:
-        settings = {"machine": machine(), "rounds": arguments.rounds, "quick": arguments.quick, "excluded": excluded}
+        settings = {
+            "machine": machine(),
+            "rounds": arguments.rounds,
+            "quick": arguments.quick,
+            "excluded": excluded,
+            "notes": notes,
+        }
         arguments.json.write_text(json.dumps({"settings": settings, **found}, indent=1))
 
 

@@ -87,7 +87,7 @@ def openvino(case: Case, model: nn.Module, file: str) -> dict[str, Call]:
 
 
 def deepsparse(case: Case, model: nn.Module, file: str) -> dict[str, Call]:
-    os.environ["NM_DISABLE_ANALYTICS"] = "1"
+    os.environ |= {"NM_DISABLE_ANALYTICS": "1", "NM_BIND_THREADS_TO_CORES": "1"}
     from deepsparse import Engine
 
     x = case.example().numpy()
