@@ -66,15 +66,14 @@ def linear(x: Tensor, weight: Tensor, packed: Tensor, bias: Tensor | None, choic
     n = x.numel() // columns
     if n == 0 or shape[-1] != columns or not choices >> (n - 1).bit_length() & 1:
         return F.linear(x, weight, bias)
-    lib = native.library()
-    if lib is None:
-        return _csr_linear(x, weight, packed, bias)
     if not x.is_contiguous():
         x = x.contiguous()
     try:
         source = x.data_ptr()
     except RuntimeError:  # under vmap
         return F.linear(x, weight, bias)
+    if (lib := native.library()) is None:
+        return _csr_linear(x, weight, packed, bias)
     # not given as a tuple, which would take half a microsecond more
     out = x.new_empty(n, rows) if len(shape) == 2 else x.new_empty(*shape[:-1], rows)
     offset = None if bias is None else bias.data_ptr()

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from secateur.errors import StateError
+from secateur.errors import InputTypeError, StateError
 from secateur.runtime import kernels
 
 _LINEAR = "(Tensor x, Tensor weight, Tensor packed, Tensor? bias, int choices) -> Tensor"
@@ -59,13 +59,27 @@ def _recurrent_shape(
     return out, h.new_empty(h.shape), h.new_empty(0) if c is None else c.new_empty(c.shape)
 
 
+def _linear(x: Tensor, *rest: Any) -> Tensor:
+    _require_float(x)
+    return kernels.linear(x, *rest)
+
+
 def _conv2d(x: Tensor, *rest: Any) -> Tensor:
+    _require_float(x)
     return kernels.conv2d(x, *rest).contiguous()  # the dense one may give channels_last, the fake one does not
 
 
-def _recurrent(*given: Any) -> tuple[Tensor, Tensor, Tensor]:
-    out, h, c = kernels.recurrent(*given)
-    return out.contiguous(), h.contiguous(), c.contiguous()
+def _recurrent(x: Tensor, sizes: Tensor | None, h: Tensor, c: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
+    _require_float(*(tensor for tensor in (x, h, c) if tensor is not None))
+    return tuple(tensor.contiguous() for tensor in kernels.recurrent(x, sizes, h, c, *rest))
+
+
+def _require_float(*inputs: Tensor) -> None:
+    for tensor in inputs:
+        if tensor.dtype is not torch.float32:
+            raise InputTypeError(
+                f"a sparse layer in a graph takes float32, and got {tensor.dtype}: convert it, or retrace"
+            )
 
 
 def _refuse(context: Any, *gradients: Any) -> None:
@@ -83,6 +97,6 @@ def _register(name: str, schema: str, kernel: Callable[..., Any], shape: Callabl
     torch.library.register_autograd(full, _refuse)
 
 
-_register("linear", _LINEAR, kernels.linear, _linear_shape)
+_register("linear", _LINEAR, _linear, _linear_shape)
 _register("conv2d", _CONV2D, _conv2d, _conv2d_shape)
 _register("recurrent", _RECURRENT, _recurrent, _recurrent_shape)

@@ -1,0 +1,78 @@
+"""Every instruction set that this machine has, and none: what the tests of the sparse kernels run on."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from secateur.runtime import layers, native, tuning
+from secateur.runtime.plans import Gain
+
+for folder in (Path(__file__).parent, Path(__file__).parents[1]):
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))
+
+LIBRARY = native.library()
+
+
+def available():
+    """Names of the instruction sets that can be chosen here."""
+    if LIBRARY is None:
+        return []
+    before = native.isa()
+    found = [name for name in ("avx512", "avx2", "neon", "portable") if LIBRARY.secateur_set_isa(name.encode()) == 0]
+    assert LIBRARY.secateur_set_isa(before.encode()) == 0
+    return found
+
+
+def _use(name, monkeypatch):
+    if name == "torch":
+        monkeypatch.setattr(native, "library", lambda: None)
+        yield name
+        return
+    before = native.isa()
+    LIBRARY.secateur_set_isa(name.encode())
+    yield name
+    LIBRARY.secateur_set_isa(before.encode())
+
+
+@pytest.fixture(params=[*available(), "torch"])
+def backend(request, monkeypatch):
+    """Each instruction set of the native library, and torch without it."""
+    yield from _use(request.param, monkeypatch)
+
+
+@pytest.fixture(params=available() or [pytest.param("", marks=pytest.mark.skip("no native library"))])
+def isa(request, monkeypatch):
+    """Each instruction set of the native library."""
+    yield from _use(request.param, monkeypatch)
+
+
+@pytest.fixture
+def without_native(monkeypatch):
+    """A machine on which the native library was not built."""
+    monkeypatch.setattr(native, "library", lambda: None)
+
+
+@pytest.fixture
+def sparse_wins(monkeypatch):
+    """Tuning that takes no time and finds every sparse kernel twice as fast, so that tests depend on no clock."""
+    fake_times(monkeypatch, lambda name, bucket: (2e-3, 1e-3))
+    monkeypatch.setattr(tuning, "gain", lambda plain, fast, call: Gain(2.0, 1.9, 2.1))
+
+
+def fake_times(monkeypatch, times):
+    """Have `times(name, bucket)` for what tuning would measure."""
+
+    def measured(model, recorders, call):
+        seen = tuning.look(model, recorders, call)
+        return {(name, bucket): times(name, bucket) for name, buckets in seen.items() for bucket in buckets}
+
+    monkeypatch.setattr(tuning, "times", measured)
+
+
+@pytest.fixture(autouse=True)
+def _fresh(monkeypatch):
+    """No test knows what another one measured, or was warned of."""
+    monkeypatch.setattr(tuning, "_CACHE", {})
+    monkeypatch.setattr(layers, "_warned", set())

@@ -1,0 +1,40 @@
+"""Models with zeros, their sparse copies without any tuning, and how far results are apart."""
+
+import copy
+
+import torch
+
+from secateur.runtime import acceleration, kernels
+
+
+def thin(model, sparsity=0.9, seed=0):
+    """Zero a random share of each weight matrix, with some empty rows."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(torch.rand(parameter.shape, generator=generator) >= sparsity)
+                parameter[::7] = 0
+    return model.eval()
+
+
+def sparse(model):
+    """A copy in which every layer that can be is sparse for all inputs."""
+    fast = copy.deepcopy(model).eval().requires_grad_(False)
+    modules = dict(fast.named_modules())
+    for plan in acceleration._survey(fast):
+        if not plan.reason:
+            layer = acceleration._swap(modules[plan.name], plan.name)
+            layer.pack()
+            layer._choices = kernels.ALL
+    acceleration._enclose(fast)
+    return fast
+
+
+def off(got, reference):
+    """Largest error over largest value; 0 for empty ones."""
+    assert got.shape == reference.shape
+    if not got.numel():
+        return 0.0
+    error = (got.double() - reference.double()).abs().max() / reference.double().abs().max().clamp_min(1e-30)
+    return error.item()

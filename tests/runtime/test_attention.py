@@ -1,0 +1,225 @@
+"""Sparse projections of attention with every mask and layout; transformer layers that do not go past them."""
+
+import copy
+import itertools
+
+import pytest
+import torch
+from torch import nn
+
+from secateur.runtime import acceleration, kernels
+from secateur.runtime.attention import (
+    SparseMultiheadAttention,
+    SparseTransformerEncoder,
+    SparseTransformerEncoderLayer,
+)
+from secateur.runtime.layers import Swapped
+from sparse_models import off, sparse, thin
+
+
+pytestmark = pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype")
+
+
+def build(**options):
+    torch.manual_seed(0)
+    return thin(nn.MultiheadAttention(24, 4, **options), 0.7)
+
+
+def apart(layer):
+    """Sparse, for query, key and value that differ."""
+    fast = sparse(layer)
+    for name in [name for name in fast._buffers if name.startswith("packed_")]:
+        delattr(fast, name)
+    fast._apart = True
+    fast.pack()
+    return fast
+
+
+def check(layer, fast, *args, **kwargs):
+    exact = copy.deepcopy(layer).double()
+    as_double = {
+        k: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in kwargs.items()
+    }
+    with torch.no_grad():
+        reference, weights = exact(*(x.double() for x in args), **as_double)
+        got, mine = fast(*args, **kwargs)
+    assert off(got, reference) <= 1e-5
+    assert (mine is None) == (weights is None)
+    if mine is not None:
+        assert off(mine, weights) <= 1e-5
+
+
+MASKS = {
+    "none": lambda b, q, s: {},
+    "bool": lambda b, q, s: {"attn_mask": torch.ones(q, s, dtype=torch.bool).triu(s - q + 1)},
+    "float": lambda b, q, s: {"attn_mask": torch.randn(q, s)},
+    "by head": lambda b, q, s: {"attn_mask": torch.randn(b * 4, q, s)},
+    "padding": lambda b, q, s: {"key_padding_mask": torch.arange(s).expand(b, s) > s - 2},
+    "both": lambda b, q, s: {
+        "attn_mask": torch.ones(q, s, dtype=torch.bool).triu(s - q + 1),
+        "key_padding_mask": torch.arange(s).expand(b, s) > s - 2,
+    },
+    "causal": lambda b, q, s: {"attn_mask": nn.Transformer.generate_square_subsequent_mask(s)[:q], "is_causal": q == s},
+}
+
+
+@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("weights", [{"need_weights": False}, {}, {"average_attn_weights": False}], ids=str)
+def test_of_oneself(backend, first, mask, weights):
+    layer = build(batch_first=first)
+    x = torch.randn((3, 5, 24) if first else (5, 3, 24))
+    fast, kwargs = sparse(layer), {**MASKS[mask](3, 5, 5), **weights}
+    assert fast._takes(x, x, x, kwargs.get("key_padding_mask"), kwargs.get("attn_mask"), False)
+    with torch.no_grad():
+        out, _ = fast(x, x, x, **kwargs)
+    exact = copy.deepcopy(layer).double()
+    wide = {k: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in kwargs.items()}
+    y = x.double()
+    assert off(out, exact(y, y, y, **wide)[0]) <= 1e-5
+    check(layer, apart(layer), x, x, x, **kwargs)
+
+
+@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("other", [{}, {"kdim": 10, "vdim": 7}, {"bias": False}], ids=str)
+@pytest.mark.parametrize("need", [True, False])
+def test_of_another(backend, first, mask, other, need):
+    layer = build(batch_first=first, **other)
+    q, k, v = torch.randn(3, 5, 24), torch.randn(3, 7, layer.kdim), torch.randn(3, 7, layer.vdim)
+    if not first:
+        q, k, v = (x.transpose(0, 1) for x in (q, k, v))
+    check(layer, apart(layer), q, k, v, need_weights=need, **MASKS[mask](3, 5, 7))
+
+
+@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.parametrize("need", [True, False])
+def test_without_a_batch(backend, first, need):
+    layer, x, y = build(batch_first=first), torch.randn(5, 24), torch.randn(7, 24)
+    padding = torch.arange(7) > 4
+    check(layer, apart(layer), x, y, y, need_weights=need, key_padding_mask=padding, attn_mask=torch.eye(5, 7) > 0)
+    fast = sparse(layer)
+    assert off(fast(x, x, x)[0], layer(x, x, x)[0].detach()) <= 1e-5
+
+
+def test_packed_for_oneself_it_is_dense_for_another(backend):
+    layer, x, y = build(), torch.randn(5, 3, 24), torch.randn(7, 3, 24)
+    fast = sparse(layer)
+    assert sorted(fast._buffers) == ["packed_in", "packed_out"]
+    assert not fast._takes(x, y, y, None, None, False)
+    check(layer, fast, x, y, y)
+
+
+def test_what_torch_refuses_is_refused(backend):
+    layer, x = build(), torch.randn(5, 3, 24)
+    fast = sparse(layer)
+    for kwargs in (
+        {"attn_mask": torch.zeros(1, 5)},
+        {"attn_mask": torch.zeros(5, 5, dtype=torch.int64)},
+        {"key_padding_mask": torch.zeros(1, 5)},
+        {"is_causal": True},
+    ):
+        with pytest.raises((RuntimeError, AssertionError)) as plain:
+            layer(x, x, x, **kwargs)
+        with pytest.raises(type(plain.value)) as ours:
+            fast(x, x, x, **kwargs)
+        assert str(ours.value) == str(plain.value)
+    for wrong in (torch.randn(5, 3, 23), torch.randn(24), torch.randn(1, 5, 3, 24)):
+        with pytest.raises((RuntimeError, AssertionError)):
+            fast(wrong, wrong, wrong)
+
+
+@pytest.mark.parametrize("options", [{"add_bias_kv": True}, {"add_zero_attn": True}], ids=str)
+def test_what_is_not_supported_stays_dense(options):
+    (plan,) = acceleration._survey(build(**options))
+    assert plan.reason == "add_bias_kv and add_zero_attn are not supported"
+
+
+def encoder(depth=2, norm=None, **options):
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(24, 4, 48, batch_first=True, **options)
+    return thin(nn.TransformerEncoder(layer, depth, norm, enable_nested_tensor=not options), 0.7)
+
+
+PADDING = torch.arange(6).expand(3, 6) >= torch.tensor([[6], [4], [2]])
+
+
+@pytest.mark.parametrize("options", [{}, {"norm_first": True}, {"activation": "gelu"}, {"bias": False}], ids=str)
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad, torch.enable_grad])
+def test_encoder(backend, options, mode):
+    model, x = encoder(**options), torch.randn(3, 6, 24)
+    fast = sparse(model)
+    assert isinstance(fast, SparseTransformerEncoder) and isinstance(fast.layers[0], SparseTransformerEncoderLayer)
+    assert isinstance(fast.layers[0].self_attn, SparseMultiheadAttention)
+    causal = nn.Transformer.generate_square_subsequent_mask(6)
+    with mode():
+        for kwargs in ({}, {"mask": causal}, {"mask": causal, "is_causal": True}, {"src_key_padding_mask": PADDING}):
+            assert off(fast(x, **kwargs), model(x, **kwargs).detach()) <= 1e-5
+
+
+@pytest.mark.parametrize("norm", [None, "norm"])
+@pytest.mark.parametrize("kind", ["bool", "float", "not aligned", "all kept"])
+def test_the_padding_is_what_it_was(backend, norm, kind):
+    model, x = encoder(norm=norm and nn.LayerNorm(24)), torch.randn(3, 6, 24)
+    if norm:
+        nn.init.normal_(model.norm.bias)
+    padding = {
+        "bool": PADDING,
+        "float": torch.zeros(3, 6).masked_fill(PADDING, -torch.inf),
+        "not aligned": PADDING.flip(1),
+        "all kept": torch.zeros(3, 6, dtype=torch.bool),
+    }[kind]
+    with torch.inference_mode():
+        got, reference = sparse(model)(x, src_key_padding_mask=padding), model(x, src_key_padding_mask=padding)
+    assert off(got, reference) <= 1e-5
+
+
+def test_the_fused_road_is_not_taken(backend, monkeypatch):
+    fast, x = sparse(encoder()), torch.randn(3, 6, 24)
+    monkeypatch.setattr(torch, "_transformer_encoder_layer_fwd", None)
+    monkeypatch.setattr(torch, "_native_multi_head_attention", None)
+    with torch.inference_mode():
+        fast(x)
+        fast(x, src_key_padding_mask=PADDING)
+
+
+def test_decoder(backend):
+    torch.manual_seed(0)
+    model = thin(nn.Transformer(24, 4, 1, 2, 48, batch_first=True), 0.7)
+    fast = sparse(model)
+    for m in fast.modules():
+        if isinstance(m, SparseMultiheadAttention):
+            m._apart = True
+            m.pack()
+    src, tgt = torch.randn(3, 6, 24), torch.randn(3, 4, 24)
+    with torch.inference_mode():
+        assert off(fast(src, tgt), model(src, tgt)) <= 1e-5
+
+
+def test_transformer_layers_come_back(backend):
+    model, x = encoder(), torch.randn(3, 6, 24)
+    fast = sparse(model)
+    for module in list(fast.modules()):
+        if isinstance(module, Swapped):
+            module.restore()
+    with torch.inference_mode():
+        assert fast(x, src_key_padding_mask=PADDING).equal(model(x, src_key_padding_mask=PADDING))
+    assert [type(m) for m in fast.modules()] == [type(m) for m in model.modules()]
+    assert all(sorted(vars(a)) == sorted(vars(b)) for a, b in zip(fast.modules(), model.modules(), strict=True))
+
+
+def test_only_what_holds_sparse_layers_is_swapped(backend):
+    model = nn.ModuleList([encoder(1), encoder(1)])
+    with torch.no_grad():
+        for parameter in model[1].parameters():
+            parameter.normal_()
+    fast = sparse(model)
+    assert isinstance(fast[0], Swapped) and not any(isinstance(m, Swapped) for m in fast[1].modules())
+
+
+def test_choices_go_by_tokens_of_the_query(backend):
+    fast, x = apart(build()), torch.randn(5, 3, 24)
+    assert fast.rows(x, x, x) == 15
+    fast._choices = 1 << kernels.bucket(1)
+    assert not fast._takes(x, x, x, None, None, False)
+    assert list(itertools.islice(fast.watched(), 2)) == ["out", "in_proj_weight"]
