@@ -17,7 +17,8 @@ const Kernels* by_name(const char* name) {
     if (!std::strcmp(name, "avx512"))
         return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-                       __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("fma")
+                       __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("fma") &&
+                       __builtin_cpu_supports("bmi2")
                    ? &kAvx512
                    : nullptr;
 #endif
@@ -292,17 +293,17 @@ struct Recurrent {
     Blob recurrent, projection;
     float* gates;
     const i64* sizes;
-    i64 steps, batch, hidden, state;
+    i64 steps, hidden, state;
     const float* bias;
     float *h, *c, *out;
     i64 out_stride;
     bool reverse;
 
-    // the sequences [begin, end) of the batch through all steps
-    bool run(i64 begin, i64 end, int threads) const {
-        const i64 width = (gru ? 3 : 4) * hidden, n = end - begin;
-        float* scratch = gathered.get(gru ? n * width : n * hidden);
-        if (!scratch) return false;
+    i64 gate_rows() const { return (gru ? 3 : 4) * hidden; }
+
+    // Calls step(sequences of [begin, end) that are live, row of the first of them) for each step, in order.
+    template <class Step>
+    bool each(i64 begin, i64 end, const Step& step) const {
         i64 offset = 0;
         if (reverse)
             for (i64 t = 0; t < steps; t++) offset += sizes[t];
@@ -310,27 +311,85 @@ struct Recurrent {
             const i64 t = reverse ? steps - 1 - i : i;
             if (reverse) offset -= sizes[t];
             const i64 live = (sizes[t] < end ? sizes[t] : end) - begin;
-            if (live > 0 && !step(begin, live, offset + begin, scratch, threads)) return false;
+            if (live > 0 && !step(live, offset + begin)) return false;
             if (!reverse) offset += sizes[t];
         }
         return true;
     }
 
-    bool step(i64 begin, i64 n, i64 row, float* scratch, int threads) const {
-        const i64 width = (gru ? 3 : 4) * hidden;
-        float *in = gates + row * width, *state_h = h + begin * state, *to = out + row * out_stride;
-        if (gru) {
-            if (!linear(recurrent, state_h, n, bias, scratch, false, threads)) return false;
-            for (i64 b = 0; b < n; b++) kernels->gru(in + b * width, scratch + b * width, hidden, state_h + b * state);
-        } else {
-            if (!linear(recurrent, state_h, n, nullptr, in, true, threads)) return false;
-            float* hidden_h = projection.head ? scratch : state_h;
-            for (i64 b = 0; b < n; b++)
-                kernels->lstm(in + b * width, hidden, c + (begin + b) * hidden, hidden_h + b * hidden);
-            if (projection.head && !linear(projection, scratch, n, nullptr, state_h, false, threads)) return false;
-        }
-        for (i64 b = 0; b < n; b++) std::memcpy(to + b * out_stride, state_h + b * state, state * sizeof(float));
+    // The sequences [begin, end), at most kWidth, through all steps.
+    bool run(i64 begin, i64 end) const {
+        const int width = width_of(end - begin, kernels->jagged && recurrent.head->groups);
+        return width >= 8 ? by_panels(begin, end, width) : by_rows(begin, end);
+    }
+
+    bool by_rows(i64 begin, i64 end) const {
+        const i64 n = end - begin, rows = gate_rows();
+        float* scratch = gathered.get(n * rows);
+        if (!scratch) return false;
+        return each(begin, end, [&](i64 live, i64 row) {
+            float *in = gates + row * rows, *h0 = h + begin * state;
+            if (gru) {
+                if (!linear(recurrent, h0, live, bias, scratch, false, 1)) return false;
+                for (i64 b = 0; b < live; b++) kernels->gru(in + b * rows, scratch + b * rows, hidden, h0 + b * state);
+            } else {
+                float* to = projection.head ? scratch : h0;
+                if (!linear(recurrent, h0, live, nullptr, in, true, 1)) return false;
+                for (i64 b = 0; b < live; b++)
+                    kernels->lstm(in + b * rows, hidden, c + (begin + b) * hidden, to + b * hidden);
+                if (projection.head && !linear(projection, scratch, live, nullptr, h0, false, 1)) return false;
+            }
+            for (i64 b = 0; b < live; b++)
+                std::memcpy(out + (row + b) * out_stride, h0 + b * state, state * sizeof(float));
+            return true;
+        });
+    }
+
+    // Everything [features][width] from the first step to the last, so that nothing but inputs and outputs is turned.
+    bool by_panels(i64 begin, i64 end, int width) const {
+        const Kernels& k = *kernels;
+        const int n = int(end - begin);
+        const i64 rows = gate_rows(), cells = hidden * width, states = state * width;
+        float* x = gathered.get((2 * rows + 3 * hidden + 2 * state) * width);  // the input's part of the gates
+        const float* start = bias ? bias : zeros.get(rows > state ? rows : state);
+        if (!x || !start) return false;
+        float *s = x + rows * width, *hp = s + rows * width, *fresh_h = hp + states, *cp = fresh_h + states;
+        float *fresh_c = cp + cells, *before = fresh_c + cells;  // before the projection
+        k.panel_pack(h + begin * state, state, n, width, state, hp);
+        if (c) k.panel_pack(c + begin * hidden, hidden, n, width, hidden, cp);
+        each(begin, end, [&](i64 live, i64 row) {
+            const bool all = live == n;
+            float *to_h = all ? hp : fresh_h, *to_c = all ? cp : fresh_c;
+            k.panel_pack(gates + row * rows, rows, int(live), width, rows, x);
+            if (gru) {
+                multiply(recurrent, hp, width, start, s);
+                if (!all) std::memcpy(to_h, hp, states * sizeof(float));
+                k.gru(x, s, cells, to_h);
+            } else {
+                multiply(recurrent, hp, width, nullptr, x);
+                if (!all) std::memcpy(to_c, cp, cells * sizeof(float));
+                k.lstm(x, cells, to_c, projection.head ? before : to_h);
+                if (projection.head) multiply(projection, before, width, zeros.get(state), to_h);
+            }
+            if (!all) {  // the other sequences have ended, or not begun
+                keep(to_h, hp, states, width, live);
+                if (c) keep(to_c, cp, cells, width, live);
+            }
+            k.panel_unpack(hp, int(live), width, state, out + row * out_stride, out_stride);
+            return true;
+        });
+        k.panel_unpack(hp, n, width, state, h + begin * state, state);
+        if (c) k.panel_unpack(cp, n, width, hidden, c + begin * hidden, hidden);
         return true;
+    }
+
+    static void multiply(Blob blob, const float* panel, int width, const float* start, float* to) {
+        for (u32 i = 0; i < blob.head->chunks; i++)
+            kernels->panel(blob, panel, width, start, i, to + i64(i) * blob.head->chunk * width);
+    }
+
+    static void keep(const float* from, float* to, i64 size, int width, i64 live) {
+        for (i64 i = 0; i < size; i += width) std::memcpy(to + i, from + i, live * sizeof(float));
     }
 };
 
@@ -388,16 +447,13 @@ int32_t secateur_recurrent(int32_t kind, const void* recurrent, const void* proj
     const i64 count = kind ? 3 : 4, hidden = r.head->rows / count, state = r.head->columns;
     if (r.head->rows % count || (projection ? p.head->columns != hidden || p.head->rows != state : hidden != state))
         return -1;
-    const Recurrent layer{kind == 1, r,    p, gates, sizes, steps,      batch,       hidden,
-                          state,     bias, h, c,     out,   out_stride, reverse != 0};
+    const Recurrent layer{kind == 1, r, p, gates, sizes, steps, hidden, state, bias, h, c, out, out_stride, reverse != 0};
+    // Sequences do not wait for each other: each part runs from the first step to the last, on one thread.
+    const i64 fit = (batch + kWidth - 1) / kWidth, shared = batch / 8 < threads ? batch / 8 : threads;
+    const i64 parts = fit > shared ? fit : shared;
     std::atomic<bool> enough{true};
-    // threads take sequences of their own, with nothing to wait for at each step, if enough of them remain together
-    const i64 parts = batch / 8 < threads ? batch / 8 : threads;
-    if (parts > 1)
-        share(parts, threads, [&](i64 i) {
-            if (!layer.run(batch * i / parts, batch * (i + 1) / parts, 1)) enough = false;
-        });
-    else
-        enough = layer.run(0, batch, threads);
+    share(parts, threads, [&](i64 i) {
+        if (!layer.run(batch * i / parts, batch * (i + 1) / parts)) enough = false;
+    });
     return enough ? 0 : -2;
 }

@@ -315,11 +315,8 @@ void small_pack(const float* x, int n, i64 columns, float* tiles) {
 }
 
 #if LANES == 16
-alignas(64) const u16 kFirst[17] = {0,      1,      3,      7,       0xf,     0x1f,   0x3f,   0x7f,  0xff,
-                                    0x1ff,  0x3ff,  0x7ff,  0xfff,   0x1fff,  0x3fff, 0x7fff, 0xffff};
-
 INLINE __m512i bytes(const u8* p) { return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
-INLINE __mmask16 first(i64 n) { return n >= 16 ? 0xffff : kFirst[n < 0 ? 0 : n]; }
+INLINE __mmask16 first(i64 n) { return n >= 16 ? 0xffff : n <= 0 ? 0 : (1u << n) - 1; }
 
 template <int N>
 void small_n(Blob blob, const float* tiles, const float* bias, bool accumulate, float* y, u32 begin, u32 end) {
@@ -354,7 +351,7 @@ void small_n(Blob blob, const float* tiles, const float* bias, bool accumulate, 
                 UNROLL for (int h = 0; h < 2; h++)
                     for (int d = depth[h]; d > 0; d--) {
                         const u32 n = *meta++;
-                        const __mmask16 k = kFirst[n];
+                        const __mmask16 k = _bzhi_u32(0xffff, n);
                         const __m512i at_columns = bytes(index);
                         if (N == 1) {
                             s[h][0] = _mm512_mask3_fmadd_ps(_mm512_loadu_ps(value),
@@ -391,35 +388,26 @@ void small(Blob blob, const float* tiles, int n, const float* bias, bool accumul
 void small(Blob, const float*, int, const float*, bool, float*, u32, u32) {}
 #endif
 
-// ---- nonlinearities of recurrent layers, absolute error below 2e-7 (Cephes' coefficients)
+// ---- nonlinearities of recurrent layers: tanh(x) = n / d, a minimax fraction (the coefficients are those of Eigen's ptanh),
+// absolute error about 1e-7. sigmoid(x) = (1 + tanh(x / 2)) / 2. Kept as fractions, so that a cell takes two divisions.
 
-INLINE vec exponential(vec x) {  // of |x| <= 87
-    const vec magic = splat(12582912.f);  // 1.5 * 2^23: adding it rounds to an integer
-    const vec k = (x * 1.44269504f + magic) - magic;
-    const vec r = (x - k * 0.693359375f) + k * 2.12194440e-4f;
-    vec p = r * 1.9875691500e-4f + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * (r * r) + r + 1.f;
-    const vint e = (__builtin_convertvector(k, vint) + 127) << 23;
-    return p * reinterpret_cast<vec>(e);
-}
-INLINE vec clamp(vec x, float bound) {
-    x = x > bound ? splat(bound) : x;  // a NaN compares false and stays
-    return x < -bound ? splat(-bound) : x;
-}
-INLINE vec sigmoid(vec x) { return 1.f / (1.f + exponential(-clamp(x, 80.f))); }
-INLINE vec hyperbolic_tangent(vec x) {
-    const vec far = 1.f - 2.f / (exponential(clamp(x + x, 40.f)) + 1.f);
+struct Fraction {
+    vec n, d;
+};
+INLINE Fraction tangent(vec x) {  // a NaN stays one
+    x = x > 9.f ? splat(9.f) : x;
+    x = x < -9.f ? splat(-9.f) : x;
     const vec z = x * x;
-    vec p = z * -5.70498872745e-3f + 2.06390887954e-2f;
-    p = p * z + -5.37397155531e-2f;
-    p = p * z + 1.33314422036e-1f;
-    p = p * z + -3.33332819422e-1f;
-    const vec near = p * z * x + x;
-    return z < 0.39f ? near : far;
+    vec n = z * -2.76076847742355e-16f + 2.00018790482477e-13f;
+    n = n * z + -8.60467152213735e-11f;
+    n = n * z + 5.12229709037114e-08f;
+    n = n * z + 1.48572235717979e-05f;
+    n = n * z + 6.37261928875436e-04f;
+    n = n * z + 4.89352455891786e-03f;
+    vec d = z * 1.19825839466702e-06f + 1.18534705686654e-04f;
+    d = d * z + 2.26843463243900e-03f;
+    d = d * z + 4.89352518554385e-03f;
+    return {n * x, d};
 }
 
 // f on vectors of LANES units of `count` arrays at once; the last, incomplete one by way of copies.
@@ -442,21 +430,24 @@ INLINE void units(i64 hidden, const float* const (&in)[kIn], float* const (&out)
     }
 }
 
-void lstm(const float* gates, i64 hidden, float* c, float* h) {
-    const float* const in[5] = {gates, gates + hidden, gates + 2 * hidden, gates + 3 * hidden, c};
+void lstm(const float* gates, i64 units_, float* c, float* h) {
+    const float* const in[5] = {gates, gates + units_, gates + 2 * units_, gates + 3 * units_, c};
     float* const out[2] = {c, h};
-    units(hidden, in, out, [](const vec(&a)[5], vec(&b)[2]) {
-        b[0] = sigmoid(a[1]) * a[4] + sigmoid(a[0]) * hyperbolic_tangent(a[2]);
-        b[1] = sigmoid(a[3]) * hyperbolic_tangent(b[0]);
+    units(units_, in, out, [](const vec(&a)[5], vec(&b)[2]) {
+        const Fraction i = tangent(0.5f * a[0]), f = tangent(0.5f * a[1]), g = tangent(a[2]), o = tangent(0.5f * a[3]);
+        b[0] = (a[4] * (f.d + f.n) * (i.d * g.d) + (i.d + i.n) * (g.n * f.d)) / (2.f * f.d * (i.d * g.d));
+        const Fraction t = tangent(b[0]);
+        b[1] = (o.d + o.n) * t.n / (2.f * o.d * t.d);
     });
 }
 
-void gru(const float* x, const float* s, i64 hidden, float* h) {
-    const float* const in[7] = {x, x + hidden, x + 2 * hidden, s, s + hidden, s + 2 * hidden, h};
+void gru(const float* x, const float* s, i64 units_, float* h) {
+    const float* const in[7] = {x, x + units_, x + 2 * units_, s, s + units_, s + 2 * units_, h};
     float* const out[1] = {h};
-    units(hidden, in, out, [](const vec(&a)[7], vec(&b)[1]) {
-        const vec r = sigmoid(a[0] + a[3]), z = sigmoid(a[1] + a[4]), n = hyperbolic_tangent(a[2] + r * a[5]);
-        b[0] = n + z * (a[6] - n);
+    units(units_, in, out, [](const vec(&a)[7], vec(&b)[1]) {
+        const Fraction r = tangent(0.5f * (a[0] + a[3])), z = tangent(0.5f * (a[1] + a[4]));
+        const Fraction n = tangent(a[2] + a[5] * (r.d + r.n) / (2.f * r.d));
+        b[0] = (n.n * (z.d - z.n) + a[6] * n.d * (z.d + z.n)) / (2.f * z.d * n.d);
     });
 }
 

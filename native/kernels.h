@@ -27,10 +27,10 @@ struct Kernels {
     // panel[columns][width], row j from planes + offset[j].
     void (*gather)(const float* planes, const i64* offset, i64 columns, int width, float* panel);
 
-    // One step of one sequence. LSTM: gates[4 * hidden] = i f g o before their nonlinearities; c is updated, h written.
-    void (*lstm)(const float* gates, i64 hidden, float* c, float* h);
-    // GRU: x[3 * hidden] and s[3 * hidden] = r z n from the input and from the state; h is updated.
-    void (*gru)(const float* x, const float* s, i64 hidden, float* h);
+    // One step of `units` units. LSTM: gates[4][units] = i f g o before their nonlinearities; c is updated, h written.
+    void (*lstm)(const float* gates, i64 units, float* c, float* h);
+    // GRU: x[3][units] and s[3][units] = r z n from the input and from the state; h is updated.
+    void (*gru)(const float* x, const float* s, i64 units, float* h);
 };
 
 extern const Kernels kPortable, kNeon, kAvx2, kAvx512;
