@@ -1,16 +1,10 @@
 """Every instruction set that this machine has, and none: what the tests of the sparse kernels run on."""
 
-import sys
-from pathlib import Path
-
 import pytest
 
 from secateur.runtime import layers, native, tuning
 from secateur.runtime.plans import Gain
-
-for folder in (Path(__file__).parent, Path(__file__).parents[1]):
-    if str(folder) not in sys.path:
-        sys.path.insert(0, str(folder))
+from sparse_models import fake_times
 
 LIBRARY = native.library()
 
@@ -59,16 +53,6 @@ def sparse_wins(monkeypatch):
     """Tuning that takes no time and finds every sparse kernel twice as fast, so that tests depend on no clock."""
     fake_times(monkeypatch, lambda name, bucket: (2e-3, 1e-3))
     monkeypatch.setattr(tuning, "gain", lambda plain, fast, call: Gain(2.0, 1.9, 2.1))
-
-
-def fake_times(monkeypatch, times):
-    """Have `times(name, bucket)` for what tuning would measure."""
-
-    def measured(model, recorders, call):
-        seen = tuning.look(model, recorders, call)
-        return {(name, bucket): times(name, bucket) for name, buckets in seen.items() for bucket in buckets}
-
-    monkeypatch.setattr(tuning, "times", measured)
 
 
 @pytest.fixture(autouse=True)

@@ -16,7 +16,6 @@ from secateur.runtime.attention import (
 from secateur.runtime.layers import Swapped
 from sparse_models import off, sparse, thin
 
-
 pytestmark = pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype")
 
 
@@ -149,7 +148,8 @@ PADDING = torch.arange(6).expand(3, 6) >= torch.tensor([[6], [4], [2]])
 def test_encoder(backend, options, mode):
     model, x = encoder(**options), torch.randn(3, 6, 24)
     fast = sparse(model)
-    assert isinstance(fast, SparseTransformerEncoder) and isinstance(fast.layers[0], SparseTransformerEncoderLayer)
+    assert isinstance(fast, SparseTransformerEncoder)
+    assert isinstance(fast.layers[0], SparseTransformerEncoderLayer)
     assert isinstance(fast.layers[0].self_attn, SparseMultiheadAttention)
     causal = nn.Transformer.generate_square_subsequent_mask(6)
     with mode():
@@ -214,7 +214,8 @@ def test_only_what_holds_sparse_layers_is_swapped(backend):
         for parameter in model[1].parameters():
             parameter.normal_()
     fast = sparse(model)
-    assert isinstance(fast[0], Swapped) and not any(isinstance(m, Swapped) for m in fast[1].modules())
+    assert isinstance(fast[0], Swapped)
+    assert not any(isinstance(m, Swapped) for m in fast[1].modules())
 
 
 def test_choices_go_by_tokens_of_the_query(backend):

@@ -68,7 +68,7 @@ def test_linear_refuses_what_torch_refuses(backend):
     weight = matrix(33, 17, "free", 0)
     packed = kernels.pack(weight)
     for wrong in (torch.randn(4, 16), torch.randn(0, 16), torch.randn(34)):
-        with pytest.raises(RuntimeError, match="shapes|size"):
+        with pytest.raises(RuntimeError, match=r"shapes|size"):
             kernels.linear(wrong, weight, packed, None, kernels.ALL)
 
 

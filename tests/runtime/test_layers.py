@@ -106,7 +106,7 @@ CHANGES = {
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_changed_weights_are_noticed(kind, change):
-    model, fast, x = kind
+    _model, fast, x = kind
     layer = layer_of(fast)
     layer._place = "encoder.lin"
     CHANGES[change](layer, [name for name, p in layer.named_parameters() if p.dim() > 1 and "." not in name][-1])

@@ -24,7 +24,8 @@ def test_is_the_layer_that_it_was(backend, layer, shape, mode):
     with mode():
         got = fast(x)
     assert off(got, copy.deepcopy(layer).double()(x.double())) <= 1e-5
-    assert isinstance(fast, nn.Linear) and isinstance(fast, linears.SparseLinear)
+    assert isinstance(fast, nn.Linear)
+    assert isinstance(fast, linears.SparseLinear)
     assert not got.requires_grad
 
 
@@ -63,7 +64,8 @@ class Named(nn.Linear):
 def test_a_subclass_keeps_its_methods(backend):
     layer, x = thin(Named(17, 33)), torch.randn(4, 17)
     for fast in (sparse(layer), copy.deepcopy(sparse(layer)), pickle.loads(pickle.dumps(sparse(layer)))):
-        assert isinstance(fast, Named) and isinstance(fast, linears.SparseLinear)
+        assert isinstance(fast, Named)
+        assert isinstance(fast, linears.SparseLinear)
         assert type(fast).__name__ == "SparseNamed"
         assert fast.double_width() == 34
         assert off(fast(x), layer(x)) <= 1e-5
@@ -98,7 +100,8 @@ def test_transposed_of_transformers(backend, shape):
     pytest.importorskip("transformers")
     model, x = thin(Block()), torch.randn(shape)
     fast = sparse(model)
-    assert isinstance(fast.c, linears.SparseTransposedLinear) and isinstance(fast.c, type(model.c))
+    assert isinstance(fast.c, linears.SparseTransposedLinear)
+    assert isinstance(fast.c, type(model.c))
     kept = io.BytesIO()
     torch.save(fast, kept)
     kept.seek(0)

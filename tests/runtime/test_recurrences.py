@@ -49,7 +49,8 @@ def same(got, reference):
             assert mine is theirs is None or mine.equal(theirs)
         return same(got.data, reference.data)
     if isinstance(reference, tuple):
-        assert isinstance(got, tuple) and len(got) == len(reference)
+        assert isinstance(got, tuple)
+        assert len(got) == len(reference)
         return all(same(*pair) for pair in zip(got, reference, strict=True))
     assert got.dtype is torch.float32
     assert off(got, reference) <= 1e-5
@@ -115,7 +116,7 @@ def test_a_dense_input_matrix_is_not_packed(isa):
     layer = build()
     nn.init.normal_(layer.weight_ih_l0)
     fast = sparse(layer)
-    assert [name for name in fast._buffers] == ["packed_weight_hh_l0"]
+    assert list(fast._buffers) == ["packed_weight_hh_l0"]
     check(layer, torch.randn(6, 3, 17))
 
 
@@ -147,7 +148,8 @@ def test_states_of_another_size_are_refused(isa):
 def test_an_empty_batch(isa):
     layer = build()
     out, (h, c) = sparse(layer)(torch.randn(6, 0, 17))
-    assert out.shape == (6, 0, 19) and h.shape == c.shape == (1, 0, 19)
+    assert out.shape == (6, 0, 19)
+    assert h.shape == c.shape == (1, 0, 19)
 
 
 def test_dropout_in_training_goes_dense(isa):
@@ -169,7 +171,8 @@ def test_choices_go_by_batch(isa):
 
 
 def test_classes(isa):
-    assert isinstance(sparse(build()), SparseLSTM) and isinstance(sparse(build("GRU")), SparseGRU)
+    assert isinstance(sparse(build()), SparseLSTM)
+    assert isinstance(sparse(build("GRU")), SparseGRU)
     (plan,) = acceleration._survey(thin(nn.RNN(4, 8)))
     assert plan.reason == "no sparse kernel for RNN"
 

@@ -18,6 +18,8 @@ from secateur.runtime import kernels
 from secateur.runtime import operators as operators  # registers torch.ops.secateur
 from secateur.runtime.layers import Sparse, Swapped, worth_packing
 
+__all__: list[str] = []  # reached through secateur.accelerate alone
+
 _SEPARATE = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 

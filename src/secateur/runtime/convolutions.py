@@ -13,6 +13,8 @@ from secateur.runtime import kernels
 from secateur.runtime import operators as operators  # registers torch.ops.secateur
 from secateur.runtime.layers import Sparse
 
+__all__: list[str] = []  # reached through secateur.accelerate alone
+
 
 class SparseConv2d(Sparse, nn.Conv2d):
     """An nn.Conv2d with packed weights; what it gives is contiguous."""

@@ -20,6 +20,8 @@ from torch.nn import functional as F
 from secateur.errors import StateError
 from secateur.runtime import native
 
+__all__: list[str] = []  # reached through secateur.accelerate alone
+
 LSTM, GRU = 0, 1
 """Kinds of recurrent layers, as the native library counts them."""
 

@@ -12,6 +12,8 @@ from secateur.runtime import kernels
 from secateur.runtime import operators as operators  # registers torch.ops.secateur
 from secateur.runtime.layers import Sparse
 
+__all__: list[str] = []  # reached through secateur.accelerate alone
+
 
 class SparseLinear(Sparse, nn.Linear):
     """An nn.Linear with packed weights."""

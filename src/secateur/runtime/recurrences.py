@@ -13,6 +13,8 @@ from secateur.runtime import kernels
 from secateur.runtime import operators as operators  # registers torch.ops.secateur
 from secateur.runtime.layers import Sparse, worth_packing
 
+__all__: list[str] = []  # reached through secateur.accelerate alone
+
 _States = tuple[Tensor, ...]
 
 

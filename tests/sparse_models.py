@@ -4,7 +4,7 @@ import copy
 
 import torch
 
-from secateur.runtime import acceleration, kernels
+from secateur.runtime import acceleration, kernels, tuning
 
 
 def thin(model, sparsity=0.9, seed=0):
@@ -38,3 +38,13 @@ def off(got, reference):
         return 0.0
     error = (got.double() - reference.double()).abs().max() / reference.double().abs().max().clamp_min(1e-30)
     return error.item()
+
+
+def fake_times(monkeypatch, times):
+    """Have `times(name, bucket)` for what tuning would measure."""
+
+    def measured(model, recorders, call):
+        seen = tuning.look(model, recorders, call)
+        return {(name, bucket): times(name, bucket) for name, buckets in seen.items() for bucket in buckets}
+
+    monkeypatch.setattr(tuning, "times", measured)
