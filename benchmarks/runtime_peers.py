@@ -14,6 +14,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -69,17 +70,17 @@ def openvino(case: Case, model: nn.Module, file: str) -> dict[str, Call]:
     one_core = {"INFERENCE_NUM_THREADS": 1, "NUM_STREAMS": 1, "PERFORMANCE_HINT": "LATENCY",
                 "INFERENCE_PRECISION_HINT": "f32"}  # fmt: skip
 
-    alive = []  # the engine reads the input's memory, but does not hold it
+    held: list[object] = []  # the engine reads the input's memory, but does not hold it
 
     def request(**more: float) -> Call:
         made = ov.Core().compile_model(file, "CPU", {**one_core, **more}).create_infer_request()
         x = case.example()
         made.set_input_tensor(0, ov.Tensor(x.numpy(), shared_memory=True))
-        alive.append(x)
+        held.append(x)
 
         def call() -> list[Any]:
             made.infer(share_outputs=True)
-            return [made.get_output_tensor(i).data for i in range(len(made.model_outputs))] if checking else alive
+            return [made.get_output_tensor(i).data for i in range(len(made.model_outputs))] if checking else held
 
         return call
 
@@ -136,19 +137,18 @@ class Matrix:
         if status:
             raise RuntimeError(f"MKL returned status {status}")
 
-    def times(self, x: Tensor, y: Tensor, keep: float) -> None:
-        """y = W x + keep * y."""
-        one, keep_ = ctypes.c_float(1), ctypes.c_float(keep)
-        a, b = pointer(x.data_ptr()), pointer(y.data_ptr())
+    def product(self, x: Tensor, y: Tensor, keep: float) -> Callable[[], object]:
+        """y = W x + keep * y, with all arguments made beforehand."""
+        start = (AS_IS, ctypes.c_float(1), self.handle, self.description)
+        into, end = pointer(x.data_ptr()), (ctypes.c_float(keep), pointer(y.data_ptr()))
         if self.n == 1:
-            self.lib.mkl_sparse_s_mv(AS_IS, one, self.handle, self.description, a, keep_, b)
-        else:
-            ld = (self.n, self.n) if self.layout == ROW_MAJOR else (self.columns, self.rows)
-            self.lib.mkl_sparse_s_mm(AS_IS, one, self.handle, self.description, self.layout, a, self.n, ld[0], keep_,
-                                     b, ld[1])  # fmt: skip
+            return partial(self.lib.mkl_sparse_s_mv, *start, into, *end)
+        ld = (self.n, self.n) if self.layout == ROW_MAJOR else (self.columns, self.rows)
+        return partial(self.lib.mkl_sparse_s_mm, *start, self.layout, into, self.n, ld[0], *end, ld[1])
 
 
 pointer = ctypes.c_void_p
+alive: list[object] = []  # what MKL only has pointers to
 
 
 def mkl(case: Case, model: nn.Module, file: str) -> dict[str, Call]:
@@ -161,6 +161,7 @@ def mkl(case: Case, model: nn.Module, file: str) -> dict[str, Call]:
     if kinds != {nn.Linear} and not point_wise:
         raise RuntimeError("has matrix products only")
     x, chained = case.example(), isinstance(model, nn.Sequential)
+    alive.append(x)
     n = x[0, 0].numel() if point_wise else len(x)
     if n == 1:
         ways = {"layout": ROW_MAJOR}
@@ -172,32 +173,33 @@ def mkl(case: Case, model: nn.Module, file: str) -> dict[str, Call]:
         ways["core"] = ROW_MAJOR
 
     def way(name: str, layout: int) -> Call:
-        matrices = [Matrix(lib, layer.weight.detach().flatten(1), n, layout) for layer in layers]
-        flip = name.endswith("transposing")
-        core = name == "core"
-        feature_major = layout == ROW_MAJOR and n > 1
-        shape = (lambda m: (m.rows, n)) if feature_major else (lambda m: (n, m.rows))
-        biases = [layer.bias.detach() for layer in layers]
-        wide = [b[:, None] if feature_major else b for b in biases]
-        ys = [torch.empty(shape(m)) for m in matrices]
-        start = x.reshape(-1, n) if point_wise else x.T.contiguous() if core and feature_major else x
-        turned = torch.empty(x.shape[1], len(x)) if flip else None
-        outs = [torch.empty(n, m.rows) for m in matrices] if flip else ys
+        core, flip, feature_major = name == "core", name.endswith("transposing"), layout == ROW_MAJOR and n > 1
+        turned = torch.empty(x.shape[-1], n) if flip else None
+        into = x.reshape(-1, n) if point_wise else x.T.contiguous() if core and feature_major else x
+        steps, outs, matrices = [], [], []
+        for layer in layers:
+            matrix = Matrix(lib, layer.weight.detach().flatten(1), n, layout)
+            y = torch.empty((matrix.rows, n) if feature_major else (n, matrix.rows))
+            bias = (layer.bias.detach()[:, None] if feature_major else layer.bias.detach()).expand_as(y)
+            out = torch.empty(n, matrix.rows) if flip else y
+            product = matrix.product(into if turned is None else turned, y, 0.0 if core else 1.0)
+            steps.append((into, y, bias, out, product))
+            outs.append(out)
+            matrices.append(matrix)
+            into = out if chained else into
 
         def call() -> list[Tensor]:
-            into = start
-            for m, y, bias, out in zip(matrices, ys, wide, outs, strict=True):
+            for source, y, bias, out, product in steps:
                 if turned is not None:
-                    turned.copy_(into.T)
+                    turned.copy_(source.T)
                 if not core:
-                    y.copy_(bias.expand_as(y))
-                m.times(into if turned is None else turned, y, 0.0 if core else 1.0)
+                    y.copy_(bias)
+                product()
                 if flip:
                     out.copy_(y.T)
-                if chained:
-                    into = out
             return outs[-1:] if chained else outs
 
+        alive.extend(matrices)
         return call
 
     return {name: way(name, layout) for name, layout in ways.items()}
