@@ -77,6 +77,16 @@ def test_vmap_goes_dense(backend, layer):
         assert off(torch.vmap(fast)(x), layer(x)) <= 1e-5
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype")
+def test_nested_goes_dense(backend, layer):
+    x = torch.nested.nested_tensor([torch.randn(3, 17), torch.randn(5, 17)])
+    with torch.no_grad():
+        for mine, plain in zip(sparse(layer)(x).unbind(), layer(x).unbind(), strict=True):
+            assert off(mine, plain) <= 1e-5
+        with pytest.raises(RuntimeError, match=r"dimension|1D"):
+            sparse(layer)(torch.tensor(1.0))
+
+
 @pytest.mark.filterwarnings("ignore:.torch.jit.trace:DeprecationWarning")
 def test_a_trace_is_plain(backend, layer):
     x = torch.randn(4, 17)

@@ -61,6 +61,7 @@ def test_compile_with_recurrent_layers(isa):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method:DeprecationWarning")
 def test_compile_with_inductor(isa):
     torch._dynamo.reset()
     model = thin(Mixed(recurrent=False), 0.6)

@@ -72,7 +72,8 @@ def accelerate(
     The copy is in evaluation mode and its parameters require no gradients. Its `state_dict()` is that of `model`;
     `fast.plan` holds what was chosen (unless the model has a `plan` of its own: then `sc.explain` alone does). A
     layer whose weights change afterwards raises a StateError when it is called. Under `torch.compile` and in an
-    exported program nothing looks for such changes.
+    exported program nothing looks for such changes. (`torch.compile` refuses every LSTM and GRU, these too, unless
+    `torch._dynamo.config.allow_rnn` is True; then each is one operator.)
 
     Args:
         model: left as it is.

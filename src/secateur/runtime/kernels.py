@@ -64,15 +64,15 @@ def pack(weight: Tensor, groups: int = 1) -> Tensor:
 def linear(x: Tensor, weight: Tensor, packed: Tensor, bias: Tensor | None, choices: int) -> Tensor:
     """`F.linear(x, weight, bias)`; x: float32 [..., columns] of any number of dimensions but none."""
     rows, columns = weight.shape
-    shape = x.shape
-    n = x.numel() // columns
-    if n == 0 or shape[-1] != columns or not choices >> (n - 1).bit_length() & 1:
-        return F.linear(x, weight, bias)
-    if not x.is_contiguous():
-        x = x.contiguous()
     try:
+        shape = x.shape
+        n = x.numel() // columns
+        if n == 0 or shape[-1] != columns or not choices >> (n - 1).bit_length() & 1:
+            return F.linear(x, weight, bias)
+        if not x.is_contiguous():
+            x = x.contiguous()
         source = x.data_ptr()
-    except RuntimeError:  # under vmap
+    except (RuntimeError, IndexError):  # under vmap, nested, not strided, or of no dimension
         return F.linear(x, weight, bias)
     if (lib := native.library()) is None:
         return _csr_linear(x, weight, packed, bias)
@@ -164,7 +164,7 @@ def recurrent(
     layers, directions = h.shape[0], 2 if bidirectional else 1
     per, state = len(weights) // layers, h.shape[2]
     if sizes is None:
-        sizes = torch.full((x.shape[0],), x.shape[1])
+        sizes = torch.full((x.shape[0],), x.shape[1], dtype=torch.int64, device="cpu")
     h, c = _own(h), None if c is None else _own(c)
     shape, rows = x.shape[:-1], x.reshape(-1, x.shape[-1]).contiguous()
     for first in range(0, layers, directions):

@@ -99,7 +99,7 @@ class _SparseRecurrent(Sparse, nn.RNNBase):
     def _run(self, x: Tensor, sizes: Tensor | None, states: _States) -> list[Tensor]:
         run = torch.ops.secateur.recurrent if self._compiling() else kernels.recurrent
         h, c = (*states, None)[:2]
-        weights = [getattr(self, name) for name in self._flat_weights_names]
+        weights = [self._parameters[name] for name in self._flat_weights_names]
         given: Any = (x, sizes, h, c, weights, self._packed(x), self.bidirectional, self._choices)
         return list(run(*given))[: 1 + len(states)]
 

@@ -31,7 +31,7 @@ _MARGIN = 1.05  # sparse must win by so much, twice
 _SECONDS = 1.0  # of a measurement, of which there are two for each example
 _ROUNDS = range(4, 10)  # of four passes each; at least, at most
 _CACHE_BYTES = 48 << 20  # streamed through the cache before each pass
-_GAIN_SECONDS = 0.4  # of each of the two models that are compared in the end
+_GAIN_SECONDS = 0.2  # of each of the two models that are compared in the end
 _CACHE: dict[tuple[Any, ...], Timing] = {}
 Seen = dict[str, set[int]]
 """Row classes that an example led to each layer, by the name of the layer."""
@@ -86,7 +86,7 @@ def times(model: nn.Module, recorders: Sequence[Recorder], call: Call) -> dict[t
     for mode in ("dense", "sparse"):  # the first pass of each is not counted
         _run(model, recorders, call, mode)
     _forget(recorders)
-    stream = torch.zeros(_CACHE_BYTES // 4)
+    stream = torch.zeros(_CACHE_BYTES // 4, device="cpu")
     start = time.perf_counter()
     for i in range(_ROUNDS.stop):
         if i >= _ROUNDS.start and time.perf_counter() - start > _SECONDS:
