@@ -47,6 +47,7 @@ from torch import Tensor, nn
 import runtime_cases as cases
 import secateur as sc
 from runtime_cases import Case, Encoder, Side, flat, in_turn, ratios, relative_error, yardstick
+from secateur.runtime import native
 from secateur.tables import Table
 
 HERE = Path(__file__).parent
@@ -507,6 +508,8 @@ def main() -> None:
     parser.parse_args(namespace=arguments)
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
+    if native.isa() is None:
+        leave_out("secateur's kernels", "not built: secateur's figures are those of torch")
     found: dict[str, Any] = {}
     everything = [*SECTIONS, "peers"]
     install = bool({"peers", "all"} & set(arguments.which))
@@ -540,8 +543,6 @@ def main() -> None:
 
 
 def machine() -> str:
-    from secateur.runtime import native
-
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "unknown CPU")
     return (f"{cpu}, {os.cpu_count()} cores, Python {sys.version.split()[0]}, torch {torch.__version__} "
