@@ -256,7 +256,7 @@ def threads() -> list[Row]:
     if (os.cpu_count() or 1) < 2:
         leave_out("threads", "one core")
         return rows
-    for case in cases.thread_cases():
+    for case in (case for case in cases.thread_cases() if arguments.only in case.point):
         x, model, sides = case.example(), pruned(case), {}
         for count in (1, 2):
             torch.set_num_threads(count)
