@@ -248,27 +248,27 @@ INLINE u32 chunk_rows(const Header& head, u32 chunk) {
     return left < head.chunk ? left : head.chunk;
 }
 
-// sums[rows][width] = bias
-void bias_sums(const float* bias, i64 rows, int width, float* sums) {
-    if (width % LANES == 0) {
-        for (i64 r = 0; r < rows; r++) {
-            const vec b = splat(bias[r]);
-            for (int i = 0; i < width; i += LANES) store(sums + r * width + i, b);
-        }
-    } else {
-        for (i64 r = 0; r < rows; r++)
-            for (int i = 0; i < width; i++) sums[r * width + i] = bias[r];
-    }
+// sums[chunk rows][width] = bias
+template <int kWidth>
+void bias_sums(const float* bias, i64 rows, float* sums) {
+    using V = typename Of<least(kWidth, LANES)>::type;
+    for (i64 r = 0; r < rows; r++)
+        UNROLL for (int i = 0; i < kWidth; i += least(kWidth, LANES)) store(sums + r * kWidth + i, V{} + bias[r]);
+}
+
+template <int kWidth>
+void panel_of(Blob blob, const float* inputs, const float* bias, u32 chunk, float* sums) {
+    if (bias) bias_sums<kWidth>(bias + i64(chunk) * blob.head->chunk, chunk_rows(*blob.head, chunk), sums);
+    product_of_width<kWidth>(blob, inputs, chunk, sums);
 }
 
 void panel(Blob blob, const float* inputs, int width, const float* bias, u32 chunk, float* sums) {
-    if (bias) bias_sums(bias + i64(chunk) * blob.head->chunk, chunk_rows(*blob.head, chunk), width, sums);
     switch (width) {
-        case 32: return product_of_width<32>(blob, inputs, chunk, sums);
-        case 16: return product_of_width<16>(blob, inputs, chunk, sums);
-        case 8: return product_of_width<8>(blob, inputs, chunk, sums);
-        case 4: return product_of_width<4>(blob, inputs, chunk, sums);
-        default: return product_of_width<1>(blob, inputs, chunk, sums);
+        case 32: return panel_of<32>(blob, inputs, bias, chunk, sums);
+        case 16: return panel_of<16>(blob, inputs, bias, chunk, sums);
+        case 8: return panel_of<8>(blob, inputs, bias, chunk, sums);
+        case 4: return panel_of<4>(blob, inputs, bias, chunk, sums);
+        default: return panel_of<1>(blob, inputs, bias, chunk, sums);
     }
 }
 

@@ -50,15 +50,17 @@ SECATEUR_API int32_t secateur_conv2d(const void* blob, const float* x, const int
 /* One layer and direction of an LSTM (kind 0; gates i f g o) or GRU (kind 1; gates r z n) over `steps` steps.
  * Rows of all steps lie one after the other (time-major); step t has sizes[t] rows, its first sequences (as in a
  * packed sequence; all equal to batch otherwise).
+ *   input      blob of weight_ih; x [rows of all steps][input] is what it sees, input_bias is added (LSTM: b_ih + b_hh;
+ *              GRU: b_ih; or NULL). Or NULL: then gates holds all this,
+ *   gates      [rows of all steps][gates * hidden], overwritten; else NULL
  *   recurrent  blob of weight_hh, [gates * hidden][state]; state = hidden, or proj if projection != NULL
  *   projection blob of weight_hr [proj][hidden], or NULL
- *   gates      [rows of all steps][gates * hidden]: the input's part with its biases (LSTM: b_ih + b_hh; GRU: b_ih);
- *              overwritten
  *   bias       GRU: b_hh [3 * hidden], or NULL
  *   h          [batch][state], c [batch][hidden] (LSTM, else NULL): initial state in, final state out
  *   out        h of every step, rows out_stride floats apart
  *   reverse    != 0: from the last step to the first */
-SECATEUR_API int32_t secateur_recurrent(int32_t kind, const void* recurrent, const void* projection, float* gates,
+SECATEUR_API int32_t secateur_recurrent(int32_t kind, const void* input, const float* x, const float* input_bias,
+                                        float* gates, const void* recurrent, const void* projection,
                                         const int64_t* sizes, int64_t steps, int64_t batch, const float* bias, float* h,
                                         float* c, float* out, int64_t out_stride, int32_t reverse, int32_t threads);
 

@@ -174,12 +174,15 @@ def recurrent(
             ih, hh, *hr = packed[i * len(packed) // layers : (i + 1) * len(packed) // layers]
             biases = rest[:2] if per >= 4 else [None, None]
             bias = biases[0] if c is None or biases[0] is None else biases[0] + biases[1]
-            gates = linear(rows, w_ih, ih, bias, ALL) if ih.numel() else F.linear(rows, w_ih, bias)
+            gates = None if ih.numel() else F.linear(rows, w_ih, bias)
             failed = lib.secateur_recurrent(
                 GRU if c is None else LSTM,
+                ih.data_ptr() if gates is None else None,
+                rows.data_ptr() if gates is None else None,
+                bias.data_ptr() if gates is None and bias is not None else None,
+                None if gates is None else gates.data_ptr(),
                 hh.data_ptr(),
                 hr[0].data_ptr() if hr else None,
-                gates.data_ptr(),
                 sizes.data_ptr(),
                 len(sizes),
                 h.shape[1],
