@@ -181,6 +181,76 @@ bool linear(Blob blob, const float* x, i64 n, const float* bias, float* y, bool 
     return by_tiles(tiles, std::size_t(columns + kTile) * kWidth, head.chunks, threads, arrange, compute);
 }
 
+// All chunks of to[rows][width] = start + W panel, or to += W panel without start.
+void multiply(Blob blob, const float* panel, int width, const float* start, float* to) {
+    for (u32 i = 0; i < blob.head->chunks; i++)
+        kernels->panel(blob, panel, width, start, i, to + i64(i) * blob.head->chunk * width);
+}
+
+// ---- layers one after the other
+
+struct Chain {
+    int layers;
+    const void* const* blobs;
+    const float* const* biases;
+    const int32_t* relu;
+
+    Blob blob(int i) const { return {static_cast<const Header*>(blobs[i])}; }
+    i64 columns() const { return blob(0).head->columns; }
+    i64 rows() const { return blob(layers - 1).head->rows; }
+    i64 widest() const {
+        i64 most = columns();
+        for (int i = 0; i < layers; i++) most = blob(i).head->rows > most ? blob(i).head->rows : most;
+        return most;
+    }
+
+    // layer after layer, activations [n][features]
+    bool by_rows(const float* x, i64 n, float* y, int threads) const {
+        const i64 most = widest() * n;
+        float* between = gathered.get(2 * most);
+        if (!between) return false;
+        for (int i = 0; i < layers; i++) {
+            float* to = i + 1 == layers ? y : between + (i % 2) * most;
+            if (!linear(blob(i), x, n, biases[i], to, false, threads)) return false;
+            if (relu[i]) kernels->relu(to, n * blob(i).head->rows);
+            x = to;
+        }
+        return true;
+    }
+
+    // a tile through all layers, activations [features][width]
+    bool by_panels(const float* x, const Tile& t, float* y) const {
+        const i64 most = widest() * t.width;
+        float* between = gathered.get(2 * most);
+        const float* none = zeros.get(widest());
+        if (!between || !none) return false;
+        float *in = between, *to = between + most;
+        kernels->panel_pack(x + t.first * columns(), columns(), t.n, t.width, columns(), in);
+        for (int i = 0; i < layers; i++) {
+            multiply(blob(i), in, t.width, biases[i] ? biases[i] : none, to);
+            if (relu[i]) kernels->relu(to, blob(i).head->rows * t.width);
+            float* swap = in;
+            in = to, to = swap;
+        }
+        kernels->panel_unpack(in, t.n, t.width, rows(), y + t.first * rows(), rows());
+        return true;
+    }
+
+    bool run(const float* x, i64 n, float* y, int threads) const {
+        const bool jagged = kernels->jagged && blob(0).head->groups;
+        const i64 tiles = Tile::count(n, jagged);
+        if (tiles < threads) return by_rows(x, n, y, threads);
+        std::atomic<bool> enough{true};
+        share(tiles, threads, [&](i64 i) {
+            const Tile t(i, n, jagged);
+            if (!(t.width >= 8 ? by_panels(x, t, y)
+                               : by_rows(x + t.first * columns(), t.n, y + t.first * rows(), 1)))
+                enough = false;
+        });
+        return enough;
+    }
+};
+
 // ---- convolution
 
 struct Geometry {
@@ -426,11 +496,6 @@ struct Recurrent {
         return true;
     }
 
-    static void multiply(Blob blob, const float* panel, int width, const float* start, float* to) {
-        for (u32 i = 0; i < blob.head->chunks; i++)
-            kernels->panel(blob, panel, width, start, i, to + i64(i) * blob.head->chunk * width);
-    }
-
     static void keep(const float* from, float* to, i64 size, int width, i64 live) {
         for (i64 i = 0; i < size; i += width) std::memcpy(to + i, from + i, live * sizeof(float));
     }
@@ -467,6 +532,15 @@ int32_t secateur_linear(const void* blob, const float* x, int64_t n, const float
                         int32_t threads) {
     if (!valid(blob) || n < 0) return -1;
     return linear({static_cast<const Header*>(blob)}, x, n, bias, y, accumulate, threads) ? 0 : -2;
+}
+
+int32_t secateur_chain(int32_t layers, const void* const* blobs, const float* const* biases, const int32_t* relu,
+                       const float* x, int64_t n, float* y, int32_t threads) {
+    if (layers < 1 || n < 0) return -1;
+    const Chain chain{layers, blobs, biases, relu};
+    for (int i = 0; i < layers; i++)
+        if (!valid(blobs[i]) || (i && chain.blob(i).head->columns != chain.blob(i - 1).head->rows)) return -1;
+    return n == 0 || chain.run(x, n, y, threads) ? 0 : -2;
 }
 
 int32_t secateur_conv2d(const void* blob, const float* x, const int64_t shape[12], const float* bias, float* y,

@@ -300,6 +300,15 @@ void gather(const float* planes, const i64* offset, i64 columns, int width, floa
     }
 }
 
+void relu(float* x, i64 count) {
+    i64 i = 0;
+    for (; i + LANES <= count; i += LANES) {
+        const vec v = load<vec>(x + i);
+        store(x + i, v < 0.f ? vec{} : v);
+    }
+    for (; i < count; i++) x[i] = x[i] < 0 ? 0 : x[i];
+}
+
 // ---- the jagged layout: one to four inputs
 
 void small_pack(const float* x, int n, i64 columns, float* tiles) {
@@ -453,6 +462,6 @@ void gru(const float* x, const float* s, i64 units_, float* h) {
 
 }  // namespace
 
-const Kernels TABLE = {NAME, kAvx512Here, small_pack, small, panel_pack, panel, panel_unpack, gather, lstm, gru};
+const Kernels TABLE = {NAME, kAvx512Here, small_pack, small, panel_pack, panel, panel_unpack, gather, relu, lstm, gru};
 
 }  // namespace secateur

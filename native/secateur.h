@@ -41,6 +41,11 @@ SECATEUR_API int64_t secateur_pack(const float* weight, int64_t rows, int64_t co
 SECATEUR_API int32_t secateur_linear(const void* blob, const float* x, int64_t n, const float* bias, float* y,
                                      int32_t accumulate, int32_t threads);
 
+/* y[n][rows of the last blob]: x[n][columns of the first] through `layers` products, each with its bias (an entry may be
+ * NULL), and where relu[i] != 0 with max(0, .) after it. Between layers activations keep the kernels' layout. */
+SECATEUR_API int32_t secateur_chain(int32_t layers, const void* const* blobs, const float* const* biases,
+                                    const int32_t* relu, const float* x, int64_t n, float* y, int32_t threads);
+
 /* y[batch][out][oh][ow] = conv(x[batch][channels][height][width]); columns of the blob = channels * kh * kw.
  * shape: batch, channels, height, width, kh, kw, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w.
  * Grouped convolutions are packed with groups. Padding is with zeros. */
