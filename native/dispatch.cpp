@@ -74,7 +74,7 @@ struct Scratch {
     ~Scratch() { std::free(memory); }
     // at least so many floats, on a cache line; zeros when fresh; nullptr if there is no memory
     float* get(std::size_t floats) {
-        if (floats > size) {
+        if (floats > size || !memory) {
             std::free(memory);
             memory = std::calloc(floats + 16, sizeof(float));
             size = memory ? floats : 0;
@@ -351,9 +351,9 @@ bool conv2d(Blob blob, const float* x, const Geometry& g, const float* bias, flo
                     const i64 py = p / planes.pitch, px = p % planes.pitch, left = t.first + t.n - p;
                     const i64 line = planes.pitch == ow ? left : ow - px;  // rows without a gap are one
                     const i64 take = line < left ? line : left;            // negative beyond the last output
-                    for (i64 r = first; r < last && take > 0; r++)
-                        std::memcpy(y + ((b * rows + r) * oh + py) * ow + px, out + (r - first) * t.width + p - t.first,
-                                    take * sizeof(float));
+                    if (take > 0)
+                        k.put(out + p - t.first, t.width, last - first, take,
+                              y + ((b * rows + first) * oh + py) * ow + px, oh * ow);
                     p += planes.pitch == ow ? left : planes.pitch - px;
                 }
             }

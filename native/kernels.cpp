@@ -300,6 +300,27 @@ void gather(const float* planes, const i64* offset, i64 columns, int width, floa
     }
 }
 
+// At least N floats as vectors of N, the last of which may overlap the one before.
+template <int N>
+INLINE void copy(const float* from, i64 n, float* to) {
+    using V = typename Of<N>::type;
+    i64 i = 0;
+    for (; i + N <= n; i += N) store(to + i, load<V>(from + i));
+    if (i < n) store(to + n - N, load<V>(from + n - N));
+}
+
+void put(const float* sums, int width, i64 rows, i64 n, float* y, i64 stride) {
+    for (i64 r = 0; r < rows; r++, sums += width, y += stride)
+        if (n >= LANES)
+            copy<LANES>(sums, n, y);
+        else if (n >= 8)
+            copy<least(LANES, 8)>(sums, n, y);
+        else if (n >= 4)
+            copy<4>(sums, n, y);
+        else
+            for (i64 i = 0; i < n; i++) y[i] = sums[i];
+}
+
 void relu(float* x, i64 count) {
     i64 i = 0;
     for (; i + LANES <= count; i += LANES) {
@@ -462,6 +483,6 @@ void gru(const float* x, const float* s, i64 units_, float* h) {
 
 }  // namespace
 
-const Kernels TABLE = {NAME, kAvx512Here, small_pack, small, panel_pack, panel, panel_unpack, gather, relu, lstm, gru};
+const Kernels TABLE = {NAME, kAvx512Here, small_pack, small, panel_pack, panel, panel_unpack, gather, put, relu, lstm, gru};
 
 }  // namespace secateur

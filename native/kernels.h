@@ -27,6 +27,9 @@ struct Kernels {
     // panel[columns][width], row j from planes + offset[j].
     void (*gather)(const float* planes, const i64* offset, i64 columns, int width, float* panel);
 
+    // y[rows][n], rows of y `stride` apart = the first n of each row of sums[rows][width].
+    void (*put)(const float* sums, int width, i64 rows, i64 n, float* y, i64 stride);
+
     // x = max(x, 0), a NaN stays one.
     void (*relu)(float* x, i64 count);
 

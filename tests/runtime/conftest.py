@@ -60,3 +60,8 @@ def _fresh(monkeypatch):
     """No test knows what another one measured, or was warned of."""
     monkeypatch.setattr(tuning, "_CACHE", {})
     monkeypatch.setattr(layers, "_warned", set())
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)

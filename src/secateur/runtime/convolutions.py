@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -77,35 +78,41 @@ def _image(signal: Tensor) -> Tensor:
     return (signal if signal.dim() == 3 else signal[None]).unsqueeze(2)
 
 
-def _two(values: Any, fill: int) -> list[int]:
-    return [fill, *values] if len(values) == 1 else list(values)
+def _spread(
+    kernel_size: tuple[int, ...], stride: tuple[int, ...], padding: str | tuple[int, ...], dilation: tuple[int, ...]
+) -> tuple[tuple[int, ...], ...]:
+    """Stride, padding at both ends, what the far end gets more, and dilation, each for height and width."""
+    more = (0,) * len(kernel_size)
+    if padding == "valid":
+        padding = more
+    elif isinstance(padding, str):
+        total = [spread * (size - 1) for spread, size in zip(dilation, kernel_size, strict=True)]
+        padding, more = tuple(t // 2 for t in total), tuple(t % 2 for t in total)
+    return _two(stride, 1), _two(padding, 0), _two(more, 0), _two(dilation, 1)
 
 
-def _padding(layer: Any) -> tuple[list[int], list[int]]:
-    """Padding of both ends of height and width, and how much more the far end of each gets."""
-    if not isinstance(layer.padding, str):
-        return _two(layer.padding, 0), [0, 0]
-    if layer.padding == "valid":
-        return [0, 0], [0, 0]
-    total = [spread * (size - 1) for spread, size in zip(layer.dilation, layer.kernel_size, strict=True)]
-    return _two([t // 2 for t in total], 0), _two([t % 2 for t in total], 0)
+def _two(values: tuple[int, ...], fill: int) -> tuple[int, ...]:
+    return (fill, *values) if len(values) == 1 else values
+
+
+_remembered = functools.cache(_spread)
 
 
 def _pixels(image: Tensor, layer: Any) -> int:
-    padding, more = _padding(layer)
-    size = [image.shape[2] + more[0], image.shape[3] + more[1]]
-    kernel, stride, dilation = _two(layer.kernel_size, 1), _two(layer.stride, 1), _two(layer.dilation, 1)
-    height, width = kernels.conv_size(size, kernel, stride, padding, dilation)
+    stride, padding, more, dilation = _spread(layer.kernel_size, layer.stride, layer.padding, layer.dilation)
+    size = (image.shape[2] + more[0], image.shape[3] + more[1])
+    height, width = kernels.conv_size(size, _two(layer.kernel_size, 1), stride, padding, dilation)
     return image.shape[0] * height * width
 
 
 def _convolve(layer: Any, image: Tensor) -> Tensor:
-    padding, more = _padding(layer)
+    compiling = torch.compiler.is_compiling()
+    spread = _spread if compiling else _remembered
+    stride, padding, more, dilation = spread(layer.kernel_size, layer.stride, layer.padding, layer.dilation)
     if any(more):
         image = F.pad(image, (0, more[1], 0, more[0]))
     weight = layer.weight if layer.weight.dim() == 4 else layer.weight.unsqueeze(2)
-    stride, dilation = _two(layer.stride, 1), _two(layer.dilation, 1)
-    run = torch.ops.secateur.conv2d if torch.compiler.is_compiling() else kernels.conv2d
+    run = torch.ops.secateur.conv2d if compiling else kernels.conv2d
     found: Tensor = run(
         image, weight, layer.packed_weight, layer.bias, stride, padding, dilation, layer.groups, layer._choices
     )

@@ -79,8 +79,9 @@ def linear(x: Tensor, weight: Tensor, packed: Tensor, bias: Tensor | None, choic
     # not given as a tuple, which would take half a microsecond more
     out = x.new_empty(n, rows) if len(shape) == 2 else x.new_empty(*shape[:-1], rows)
     offset = None if bias is None else bias.data_ptr()
-    if lib.secateur_linear(packed.data_ptr(), source, n, offset, out.data_ptr(), 0, torch.get_num_threads()):
-        raise _unreadable()
+    failed = lib.secateur_linear(packed.data_ptr(), source, n, offset, out.data_ptr(), 0, torch.get_num_threads())
+    if failed:
+        raise _failure(failed)
     return out
 
 
@@ -96,10 +97,10 @@ def conv2d(
     choices: int,
 ) -> Tensor:
     """`F.conv2d(x, weight, bias, ...)`; x: float32 [batch, channels, height, width]; gives it contiguous."""
-    lib = native.library()
-    out_h, out_w = conv_size(x.shape[-2:], weight.shape[-2:], stride, padding, dilation)
-    pixels = x.shape[0] * out_h * out_w
-    fits = pixels > 0 and out_h > 0 and x.shape[1] == weight.shape[1] * groups
+    lib, sizes = native.library(), x.shape
+    geometry, (out_h, out_w) = _geometry(tuple(sizes), tuple(weight.shape), stride, padding, dilation)
+    pixels = sizes[0] * out_h * out_w
+    fits = pixels > 0 and out_h > 0 and sizes[1] == weight.shape[1] * groups
     if lib is None or not fits or not choices >> bucket(pixels) & 1:
         return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
     x = x.contiguous()
@@ -107,13 +108,26 @@ def conv2d(
         source = x.data_ptr()
     except RuntimeError:  # under vmap
         return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
-    out = x.new_empty((x.shape[0], weight.shape[0], out_h, out_w))
-    sizes = _twelve(*x.shape, *weight.shape[-2:], *stride, *padding, *dilation)
+    out = x.new_empty(sizes[0], weight.shape[0], out_h, out_w)
     offset = None if bias is None else bias.data_ptr()
     threads = torch.get_num_threads()
-    if lib.secateur_conv2d(packed.data_ptr(), source, sizes, offset, out.data_ptr(), threads):
-        raise _unreadable()
+    failed = lib.secateur_conv2d(packed.data_ptr(), source, geometry, offset, out.data_ptr(), threads)
+    if failed:
+        raise _failure(failed)
     return out
+
+
+@functools.lru_cache(1024)
+def _geometry(
+    image: tuple[int, ...],
+    weight: tuple[int, ...],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> tuple[Any, list[int]]:
+    """What the native library wants to know of a convolution, and the height and width it gives."""
+    found = _twelve(*image, *weight[-2:], *stride, *padding, *dilation)
+    return found, conv_size(image[-2:], weight[-2:], stride, padding, dilation)
 
 
 def conv_size(
@@ -195,7 +209,7 @@ def recurrent(
                 torch.get_num_threads(),
             )
             if failed:
-                raise _unreadable()
+                raise _failure(failed)
         rows = out
     return rows.view(*shape, -1), h, h.new_empty(0) if c is None else c
 
@@ -237,7 +251,10 @@ def _csr_linear(x: Tensor, weight: Tensor, packed: Tensor, bias: Tensor | None) 
     return out.contiguous().view(*x.shape[:-1], rows)
 
 
-def _unreadable() -> StateError:
+def _failure(code: int) -> Exception:
+    """What a native function's negative answer means."""
+    if code == -2:
+        return MemoryError("no memory for the scratch of a sparse kernel: use a smaller batch")
     return StateError(
         "the packed weights are of another version of secateur's native library. "
         "Make them anew: fast = sc.accelerate(sc.dense(fast), example_inputs)"

@@ -66,7 +66,8 @@ def _linear(x: Tensor, *rest: Any) -> Tensor:
 
 def _conv2d(x: Tensor, *rest: Any) -> Tensor:
     _require_float(x)
-    return kernels.conv2d(x, *rest).contiguous()  # the dense one may give channels_last, the fake one does not
+    given: Any = (tuple(one) if isinstance(one, list) else one for one in rest)
+    return kernels.conv2d(x, *given).contiguous()  # the dense one may give channels_last, the fake one does not
 
 
 def _recurrent(x: Tensor, sizes: Tensor | None, h: Tensor, c: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
