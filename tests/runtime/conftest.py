@@ -1,6 +1,7 @@
 """Every instruction set that this machine has, and none: what the tests of the sparse kernels run on."""
 
 import pytest
+import torch
 
 from secateur.runtime import layers, native, tuning
 from secateur.runtime.plans import Gain
