@@ -151,6 +151,54 @@ def test_the_packed_file_is_smaller_and_the_same(shared):
     assert all(torch.equal(back[name], weights[name]) for name in weights)
 
 
+def test_the_fast_model_answers_as_the_pruned_one_does(shared, data):
+    result, out, _, _ = shared
+    fast = result["fast"]
+    assert fast["other_answers"] == 0
+    assert fast["relative_error"] < 1e-5
+    assert fast["accuracy"] == result["gradual"]["accuracy"]
+    assert {layer["name"] for layer in fast["plan"]["layers"]} == {"lstm", "head"}
+    model = digits.LSTMClassifier()
+    sc.load(out / "pruned.safetensors", into=model)
+    again = sc.accelerate(model, data.test_images[:1], threads=1, plan=fast["plan"])
+    with torch.inference_mode():
+        assert torch.allclose(again(data.test_images), model(data.test_images), atol=1e-4)
+
+
+def test_the_fast_model_is_measured_for_one_image_and_for_all(shared):
+    result, _, screen, _ = shared
+    flat = " ".join(screen.replace("│", " ").split())
+    comparisons = result["fast"]["comparisons"]
+    assert list(comparisons) == ["1", "450"]
+    for one in comparisons.values():
+        assert list(one["measurements"]) == ["dense", "pruned", "fast"]
+        assert all(measured["threads"] == 1 for measured in one["measurements"].values())
+    assert " ".join(pictures._speed(result["fast"]).split()) in flat
+
+
+@pytest.mark.parametrize(
+    ("verdict", "words"),
+    [
+        ("2.00x faster", "one image 2.00x faster, 450 images 2.00x faster"),
+        ("no difference", "one image no faster on this machine, 450 images no faster on this machine"),
+        ("1.30x slower", "one image 1.30x slower, 450 images 1.30x slower"),
+    ],
+)
+def test_the_words_on_speed_are_those_of_the_measurement(shared, verdict, words):
+    result = json.loads(json.dumps(shared[0]))
+    for one in result["fast"]["comparisons"].values():
+        one["verdict"]["fast"] = verdict
+    assert words in pictures._speed(result["fast"])
+    assert pictures.story(result)[-1][3].count(verdict.replace("no difference", "no faster on this machine")) == 2
+
+
+def test_a_layer_that_stays_dense_is_named(shared, data):
+    plan = sc.explain(story.speed_up(digits.LSTMClassifier(), data)).to_dict()
+    words = pictures._race({**shared[0]["fast"], "plan": plan})
+    assert "; left dense: lstm (" in words  # too dense, or there are no native kernels
+    assert words.endswith("), head (too dense: 0.00 % zeros)")
+
+
 def test_the_history_has_a_point_for_each_epoch(shared):
     history = shared[0]["history"]
     assert [point["step"] for point in history["dense"]] == [43, 86]
@@ -172,10 +220,12 @@ def test_the_table_tells_the_measured_numbers(shared):
 def test_the_table_hides_no_failure(shared):
     result = {**shared[0], "same_model": False}
     result |= {key: {**result[key], "same_bits": False} for key in ("fresh_process", "packed")}
+    result["fast"] = {**result["fast"], "other_answers": 3}
     meanings = " ".join(row[3] for row in pictures.story(result))
     assert "OTHER module" in meanings
     assert "OTHER predictions" in meanings
     assert "OTHER bits" in meanings
+    assert "3 OTHER answers" in meanings
 
 
 def test_the_caller_keeps_random_numbers_and_threads(shared):

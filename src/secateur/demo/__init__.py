@@ -3,7 +3,7 @@
 Read it in this order, as a tutorial:
 
 - `digits.py`: the data, a plain model and a plain training loop. Nothing there knows of pruning.
-- `story.py`: the six steps of the story.
+- `story.py`: the eight steps of the story.
 - `elsewhere.py`: a script that loads the pruned model where there is no secateur.
 - `pictures.py`: how the result is shown.
 """

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from secateur.measurement import _duration
 from secateur.tables import number, percent, size
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ def tell(result: dict[str, Any], out: Path, console: Console) -> None:
         f"zeros: of {number(result['weights'])} weights; accuracy: on {data['test']} images, none of them among the "
         f"{number(data['train'])} for training; seed {settings['seed']}",
         result["comparison"]["summary"],
+        _speed(result["fast"]),
         "",
         f"{result['seconds']:.0f} seconds. In {out}: run.json (every number), dense.safetensors and pruned.safetensors "
         "(plain weights), pruned.packed.safetensors, masks.safetensors, elsewhere.py (loads the weights without "
@@ -109,7 +111,38 @@ def story(result: dict[str, Any]) -> list[tuple[str, str, str, str]]:
             f"file {size(packed['bytes'])}, {packed['over_plain']:.3f} of the plain one; "
             f"{'every bit comes back' if packed['same_bits'] else 'OTHER bits come back'}",
         ),
+        row("8. run it faster", {**gradual, **result["fast"]}, _race(result["fast"])),
     ]
+
+
+def _race(fast: dict[str, Any]) -> str:
+    """What step 8 measured: times, answers, and which layers stayed dense."""
+    parts = []
+    for count, one in fast["comparisons"].items():
+        times = ", ".join(f"{_duration(m['seconds'])} {name}" for name, m in one["measurements"].items())
+        parts.append(f"{_images(count)}: {times}: {_verdict(one)}")
+    other = fast["other_answers"]
+    answers = f"{other} OTHER answers" if other else "the same answers"
+    parts.append(f"{answers} as pruned, outputs equal to within {fast['relative_error']:.0e}")
+    dense = [f"{layer['name']} ({layer['reason']})" for layer in fast["plan"]["layers"] if layer["reason"]]
+    return "; ".join([*parts, *([f"left dense: {', '.join(dense)}"] if dense else [])])
+
+
+def _speed(fast: dict[str, Any]) -> str:
+    """The line on the speed below the table."""
+    plan = fast["plan"]
+    gains = ", ".join(f"{_images(count)} {_verdict(one)}" for count, one in fast["comparisons"].items())
+    kernels = f"{plan['isa']} kernels" if plan["isa"] else "no native kernels"
+    return f"fast, beside dense: {gains} ({kernels}, threads: {plan['threads']})"
+
+
+def _images(count: str) -> str:
+    return "one image" if count == "1" else f"{count} images"
+
+
+def _verdict(comparison: dict[str, Any]) -> str:
+    verdict: str = comparison["verdict"]["fast"]
+    return {"no difference": "no faster on this machine"}.get(verdict, verdict)
 
 
 # The plots --------------------------------------------------------------------------------------------------
