@@ -1,5 +1,7 @@
 // How a sparse matrix lies in memory. Two layouts of the same weights in one piece of position-independent bytes:
 //
+// Values are float32, or float16 where that was asked for.
+//
 // panel (any n >= 1, every instruction set): the columns are cut into blocks whose part of the input stays in the cache,
 //   the rows into chunks, the units of work of threads. In a block, rows with equally many non-zeros are neighbours and
 //   form a run, so that the inner loop's trip count, and with it the branch predictor, changes rarely.
@@ -60,7 +62,7 @@ struct Header {
     u32 block, blocks;  // columns of a block, blocks
     u32 chunk, chunks;  // rows of a chunk, chunks
     u32 groups;         // of the jagged layout; 0: it is absent
-    u32 reserved;
+    u32 half;           // 1: values are float16, else float32
     u64 nonzeros;
     // offsets of the arrays from the start of the blob, each a multiple of 64
     u64 chunk_table, run_counts, runs, row_order, index, value;

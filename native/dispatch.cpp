@@ -524,8 +524,8 @@ int32_t secateur_set_isa(const char* name) {
 
 void secateur_set_parallel(void* gomp_parallel) { parallel = reinterpret_cast<Parallel>(gomp_parallel); }
 
-int64_t secateur_pack(const float* weight, int64_t rows, int64_t columns, int64_t groups, void* blob) {
-    return pack(weight, rows, columns, groups, kernels->jagged, blob);
+int64_t secateur_pack(const float* weight, int64_t rows, int64_t columns, int64_t groups, int32_t half, void* blob) {
+    return pack(weight, rows, columns, groups, kernels->jagged, half != 0, blob);
 }
 
 int32_t secateur_linear(const void* blob, const float* x, int64_t n, const float* bias, float* y, int32_t accumulate,

@@ -35,7 +35,7 @@ constexpr bool kAvx512Here = LANES == 16;
 #undef avx2
 #undef neon
 #undef portable
-#if LANES == 16
+#if LANES >= 8
 #include <immintrin.h>
 #endif
 
@@ -157,6 +157,42 @@ void panel_pack(const float* x, i64 stride, int n, int width, i64 columns, float
     transposed(x, stride, n, width, columns, panel, width);
 }
 
+// ---- packed values, float32 or float16
+
+template <class V> INLINE V values(const float* p) { return load<V>(p); }
+
+
+typedef u16 h4 __attribute__((vector_size(8), aligned(2), may_alias));
+
+// float16 to float32 by integers: the exponents differ by 112
+template <class V, class H, class I>
+INLINE V widened(H h) {
+    const I bits = __builtin_convertvector(h, I);
+    const I shifted = (bits & 0x7fff) << 13;
+    const V magnitude = reinterpret_cast<V>(shifted) * 5.192296858534828e+33f;  // 2^112, right for subnormals too
+    const I inf = (bits & 0x7c00) == 0x7c00 ? shifted | 0x7f800000 : reinterpret_cast<I>(magnitude);
+    return reinterpret_cast<V>(inf | (bits & 0x8000) << 16);
+}
+template <class V> INLINE V values(const u16* p) {
+    constexpr int lanes = sizeof(V) / 4;
+#if LANES >= 8
+    if constexpr (lanes == 16)
+        return V(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+    else if constexpr (lanes == 8)
+        return V(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+    else if constexpr (lanes == 4)
+        return V(_mm_cvtph_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+    else
+        return _cvtsh_ss(*p);
+#else
+    typedef int i4 __attribute__((vector_size(16)));
+    if constexpr (lanes == 4)
+        return widened<V, h4, i4>(*reinterpret_cast<const h4*>(p));
+    else
+        return widened<Of<4>::type, h4, i4>(h4{*p})[0];
+#endif
+}
+
 // ---- products
 
 constexpr int kAhead = 512;  // non-zeros ahead that are fetched, as rows are too short for the CPU to foresee
@@ -169,8 +205,8 @@ template <int u> INLINE Of<8>::type lane(Of<8>::type w) { return __builtin_shuff
 template <int u> INLINE Of<4>::type lane(Of<4>::type w) { return __builtin_shufflevector(w, w, u, u, u, u); }
 
 // Non-zeros u, u + 1, ... G - 1 of a group: s[u % A] += their weight times their input.
-template <int u, int G, bool kInRegister, class V, int C, int A>
-INLINE void group(V w, const float* value, const u16* index, const float* in, V (&s)[A][C]) {
+template <int u, int G, bool kInRegister, class V, class T, int C, int A>
+INLINE void group(V w, const T* value, const u16* index, const float* in, V (&s)[A][C]) {
     constexpr int lanes = sizeof(V) / 4;
     if constexpr (u < G) {
         const float* x = in + u64(index[u]) * (lanes * C);
@@ -178,7 +214,7 @@ INLINE void group(V w, const float* value, const u16* index, const float* in, V 
         if constexpr (kInRegister)
             weight = lane<u>(w);
         else
-            weight = V{} + value[u];
+            weight = V{} + values<float>(value + u);
         UNROLL for (int c = 0; c < C; c++) s[u % A][c] += weight * load<V>(x + c * lanes);
         group<u + 1, G, kInRegister>(w, value, index, in, s);
     }
@@ -187,17 +223,17 @@ INLINE void group(V w, const float* value, const u16* index, const float* in, V 
 // sums[row][C vectors] += the chunk's rows times the inputs, with A partial sums to hide the latency of additions.
 // Loads are what bounds it: so weights come as vectors of G, and each is spread over a register by a shuffle rather than
 // by a load of its own.
-template <class V, int C, int A>
+template <class V, int C, int A, class T>
 INLINE void product(Blob blob, const float* inputs, u32 chunk, float* sums) {
     constexpr int lanes = sizeof(V) / 4, width = lanes * C, G = least(lanes, 8) == 1 ? A : least(lanes, 8);
-    constexpr bool in_register = lanes > 1 && C <= 2;
+    constexpr bool in_register = lanes > 1 && (C <= 2 || sizeof(T) == 2);
     const Header& head = *blob.head;
     const Chunk& at = blob.at<Chunk>(head.chunk_table)[chunk];
     const u32* counts = blob.at<u32>(head.run_counts) + u64(chunk) * head.blocks;
     const Run* run = blob.at<Run>(head.runs) + at.run;
     const u16* row = blob.at<u16>(head.row_order) + at.row;
     const u16* index = blob.at<u16>(head.index) + at.entry;
-    const float* value = blob.at<float>(head.value) + at.entry;
+    const T* value = blob.at<T>(head.value) + at.entry;
     for (u32 b = 0; b < head.blocks; b++) {
         const float* in = inputs + u64(b) * head.block * width;
         for (const Run* end = run + counts[b]; run < end; run++) {
@@ -212,7 +248,7 @@ INLINE void product(Blob blob, const float* inputs, u32 chunk, float* sums) {
                 auto some = [&](auto count) {
                     V w{};
                     if constexpr (in_register) {
-                        w = load<V>(value + i);
+                        w = values<V>(value + i);
                         OPAQUE(w);  // or the compiler turns the shuffles back into loads
                     }
                     group<0, decltype(count)::value, in_register>(w, value + i, index + i, in, s);
@@ -222,7 +258,7 @@ INLINE void product(Blob blob, const float* inputs, u32 chunk, float* sums) {
                 if (G > 4 && i + 4 <= length) some(Count<4>{});
                 for (; i < length; i++) {
                     const float* x = in + u64(index[i]) * width;
-                    UNROLL for (int c = 0; c < C; c++) s[A - 1][c] += value[i] * load<V>(x + c * lanes);
+                    UNROLL for (int c = 0; c < C; c++) s[A - 1][c] += values<float>(value + i) * load<V>(x + c * lanes);
                 }
                 for (int k = 0; k < length; k += 16) __builtin_prefetch(value + kAhead + k);
                 for (int k = 0; k < length; k += 32) __builtin_prefetch(index + kAhead + k);
@@ -240,7 +276,10 @@ template <int kWidth>
 void product_of_width(Blob blob, const float* inputs, u32 chunk, float* sums) {
     constexpr int lanes = least(kWidth, LANES), vectors = kWidth / lanes;
     constexpr int partial = vectors >= 8 ? 1 : vectors >= 2 ? 2 : 4;
-    product<typename Of<lanes>::type, vectors, partial>(blob, inputs, chunk, sums);
+    if (blob.head->half)
+        product<typename Of<lanes>::type, vectors, partial, u16>(blob, inputs, chunk, sums);
+    else
+        product<typename Of<lanes>::type, vectors, partial, float>(blob, inputs, chunk, sums);
 }
 
 INLINE u32 chunk_rows(const Header& head, u32 chunk) {
@@ -348,7 +387,7 @@ void small_pack(const float* x, int n, i64 columns, float* tiles) {
 INLINE __m512i bytes(const u8* p) { return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
 INLINE __mmask16 first(i64 n) { return n >= 16 ? 0xffff : n <= 0 ? 0 : (1u << n) - 1; }
 
-template <int N>
+template <int N, class T>
 void small_n(Blob blob, const float* tiles, const float* bias, bool accumulate, float* y, u32 begin, u32 end) {
     const Header& head = *blob.head;
     const i64 rows = head.rows;
@@ -356,7 +395,7 @@ void small_n(Blob blob, const float* tiles, const float* bias, bool accumulate, 
         const JaggedGroup& group = blob.at<JaggedGroup>(head.group_table)[g];
         const u8* meta = blob.at<u8>(head.meta) + group.meta;
         const u8* index = blob.at<u8>(head.jagged_index) + group.entry;
-        const float* value = blob.at<float>(head.jagged_value) + group.entry;
+        const T* value = blob.at<T>(head.jagged_value) + group.entry;
         const JaggedRun* run = blob.at<JaggedRun>(head.jagged_runs) + group.run;
         __m512 sum[N][2];
         const i64 at = i64(g) * kGroup;
@@ -384,10 +423,10 @@ void small_n(Blob blob, const float* tiles, const float* bias, bool accumulate, 
                         const __mmask16 k = _bzhi_u32(0xffff, n);
                         const __m512i at_columns = bytes(index);
                         if (N == 1) {
-                            s[h][0] = _mm512_mask3_fmadd_ps(_mm512_loadu_ps(value),
+                            s[h][0] = _mm512_mask3_fmadd_ps(__m512(values<vec>(value)),
                                                             _mm512_permutex2var_ps(x[0][0], at_columns, x[0][1]), s[h][0], k);
                         } else {
-                            const __m512 w = _mm512_maskz_loadu_ps(k, value);
+                            const __m512 w = _mm512_maskz_mov_ps(k, __m512(values<vec>(value)));
                             UNROLL for (int i = 0; i < N; i++)
                                 s[h][i] = _mm512_fmadd_ps(w, _mm512_permutex2var_ps(x[i][0], at_columns, x[i][1]), s[h][i]);
                         }
@@ -406,13 +445,18 @@ void small_n(Blob blob, const float* tiles, const float* bias, bool accumulate, 
     }
 }
 
-void small(Blob blob, const float* tiles, int n, const float* bias, bool accumulate, float* y, u32 begin, u32 end) {
+template <class T>
+void small_of(Blob blob, const float* tiles, int n, const float* bias, bool accumulate, float* y, u32 begin, u32 end) {
     switch (n) {
-        case 1: small_n<1>(blob, tiles, bias, accumulate, y, begin, end); break;
-        case 2: small_n<2>(blob, tiles, bias, accumulate, y, begin, end); break;
-        case 3: small_n<3>(blob, tiles, bias, accumulate, y, begin, end); break;
-        default: small_n<4>(blob, tiles, bias, accumulate, y, begin, end);
+        case 1: return small_n<1, T>(blob, tiles, bias, accumulate, y, begin, end);
+        case 2: return small_n<2, T>(blob, tiles, bias, accumulate, y, begin, end);
+        case 3: return small_n<3, T>(blob, tiles, bias, accumulate, y, begin, end);
+        default: return small_n<4, T>(blob, tiles, bias, accumulate, y, begin, end);
     }
+}
+
+void small(Blob blob, const float* tiles, int n, const float* bias, bool accumulate, float* y, u32 begin, u32 end) {
+    (blob.head->half ? small_of<u16> : small_of<float>)(blob, tiles, n, bias, accumulate, y, begin, end);
 }
 #else
 void small(Blob, const float*, int, const float*, bool, float*, u32, u32) {}

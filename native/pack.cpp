@@ -142,6 +142,29 @@ void jagged(const Dense& w, Arrays& out) {
     }
 }
 
+// Rounded to nearest even; what is too large becomes infinite.
+u16 to_half(float x) {
+    u32 bits;
+    std::memcpy(&bits, &x, sizeof bits);
+    const u32 sign = bits >> 16 & 0x8000, size = bits & 0x7fffffff;
+    if (size > 0x7f800000) return u16(sign | 0x7e00);   // NaN
+    if (size >= 0x477ff000) return u16(sign | 0x7c00);  // from 65520 on
+    if (size < 0x38800000) {                            // below 2^-14: a multiple of 2^-24
+        float magnitude;
+        std::memcpy(&magnitude, &size, sizeof magnitude);
+        const float rounded = magnitude + 0.5f;  // whose last place is 2^-24
+        std::memcpy(&bits, &rounded, sizeof bits);
+        return u16(sign | (bits - 0x3f000000));
+    }
+    return u16(sign | ((size - 0x38000000 + 0xfff + (size >> 13 & 1)) >> 13));
+}
+
+std::vector<u16> halves(const std::vector<float>& values) {
+    std::vector<u16> found(values.size());
+    std::transform(values.begin(), values.end(), found.begin(), to_half);
+    return found;
+}
+
 // The next place for an array: at a multiple of 64, with 64 bytes behind it that a vector load may touch.
 template <class T>
 u64 place(u64& end, const std::vector<T>& array) {
@@ -157,7 +180,7 @@ void copy(void* blob, u64 at, const std::vector<T>& array) {
 
 }  // namespace
 
-i64 pack(const float* weight, i64 rows, i64 columns, i64 groups, bool with_jagged, void* blob) {
+i64 pack(const float* weight, i64 rows, i64 columns, i64 groups, bool with_jagged, bool half, void* blob) {
     const i64 limit = i64(0xffff) * kTile;
     if (rows < 0 || columns < 0 || groups < 1 || rows % groups || columns % groups || rows > limit || columns > limit)
         return -1;
@@ -175,18 +198,21 @@ i64 pack(const float* weight, i64 rows, i64 columns, i64 groups, bool with_jagge
     head.chunks = u32(a.chunks.size());
     if (with_jagged) jagged(w, a);
     head.groups = u32(a.groups.size());
+    head.half = half;
+    const std::vector<u16> value = half ? halves(a.value) : std::vector<u16>();
+    const std::vector<u16> jagged_value = half ? halves(a.jagged_value) : std::vector<u16>();
     u64 end = (sizeof(Header) + 63) / 64 * 64;
     head.chunk_table = place(end, a.chunks);
     head.run_counts = place(end, a.run_counts);
     head.runs = place(end, a.runs);
     head.row_order = place(end, a.row_order);
     head.index = place(end, a.index);
-    head.value = place(end, a.value);
+    head.value = half ? place(end, value) : place(end, a.value);
     head.group_table = place(end, a.groups);
     head.jagged_runs = place(end, a.jagged_runs);
     head.meta = place(end, a.meta);
     head.jagged_index = place(end, a.jagged_index);
-    head.jagged_value = place(end, a.jagged_value);
+    head.jagged_value = half ? place(end, jagged_value) : place(end, a.jagged_value);
     head.bytes = end;
     if (blob) {
         std::memset(blob, 0, end);
@@ -196,12 +222,17 @@ i64 pack(const float* weight, i64 rows, i64 columns, i64 groups, bool with_jagge
         copy(blob, head.runs, a.runs);
         copy(blob, head.row_order, a.row_order);
         copy(blob, head.index, a.index);
-        copy(blob, head.value, a.value);
         copy(blob, head.group_table, a.groups);
         copy(blob, head.jagged_runs, a.jagged_runs);
         copy(blob, head.meta, a.meta);
         copy(blob, head.jagged_index, a.jagged_index);
-        copy(blob, head.jagged_value, a.jagged_value);
+        if (half) {
+            copy(blob, head.value, value);
+            copy(blob, head.jagged_value, jagged_value);
+        } else {
+            copy(blob, head.value, a.value);
+            copy(blob, head.jagged_value, a.jagged_value);
+        }
     }
     return i64(end);
 }

@@ -17,7 +17,7 @@
 extern "C" {
 #endif
 
-#define SECATEUR_ABI 1
+#define SECATEUR_ABI 2
 
 /* SECATEUR_ABI of the library. */
 SECATEUR_API int32_t secateur_abi(void);
@@ -34,8 +34,9 @@ SECATEUR_API void secateur_set_parallel(void* gomp_parallel);
 
 /* Packs the dense row-major matrix weight[rows][columns] into blob and returns the bytes needed. With blob == NULL only
  * counts. groups > 1: the matrix is block-diagonal, weight holds rows of columns / groups each, and row r sees the
- * (r / (rows / groups))-th block of columns (a grouped convolution). */
-SECATEUR_API int64_t secateur_pack(const float* weight, int64_t rows, int64_t columns, int64_t groups, void* blob);
+ * (r / (rows / groups))-th block of columns (a grouped convolution). half != 0: values are rounded to float16. */
+SECATEUR_API int64_t secateur_pack(const float* weight, int64_t rows, int64_t columns, int64_t groups, int32_t half,
+                                   void* blob);
 
 /* y[n][rows] = x[n][columns] * W^T + bias; bias may be NULL; accumulate != 0: y += x * W^T (bias is ignored). */
 SECATEUR_API int32_t secateur_linear(const void* blob, const float* x, int64_t n, const float* bias, float* y,

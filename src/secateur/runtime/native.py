@@ -17,14 +17,14 @@ from torch import Tensor
 
 from secateur.errors import InputError
 
-ABI = 1
+ABI = 2
 _P, _I64, _I32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
 _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
     "secateur_abi": (_I32, []),
     "secateur_isa": (ctypes.c_char_p, []),
     "secateur_set_isa": (_I32, [ctypes.c_char_p]),
     "secateur_set_parallel": (None, [_P]),
-    "secateur_pack": (_I64, [_P, _I64, _I64, _I64, _P]),
+    "secateur_pack": (_I64, [_P, _I64, _I64, _I64, _I32, _P]),
     "secateur_linear": (_I32, [_P, _P, _I64, _P, _P, _I32, _I32]),
     "secateur_conv2d": (_I32, [_P, _P, _P, _P, _P, _I32]),
     "secateur_recurrent": (_I32, [_I32, _P, _P, _P, _P, _P, _P, _P, _I64, _I64, _P, _P, _P, _P, _I64, _I32, _I32]),
@@ -53,12 +53,13 @@ def isa() -> str | None:
     return None if lib is None else str(lib.secateur_isa().decode())
 
 
-def pack(weight: Tensor, groups: int = 1) -> Tensor:
+def pack(weight: Tensor, groups: int = 1, half: bool = False) -> Tensor:
     """Pack a matrix for the kernels.
 
     Args:
         weight: float32 [rows, columns] on the CPU.
         groups: with more than one, row r sees only the (r // (rows // groups))-th block of columns.
+        half: round the values to float16.
 
     Returns:
         uint8 [bytes]: position-independent, may be copied and stored.
@@ -70,7 +71,7 @@ def pack(weight: Tensor, groups: int = 1) -> Tensor:
     assert lib is not None
     dense = weight.detach().contiguous()
     rows, columns = dense.shape
-    arguments = (dense.data_ptr(), rows, columns * groups, groups)
+    arguments = (dense.data_ptr(), rows, columns * groups, groups, half)
     size = lib.secateur_pack(*arguments, None)
     if size < 0:
         raise InputError(f"a matrix of {rows} x {columns * groups} cannot be packed. Leave this layer dense.")
