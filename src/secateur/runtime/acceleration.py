@@ -17,6 +17,7 @@ from secateur.costs import Call
 from secateur.errors import InputError, StateError
 from secateur.measurement import _arguments
 from secateur.runtime import attention, convolutions, linears, native, recurrences, tuning
+from secateur.runtime.chains import Chain, Span, SparseSequential, runs
 from secateur.runtime.layers import SPARSE_ENOUGH, Sparse, Swapped, swap, zero_share
 from secateur.runtime.plans import Gain, LayerPlan, Plan, Timing, without
 from secateur.scope import unwrap
@@ -34,6 +35,7 @@ _AROUND: dict[type[nn.Module], type[Swapped]] = {
     nn.TransformerEncoderLayer: attention.SparseTransformerEncoderLayer,
     nn.TransformerEncoder: attention.SparseTransformerEncoder,
 }
+_Run = tuple[nn.Sequential, Span]
 
 
 _OTHERS = (
@@ -178,6 +180,8 @@ class _Tuning:
             self.seen = [tuning.look(fast, recorders, call) for call in calls]
         for name, layer in self.layers.items():
             self._pack(name, layer)
+        self.runs = dict(_runs(fast)) if native.library() is not None else {}
+        self.plans.update({name: _run_plan(name, *run) for name, run in self.runs.items()})
 
     def _pack(self, name: str, layer: Sparse) -> None:
         if not any(name in seen for seen in self.seen):
@@ -191,9 +195,20 @@ class _Tuning:
         self.plans[name] = replace(self.plans[name], pattern=tuning.pattern(_matrices(layer)))
 
     def measure(self) -> None:
-        """Time all layers, then the whole model, and keep what is faster."""
-        found: dict[str, dict[int, Timing]] = {name: {} for name in self.layers}
-        tried = {name: layer for name, layer in self.layers.items() if not self.plans[name].reason}
+        """Time all layers, then the runs of them that could be fused, then the model, and keep what is faster."""
+        self._time({name: layer for name, layer in self.layers.items() if not self.plans[name].reason})
+        for name, layer in self.layers.items():
+            layer._choices = self.plans[name].choices
+        self._time(self._reached())
+        self._settle()
+        if any(layer.choices for layer in self.plans.values()):
+            self.gains = tuple(tuning.gain(self.model, self.fast, call) for call in self.calls)
+            self._reject()
+            self._settle()
+
+    def _time(self, tried: Mapping[str, Sparse | Chain]) -> None:
+        """Time layers or runs, and plan to have those sparse, or fused, that are faster so."""
+        found: dict[str, dict[int, Timing]] = {name: {} for name in tried}
         patterns = {name: self.plans[name].pattern for name in tried}
         with tuning.recording(tried) as recorders, torch.inference_mode():
             for call, seen in zip(self.calls, self.seen, strict=True):
@@ -202,11 +217,17 @@ class _Tuning:
         for name in tried:
             measured = tuple(found[name][b] for b in sorted(found[name]))
             self.plans[name] = without(replace(self.plans[name], timings=measured), set(), "not faster")
-        self._settle()
-        if any(layer.choices for layer in self.plans.values()):
-            self.gains = tuple(tuning.gain(self.model, self.fast, call) for call in self.calls)
-            self._reject()
-            self._settle()
+
+    def _reached(self) -> dict[str, Chain]:
+        """The runs that the examples lead to, in place, and how many rows they have."""
+        found = self._fuse(dict.fromkeys(self.runs, 0))
+        with tuning.recording(found) as recorders, torch.inference_mode():
+            for call, seen in zip(self.calls if found else (), self.seen, strict=False):
+                seen.update(tuning.look(self.fast, recorders, call))
+        for name in found:
+            if not any(name in seen for seen in self.seen):
+                self.plans[name] = replace(self.plans[name], reason="the example does not reach it")
+        return {name: chain for name, chain in found.items() if not self.plans[name].reason}
 
     def take(self, plan: Plan) -> None:
         """Choose as an earlier run did.
@@ -242,14 +263,31 @@ class _Tuning:
                 self.plans[name] = without(layer, buckets, "the whole model was not faster")
 
     def _settle(self) -> None:
-        """Give the layers their choices, and put those back that are always dense."""
+        """Give the layers and runs their choices, and put those back that are always dense."""
+        choices = {name: self.plans[name].choices for name in self.runs}
+        fused = {id(m) for name, run in self.runs.items() if choices[name] for m in _modules(*run)}
         for name, layer in self.layers.items():
             if not isinstance(layer, Sparse):
                 continue
             layer._choices = self.plans[name].choices
-            if not layer._choices:
+            if not layer._choices and id(layer) not in fused:
                 layer.restore()
+        self._fuse({name: chosen for name, chosen in choices.items() if chosen})
         _enclose(self.fast)
+
+    def _fuse(self, choices: Mapping[str, int]) -> dict[str, Chain]:
+        """Fuse these runs for these row classes and no others."""
+        found: dict[str, Chain] = {}
+        for module in {id(module): module for module, _ in self.runs.values()}.values():
+            spans = {name: span for name, (m, span) in self.runs.items() if m is module and name in choices}
+            if isinstance(module, Swapped):
+                module.restore()
+            if spans:
+                swap(module, SparseSequential)
+                assert isinstance(module, SparseSequential)
+                fused = module.fuse({span: choices[name] for name, span in spans.items()})
+                found.update(zip(spans, fused, strict=True))
+        return found
 
 
 def _check(model: nn.Module, calls: Sequence[Call], threads: int | None) -> None:
@@ -311,6 +349,25 @@ def _survey(model: nn.Module) -> Iterator[LayerPlan]:
         kind = type(module).__name__
         reason = f"no sparse kernel for {kind}" if mixin is None else _obstacle(module, mixin, zeros)
         yield LayerPlan(name, kind, shape, zeros, reason=reason)
+
+
+def _runs(model: nn.Module) -> Iterator[tuple[str, _Run]]:
+    """What could be fused: by a name as Python spells it, the Sequential and where in it."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward:
+            for a, b in runs([*module._modules.values()]):
+                yield f"{name}[{a}:{b}]", (module, (a, b))
+
+
+def _modules(module: nn.Sequential, span: Span) -> list[nn.Module]:
+    return [*module._modules.values()][slice(*span)]
+
+
+def _run_plan(name: str, module: nn.Sequential, span: Span) -> LayerPlan:
+    chain = Chain(_modules(module, span))
+    weights = [layer.weight for layer in chain.layers]
+    zeros = sum(zero_share(w) * w.numel() for w in weights) / sum(w.numel() for w in weights)
+    return LayerPlan(name, "Sequential", chain.widths, zeros, tuning.pattern(weights))
 
 
 def _mixin(module: nn.Module) -> type[Sparse] | None:

@@ -85,6 +85,38 @@ def linear(x: Tensor, weight: Tensor, packed: Tensor, bias: Tensor | None, choic
     return out
 
 
+def chain(
+    x: Tensor, widths: tuple[int, int], layers: int, blobs: Any, biases: Any, relu: Any, choices: int
+) -> Tensor | None:
+    """Products one after the other, with `max(0, .)` after some; None where `linear` must do them singly.
+
+    Args:
+        x: float32 [..., columns of the first].
+        widths: columns of the first matrix, rows of the last.
+        layers: how many there are.
+        blobs: a C array of the addresses of packed matrices; biases: of theirs, or NULL; relu: of 0 or 1.
+        choices: as for `linear`.
+    """
+    columns, rows = widths
+    try:
+        shape = x.shape
+        n = x.numel() // columns
+        if n == 0 or shape[-1] != columns or not choices >> (n - 1).bit_length() & 1:
+            return None
+        if not x.is_contiguous():
+            x = x.contiguous()
+        source = x.data_ptr()
+    except (RuntimeError, IndexError):  # under vmap, nested, not strided, or of no dimension
+        return None
+    if (lib := native.library()) is None:
+        return None
+    out = x.new_empty(n, rows) if len(shape) == 2 else x.new_empty(*shape[:-1], rows)
+    failed = lib.secateur_chain(layers, blobs, biases, relu, source, n, out.data_ptr(), torch.get_num_threads())
+    if failed:
+        raise _failure(failed)
+    return out
+
+
 def conv2d(
     x: Tensor,
     weight: Tensor,

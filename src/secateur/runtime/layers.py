@@ -125,6 +125,10 @@ class Sparse(Swapped):
         Raises:
             StateError: gradients are asked for, or the weights are not those that were packed.
         """
+        return self._takes_input(x) and self._current()
+
+    def _takes_input(self, x: Tensor) -> bool:
+        """Whether an input is one for the sparse kernels; raises a StateError if gradients are asked for."""
         if torch.is_grad_enabled() and (x.requires_grad or self.training):
             raise self._no_gradient()
         if (
@@ -138,6 +142,10 @@ class Sparse(Swapped):
             if _autocast():
                 _warn_once("autocast is on, so sparse layers run dense in its dtype. Switch it off for their speed.")
             return False
+        return True
+
+    def _current(self) -> bool:
+        """True, as the weights are those that were packed; raises a StateError if they are not."""
         try:
             found = self.sources()
             for name, address, version in self._stamp:  # type: ignore[union-attr]

@@ -26,6 +26,7 @@ _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
     "secateur_set_parallel": (None, [_P]),
     "secateur_pack": (_I64, [_P, _I64, _I64, _I64, _I32, _P]),
     "secateur_linear": (_I32, [_P, _P, _I64, _P, _P, _I32, _I32]),
+    "secateur_chain": (_I32, [_I32, _P, _P, _P, _P, _I64, _P, _I32]),
     "secateur_conv2d": (_I32, [_P, _P, _P, _P, _P, _I32]),
     "secateur_recurrent": (_I32, [_I32, _P, _P, _P, _P, _P, _P, _P, _I64, _I64, _P, _P, _P, _P, _I64, _I32, _I32]),
 }

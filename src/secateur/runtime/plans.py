@@ -34,10 +34,13 @@ class Timing:
 class LayerPlan:
     """One layer: what it is, what was measured, and why it is dense if it is.
 
+    A run of layers in an nn.Sequential that was tried as one call has a plan too, of kind "Sequential": there dense
+    means one layer after the other, each as it was chosen, and sparse means fused.
+
     Attributes:
-        name: of the module.
+        name: of the module; of a run, where it is ("head[1:4]").
         kind: class of the module.
-        shape: of its largest weight.
+        shape: of its largest weight; of a run, all widths.
         sparsity: share of zeros in its weight matrices.
         pattern: hash of where the zeros are; empty for a layer that was not tried.
         timings: one for each row class that the examples led to it.
@@ -90,7 +93,7 @@ class Plan:
         cpu: name of the processor on which it was measured.
         isa: instruction set of the native kernels; None without the native library.
         threads: CPU threads at the time.
-        layers: one `LayerPlan` for each layer with a weight matrix, in the model's order.
+        layers: one `LayerPlan` for each layer with a weight matrix, in the model's order, then for each run.
         gains: of the whole model, one for each example; a rejected one went back to dense.
     """
 
@@ -165,7 +168,8 @@ def _layer(data: Mapping[str, Any]) -> LayerPlan:
 
 
 def _rows(layer: LayerPlan) -> list[list[str]]:
-    start = [layer.name or "(the model)", layer.kind, " x ".join(map(str, layer.shape)), percent(layer.sparsity)]
+    shape = ("-" if layer.kind == "Sequential" else " x ").join(map(str, layer.shape))
+    start = [layer.name or "(the model)", layer.kind, shape, percent(layer.sparsity)]
     if not layer.timings:
         return [[*start, "", "", "", f"dense: {layer.reason}"]]
     rows = []

@@ -24,6 +24,7 @@ from secateur import bits
 from secateur.costs import Call
 from secateur.measurement import _at_rest, _interval, _quantile, _time_blocks
 from secateur.runtime import kernels, native
+from secateur.runtime.chains import Chain
 from secateur.runtime.layers import Sparse
 from secateur.runtime.plans import Gain, Timing
 
@@ -38,9 +39,9 @@ Seen = dict[str, set[int]]
 
 
 class Recorder:
-    """Stands before the forward of a layer and times it, dense or sparse."""
+    """Stands before the forward of a layer and times it, dense or sparse; of a chain, singly or fused."""
 
-    def __init__(self, name: str, layer: Sparse) -> None:
+    def __init__(self, name: str, layer: Sparse | Chain) -> None:
         self.name, self.layer = name, layer
         self.mode = "dense"
         self.seconds: dict[tuple[str, int], list[float]] = defaultdict(list)
@@ -60,7 +61,7 @@ class Recorder:
 
 
 @contextmanager
-def recording(layers: Mapping[str, Sparse]) -> Iterator[list[Recorder]]:
+def recording(layers: Mapping[str, Sparse | Chain]) -> Iterator[list[Recorder]]:
     """Put a recorder before each layer; they and the choices go at the end."""
     recorders = [Recorder(name, layer) for name, layer in layers.items()]
     try:
@@ -151,7 +152,7 @@ def cpu() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def _key(layer: Sparse, hashed: str, bucket: int) -> tuple[Any, ...]:
+def _key(layer: Sparse | Chain, hashed: str, bucket: int) -> tuple[Any, ...]:
     return cpu(), native.isa(), torch.get_num_threads(), type(layer).__name__, repr(layer), hashed, bucket
 
 

@@ -1,0 +1,195 @@
+"""Runs of sparse Linear layers in an nn.Sequential, with what lies between them: one native call for each run.
+
+Between its layers the activations stay as the kernels want them, and Python is entered once. Whatever is not plain
+inference goes through the modules, one after the other.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as everywhere
+
+from secateur.runtime import kernels
+from secateur.runtime.layers import Swapped
+from secateur.runtime.linears import SparseLinear
+
+__all__: list[str] = []  # reached through secateur.accelerate alone
+
+Span = tuple[int, int]
+"""First module of a run, and the one behind its last."""
+
+_BETWEEN = (nn.ReLU.forward, nn.Dropout.forward, nn.Identity.forward)
+
+
+class Singly:
+    """Modules that are called one after the other."""
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        self.modules = tuple(modules)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for module in self.modules:
+            x = module(x)
+        return x
+
+
+class Chain(Singly):
+    """Modules that one native call computes for the row classes in `_choices`: the first one is a SparseLinear."""
+
+    plain: ClassVar[type[Singly]] = Singly
+
+    def __init__(self, modules: Sequence[nn.Module], choices: int = 0) -> None:
+        super().__init__(modules)
+        self._choices = choices
+        self._own = [module.__dict__ for module in modules]
+        self.layers = [module for module in modules if isinstance(module, SparseLinear)]
+        self.widths = (self.layers[0].in_features, *(layer.out_features for layer in self.layers))
+        self._ends = (self.widths[0], self.widths[-1])
+        relu: list[int] = []
+        for module in modules:
+            if isinstance(module, SparseLinear):
+                relu.append(0)
+            elif isinstance(module, nn.ReLU):
+                relu[-1] = 1
+        self._relu = (ctypes.c_int32 * len(relu))(*relu)
+        self._pointers = ctypes.c_void_p * len(relu)
+        self._blobs = self._biases = self._pointers()
+        self._known: list[tuple[Any, ...]] = []
+        self._tensors: list[Tensor] = []
+        self._addresses = [0]  # never those of no tensors
+
+    def __repr__(self) -> str:
+        return f"{self.modules} as {[layer._choices for layer in self.layers]}"
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.forward(x)
+
+    def rows(self, x: Tensor) -> int:
+        """As those of its first layer."""
+        return self.layers[0].rows(x)
+
+    def observe(self, x: Tensor) -> None:
+        """Nothing to learn from an example."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., first width] to [..., last width]."""
+        if self._ready(x):
+            given = (len(self.layers), self._blobs, self._biases, self._relu, self._choices)
+            out = kernels.chain(x, self._ends, *given)
+            if out is not None:
+                return out
+        return super().forward(x)
+
+    def _ready(self, x: Tensor) -> bool:
+        """Whether the modules may be passed over; raises a StateError as their own `_ready` does."""
+        for own in self._own:
+            if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["training"] or "forward" in own:
+                return False
+        if everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks:
+            return False
+        if not self.layers[0]._takes_input(x):
+            return False
+        try:
+            for parameters, buffers, weight, version, bias, packed in self._known:
+                if (
+                    parameters["weight"] is not weight
+                    or weight._version != version
+                    or parameters["bias"] is not bias
+                    or buffers["packed_weight"] is not packed
+                ):
+                    break
+            else:
+                if [*map(Tensor.data_ptr, self._tensors)] == self._addresses:
+                    return True
+        except (KeyError, RuntimeError):  # parameters gone, or made in inference mode
+            pass
+        return self._renew()
+
+    def _renew(self) -> bool:
+        """Take the addresses of all tensors as they are now; raises a StateError if weights have changed."""
+        known: list[tuple[Any, ...]] = []
+        for layer in self.layers:
+            layer._current()
+            weight = layer.weight
+            version = None if weight.is_inference() else weight._version
+            known.append((layer._parameters, layer._buffers, weight, version, layer.bias, layer.packed_weight))
+        self._blobs = self._pointers(*(packed.data_ptr() for *_, packed in known))
+        self._biases = self._pointers(*(None if bias is None else bias.data_ptr() for *_, bias, _ in known))
+        self._tensors = [tensor for _, _, weight, _, *rest in known for tensor in (weight, *rest) if tensor is not None]
+        self._addresses = [tensor.data_ptr() for tensor in self._tensors]
+        self._known = known
+        return True
+
+
+class SparseSequential(Swapped, nn.Sequential):
+    """An nn.Sequential some of whose runs are chains."""
+
+    plain = nn.Sequential
+    _fused: Mapping[Span, int] = MappingProxyType({})
+    """Row classes of the runs that are fused."""
+    _made: tuple[list[nn.Module], list[Any]] = ([], [])
+    """The modules as they were, and what is called in their place; no part of the state."""
+
+    def fuse(self, choices: Mapping[Span, int]) -> list[Chain]:
+        """Fuse these runs for these row classes; gives the chains that stand there now."""
+        self._fused = dict(choices)
+        return [step for step in self.steps() if isinstance(step, Chain)]
+
+    def forward(self, input: Any) -> Any:
+        """As nn.Sequential."""
+        if torch.compiler.is_compiling():
+            return super().forward(input)  # type: ignore[no-untyped-call]
+        modules, steps = self._made
+        if [*self._modules.values()] != modules:
+            steps = self.steps()
+        for step in steps:
+            input = step(input)
+        return input
+
+    def steps(self) -> list[Any]:
+        """The modules, and a chain in the place of each fused run that is still there."""
+        modules, end = [*self._modules.values()], 0
+        steps: list[Any] = []
+        for a, b in runs(modules):
+            if (a, b) in self._fused:
+                steps += [*modules[end:a], Chain(modules[a:b], self._fused[a, b])]
+                end = b
+        steps += modules[end:]
+        self._made = (modules, steps)
+        return steps
+
+    def restore(self) -> None:
+        """Be what it was."""
+        for name in ("_fused", "_made"):
+            self.__dict__.pop(name, None)
+        super().restore()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        made, given, state, *rest = super().__reduce_ex__(protocol)
+        return made, given, {name: value for name, value in state.items() if name != "_made"}, *rest
+
+
+def runs(modules: Sequence[nn.Module]) -> Iterator[Span]:
+    """Where the modules begin and end that one native call can compute, with two packed Linear layers or more.
+
+    >>> list(runs([nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2)]))  # not packed
+    []
+    """
+    start, count, width = 0, 0, -1
+    for i in range(len(modules) + 1):
+        module: Any = modules[i] if i < len(modules) else None
+        if getattr(type(module), "forward", None) in _BETWEEN:
+            continue
+        linear = isinstance(module, SparseLinear) and "packed_weight" in module._buffers
+        if not linear or module.in_features != width:
+            if count > 1:
+                yield start, i
+            start, count, width = i, 0, -1
+        if linear:
+            count, width = count + 1, module.out_features
