@@ -68,8 +68,9 @@ def accelerate(
     """Copy a model for inference in which every layer runs the faster of its dense and its sparse kernel.
 
     Linear, Conv1d, Conv2d, LSTM, GRU, MultiheadAttention and transformers' Conv1D are tried, in float32 on the
-    CPU. Each is timed in the model, on the example, and stays dense where sparse is not faster; if then the whole
-    model is not, all of it stays dense. Results equal the plain ones up to rounding.
+    CPU. Each is timed in the model, on the example, and stays dense where sparse is not faster. Runs of Linear in an
+    nn.Sequential, with ReLU, Dropout and Identity between, are timed as one call too. If in the end the whole model
+    is not faster, all of it stays dense. Results equal the plain ones up to rounding.
 
     The copy is in evaluation mode and its parameters require no gradients. Its `state_dict()` is that of `model`;
     `fast.plan` holds what was chosen (unless the model has a `plan` of its own: then `sc.explain` alone does). A
