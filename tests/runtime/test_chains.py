@@ -222,7 +222,8 @@ def test_what_is_special_goes_singly(isa, calls):
     model, fast = mlp(), fused(mlp())
     model.load_state_dict(fast.state_dict())
     with torch.no_grad():
-        assert off(torch.vmap(fast)(torch.randn(3, 4, 37)), torch.empty(3, 4, 7)) >= 0
+        many = torch.randn(3, 4, 37)
+        assert off(torch.vmap(fast)(many), model(many)) <= 1e-5
         assert off(copy.deepcopy(fast).double()(X.double()), copy.deepcopy(model).double()(X.double())) <= 1e-12
         with torch.autocast("cpu", torch.bfloat16), pytest.warns(SecateurWarning, match="autocast is on"):
             assert fast(X).dtype == torch.bfloat16
