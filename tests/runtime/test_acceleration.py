@@ -361,3 +361,31 @@ def test_the_demo_model(backend, sparse_wins):
     torch.manual_seed(0)
     model, x = thin(LSTMClassifier(), 0.7), torch.randn(5, 8, 8)
     assert off(sc.accelerate(model, x)(x), model(x).detach()) <= 1e-5
+
+
+def test_float16_values_are_rounded_and_half_the_size(isa, sparse_wins):
+    model = thin(nn.Linear(200, 96))
+    x = torch.randn(7, 200)
+    exact, half = sc.accelerate(model, x), sc.accelerate(model, x, values=torch.float16)
+    rounded = copy.deepcopy(model).double()
+    rounded.weight.data = model.weight.detach().half().double()
+    assert off(half(x), rounded(x.double())) <= 1e-5
+    assert half.packed_weight.numel() < 0.75 * exact.packed_weight.numel()
+    assert all(torch.equal(a, b) for a, b in zip(half.state_dict().values(), model.state_dict().values(), strict=True))
+    assert "float16" in str(sc.explain(half))
+    assert "float16" not in str(sc.explain(exact))
+    assert torch.equal(pickle.loads(pickle.dumps(half))(x), half(x))
+    again = sc.accelerate(model, x, plan=half.plan.to_dict(), values=torch.float16)
+    assert torch.equal(again(x), half(x))
+    with pytest.raises(InputError, match=r"for values=torch\.float16"):
+        sc.accelerate(model, x, plan=half.plan)
+
+
+def test_float16_refuses_what_it_cannot_hold(isa, sparse_wins):
+    model = thin(nn.Linear(64, 64))
+    with torch.no_grad():
+        model.weight[0, 0] = 70000.0
+    layer = sc.accelerate(model, torch.randn(1, 64), values=torch.float16).plan.layers[0]
+    assert "does not fit into float16" in layer.reason
+    with pytest.raises(InputError, match="bfloat16"):
+        sc.accelerate(model, torch.randn(1, 64), values=torch.bfloat16)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from secateur.errors import StateError
+from secateur.errors import InputError, StateError
 from secateur.runtime import native
 
 __all__: list[str] = []  # reached through secateur.accelerate alone
@@ -29,6 +29,7 @@ ALL = (1 << 62) - 1
 """Sparse for every number of rows."""
 
 _CSR = b"csr-0001"  # how a blob begins that torch can read
+_HALF_END = 65520.0  # from here on float16 is infinite
 _twelve = ctypes.c_int64 * 12
 
 
@@ -46,15 +47,19 @@ def form() -> str:
     return "csr" if native.library() is None else "native"
 
 
-def pack(weight: Tensor, groups: int = 1) -> Tensor:
+def pack(weight: Tensor, groups: int = 1, half: bool = False) -> Tensor:
     """Pack a matrix: float32 [rows, columns], of a grouped convolution [rows, columns / groups]; gives uint8 [bytes].
 
     Raises:
-        InputError: the native library cannot hold so many rows or columns.
+        InputError: the native library cannot hold so many rows or columns, or float16 (`half`) a value.
     """
     weight = weight.detach()
+    if half and not (weight.abs() < _HALF_END).all():
+        raise InputError(f"a weight of {weight.abs().max():.3g} does not fit into float16")
     if native.library() is not None:
-        return native.pack(weight, groups)
+        return native.pack(weight, groups, half)
+    if half:
+        weight = weight.half().float()
     _csr_is_beta()
     csr = weight.to_sparse_csr()
     parts = (csr.crow_indices().int(), csr.col_indices().int(), csr.values())

@@ -51,6 +51,8 @@ class Sparse(Swapped):
     _choices: int
     _place: str
     _form: str
+    _half: bool
+    """Whether packed values are rounded to float16."""
     _stamp: tuple[tuple[str, int, int | None], ...] | None
     """Address and version of each packed parameter; holds no tensor, as torch.export would replace it."""
 
@@ -80,17 +82,17 @@ class Sparse(Swapped):
 
     def prepare(self, place: str) -> None:
         """Start after the swap: dense for all inputs, nothing packed."""
-        self._choices, self._place, self._form, self._stamp = 0, place, kernels.form(), ()
+        self._choices, self._place, self._form, self._half, self._stamp = 0, place, kernels.form(), False, ()
 
-    def pack(self) -> None:
-        """Pack the weights as they are now.
+    def pack(self, half: bool = False) -> None:
+        """Pack the weights as they are now, rounded to float16 or not.
 
         Raises:
-            InputError: a matrix is too large for the native library.
+            InputError: a matrix is too large for the native library, or a value for float16.
         """
         for name, matrix, groups in self.matrices():
-            self.register_buffer(f"packed_{name}", kernels.pack(matrix, groups), persistent=False)
-        self._form = kernels.form()
+            self.register_buffer(f"packed_{name}", kernels.pack(matrix, groups, half), persistent=False)
+        self._form, self._half = kernels.form(), half
         self.stamp()
 
     def stamp(self) -> None:
@@ -111,7 +113,7 @@ class Sparse(Swapped):
         """Be what it was, without packed weights."""
         for name in [name for name in self._buffers if name.startswith("packed_")]:
             delattr(self, name)
-        for name in ("_choices", "_place", "_form", "_stamp", *self._extras()):
+        for name in ("_choices", "_place", "_form", "_half", "_stamp", *self._extras()):
             del self.__dict__[name]
         super().restore()
 
@@ -184,7 +186,7 @@ class Sparse(Swapped):
             return
         packed = any(name.startswith("packed_") for name in self._buffers)
         if packed and self._form != kernels.form():  # from a machine with, or without, the native library
-            self.pack()
+            self.pack(self._half)
         self.stamp()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:

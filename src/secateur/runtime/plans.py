@@ -95,6 +95,7 @@ class Plan:
         threads: CPU threads at the time.
         layers: one `LayerPlan` for each layer with a weight matrix, in the model's order, then for each run.
         gains: of the whole model, one for each example; a rejected one went back to dense.
+        values: dtype of the packed weights; "float16" is lossy.
     """
 
     cpu: str
@@ -102,6 +103,7 @@ class Plan:
     threads: int
     layers: tuple[LayerPlan, ...]
     gains: tuple[Gain, ...] = ()
+    values: str = "float32"
 
     @property
     def sparse(self) -> tuple[str, ...]:
@@ -128,7 +130,7 @@ class Plan:
                 raise ValueError(f"version {data['version']}")
             layers = tuple(_layer(layer) for layer in data["layers"])
             gains = tuple(Gain(**gain) for gain in data["gains"])
-            return Plan(data["cpu"], data["isa"], data["threads"], layers, gains)
+            return Plan(data["cpu"], data["isa"], data["threads"], layers, gains, data["values"])
         except (KeyError, TypeError, ValueError) as error:
             raise FileError(
                 f"this is no plan of this version of secateur: {error!r}. Tune anew, without plan."
@@ -144,7 +146,10 @@ class Plan:
     def table(self) -> Table:
         """One row a layer and row class; the notes tell of the whole model."""
         rows = [row for layer in self.layers for row in _rows(layer)]
-        library = f"native kernels: {self.isa}" if self.isa else "no native library: torch's CSR and dense kernels"
+        lossy = "" if self.values == "float32" else f"; packed values: {self.values}, rounded"
+        library = (
+            f"native kernels: {self.isa}{lossy}" if self.isa else "no native library: torch's CSR and dense kernels"
+        )
         notes = [*self._verdicts(), f"{library}; threads: {self.threads}; CPU: {self.cpu}"]
         return Table(("layer", "kind", "weights", "zeros", "rows", "dense", "sparse", "runs"), rows, notes=notes)
 

@@ -134,9 +134,9 @@ def gain(plain: nn.Module, fast: nn.Module, call: Call) -> Gain:
     return Gain(_quantile(ratios, 0.5), *_interval(ratios))
 
 
-def pattern(weights: Sequence[Tensor]) -> str:
-    """Hash of where the zeros of some weights are."""
-    digest = hashlib.blake2b(digest_size=16)
+def pattern(weights: Sequence[Tensor], half: bool = False) -> str:
+    """Hash of where the zeros of some weights are, and of whether the others are packed in float16."""
+    digest = hashlib.blake2b(b"half" if half else b"", digest_size=16)
     for weight in weights:
         digest.update(str(tuple(weight.shape)).encode())
         digest.update(bits.pack(weight.detach() != 0).numpy().tobytes())
