@@ -13,8 +13,9 @@ timed alone, a block being the median of ten). Models are pruned by `sc.prune(mo
 Secateur's side is what a user gets from `sc.accelerate(model, x, threads=1)`, layers left dense included.
 
 "Best dense" is the fastest float32 of eager (convolutions: in both layouts), `torch.compile` (frozen or not) and ONNX
-Runtime; OpenVINO has a column of its own. bf16 and int8 are lossy, and shown with their error. Eager convolutions get
-channels_last, the others the plain layout. 4096x4096 is a chain of two: more would not fit in a cache, pruned.
+Runtime; OpenVINO has a column of its own. secateur's float16 values, bf16 and int8 are lossy, and shown with their
+error. Eager convolutions get channels_last, the others the plain layout. 4096x4096 is a chain of two: more would not
+fit in a cache, pruned.
 
 `peers`, when named, creates an environment for each peer in FOLDER (default: `peers` beside this interpreter's `bin`).
 Peers are measured there, over the torch eager of that environment. Without any name everything is measured, with those
@@ -55,7 +56,7 @@ AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2", "ONEDN
         "SECATEUR_ISA": "avx2"}  # fmt: skip
 TOLERANCE = 1e-5  # of secateur, relative to float64
 DENSE = "eager", "eager, plain layout", "torch.compile", "torch.compile, frozen", "onnxruntime, dense"
-LOSSY = "bf16", "dynamic int8"
+LOSSY = "secateur, float16", "bf16", "dynamic int8"
 
 Row = dict[str, Any]
 Found = dict[tuple[str, str], dict[str, dict[str, float]]]  # by case and regime, by "peer, side"
@@ -81,6 +82,12 @@ def secateur(case: Case, model: nn.Module) -> Callable[[], object]:
     x = case.example()
     fast = sc.accelerate(model, x, threads=1)
     plans[case.id] = fast.plan
+    return lambda: fast(x)
+
+
+def rounded(case: Case, model: nn.Module) -> Callable[[], object]:
+    x = case.example()
+    fast = sc.accelerate(model, x, threads=1, values=torch.float16)
     return lambda: fast(x)
 
 
@@ -160,7 +167,7 @@ def int8(case: Case, model: nn.Module) -> Callable[[], object]:
 SIDES: dict[str, Callable[[Case, nn.Module], Callable[[], object]]] = {
     "eager": yardstick, "secateur": secateur, "eager, plain layout": plain_layout, "torch.compile": compiled,
     "torch.compile, frozen": frozen,
-    "torch CSR": torch_csr, "bf16": bf16, "dynamic int8": int8,
+    "torch CSR": torch_csr, "secateur, float16": rounded, "bf16": bf16, "dynamic int8": int8,
 }  # fmt: skip
 LITTLE = "eager", "secateur"
 
@@ -212,7 +219,11 @@ def measure(case: Case, names: tuple[str, ...] = tuple(SIDES)) -> list[Row]:
 def sparse_layers(case: Case) -> str | None:
     """How many of the layers with a weight matrix are sparse for this input."""
     plan = plans.get(case.id)
-    return plan and f"{len(plan.sparse)} of {len(plan.layers)}"
+    if plan is None:
+        return None
+    layers = [layer for layer in plan.layers if layer.kind != "Sequential"]  # that is a run of them in one call
+    fused = ", fused" if any(layer.choices for layer in plan.layers if layer not in layers) else ""
+    return f"{sum(bool(layer.choices) for layer in layers)} of {len(layers)}{fused}"
 
 
 def rounds(regime: str) -> int:

@@ -25,6 +25,19 @@ Goals = Mapping[str, "tuple[float, float] | None"]  # by regime: must and aim, a
 # ---- models -----------------------------------------------------------------------------------------------------
 
 
+class Row(nn.Module):
+    """Distinct layers one after the other; no Sequential, which secateur would run as one call, and not as layers."""
+
+    def __init__(self, layers: list[nn.Module]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
 class Fan(nn.Module):
     """Distinct layers that all see the same input: a chain of layers whose output is no input to the next."""
 
@@ -38,7 +51,7 @@ class Fan(nn.Module):
 
 def linears(rows: int, columns: int, count: int) -> nn.Module:
     layers: list[nn.Module] = [nn.Linear(columns, rows) for _ in range(count)]
-    return nn.Sequential(*layers) if rows == columns else Fan(layers)
+    return Row(layers) if rows == columns else Fan(layers)
 
 
 def convolutions(channels: int, kernel: int, count: int) -> nn.Module:
