@@ -352,7 +352,7 @@ def test_first_call_is_apart():
 @pytest.mark.parametrize(("n", "rank"), [(6, 1), (8, 1), (9, 2), (10, 2), (20, 6), (50, 18), (100, 40)])
 def test_interval_takes_the_ranks_of_the_textbook(n, rank):
     values = list(range(1, n + 1))
-    assert measurement._interval(values[::-1]) == (rank, n + 1 - rank)
+    assert measurement.interval(values[::-1]) == (rank, n + 1 - rank)
 
 
 @given(st.lists(st.floats(1e-9, 1e3), min_size=6, max_size=80))

@@ -75,17 +75,17 @@ class Measurement:
     @property
     def seconds(self) -> float:
         """Median seconds of a call."""
-        return _quantile(self.block_seconds, 0.5)
+        return quantile(self.block_seconds, 0.5)
 
     @property
     def quartile_seconds(self) -> _Pair:
         """First and third quartile of the seconds of a call."""
-        return _quantile(self.block_seconds, 0.25), _quantile(self.block_seconds, 0.75)
+        return quantile(self.block_seconds, 0.25), quantile(self.block_seconds, 0.75)
 
     @property
     def interval_seconds(self) -> _Pair:
         """95 % interval of the median: two order statistics, whatever the distribution."""
-        return _interval(self.block_seconds)
+        return interval(self.block_seconds)
 
     @property
     def zero_share(self) -> float:
@@ -135,7 +135,7 @@ class Comparison:
         """How many times faster than the baseline: median over the rounds, and its 95 % interval."""
         base, model = self.measurements[self.baseline], self.measurements[name]
         ratios = [b / m for b, m in zip(base.block_seconds, model.block_seconds, strict=True)]
-        return _quantile(ratios, 0.5), _interval(ratios)
+        return quantile(ratios, 0.5), interval(ratios)
 
     def verdict(self, name: str) -> str:
         """Say "1.85x faster", "1.30x slower", "no difference" or "no verdict".
@@ -242,12 +242,12 @@ def compare(
         >>> [one.macs for one in result.measurements.values()]
         [32320000, 6400]
     """
-    call = _arguments(inputs)
+    call = arguments(inputs)
     _check(models, call, threads, seconds)
     found = {}
-    with _at_rest(models, threads or torch.get_num_threads()):
+    with at_rest(models, threads or torch.get_num_threads()):
         first = {name: _first_call(name, model, call) for name, model in models.items()}
-        blocks, calls = _time_blocks(models, call, seconds)
+        blocks, calls = time_blocks(models, call, seconds)
         for name, model in models.items():
             with _naming(name):
                 found[name] = Measurement(
@@ -264,7 +264,8 @@ def compare(
     return Comparison(found)
 
 
-def _arguments(inputs: Any) -> Call:
+def arguments(inputs: Any) -> Call:
+    """How to call a model with a tensor, a tuple of positional or a dict of keyword arguments."""
     if isinstance(inputs, Mapping):
         return (), dict(inputs)
     if isinstance(inputs, Tensor | nn.utils.rnn.PackedSequence):  # the latter is a tuple, but one argument
@@ -314,7 +315,7 @@ def _naming(name: str) -> Iterator[None]:
 
 
 @contextmanager
-def _at_rest(models: Mapping[str, nn.Module], threads: int) -> Iterator[None]:
+def at_rest(models: Mapping[str, nn.Module], threads: int) -> Iterator[None]:
     """Evaluation mode, no gradients, `threads` threads; they and the random state are put back."""
     flags = [(module, module.training) for model in models.values() for module in model.modules()]
     cuda = {device for model in models.values() for device in devices(model) if device.type == "cuda"}
@@ -340,7 +341,7 @@ def _first_call(name: str, model: nn.Module, call: Call) -> float:
         return timer() - start
 
 
-def _time_blocks(
+def time_blocks(
     models: Mapping[str, nn.Module], call: Call, seconds: float
 ) -> tuple[dict[str, list[float]], dict[str, int]]:
     """Seconds per call of each block, and calls in a block, by model; the order rotates with the rounds."""
@@ -371,11 +372,12 @@ def _calls_in(seconds: float, timer: Any) -> int:
     return max(1, int(seconds / once))
 
 
-def _quantile(values: Sequence[float], q: float) -> float:
+def quantile(values: Sequence[float], q: float) -> float:
+    """The q-quantile, interpolated."""
     return float(torch.tensor(values, dtype=torch.float64).quantile(q))
 
 
-def _interval(values: Sequence[float]) -> _Pair:
+def interval(values: Sequence[float]) -> _Pair:
     """95 % interval of the median: the k-th smallest and k-th largest value, for the largest k that will do."""
     ordered, n = sorted(values), len(values)
     k, outside = 1, 2 * 0.5**n  # outside = P(at most k - 1 of n values fall on one side of the median)
@@ -388,11 +390,11 @@ def _interval(values: Sequence[float]) -> _Pair:
 def _table(measurements: Mapping[str, Measurement], comparison: Comparison | None = None) -> Table:
     """One column a model; with a comparison, its verdicts and summary too."""
     words: dict[str, Callable[[Measurement], str]] = {
-        "time of a call": lambda m: _duration(m.seconds),
-        "  95 % interval": lambda m: " to ".join(map(_duration, m.interval_seconds)),
-        "  quartiles": lambda m: " to ".join(map(_duration, m.quartile_seconds)),
+        "time of a call": lambda m: duration(m.seconds),
+        "  95 % interval": lambda m: " to ".join(map(duration, m.interval_seconds)),
+        "  quartiles": lambda m: " to ".join(map(duration, m.quartile_seconds)),
         "blocks x calls": lambda m: f"{len(m.block_seconds)} x {m.calls}",
-        "first call (apart)": lambda m: _duration(m.first_call_seconds),
+        "first call (apart)": lambda m: duration(m.first_call_seconds),
         "parameters": lambda m: number(m.parameters),
         "  not zero": lambda m: f"{number(m.nonzeros)} ({percent(m.nonzeros / max(m.parameters, 1))})",
         "  denormal": lambda m: number(m.denormals),
@@ -421,7 +423,8 @@ def _table(measurements: Mapping[str, Measurement], comparison: Comparison | Non
     return Table(["", *measurements], [row for row in rows if any(row[1:])], notes=notes)
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """A time in words: three digits of s, ms or µs."""
     for factor, unit in ((1, "s"), (1e3, "ms")):
         if seconds * factor >= 1:
             return f"{seconds * factor:.3g} {unit}"

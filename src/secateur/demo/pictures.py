@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from secateur.measurement import _duration
+from secateur.measurement import duration
 from secateur.tables import number, percent, size
 
 if TYPE_CHECKING:
@@ -119,7 +119,7 @@ def _race(fast: dict[str, Any]) -> str:
     """What step 8 measured: times, answers, and which layers stayed dense."""
     parts = []
     for count, one in fast["comparisons"].items():
-        times = ", ".join(f"{_duration(m['seconds'])} {name}" for name, m in one["measurements"].items())
+        times = ", ".join(f"{duration(m['seconds'])} {name}" for name, m in one["measurements"].items())
         parts.append(f"{_images(count)}: {times}: {_verdict(one)}")
     other = fast["other_answers"]
     answers = f"{other} OTHER answers" if other else "the same answers"

@@ -15,7 +15,7 @@ from torch.nn.parameter import is_lazy
 
 from secateur.costs import Call
 from secateur.errors import InputError, StateError
-from secateur.measurement import _arguments
+from secateur.measurement import arguments
 from secateur.runtime import attention, convolutions, linears, native, recurrences, tuning
 from secateur.runtime.chains import Chain, Span, SparseSequential, runs
 from secateur.runtime.layers import SPARSE_ENOUGH, Sparse, Swapped, swap, zero_share
@@ -104,7 +104,7 @@ def accelerate(
     True
     """
     model = unwrap(model)
-    calls = [_arguments(one) for one in (example_inputs if isinstance(example_inputs, list) else [example_inputs])]
+    calls = [arguments(one) for one in (example_inputs if isinstance(example_inputs, list) else [example_inputs])]
     given = plan if plan is None or isinstance(plan, Plan) else Plan.from_dict(plan)
     _check(model, calls, threads, values)
     with _threads(threads), torch.inference_mode(False):

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from secateur import bits
 from secateur.costs import Call
-from secateur.measurement import _at_rest, _interval, _quantile, _time_blocks
+from secateur.measurement import at_rest, interval, quantile, time_blocks
 from secateur.runtime import kernels, native
 from secateur.runtime.chains import Chain
 from secateur.runtime.layers import Sparse
@@ -128,10 +128,10 @@ def choose(
 def gain(plain: nn.Module, fast: nn.Module, call: Call) -> Gain:
     """How much faster the whole model is than the plain one: blocks of calls in turn, in steady state."""
     models = {"plain": plain, "fast": fast}
-    with _at_rest(models, torch.get_num_threads()):
-        blocks, _ = _time_blocks(models, call, _GAIN_SECONDS)
+    with at_rest(models, torch.get_num_threads()):
+        blocks, _ = time_blocks(models, call, _GAIN_SECONDS)
     ratios = [a / b for a, b in zip(blocks["plain"], blocks["fast"], strict=True)]
-    return Gain(_quantile(ratios, 0.5), *_interval(ratios))
+    return Gain(quantile(ratios, 0.5), *interval(ratios))
 
 
 def pattern(weights: Sequence[Tensor], half: bool = False) -> str:
