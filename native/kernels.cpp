@@ -6,22 +6,19 @@
 #error "needs GCC's vector extensions: use gcc, clang or clang-cl"
 #endif
 
-#define JOIN_(a, b) a##b
-#define JOIN(a, b) JOIN_(a, b)
 #define avx512 1
 #define avx2 2
 #define neon 3
 #define portable 4
-#define THIS_ISA SECATEUR_ISA
-#if THIS_ISA == avx512
+#if SECATEUR_ISA == avx512
 #define LANES 16
 #define NAME "avx512"
 #define TABLE kAvx512
-#elif THIS_ISA == avx2
+#elif SECATEUR_ISA == avx2
 #define LANES 8
 #define NAME "avx2"
 #define TABLE kAvx2
-#elif THIS_ISA == neon
+#elif SECATEUR_ISA == neon
 #define LANES 4
 #define NAME "neon"
 #define TABLE kNeon
@@ -30,7 +27,6 @@
 #define NAME "portable"
 #define TABLE kPortable
 #endif
-constexpr bool kAvx512Here = LANES == 16;
 #undef avx512
 #undef avx2
 #undef neon
@@ -77,11 +73,11 @@ INLINE vec splat(float x) { return vec{} + x; }
 
 // ---- transposes of N x N, by log2(N) rounds of interleaving row i with row i + N / 2
 
-INLINE void interleave(Of<16>::type a, Of<16>::type b, Of<16>::type& low, Of<16>::type& high) {
+[[maybe_unused]] INLINE void interleave(Of<16>::type a, Of<16>::type b, Of<16>::type& low, Of<16>::type& high) {
     low = __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
     high = __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
 }
-INLINE void interleave(Of<8>::type a, Of<8>::type b, Of<8>::type& low, Of<8>::type& high) {
+[[maybe_unused]] INLINE void interleave(Of<8>::type a, Of<8>::type b, Of<8>::type& low, Of<8>::type& high) {
     low = __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11);
     high = __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15);
 }
@@ -160,7 +156,6 @@ void panel_pack(const float* x, i64 stride, int n, int width, i64 columns, float
 // ---- packed values, float32 or float16
 
 template <class V> INLINE V values(const float* p) { return load<V>(p); }
-
 
 typedef u16 h4 __attribute__((vector_size(8), aligned(2), may_alias));
 
@@ -422,13 +417,11 @@ void small_n(Blob blob, const float* tiles, const float* bias, bool accumulate, 
                         const u32 n = *meta++;
                         const __mmask16 k = _bzhi_u32(0xffff, n);
                         const __m512i at_columns = bytes(index);
-                        if (N == 1) {
-                            s[h][0] = _mm512_mask3_fmadd_ps(__m512(values<vec>(value)),
-                                                            _mm512_permutex2var_ps(x[0][0], at_columns, x[0][1]), s[h][0], k);
-                        } else {
-                            const __m512 w = _mm512_maskz_mov_ps(k, __m512(values<vec>(value)));
-                            UNROLL for (int i = 0; i < N; i++)
-                                s[h][i] = _mm512_fmadd_ps(w, _mm512_permutex2var_ps(x[i][0], at_columns, x[i][1]), s[h][i]);
+                        const __m512 all = __m512(values<vec>(value)), w = N == 1 ? all : _mm512_maskz_mov_ps(k, all);
+                        UNROLL for (int i = 0; i < N; i++) {
+                            const __m512 seen = _mm512_permutex2var_ps(x[i][0], at_columns, x[i][1]);
+                            s[h][i] = N == 1 ? _mm512_mask3_fmadd_ps(w, seen, s[h][i], k)
+                                             : _mm512_fmadd_ps(w, seen, s[h][i]);
                         }
                         value += n, index += n;
                     }
@@ -462,8 +455,8 @@ void small(Blob blob, const float* tiles, int n, const float* bias, bool accumul
 void small(Blob, const float*, int, const float*, bool, float*, u32, u32) {}
 #endif
 
-// ---- nonlinearities of recurrent layers: tanh(x) = n / d, a minimax fraction (the coefficients are those of Eigen's ptanh),
-// absolute error about 1e-7. sigmoid(x) = (1 + tanh(x / 2)) / 2. Kept as fractions, so that a cell takes two divisions.
+// ---- nonlinearities of recurrent layers: tanh(x) = n / d, a minimax fraction (the coefficients are those of Eigen's
+// ptanh), absolute error about 1e-7. sigmoid(x) = (1 + tanh(x / 2)) / 2. As fractions, a cell takes two divisions.
 
 struct Fraction {
     vec n, d;
@@ -527,6 +520,7 @@ void gru(const float* x, const float* s, i64 units_, float* h) {
 
 }  // namespace
 
-const Kernels TABLE = {NAME, kAvx512Here, small_pack, small, panel_pack, panel, panel_unpack, gather, put, relu, lstm, gru};
+const Kernels TABLE = {NAME,   LANES == 16, small_pack, small, panel_pack, panel, panel_unpack,
+                       gather, put,         relu,       lstm,  gru};
 
 }  // namespace secateur
