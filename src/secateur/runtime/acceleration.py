@@ -176,6 +176,7 @@ class _Tuning:
 
     def __init__(self, model: nn.Module, fast: nn.Module, calls: Sequence[Call], half: bool) -> None:
         self.model, self.fast, self.calls, self.half = model, fast, calls, half
+        self.values = "float16" if half else "float32"
         self.plans = {layer.name: layer for layer in _survey(fast)}
         self.gains: tuple[Gain, ...] = ()
         modules = dict(fast.named_modules())
@@ -236,8 +237,8 @@ class _Tuning:
 
     def found(self) -> Plan:
         """All that was chosen, and where."""
-        layers, values = tuple(self.plans.values()), "float16" if self.half else "float32"
-        return Plan(tuning.cpu(), native.isa(), torch.get_num_threads(), layers, self.gains, values)
+        layers = tuple(self.plans.values())
+        return Plan(tuning.cpu(), native.isa(), torch.get_num_threads(), layers, self.gains, self.values)
 
     def take(self, plan: Plan) -> None:
         """Choose as an earlier run did.
@@ -251,9 +252,8 @@ class _Tuning:
                 f"the plan was measured on {plan.cpu} with {plan.isa} kernels and {plan.threads} threads, and this is "
                 f"{here[0]}, {here[1]}, {here[2]}. Leave plan out, and the model is tuned here."
             )
-        values = "float16" if self.half else "float32"
-        if plan.values != values:
-            raise InputError(f"the plan is for values=torch.{plan.values}, and this call is for torch.{values}")
+        if plan.values != self.values:
+            raise InputError(f"the plan is for values=torch.{plan.values}, and this call is for torch.{self.values}")
         planned = {layer.name: layer for layer in plan.layers}
         for name in [*planned, *self.plans]:
             old, new = planned.get(name), self.plans.get(name)
