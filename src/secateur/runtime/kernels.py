@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import math
+import threading
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -30,6 +32,8 @@ ALL = (1 << 62) - 1
 
 _CSR = b"csr-0001"  # how a blob begins that torch can read
 _HALF_END = 65520.0  # from here on float16 is infinite
+_KEPT_FLOATS = 1 << 20  # of what a thread keeps between the layers of its recurrent calls, twice
+_room = threading.local()
 _twelve = ctypes.c_int64 * 12
 
 
@@ -213,13 +217,18 @@ def recurrent(
     if lib is None or not x.numel() or not choices >> bucket(h.shape[1]) & 1:
         return _dense_recurrent(x, sizes, h, c, weights, bidirectional)
     layers, directions = h.shape[0], 2 if bidirectional else 1
-    per, state = len(weights) // layers, h.shape[2]
+    per, batch, state = len(weights) // layers, h.shape[1], h.shape[2]
+    steps = x.shape[0] if sizes is None else sizes.shape[0]
     if sizes is None:
-        sizes = torch.full((x.shape[0],), x.shape[1], dtype=torch.int64, device="cpu")
+        sizes = _equal(steps, batch)
     h, c = _own(h), None if c is None else _own(c)
     shape, rows = x.shape[:-1], x.reshape(-1, x.shape[-1]).contiguous()
+    counts, threads = (sizes.data_ptr(), steps, batch), torch.get_num_threads()
+    first_h, first_c = h.data_ptr(), 0 if c is None else c.data_ptr()
     for first in range(0, layers, directions):
-        out = x.new_empty((rows.shape[0], directions * state))
+        last = first + directions == layers
+        wide = (rows.shape[0], directions * state)
+        out = x.new_empty(wide) if last else _between(x, wide, first // directions % 2)
         for i in range(first, first + directions):
             w_ih, _, *rest = weights[i * per : (i + 1) * per]
             ih, hh, *hr = packed[i * len(packed) // layers : (i + 1) * len(packed) // layers]
@@ -234,21 +243,38 @@ def recurrent(
                 None if gates is None else gates.data_ptr(),
                 hh.data_ptr(),
                 hr[0].data_ptr() if hr else None,
-                sizes.data_ptr(),
-                len(sizes),
-                h.shape[1],
+                *counts,
                 biases[1].data_ptr() if c is None and biases[1] is not None else None,
-                h[i].data_ptr(),
-                None if c is None else c[i].data_ptr(),
+                first_h + i * batch * state * 4,
+                None if c is None else first_c + i * batch * c.shape[2] * 4,
                 out.data_ptr() + (i - first) * state * 4,
                 directions * state,
                 i - first,
-                torch.get_num_threads(),
+                threads,
             )
             if failed:
                 raise _failure(failed)
         rows = out
     return rows.view(*shape, -1), h, h.new_empty(0) if c is None else c
+
+
+@functools.lru_cache(64)
+def _equal(steps: int, batch: int) -> Tensor:
+    """The sizes of all steps of a batch that is not packed."""
+    with torch.inference_mode(False):
+        return torch.full((steps,), batch, dtype=torch.int64, device="cpu")
+
+
+def _between(like: Tensor, shape: tuple[int, int], turn: int) -> Tensor:
+    """Room for what one layer tells the next; a small one is kept by the thread, as fresh memory costs page faults."""
+    if math.prod(shape) > _KEPT_FLOATS:
+        return like.new_empty(shape)
+    kept: list[Tensor | None] = _room.__dict__.setdefault("kept", [None, None])
+    room = kept[turn]
+    if room is None or room.numel() < math.prod(shape):
+        with torch.inference_mode(False):
+            room = kept[turn] = torch.empty(math.prod(shape), device="cpu")
+    return room[: math.prod(shape)].view(shape)
 
 
 def _dense_recurrent(
