@@ -425,6 +425,11 @@ void small_n(Blob blob, const float* tiles, const float* bias, bool accumulate, 
                         }
                         value += n, index += n;
                     }
+                if (N > 1) {  // a single input is bound by the memory as it is
+                    UNROLL for (int i = 0; i < 7; i++) __builtin_prefetch(value + kAhead + 16 * i);
+                    UNROLL for (int i = 0; i < 2; i++) __builtin_prefetch(index + kAhead + 64 * i);
+                    __builtin_prefetch(meta + kAhead / 3);
+                }
                 const __m512i to0 = bytes(lanes), to1 = bytes(lanes + 16);
                 UNROLL for (int i = 0; i < N; i++) {
                     sum[i][0] = _mm512_add_ps(sum[i][0], _mm512_permutex2var_ps(s[0][i], to0, s[1][i]));
