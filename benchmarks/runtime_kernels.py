@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from runtime_cases import Case
+from runtime_cases import Case, Fan
 from secateur.runtime import native
 
 Step = Callable[[Tensor], Tensor]  # writes into a buffer of its own, and returns it
@@ -23,8 +23,8 @@ def call(case: Case, model: nn.Module) -> Callable[[], object]:
     x = case.example()
     if isinstance(model, nn.RNNBase):
         return recurrent(model, x)
-    chained = isinstance(model, nn.Sequential)
-    layers = list(model) if chained else list(getattr(model, "layers", []))  # type: ignore[call-overload]
+    chained = not isinstance(model, Fan)
+    layers = list(model) if isinstance(model, nn.Sequential) else list(getattr(model, "layers", []))
     if not layers:
         raise NotImplementedError("a model of other layers")
     steps, into = [], x

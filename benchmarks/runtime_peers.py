@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from runtime_cases import Case, Side, flat, goal_cases, in_turn, ratios, relative_error, yardstick
+from runtime_cases import Case, Fan, Side, flat, goal_cases, in_turn, ratios, relative_error, yardstick
 
 Call = Callable[[], Any]
 
@@ -160,7 +160,7 @@ def mkl(case: Case, model: nn.Module, file: str) -> dict[str, Call]:
     point_wise = kinds == {nn.Conv2d} and all(layer.kernel_size == (1, 1) for layer in layers)
     if kinds != {nn.Linear} and not point_wise:
         raise RuntimeError("has matrix products only")
-    x, chained = case.example(), isinstance(model, nn.Sequential)
+    x, chained = case.example(), not isinstance(model, Fan)
     alive.append(x)
     n = x[0, 0].numel() if point_wise else len(x)
     if n == 1:
