@@ -320,9 +320,9 @@ bool conv2d(Blob blob, const float* x, const Geometry& g, const float* bias, flo
     const float* start = bias ? bias : zeros.get(rows);
     float* laid = gathered.get(g.plain() ? 0 : planes.size());
     if (!offset || !start || !laid) return false;
-    for (i64 c = 0, j = 0; c < g.channels; c++)
-        for (i64 ky = 0; ky < g.kh; ky++)
-            for (i64 kx = 0; kx < g.kw; kx++) offset[j++] = planes.offset(c, ky, kx);
+    const i64 taps = g.kh * g.kw, step = planes.at(1, 0, 0);
+    for (i64 j = 0; j < columns; j++)  // divisions for the first channel only
+        offset[j] = j < taps ? planes.offset(0, j / g.kw, j % g.kw) : offset[j - taps] + step;
     const i64 tiles = Tile::count(places, false);
     for (i64 b = 0; b < g.batch; b++) {
         const float* seen = laid;
