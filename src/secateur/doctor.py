@@ -199,7 +199,7 @@ def _quota(root: Path = Path("/sys/fs/cgroup")) -> int | None:
 def _findings(facts: Facts) -> Iterator[Finding]:
     yield Finding(
         "dense kernels do not skip zeros: a pruned model is no faster by itself",
-        "remove whole units, or run it with sparse kernels, and measure before you claim",
+        "sc.accelerate(model, example_inputs), or remove whole units, and measure before you claim",
     )
     threads, cores = facts.torch_threads, facts.allowed_cores
     if threads > cores:
