@@ -4,7 +4,7 @@ import copy
 
 import torch
 
-from secateur.runtime import acceleration, kernels, tuning
+from secateur.runtime import candidates, kernels, tuning
 
 
 def thin(model, sparsity=0.9, seed=0):
@@ -22,12 +22,12 @@ def sparse(model):
     """A copy in which every layer that can be is sparse for all inputs."""
     fast = copy.deepcopy(model).eval().requires_grad_(False)
     modules = dict(fast.named_modules())
-    for plan in acceleration._survey(fast):
+    for plan in candidates.survey(fast):
         if not plan.reason:
-            layer = acceleration._swap(modules[plan.name], plan.name)
+            layer = candidates.make_sparse(modules[plan.name], plan.name)
             layer.pack()
             layer._choices = kernels.ALL
-    acceleration._enclose(fast)
+    candidates.enclose(fast)
     return fast
 
 

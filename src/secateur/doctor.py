@@ -122,6 +122,11 @@ def secateur_version() -> str:
     return version_of("secateur") or "0+unknown"
 
 
+def cpu_name() -> str:
+    """Return the name of the processor."""
+    return _first(_cpuinfo(), "model name") or platform.processor() or platform.machine()
+
+
 def _facts() -> Facts:
     import torch
 
@@ -136,7 +141,7 @@ def _facts() -> Facts:
         numpy=version_of("numpy"),
         safetensors=version_of("safetensors"),
         platform=platform.platform(),
-        cpu=_first(cpu, "model name") or platform.processor() or platform.machine(),
+        cpu=cpu_name(),
         cpu_flags=tuple(f for f in _FLAGS if f in (_first(cpu, "flags") or _first(cpu, "Features") or "").split()),
         torch_isa=backends.cpu.get_cpu_capability(),
         kernels=native.isa(),

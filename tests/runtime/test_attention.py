@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from secateur.runtime import acceleration, kernels
+from secateur.runtime import candidates, kernels
 from secateur.runtime.attention import (
     SparseMultiheadAttention,
     SparseTransformerEncoder,
@@ -130,7 +130,7 @@ def test_what_torch_refuses_is_refused(backend):
 
 @pytest.mark.parametrize("options", [{"add_bias_kv": True}, {"add_zero_attn": True}], ids=str)
 def test_what_is_not_supported_stays_dense(options):
-    (plan,) = acceleration._survey(build(**options))
+    (plan,) = candidates.survey(build(**options))
     assert plan.reason == "add_bias_kv and add_zero_attn are not supported"
 
 

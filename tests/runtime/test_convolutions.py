@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from secateur.runtime import acceleration
+from secateur.runtime import candidates
 from secateur.runtime.convolutions import SparseConv1d, SparseConv2d
 from sparse_models import off, sparse, thin
 
@@ -72,16 +72,16 @@ def test_what_torch_refuses_is_refused(isa, shape):
 @pytest.mark.parametrize("mode", ["reflect", "replicate", "circular"])
 def test_other_padding_stays_dense(isa, mode):
     layer = thin(nn.Conv2d(4, 8, 3, padding=1, padding_mode=mode))
-    (plan,) = acceleration._survey(layer)
+    (plan,) = candidates.survey(layer)
     assert plan.reason == f"padding_mode={mode!r}"
 
 
 @pytest.mark.parametrize("kind", [nn.ConvTranspose1d, nn.ConvTranspose2d, nn.Conv3d])
 def test_other_kinds_stay_dense(isa, kind):
-    (plan,) = acceleration._survey(thin(kind(4, 8, 3)))
+    (plan,) = candidates.survey(thin(kind(4, 8, 3)))
     assert plan.reason == f"no sparse kernel for {kind.__name__}"
 
 
 def test_without_the_library_they_stay_dense(without_native):
-    (plan,) = acceleration._survey(thin(nn.Conv2d(4, 8, 3)))
+    (plan,) = candidates.survey(thin(nn.Conv2d(4, 8, 3)))
     assert plan.reason == "a convolution needs the native library"

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence
 
-from secateur.runtime import acceleration, kernels
+from secateur.runtime import candidates, kernels
 from secateur.runtime.recurrences import SparseGRU, SparseLSTM
 from sparse_models import off, sparse, thin
 
@@ -173,10 +173,10 @@ def test_choices_go_by_batch(isa):
 def test_classes(isa):
     assert isinstance(sparse(build()), SparseLSTM)
     assert isinstance(sparse(build("GRU")), SparseGRU)
-    (plan,) = acceleration._survey(thin(nn.RNN(4, 8)))
+    (plan,) = candidates.survey(thin(nn.RNN(4, 8)))
     assert plan.reason == "no sparse kernel for RNN"
 
 
 def test_without_the_library_they_stay_dense(without_native):
-    (plan,) = acceleration._survey(build())
+    (plan,) = candidates.survey(build())
     assert plan.reason == "a recurrent layer needs the native library"

@@ -3,50 +3,26 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parameter import is_lazy
 
 from secateur.costs import Call
 from secateur.errors import InputError, StateError
 from secateur.measurement import arguments
-from secateur.runtime import attention, convolutions, linears, native, recurrences, tuning
+from secateur.runtime import native, tuning
+from secateur.runtime.candidates import enclose, make_sparse, matrices, survey, zeros_of
 from secateur.runtime.chains import Chain, Span, SparseSequential, runs
-from secateur.runtime.layers import SPARSE_ENOUGH, Sparse, Swapped, swap, zero_share
+from secateur.runtime.layers import Sparse, Swapped, swap
 from secateur.runtime.plans import Gain, LayerPlan, Plan, Timing, without
 from secateur.scope import unwrap
-from secateur.tables import percent
 
-_KINDS: dict[type[nn.Module], type[Sparse]] = {
-    nn.Linear: linears.SparseLinear,
-    nn.Conv1d: convolutions.SparseConv1d,
-    nn.Conv2d: convolutions.SparseConv2d,
-    nn.LSTM: recurrences.SparseLSTM,
-    nn.GRU: recurrences.SparseGRU,
-    nn.MultiheadAttention: attention.SparseMultiheadAttention,
-}
-_AROUND: dict[type[nn.Module], type[Swapped]] = {
-    nn.TransformerEncoderLayer: attention.SparseTransformerEncoderLayer,
-    nn.TransformerEncoder: attention.SparseTransformerEncoder,
-}
 _Run = tuple[nn.Sequential, Span]
-
-
-_OTHERS = (
-    nn.Conv3d,
-    nn.ConvTranspose1d,
-    nn.ConvTranspose2d,
-    nn.ConvTranspose3d,
-    nn.RNNBase,
-    nn.RNNCellBase,
-    nn.Bilinear,
-)
 
 
 @dataclass(frozen=True)
@@ -177,11 +153,11 @@ class _Tuning:
     def __init__(self, model: nn.Module, fast: nn.Module, calls: Sequence[Call], half: bool) -> None:
         self.model, self.fast, self.calls, self.half = model, fast, calls, half
         self.values = "float16" if half else "float32"
-        self.plans = {layer.name: layer for layer in _survey(fast)}
+        self.plans = {layer.name: layer for layer in survey(fast)}
         self.gains: tuple[Gain, ...] = ()
         modules = dict(fast.named_modules())
-        self.layers = {name: _swap(modules[name], name) for name, layer in self.plans.items() if not layer.reason}
-        _enclose(fast)
+        self.layers = {name: make_sparse(modules[name], name) for name, layer in self.plans.items() if not layer.reason}
+        enclose(fast)
         with tuning.recording(self.layers) as recorders, torch.inference_mode():
             self.seen = [tuning.look(fast, recorders, call) for call in calls]
         for name, layer in self.layers.items():
@@ -198,7 +174,7 @@ class _Tuning:
         except InputError as error:
             self.plans[name] = replace(self.plans[name], reason=str(error))
             return
-        self.plans[name] = replace(self.plans[name], pattern=tuning.pattern(_matrices(layer), self.half))
+        self.plans[name] = replace(self.plans[name], pattern=tuning.pattern(matrices(layer), self.half))
 
     def measure(self) -> None:
         """Time all layers, then the runs of them that could be fused, then the model, and keep what is faster."""
@@ -286,7 +262,7 @@ class _Tuning:
             if not layer._choices and id(layer) not in fused:
                 layer.restore()
         self._fuse({name: chosen for name, chosen in choices.items() if chosen})
-        _enclose(self.fast)
+        enclose(self.fast)
 
     def _fuse(self, choices: Mapping[str, int]) -> dict[str, Chain]:
         """Fuse these runs for these row classes and no others."""
@@ -351,21 +327,6 @@ def _copy(model: nn.Module) -> tuple[nn.Module, frozenset[str]]:
     return fast, trained
 
 
-def _survey(model: nn.Module) -> Iterator[LayerPlan]:
-    """Each layer with a weight matrix; those without a reason are to be tried."""
-    inner = {id(m.out_proj) for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
-    for name, module in model.named_modules():
-        mixin = _mixin(module)
-        if id(module) in inner or (mixin is None and not isinstance(module, _OTHERS)):
-            continue
-        weights = _matrices(module)
-        zeros = sum(zero_share(w) * w.numel() for w in weights) / max(sum(w.numel() for w in weights), 1)
-        shape = max((tuple(w.shape) for w in weights), key=math.prod, default=())
-        kind = type(module).__name__
-        reason = f"no sparse kernel for {kind}" if mixin is None else _obstacle(module, mixin, zeros)
-        yield LayerPlan(name, kind, shape, zeros, reason=reason)
-
-
 def _runs(model: nn.Module) -> Iterator[tuple[str, _Run]]:
     """What could be fused: by a name as Python spells it, the Sequential and where in it."""
     for name, module in model.named_modules():
@@ -381,65 +342,9 @@ def _modules(module: nn.Sequential, span: Span) -> list[nn.Module]:
 def _run_plan(name: str, module: nn.Sequential, span: Span) -> LayerPlan:
     chain = Chain(_modules(module, span))
     weights = [layer.weight for layer in chain.layers]
-    zeros = sum(zero_share(w) * w.numel() for w in weights) / sum(w.numel() for w in weights)
-    return LayerPlan(name, "Sequential", chain.widths, zeros, tuning.pattern(weights, chain.layers[0]._half))
-
-
-def _mixin(module: nn.Module) -> type[Sparse] | None:
-    if linears.is_transposed(type(module)):
-        return linears.SparseTransposedLinear
-    return next((mixin for plain, mixin in _KINDS.items() if isinstance(module, plain)), None)
-
-
-def _obstacle(module: nn.Module, mixin: type[Sparse], zeros: float) -> str:
-    """Why a layer cannot be sparse, or an empty string."""
-    if mixin.plain is not nn.Module and type(module).forward is not mixin.plain.forward:
-        return "its class has a forward of its own"
-    strange = sorted({name for name, _ in module.named_parameters()} - _names(module))
-    if strange:
-        return f"its weights are computed from {strange[0]} (by a parametrization, norm or pruning hook)"
-    for name, parameter in module.named_parameters():
-        if type(parameter.data) is not Tensor or parameter.layout is not torch.strided:
-            return f"{name} is no plain tensor"
-        if parameter.dtype is not torch.float32 or not parameter.is_cpu:
-            return f"{name} is {parameter.dtype} on {parameter.device}, and the kernels are for float32 on the CPU"
-        if parameter.dim() == 1 and not parameter.is_contiguous():
-            return f"{name} is not contiguous"
-    return mixin.obstacle(module) or ("" if zeros >= SPARSE_ENOUGH else f"too dense: {percent(zeros)} zeros")
-
-
-def _names(module: nn.Module) -> set[str]:
-    """The parameters that a layer has by nature."""
-    if isinstance(module, nn.RNNBase):
-        return set(module._flat_weights_names)
-    projections = {"in_proj_weight", "in_proj_bias", "q_proj_weight", "k_proj_weight", "v_proj_weight"}
-    attention = {*projections, "out_proj.weight", "out_proj.bias", "bias_k", "bias_v"}
-    return attention if isinstance(module, nn.MultiheadAttention) else {"weight", "bias"}
-
-
-def _matrices(module: nn.Module) -> list[Tensor]:
-    return [parameter for parameter in module.parameters() if parameter.dim() > 1]
-
-
-def _swap(module: nn.Module, name: str) -> Sparse:
-    mixin = _mixin(module)
-    assert mixin is not None
-    swap(module, mixin)
-    assert isinstance(module, Sparse)
-    module.prepare(name)
-    return module
-
-
-def _enclose(model: nn.Module) -> None:
-    """Swap the transformer layers that contain sparse layers, and no others."""
-    for module in model.modules():
-        for plain, mixin in _AROUND.items():
-            if isinstance(module, plain):
-                holds = any(isinstance(inner, Sparse) for inner in module.modules())
-                if holds and not isinstance(module, Swapped):
-                    swap(module, mixin)
-                elif not holds and isinstance(module, Swapped):
-                    module.restore()
+    return LayerPlan(
+        name, "Sequential", chain.widths, zeros_of(weights), tuning.pattern(weights, chain.layers[0]._half)
+    )
 
 
 def _identity(layer: LayerPlan) -> tuple[Any, ...]:

@@ -17,65 +17,56 @@ from secateur.runtime.layers import Sparse
 __all__: list[str] = []  # reached through secateur.accelerate alone
 
 
-class SparseConv2d(Sparse, nn.Conv2d):
+class _SparseConvolution(Sparse):
+    """What both share: a signal is an image of one row."""
+
+    packed_weight: Tensor
+    weight: Tensor
+    groups: int
+    kernel_size: tuple[int, ...]
+
+    @classmethod
+    def obstacle(cls, module: Any) -> str:
+        if kernels.form() == "csr":
+            return "a convolution needs the native library"
+        return "" if module.padding_mode == "zeros" else f"padding_mode={module.padding_mode!r}"
+
+    def matrices(self) -> Iterator[tuple[str, Tensor, int]]:
+        yield "weight", self.weight.flatten(1), self.groups
+
+    def rows(self, input: Tensor) -> int:
+        return _pixels(self._image(input), self)
+
+    def forward(self, input: Tensor) -> Any:
+        """As the plain class: [batch, in, height, width] or [batch, in, length], or without the batch."""
+        usable = self._traceable(input) if torch.compiler.is_compiling() else self._ready(input)
+        if not usable or input.dim() not in (self._single, self._single + 1):
+            return super().forward(input)
+        out = _convolve(self, self._image(input))
+        out = out if self._single == 3 else out.squeeze(2)
+        return out[0] if input.dim() == self._single else out
+
+    @property
+    def _single(self) -> int:
+        """Dimensions of an input without the batch."""
+        return 1 + len(self.kernel_size)
+
+    def _image(self, input: Tensor) -> Tensor:
+        """[batch, in, height, width]"""
+        batch = input[None] if input.dim() == self._single else input
+        return batch if self._single == 3 else batch.unsqueeze(2)
+
+
+class SparseConv2d(_SparseConvolution, nn.Conv2d):
     """An nn.Conv2d with packed weights; what it gives is contiguous."""
 
     plain = nn.Conv2d
-    packed_weight: Tensor
-
-    @classmethod
-    def obstacle(cls, module: nn.Module) -> str:
-        return _obstacle(module)
-
-    def matrices(self) -> Iterator[tuple[str, Tensor, int]]:
-        yield "weight", self.weight.flatten(1), self.groups
-
-    def rows(self, input: Tensor) -> int:
-        return _pixels(input if input.dim() == 4 else input[None], self)
-
-    def forward(self, input: Tensor) -> Tensor:
-        """As nn.Conv2d: [batch, in, height, width], or without the batch."""
-        usable = self._traceable(input) if torch.compiler.is_compiling() else self._ready(input)
-        if not usable or input.dim() not in (3, 4):
-            return super().forward(input)
-        out = _convolve(self, input if input.dim() == 4 else input[None])
-        return out if input.dim() == 4 else out[0]
 
 
-class SparseConv1d(Sparse, nn.Conv1d):
-    """An nn.Conv1d with packed weights: a convolution of an image of one row."""
+class SparseConv1d(_SparseConvolution, nn.Conv1d):
+    """An nn.Conv1d with packed weights."""
 
     plain = nn.Conv1d
-    packed_weight: Tensor
-
-    @classmethod
-    def obstacle(cls, module: nn.Module) -> str:
-        return _obstacle(module)
-
-    def matrices(self) -> Iterator[tuple[str, Tensor, int]]:
-        yield "weight", self.weight.flatten(1), self.groups
-
-    def rows(self, input: Tensor) -> int:
-        return _pixels(_image(input), self)
-
-    def forward(self, input: Tensor) -> Tensor:
-        """As nn.Conv1d: [batch, in, length], or without the batch."""
-        usable = self._traceable(input) if torch.compiler.is_compiling() else self._ready(input)
-        if not usable or input.dim() not in (2, 3):
-            return super().forward(input)
-        out = _convolve(self, _image(input)).squeeze(2)
-        return out if input.dim() == 3 else out[0]
-
-
-def _obstacle(module: Any) -> str:
-    if kernels.form() == "csr":
-        return "a convolution needs the native library"
-    return "" if module.padding_mode == "zeros" else f"padding_mode={module.padding_mode!r}"
-
-
-def _image(signal: Tensor) -> Tensor:
-    """A signal [batch, in, length], or without the batch, as [batch, in, 1, length]."""
-    return (signal if signal.dim() == 3 else signal[None]).unsqueeze(2)
 
 
 def _spread(

@@ -73,20 +73,12 @@ def pack(weight: Tensor, groups: int = 1, half: bool = False) -> Tensor:
 def linear(x: Tensor, weight: Tensor, packed: Tensor, bias: Tensor | None, choices: int) -> Tensor:
     """`F.linear(x, weight, bias)`; x: float32 [..., columns] of any number of dimensions but none."""
     rows, columns = weight.shape
-    try:
-        shape = x.shape
-        n = x.numel() // columns
-        if n == 0 or shape[-1] != columns or not choices >> (n - 1).bit_length() & 1:
-            return F.linear(x, weight, bias)
-        if not x.is_contiguous():
-            x = x.contiguous()
-        source = x.data_ptr()
-    except (RuntimeError, IndexError):  # under vmap, nested, not strided, or of no dimension
+    if (found := _matrix(x, columns, choices)) is None:
         return F.linear(x, weight, bias)
+    x, n, source = found
     if (lib := native.library()) is None:
         return _csr_linear(x, weight, packed, bias)
-    # not given as a tuple, which would take half a microsecond more
-    out = x.new_empty(n, rows) if len(shape) == 2 else x.new_empty(*shape[:-1], rows)
+    out = _result(x, n, rows)
     offset = None if bias is None else bias.data_ptr()
     failed = lib.secateur_linear(packed.data_ptr(), source, n, offset, out.data_ptr(), 0, torch.get_num_threads())
     if failed:
@@ -107,23 +99,34 @@ def chain(
         choices: as for `linear`.
     """
     columns, rows = widths
-    try:
-        shape = x.shape
-        n = x.numel() // columns
-        if n == 0 or shape[-1] != columns or not choices >> (n - 1).bit_length() & 1:
-            return None
-        if not x.is_contiguous():
-            x = x.contiguous()
-        source = x.data_ptr()
-    except (RuntimeError, IndexError):  # under vmap, nested, not strided, or of no dimension
+    if (found := _matrix(x, columns, choices)) is None:
         return None
+    x, n, source = found
     if (lib := native.library()) is None:
         return None
-    out = x.new_empty(n, rows) if len(shape) == 2 else x.new_empty(*shape[:-1], rows)
+    out = _result(x, n, rows)
     failed = lib.secateur_chain(layers, blobs, biases, relu, source, n, out.data_ptr(), torch.get_num_threads())
     if failed:
         raise _failure(failed)
     return out
+
+
+def _matrix(x: Tensor, columns: int, choices: int) -> tuple[Tensor, int, int] | None:
+    """An input in one piece, its rows and its address; None if no sparse product can, or is to, take it."""
+    try:
+        n = x.numel() // columns
+        if n == 0 or x.shape[-1] != columns or not choices >> (n - 1).bit_length() & 1:
+            return None
+        if not x.is_contiguous():
+            x = x.contiguous()
+        return x, n, x.data_ptr()
+    except (RuntimeError, IndexError):  # under vmap, nested, not strided, or of no dimension
+        return None
+
+
+def _result(x: Tensor, n: int, rows: int) -> Tensor:
+    shape = x.shape  # not given as a tuple, which would take half a microsecond more
+    return x.new_empty(n, rows) if len(shape) == 2 else x.new_empty(*shape[:-1], rows)
 
 
 def conv2d(

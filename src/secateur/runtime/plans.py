@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from secateur.errors import FileError
+from secateur.measurement import duration
 from secateur.tables import Table, percent
 
 _VERSION = 1
@@ -180,7 +181,7 @@ def _rows(layer: LayerPlan) -> list[list[str]]:
     rows = []
     for timing in layer.timings:
         runs = "sparse" if timing.sparse else "dense" + (f": {layer.reason}" if layer.reason else "")
-        times = (_microseconds(timing.dense_seconds), _microseconds(timing.sparse_seconds))
+        times = (duration(timing.dense_seconds), duration(timing.sparse_seconds))
         rows.append([*start, _span(timing.bucket), *times, runs])
         start = ["", "", "", ""]
     return rows
@@ -189,7 +190,3 @@ def _rows(layer: LayerPlan) -> list[list[str]]:
 def _span(bucket: int) -> str:
     least, most = (1 << bucket >> 1) + 1, 1 << bucket
     return str(most) if bucket < 2 else f"{least}-{most}"
-
-
-def _microseconds(seconds: float) -> str:
-    return f"{seconds * 1e6:.3g} µs" if seconds < 1e-3 else f"{seconds * 1e3:.3g} ms"

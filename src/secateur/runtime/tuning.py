@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import platform
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -22,6 +20,7 @@ from torch import Tensor, nn
 
 from secateur import bits
 from secateur.costs import Call
+from secateur.doctor import cpu_name
 from secateur.measurement import at_rest, interval, quantile, time_blocks
 from secateur.runtime import kernels, native
 from secateur.runtime.chains import Chain
@@ -33,6 +32,7 @@ _SECONDS = 1.0  # of a measurement, of which there are two for each example
 _ROUNDS = range(4, 10)  # of four passes each; at least, at most
 _CACHE_BYTES = 48 << 20  # streamed through the cache before each pass
 _GAIN_SECONDS = 0.2  # of each of the two models that are compared in the end
+cpu = functools.cache(cpu_name)
 _CACHE: dict[tuple[Any, ...], Timing] = {}
 Seen = dict[str, set[int]]
 """Row classes that an example led to each layer, by the name of the layer."""
@@ -141,15 +141,6 @@ def pattern(weights: Sequence[Tensor], half: bool = False) -> str:
         digest.update(str(tuple(weight.shape)).encode())
         digest.update(bits.pack(weight.detach() != 0).numpy().tobytes())
     return digest.hexdigest()
-
-
-@functools.cache
-def cpu() -> str:
-    """Name of the processor."""
-    listed = Path("/proc/cpuinfo")
-    lines = listed.read_text().splitlines() if listed.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _key(layer: Sparse | Chain, hashed: str, bucket: int) -> tuple[Any, ...]:
