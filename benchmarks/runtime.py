@@ -1,6 +1,7 @@
 """The numbers of the runtime: how fast a pruned model runs, against torch and against what else there is.
 
-    python benchmarks/runtime.py [linear] [conv] [models] [recurrent] [sparsity] [floor] [threads] [avx2] [peers] [all]
+    python benchmarks/runtime.py [linear] [conv] [models] [recurrent] [sparsity] [floor] [threads] [avx2] [packed]
+                                 [peers] [all]
                                  [--json FILE] [--rounds N] [--only TEXT] [--kernel] [--quick]
                                  [--environments FOLDER] [--scratch FOLDER]
 
@@ -35,6 +36,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -48,6 +50,7 @@ from torch import Tensor, nn
 import runtime_cases as cases
 import secateur as sc
 from runtime_cases import Case, Encoder, Side, flat, in_turn, ratios, relative_error, yardstick
+from secateur.doctor import cpu_name
 from secateur.runtime import native
 from secateur.tables import Table
 
@@ -65,6 +68,7 @@ excluded: list[str] = []
 notes: list[str] = []
 peers_found: Found = {}
 plans: dict[str, Any] = {}
+tuned: dict[str, float] = {}  # seconds
 arguments = argparse.Namespace()
 
 
@@ -80,8 +84,9 @@ def pruned(case: Case) -> nn.Module:
 
 def secateur(case: Case, model: nn.Module) -> Callable[[], object]:
     x = case.example()
+    start = time.perf_counter()
     fast = sc.accelerate(model, x, threads=1)
-    plans[case.id] = fast.plan
+    plans[case.id], tuned[case.id] = fast.plan, time.perf_counter() - start
     return lambda: fast(x)
 
 
@@ -212,7 +217,7 @@ def measure(case: Case, names: tuple[str, ...] = tuple(SIDES)) -> list[Row]:
             figures["error"] = errors[name]
         rows.append({"id": case.id, "point": case.point, "sparsity": case.sparsity, "regime": regime,
                      "eager us": 1e6 * statistics.median(seconds["eager"]), "sides": found, "goal": goal,
-                     "sparse layers": sparse_layers(case)})  # fmt: skip
+                     "sparse layers": sparse_layers(case), "tuned": tuned.get(case.id)})  # fmt: skip
     return rows
 
 
@@ -303,6 +308,28 @@ def avx2() -> list[Row]:
     excluded.extend(f"AVX2: {what}" for what in found["settings"]["excluded"])
     notes.append(f"AVX2: {found['settings']['machine']}. MKL ignores its variable on processors that are not Intel's.")
     return found["avx2"]  # type: ignore[no-any-return]
+
+
+def packed() -> list[Row]:
+    """Bytes of packed weights: AVX-512 has tiles and panels, the others panels alone."""
+    rows: list[Row] = []
+    library, before = native.library(), native.isa()
+    if library is None or before is None or library.secateur_set_isa(b"avx512"):
+        leave_out("packed", "no AVX-512 kernels")
+        return rows
+    for sparsity in (0.5, 0.8, 0.9, 0.95):
+        weight = pruned(cases.linear(1024, 1024, 1, 1, {}, sparsity)).layers[0].weight  # type: ignore[union-attr, index]
+        for half in (False, True):
+            library.secateur_set_isa(b"avx512")
+            both = native.pack(weight, half=half).numel()
+            library.secateur_set_isa(b"portable")
+            panels = native.pack(weight, half=half).numel()
+            count, dense = int(weight.count_nonzero()), 4 * weight.numel()
+            rows.append({"1024x1024": f"{sparsity:.0%} pruned, float{16 if half else 32}",
+                         "tiles, bytes a non-zero": (both - panels) / count, "panels": panels / count,
+                         "AVX-512, over dense float32": both / dense, "others": panels / dense})  # fmt: skip
+    library.secateur_set_isa(before.encode())
+    return rows
 
 
 # ---- peers ------------------------------------------------------------------------------------------------------
@@ -419,7 +446,7 @@ def answers(name: str, python: Path, asked: list[dict[str, Any]], request: Path)
 
 
 def speeds(rows: list[Row]) -> list[Row]:
-    """Secateur over eager and over the best dense, beside the best sparse peer and what the issue asks."""
+    """Secateur over eager and over the best dense, beside the best sparse peer and the goals."""
     shown = []
     for row in rows:
         ours, others = row["sides"].get("secateur", {}), rivals(row)
@@ -435,7 +462,7 @@ def speeds(rows: list[Row]) -> list[Row]:
                       "over best dense": speed and speed / dense[best], "which is": best,
                       "over OpenVINO": speed and openvino and speed / openvino,
                       "best sparse peer": sparse.get(peer), "which is ": peer,  # type: ignore[arg-type]
-                      **goals(row), **kernel(row), "error": ours.get("error")})  # fmt: skip
+                      **goals(row), **kernel(row), "error": ours.get("error"), "tuned in s": row["tuned"]})  # fmt: skip
     return shown
 
 
@@ -489,8 +516,11 @@ def two_threads(rows: list[Row]) -> list[Row]:
 
 SECTIONS: dict[str, Callable[[], list[Row]]] = {
     "linear": linear, "conv": conv, "models": models, "recurrent": recurrent, "sparsity": sparsity, "floor": floor,
-    "threads": threads, "avx2": avx2,
+    "threads": threads, "avx2": avx2, "packed": packed,
 }  # fmt: skip
+
+
+SHOWN: dict[str, Callable[[list[Row]], list[Row]]] = {"threads": two_threads, "packed": list}  # others: as speeds
 
 
 def show(title: str, rows: list[Row]) -> None:
@@ -534,11 +564,11 @@ def main() -> None:
         if name == "peers":
             continue
         found[name] = rows = SECTIONS[name]()
-        show(name, two_threads(rows) if name == "threads" else speeds(rows))
-        if name not in ("threads", "floor", "avx2"):
+        show(name, SHOWN.get(name, speeds)(rows))
+        if name not in ("floor", "avx2", *SHOWN):
             show(f"{name}: lossy rivals, dense", lossy(rows))
     missed = [f"{row['point']}, {row['sparsity']:.0%} pruned, {row['regime']}" for name in found
-              if name in SECTIONS and name != "threads" for row in found[name] if below(row)]  # fmt: skip
+              if name in SECTIONS and name not in SHOWN for row in found[name] if below(row)]  # fmt: skip
     print("\nBelow must:", "\n- ".join(["", *missed]) if missed else "none.")
     print("\nExcluded:", "\n- ".join(["", *excluded]) if excluded else "nothing.")
     print("\n".join([f"One thread but for the section on threads. {machine()}.", *notes]))
@@ -554,9 +584,7 @@ def main() -> None:
 
 
 def machine() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "unknown CPU")
-    return (f"{cpu}, {os.cpu_count()} cores, Python {sys.version.split()[0]}, torch {torch.__version__} "
+    return (f"{cpu_name()}, {os.cpu_count()} cores, Python {sys.version.split()[0]}, torch {torch.__version__} "
             f"({torch.backends.cpu.get_cpu_capability()}), secateur's kernels: {native.isa()}")  # fmt: skip
 
 
