@@ -57,7 +57,7 @@ def linear(weight: Tensor, bias: Tensor, n: int) -> Step:
     lib, blob, y = library(), native.pack(weight), torch.empty(n, len(weight))
 
     def run(x: Tensor) -> Tensor:
-        lib.secateur_linear(blob.data_ptr(), x.data_ptr(), n, bias.data_ptr(), y.data_ptr(), 0, 1)
+        lib.secateur_linear(blob.data_ptr(), x.data_ptr(), n, bias.data_ptr(), y.data_ptr(), 1)
         return y
 
     return run

@@ -528,10 +528,9 @@ int64_t secateur_pack(const float* weight, int64_t rows, int64_t columns, int64_
     return pack(weight, rows, columns, groups, kernels->jagged, half != 0, blob);
 }
 
-int32_t secateur_linear(const void* blob, const float* x, int64_t n, const float* bias, float* y, int32_t accumulate,
-                        int32_t threads) {
+int32_t secateur_linear(const void* blob, const float* x, int64_t n, const float* bias, float* y, int32_t threads) {
     if (!valid(blob) || n < 0) return -1;
-    return linear({static_cast<const Header*>(blob)}, x, n, bias, y, accumulate, threads) ? 0 : -2;
+    return linear({static_cast<const Header*>(blob)}, x, n, bias, y, false, threads) ? 0 : -2;
 }
 
 int32_t secateur_chain(int32_t layers, const void* const* blobs, const float* const* biases, const int32_t* relu,

@@ -1,7 +1,7 @@
 /* The C ABI of secateur's sparse kernels: raw pointers, float32, no torch headers.
  *
- * A "blob" is a packed sparse matrix: position-independent bytes made by secateur_pack. All functions but the
- * first three return 0, or a negative number if the arguments make no sense (a blob of another version, ...).
+ * A "blob" is a packed sparse matrix: position-independent bytes made by secateur_pack. Functions that compute return 0,
+ * -1 if the arguments make no sense (a blob of another version, ...), or -2 if there is no memory for scratch.
  */
 #ifndef SECATEUR_H
 #define SECATEUR_H
@@ -17,7 +17,7 @@
 extern "C" {
 #endif
 
-#define SECATEUR_ABI 2
+#define SECATEUR_ABI 3
 
 /* SECATEUR_ABI of the library. */
 SECATEUR_API int32_t secateur_abi(void);
@@ -38,9 +38,9 @@ SECATEUR_API void secateur_set_parallel(void* gomp_parallel);
 SECATEUR_API int64_t secateur_pack(const float* weight, int64_t rows, int64_t columns, int64_t groups, int32_t half,
                                    void* blob);
 
-/* y[n][rows] = x[n][columns] * W^T + bias; bias may be NULL; accumulate != 0: y += x * W^T (bias is ignored). */
+/* y[n][rows] = x[n][columns] * W^T + bias; bias may be NULL. */
 SECATEUR_API int32_t secateur_linear(const void* blob, const float* x, int64_t n, const float* bias, float* y,
-                                     int32_t accumulate, int32_t threads);
+                                     int32_t threads);
 
 /* y[n][rows of the last blob]: x[n][columns of the first] through `layers` products, each with its bias (an entry may be
  * NULL), and where relu[i] != 0 with max(0, .) after it. Between layers activations keep the kernels' layout. */

@@ -80,7 +80,7 @@ def linear(x: Tensor, weight: Tensor, packed: Tensor, bias: Tensor | None, choic
         return _csr_linear(x, weight, packed, bias)
     out = _result(x, n, rows)
     offset = None if bias is None else bias.data_ptr()
-    failed = lib.secateur_linear(packed.data_ptr(), source, n, offset, out.data_ptr(), 0, torch.get_num_threads())
+    failed = lib.secateur_linear(packed.data_ptr(), source, n, offset, out.data_ptr(), torch.get_num_threads())
     if failed:
         raise _failure(failed)
     return out

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from secateur.errors import InputError
 
-ABI = 2
+ABI = 3
 _P, _I64, _I32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
 _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
     "secateur_abi": (_I32, []),
@@ -25,7 +25,7 @@ _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
     "secateur_set_isa": (_I32, [ctypes.c_char_p]),
     "secateur_set_parallel": (None, [_P]),
     "secateur_pack": (_I64, [_P, _I64, _I64, _I64, _I32, _P]),
-    "secateur_linear": (_I32, [_P, _P, _I64, _P, _P, _I32, _I32]),
+    "secateur_linear": (_I32, [_P, _P, _I64, _P, _P, _I32]),
     "secateur_chain": (_I32, [_I32, _P, _P, _P, _P, _I64, _P, _I32]),
     "secateur_conv2d": (_I32, [_P, _P, _P, _P, _P, _I32]),
     "secateur_recurrent": (_I32, [_I32, _P, _P, _P, _P, _P, _P, _P, _I64, _I64, _P, _P, _P, _P, _I64, _I32, _I32]),
