@@ -1,0 +1,1 @@
+"""Dropout, pruning's stochastic cousin: uncertainty, the layers people keep rewriting, and rates that are learned."""

@@ -1,0 +1,1 @@
+"""Dropout rates that are learned, and what they say of the weights."""
