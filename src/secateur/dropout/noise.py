@@ -21,7 +21,9 @@ SAMPLING: ContextVar[bool] = ContextVar("secateur.dropout.sampling", default=Fal
 
 def active(training: bool) -> bool:
     """Tell whether there is noise to add now: in training, and while `sample` or `find` runs the model."""
-    return training or SAMPLING.get()
+    if training or torch.compiler.is_compiling():  # dynamo reads no ContextVar; `sample` runs no compiled code
+        return training
+    return SAMPLING.get()
 
 
 def require_rate(rate: float, name: str = "p") -> float:
