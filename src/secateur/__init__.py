@@ -1,10 +1,11 @@
 """Precise pruning for PyTorch: exact sparsity, the same model at every moment, honest measurements.
 
 The verbs are here; the choices they take are in rooms of their own: `secateur.scores`, `secateur.allocation`,
-`secateur.patterns`, `secateur.schedules`, `secateur.errors`.
+`secateur.patterns`, `secateur.schedules`, `secateur.dropout`, `secateur.errors`.
 """
 
 from secateur import allocation as allocation
+from secateur import dropout as dropout
 from secateur import errors as errors
 from secateur import patterns as patterns
 from secateur import schedules as schedules
@@ -35,6 +36,7 @@ __all__ = [
     "compare",
     "cubic",
     "dense",
+    "dropout",
     "explain",
     "from_torch_prune",
     "geometric",

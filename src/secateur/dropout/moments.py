@@ -1,0 +1,123 @@
+"""Mean and variance under dropout in closed form, where the model allows it: no samples, no error of theirs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from secateur.dropout.calls import Call, Handler, handling
+from secateur.dropout.search import at_rest, require_rest
+from secateur.dropout.ways import Combine
+from secateur.errors import InputError
+from secateur.measurement import arguments
+
+__all__ = ["Moments", "closed_form"]
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Mean and variance of a model's output under its dropout, exact but for rounding.
+
+    Attributes:
+        mean: `[batch, ..., outputs]`; of usual dropout the output in `eval()`.
+        variance: of the same shape.
+    """
+
+    mean: Tensor
+    variance: Tensor
+
+    @property
+    def std(self) -> Tensor:
+        """Standard deviation, of the shape of the mean."""
+        return self.variance.sqrt()
+
+
+def closed_form(model: nn.Module, inputs: Any) -> Moments:
+    """Compute mean and variance of the output where nothing but a Linear layer follows the only dropout.
+
+    With `y = W (m * h) / (1 - p) + b` and independent m of Bernoulli(1 - p): `E y = W h + b`, and
+    `Var y_i = p / (1 - p) sum_j W_ij^2 h_j^2` (as in Wang & Manning 2013, "Fast dropout training", section 2). Each
+    output alone: their covariances are not computed. Also for alpha dropout.
+
+    Args:
+        model: in `eval()`; it runs once.
+        inputs: a tensor, a tuple of positional or a dict of keyword arguments.
+
+    Raises:
+        StateError: the model is in training mode.
+        InputError: no dropout, more than one, or something else than one Linear after it: take samples.
+
+    >>> model = nn.Sequential(nn.Linear(4, 64), nn.ReLU(), nn.Dropout(0.5), nn.Linear(64, 3)).eval()
+    >>> x = torch.randn(2, 4)
+    >>> found = closed_form(model, x)
+    >>> torch.allclose(found.mean, model(x), atol=1e-6), found.std.shape
+    (True, torch.Size([2, 3]))
+    """
+    call = arguments(inputs)
+    require_rest(model)
+    watcher = _Watcher()
+    with at_rest(), handling(watcher):
+        answer = model(*call[0], **call[1])
+    if watcher.dropped is None:
+        raise InputError(f"there is no closed form: {watcher.refusal or 'the model makes no dropout call'}; {_REMEDY}")
+    if watcher.refusal or watcher.linear is None or watcher.linear[1] is not answer:
+        follows = watcher.refusal or "what follows the dropout is more than one Linear layer"
+        raise InputError(f"there is no closed form: {follows}; {_REMEDY}")
+    (weight, *bias), _ = watcher.linear
+    with at_rest():
+        mean, variance = watcher.moments(watcher.dropped)
+        return Moments(functional.linear(mean, weight, *bias), functional.linear(variance, weight.square()))
+
+
+_REMEDY = "take samples: sc.dropout.sample(model, inputs)"
+
+
+class _Watcher(Handler):
+    """Leaves the dropout out, and watches what is done with what it would have dropped from."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dropped: Tensor | None = None
+        self.linear: tuple[tuple[Any, ...], Tensor] | None = None
+        """Of the layer that follows: weight and bias, and what it gives."""
+        self.refusal = ""
+        self._combine: Combine | None = None
+
+    def meet(self, kind: str, rate: float | None, training: bool, shape: Sequence[int]) -> Call | None:
+        return Call("", kind, rate, torch.Size(shape)) if rate else None
+
+    def put(self, call: Call, x: Tensor, shape: Sequence[int], combine: Combine, axis: int = 0) -> Tensor:
+        if self.dropped is not None:
+            self.refusal = self.refusal or f"there is another dropout after the first ({call.kind})"
+        elif tuple(shape) != tuple(x.shape):
+            self.refusal = f"{call.kind} drops several elements together"
+        self.dropped, self._combine = x.view_as(x), combine
+        self._rate = call.rate or 0.0
+        return self.dropped
+
+    def numbers(self, call: Call, like: Tensor, shape: Sequence[int], normal: bool) -> Tensor:
+        self.refusal = self.refusal or f"{call.kind} is no noise on a tensor"
+        return torch.full(tuple(shape), 0.0 if normal else 1 - 2**-24, device=like.device)
+
+    def plain(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        result = func(*args, **kwargs)
+        if self.dropped is None or not isinstance(result, Tensor):
+            return result
+        if self.linear is None and func == functional.linear and args[0] is self.dropped:
+            self.linear = (*args[1:], *kwargs.values()), result
+        elif not self.refusal:
+            self.refusal = f"{getattr(func, '__name__', func)} follows the dropout"
+        return result
+
+    def moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and variance of what comes out of the dropout: it has two values, with chances `1 - rate` and `rate`."""
+        assert self._combine is not None
+        numbers = torch.tensor((1.0, -1.0), device=x.device).view(2, *(1,) * x.ndim)
+        kept, dropped = self._combine(x, numbers[0]), self._combine(x, numbers[1])
+        mean = torch.lerp(kept, dropped, self._rate)
+        return mean, (kept - dropped).square_().mul_(self._rate * (1 - self._rate))

@@ -1,0 +1,85 @@
+"""What a model computes before its first dropout: recorded once, then played back instead of computed."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+
+class Unsuitable(Exception):
+    """A way of taking samples does not fit this model; another one is tried."""
+
+
+class Boundary(BaseException):
+    """Raised at the first dropout to end a pass that only records; no model catches it by accident."""
+
+
+class Prefix:
+    """The calls of torch functions up to the first dropout, and those results that are still in use there.
+
+    Args:
+        model: runs the model once under a handler that passes its calls to `run`, and `close`s at the first dropout.
+    """
+
+    def __init__(self) -> None:
+        self._calls: list[tuple[Any, Any]] = []
+        self._versions: list[tuple[Tensor, int]] = []
+        self._next = 0
+        self.closed = False
+
+    def run(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Make a call and record it or, once closed, give what it gave."""
+        if not self.closed:
+            result = func(*args, **kwargs)
+            self._calls.append((func, tree_map(_weaken, result)))
+            return result
+        if self._next == len(self._calls) or self._calls[self._next][0] != func:
+            raise Unsuitable("the model does not make the same calls in each pass")
+        self._next += 1
+        return self._calls[self._next - 1][1]
+
+    def close(self) -> None:
+        """End the recording: only what somebody still holds is kept."""
+        self._calls = [(func, tree_map(_strengthen, result)) for func, result in self._calls]
+        tensors = {id(t): t for _, result in self._calls for t in _tensors(result)}
+        self._versions = [(tensor, tensor._version) for tensor in tensors.values()]
+        self.closed = True
+
+    def rewind(self) -> None:
+        """Start to play again."""
+        self._next = 0
+
+    def finish(self) -> None:
+        """See at the first dropout that all was played."""
+        if self._next != len(self._calls):
+            raise Unsuitable("the model does not make the same calls in each pass")
+
+    @property
+    def intact(self) -> bool:
+        """False if the rest of the model has written into what was recorded: then it cannot be played again."""
+        return all(tensor._version == version for tensor, version in self._versions)
+
+
+_GONE = torch.empty(0)
+
+
+def _weaken(leaf: Any) -> Any:
+    return weakref.ref(leaf) if isinstance(leaf, Tensor) else leaf
+
+
+def _strengthen(leaf: Any) -> Any:
+    if not isinstance(leaf, weakref.ref):
+        return leaf
+    tensor = leaf()
+    return _GONE if tensor is None else tensor
+
+
+def _tensors(result: Any) -> list[Tensor]:
+    from torch.utils._pytree import tree_leaves
+
+    return [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor) and leaf is not _GONE]
