@@ -319,6 +319,11 @@ def test_parameters_may_be_replaced():
     zeros = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
     x = torch.randn(2, 3, 5)
     assert (torch.func.functional_call(model, zeros, x)[0] == 0).all()
+    sums = set()
+    for _ in range(9):
+        ones = {name: torch.ones_like(p) for name, p in model.named_parameters()}
+        sums.add(torch.func.functional_call(model, ones, x)[0].sum().item())
+    assert len(sums) > 1  # with masks
     assert (model(x)[0] != 0).any()
     model.load_state_dict(zeros, assign=True)
     assert (model(x)[0] == 0).all()

@@ -160,23 +160,23 @@ class _Masks:
 
     def _masked(self, module: nn.RNNBase) -> list[Any]:
         found: list[Any] = []
-        inputs: dict[str, Tensor] = {}  # both directions of a layer read the same
+        inputs: dict[str, Tensor | float] = {}  # both directions of a layer read the same
         for name, weight in zip(module._flat_weights_names, module._flat_weights, strict=True):
-            if name.startswith("weight_hh") and weight is not None:
-                columns = (1, weight.shape[1])
-                weight = noise.drop(weight, self.weight, training=module.training, kind="recurrent_weight")
-                weight = noise.drop(
-                    weight, self.hidden, training=module.training, kind="recurrent_hidden", shape=columns
-                )
-            elif name.startswith("weight_ih") and "_l0" not in name and weight is not None and self.input:
+            mask: Tensor | float = 1.0
+            if weight is not None and name.startswith("weight_hh"):
+                mask = _mask(weight, weight.shape, self.weight, "recurrent_weight")
+                mask = mask * _mask(weight, (1, weight.shape[1]), self.hidden, "recurrent_hidden")
+            elif weight is not None and name.startswith("weight_ih") and "_l0" not in name:
                 layer = name.removesuffix("_reverse")
                 if layer not in inputs:
-                    columns = (1, weight.shape[1])
-                    numbers = noise.uniform(weight, columns, kind="recurrent_input", rate=self.input)
-                    inputs[layer] = noise.mask_of(numbers, self.input, weight.dtype)
-                weight = weight * inputs[layer]
-            found.append(weight)
+                    inputs[layer] = _mask(weight, (1, weight.shape[1]), self.input, "recurrent_input")
+                mask = inputs[layer]
+            found.append(weight if weight is None or isinstance(mask, float) else weight * mask)
         return found
+
+
+def _mask(like: Tensor, shape: Sequence[int], rate: float, kind: str) -> Tensor | float:
+    return noise.mask_of(noise.uniform(like, shape, kind=kind, rate=rate), rate, like.dtype) if rate else 1.0
 
 
 class _Words:
