@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 
 class Unsuitable(Exception):
@@ -22,8 +22,7 @@ class Boundary(BaseException):
 class Prefix:
     """The calls of torch functions up to the first dropout, and those results that are still in use there.
 
-    Args:
-        model: runs the model once under a handler that passes its calls to `run`, and `close`s at the first dropout.
+    A handler passes the calls of a first pass to `run` and `close`s at the first dropout. From then on each pass plays.
     """
 
     def __init__(self) -> None:
@@ -46,7 +45,8 @@ class Prefix:
     def close(self) -> None:
         """End the recording: only what somebody still holds is kept."""
         self._calls = [(func, tree_map(_strengthen, result)) for func, result in self._calls]
-        tensors = {id(t): t for _, result in self._calls for t in _tensors(result)}
+        leaves = (leaf for _, result in self._calls for leaf in tree_leaves(result))
+        tensors = {id(leaf): leaf for leaf in leaves if isinstance(leaf, Tensor) and not leaf.is_meta}
         self._versions = [(tensor, tensor._version) for tensor in tensors.values()]
         self.closed = True
 
@@ -65,21 +65,22 @@ class Prefix:
         return all(tensor._version == version for tensor, version in self._versions)
 
 
-_GONE = torch.empty(0)
+class _Reference:
+    """A result, for as long as somebody holds it."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor = weakref.ref(tensor)
+        self._shape, self._dtype = tensor.shape, tensor.dtype
+
+    def settled(self) -> Tensor:
+        """The tensor or, where nobody needs its values any more, a stand-in that has only its shape."""
+        tensor = self._tensor()
+        return torch.empty(self._shape, dtype=self._dtype, device="meta") if tensor is None else tensor
 
 
 def _weaken(leaf: Any) -> Any:
-    return weakref.ref(leaf) if isinstance(leaf, Tensor) else leaf
+    return _Reference(leaf) if isinstance(leaf, Tensor) else leaf
 
 
 def _strengthen(leaf: Any) -> Any:
-    if not isinstance(leaf, weakref.ref):
-        return leaf
-    tensor = leaf()
-    return _GONE if tensor is None else tensor
-
-
-def _tensors(result: Any) -> list[Tensor]:
-    from torch.utils._pytree import tree_leaves
-
-    return [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor) and leaf is not _GONE]
+    return leaf.settled() if isinstance(leaf, _Reference) else leaf

@@ -130,6 +130,19 @@ class _Run:
         self.model, self.call, self.output, self.seed, self.shared = model, call, output, seed, shared
         self._prefix: Prefix | None = None
 
+    def look(self) -> None:
+        """Find the dropout calls, and the shapes of the outputs.
+
+        Raises:
+            InputError: there are none, or the model gives no tensor.
+        """
+        found, answer = look(self.model, self.call)
+        if not found.calls:
+            raise InputError(_nothing(found))
+        shapes = [output.shape for output in _outputs(answer, self.output)]
+        calls = _with_batch(self, found.sequence, shapes[0]) if self.shared else found.sequence
+        self.plan = Plan(found, calls, shapes)
+
     def forward(self, sampler: Sampler) -> Outputs:
         """Run the model under a handler."""
         with handling(sampler):
@@ -169,26 +182,20 @@ class _Run:
 
 def _first(run: _Run, n: int, max_memory: int) -> Outputs:
     """Take the samples of a model that is seen for the first time, and find out how best to take more of them."""
-    found, answer = look(run.model, run.call)
-    if not found.calls:
-        raise InputError(_nothing(found))
-    shapes = [output.shape for output in _outputs(answer, run.output)]
-    calls = _with_batch(run, found.sequence, shapes[0]) if run.shared else found.sequence
-    run.plan = Plan(found, calls, shapes)
+    run.look()
     try:
-        reference = [run.some("exact", [i]) for i in range(min(n, 2))]
+        truth = _joined([run.some("exact", [i]) for i in range(2)])
     except Unsuitable as error:
         raise InputError(f"no samples can be taken: {error}; its dropout must not depend on what is dropped") from error
-    truth = _joined(reference)
     race = _Race(run, truth)
     race.enter("exact", 1)
     race.enter("alone", 1)
     room = _room(run, max_memory)
     for way in ("mapped", "folded"):
-        chunk = min(2, n, room)
+        chunk = min(2, room)
         while chunk > 1 and race.enter(way, chunk) and chunk < min(n, room):
             chunk = min(4 * chunk, n, room)
-    run.plan.way, run.plan.chunk = race.best
+    run.plan.way, run.plan.chunk = race.winner()
     return _joined([race.done, run.samples(n, len(race.done[0]))]) if len(race.done[0]) < n else race.done
 
 
@@ -198,42 +205,50 @@ class _Race:
     def __init__(self, run: _Run, truth: Outputs) -> None:
         self.done = truth
         """The first samples: as many as one of the tries has computed."""
-        self.best = ("exact", 1)
         self._run, self._truth = run, truth
-        self._fastest = math.inf
+        self._seconds: dict[tuple[str, int], float] = {}
+        """Of one sample, for each way and number of samples a pass."""
 
     def enter(self, way: str, chunk: int) -> bool:
         """Try a way; True if more samples a pass may be faster still."""
-        samples = range(chunk) if chunk > 1 else range(len(self._truth[0]))
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of torch.vmap, where it has no rule for an operator
-                outputs, seconds = self._timed(way, samples, chunk)
+                outputs = self._time(way, chunk)
         except InputError:
             raise
         except Exception:  # whatever a model says to shapes that it does not expect
             return False
         if not _agree(outputs, self._truth):
+            del self._seconds[way, chunk]
             return False
         if len(outputs[0]) > len(self.done[0]):
             self.done = outputs
-        faster = seconds < self._fastest
-        if faster:
-            self._fastest, self.best = seconds, (way, chunk)
-        return faster or seconds < 2 * self._fastest or seconds * chunk < _LONG
+        seconds, fastest = self._seconds[way, chunk], min(self._seconds.values())
+        return seconds < 2 * fastest or seconds * chunk < _LONG
 
-    def _timed(self, way: str, samples: range, chunk: int) -> tuple[Outputs, float]:
-        """Samples, and the seconds of one."""
+    def winner(self) -> tuple[str, int]:
+        """The fastest way; those that are nearly as fast are timed once more."""
+        fastest = min(self._seconds.values())
+        near = [
+            key for key, seconds in self._seconds.items() if seconds < 1.5 * fastest and seconds * key[1] < 5 * _LONG
+        ]
+        for way, chunk in near if len(near) > 1 else []:
+            self._time(way, chunk)
+        return min(self._seconds, key=lambda key: self._seconds[key])
+
+    def _time(self, way: str, chunk: int) -> Outputs:
+        """Take samples, note the seconds of one."""
+        samples = range(max(chunk, len(self._truth[0])))
         passes = [samples] if chunk > 1 else [range(i, i + 1) for i in samples]
-        best = math.inf
         for _ in range(_TRIES):
             start = time.perf_counter()
             outputs = _joined([self._run.some(way, one, replay=chunk == 1) for one in passes])
             spent = time.perf_counter() - start
-            best = min(best, spent / len(samples))
+            self._seconds[way, chunk] = min(self._seconds.get((way, chunk), math.inf), spent / len(samples))
             if spent > _LONG:
                 break
-        return outputs, best
+        return outputs
 
 
 _TRIES = 3  # at most, of each way: the first call of an operator takes longer

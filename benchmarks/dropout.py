@@ -1,0 +1,341 @@
+"""The numbers of dropout: calls found, agreement, speed of samples, closed form, and what the other scripts measure.
+
+    python benchmarks/dropout.py [find] [std] [agree] [speed] [closed] [recurrent] [learned] [calibration] [--json FILE]
+
+Everything by default. One thread. Speed is wall clock over the plain loop of T = 50 passes in `train()` with frozen
+normalisation, the sides in turn (A B C A B C ...) in one process, medians with the smallest and the largest; beside
+it, the batch repeated 50 times in one pass, as other libraries do. The first call, which tries the ways of sampling,
+is apart.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import dropout_recurrent
+import secateur as sc
+from secateur.dropout import sampling
+from secateur.measurement import arguments
+from secateur.tables import Table
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "dropout"))
+T = 50
+
+
+# ---- models of the speed table ------------------------------------------------------------------------------------
+
+
+class Cnn(nn.Module):
+    """Two convolutions and a head, on images of 28 x 28; dropout in the head, or after the convolutions too."""
+
+    def __init__(self, everywhere: bool = False) -> None:
+        super().__init__()
+        spatial = nn.Dropout2d(0.1) if everywhere else nn.Identity()
+        self.features = nn.Sequential(
+            nn.Conv2d(1, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(), spatial,
+            nn.Conv2d(32, 64, 3, padding=1), nn.BatchNorm2d(64), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(),
+        )  # fmt: skip
+        self.head = nn.Sequential(nn.Linear(64 * 14 * 14, 128), nn.ReLU(), nn.Dropout(0.5), nn.Linear(128, 10))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.features(images))  # type: ignore[no-any-return]
+
+
+class Lstm(nn.Module):
+    """Two layers of 256 over 50 steps of 64, and a head."""
+
+    def __init__(self, *, first: float = 0.0, inner: float = 0.0, head: float = 0.0) -> None:
+        super().__init__()
+        self.first, self.drop = nn.Dropout(first), nn.Dropout(head)
+        self.lstm = nn.LSTM(64, 256, 2, batch_first=True, dropout=inner)
+        self.head = nn.Linear(256, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.drop(self.lstm(self.first(x))[0][:, -1]))  # type: ignore[no-any-return]
+
+
+class Transformer(nn.Module):
+    """Six encoder layers of 256 with four heads, over 64 steps; dropout in all of them, or in the last one only."""
+
+    def __init__(self, *, everywhere: bool) -> None:
+        super().__init__()
+        rates = [0.1 if everywhere or i == 5 else 0.0 for i in range(6)]
+        self.layers = nn.ModuleList(nn.TransformerEncoderLayer(256, 4, 1024, rate, batch_first=True) for rate in rates)
+        self.head = nn.Linear(256, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(x.mean(1))  # type: ignore[no-any-return]
+
+
+class Residual(nn.Module):
+    """Eight residual blocks of convolutions with Dropout2d, and a branch that reads a value."""
+
+    def __init__(self, *, reads: bool = False) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 32, 3, padding=1)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(32, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(), nn.Dropout2d(0.1))
+            for _ in range(8)
+        )
+        self.head, self.reads = nn.Linear(32, 10), reads
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for block in self.blocks:
+            x = x + block(x)
+            if self.reads and bool(x.isnan().any()):
+                raise ValueError("NaN")
+        return self.head(x.mean((2, 3)))  # type: ignore[no-any-return]
+
+
+def bert() -> nn.Module:
+    from transformers import BertConfig, BertForSequenceClassification
+
+    torch.manual_seed(0)
+    return BertForSequenceClassification(
+        BertConfig(hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536)
+    )
+
+
+def mlp() -> nn.Module:
+    layers = [(nn.Dropout(0.2), nn.Linear(784 if i == 0 else 512, 512), nn.ReLU()) for i in range(3)]
+    return nn.Sequential(*(part for layer in layers for part in layer), nn.Dropout(0.5), nn.Linear(512, 10))
+
+
+def logits(answer: Any) -> Tensor:
+    return answer.logits if hasattr(answer, "logits") else answer  # type: ignore[no-any-return]
+
+
+Case = tuple[str, Callable[[], nn.Module], Callable[[int], Any], tuple[int, ...], str]
+
+
+def images(*size: int) -> Callable[[int], Tensor]:
+    return lambda batch: torch.randn(batch, *size)
+
+
+def tokens(batch: int) -> dict[str, Tensor]:
+    return {"input_ids": torch.randint(0, 30000, (batch, 32))}
+
+
+CASES: list[Case] = [
+    ("CNN, dropout in the head", Cnn, images(1, 28, 28), (1, 32), "10 / 7"),
+    ("LSTM, dropout before the head", lambda: Lstm(head=0.5), images(50, 64), (1, 32), "25 / 30"),
+    ("LSTM, dropout between its layers", lambda: Lstm(inner=0.3), images(50, 64), (1, 4), "4 / 2.5"),
+    ("transformer, dropout in the last layer", lambda: Transformer(everywhere=False), images(64, 256), (1,), "4"),
+    ("transformer, dropout everywhere", lambda: Transformer(everywhere=True), images(64, 256), (1, 16), "0.95"),
+    ("BERT 6 x 384, dropout everywhere", bert, tokens, (1, 8), "0.95"),
+    ("CNN, dropout everywhere", lambda: Cnn(everywhere=True), images(1, 28, 28), (1, 32), "0.95"),
+    ("residual CNN, dropout everywhere", Residual, images(3, 32, 32), (1, 16), "0.95"),
+    ("the same, which reads a value", lambda: Residual(reads=True), images(3, 32, 32), (1, 16), "0.95"),
+    ("LSTM, dropout on its inputs", lambda: Lstm(first=0.2), images(50, 64), (1, 32), "0.95"),
+    ("MLP, dropout everywhere", mlp, images(784), (1, 32, 512), "0.95"),
+]
+
+
+# ---- measuring ------------------------------------------------------------------------------------------------------
+
+
+def training(model: nn.Module) -> nn.Module:
+    """Dropout on, normalisation frozen: what a plain loop of Monte-Carlo dropout runs."""
+    model.train()
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._NormBase):
+            module.eval()
+    return model
+
+
+@torch.no_grad()
+def plain_loop(model: nn.Module, inputs: Any, passes: int = T) -> Tensor:
+    args, kwargs = arguments(inputs)
+    training(model)
+    found = torch.stack([logits(model(*args, **kwargs)) for _ in range(passes)])
+    model.eval()
+    return found
+
+
+@torch.no_grad()
+def repeated_batch(model: nn.Module, inputs: Any) -> Tensor:
+    args, kwargs = arguments(inputs)
+    training(model)
+    found = logits(
+        model(
+            *(x.repeat(T, *(1,) * (x.ndim - 1)) for x in args),
+            **{k: x.repeat(T, *(1,) * (x.ndim - 1)) for k, x in kwargs.items()},
+        )
+    )
+    model.eval()
+    return found
+
+
+def speed(rounds: int = 7) -> list[dict[str, object]]:
+    found = []
+    for name, build, make, batches, asked in CASES:
+        for batch in batches:
+            torch.manual_seed(0)
+            model, inputs = build().eval(), make(batch)
+            start = time.perf_counter()
+            plain_loop(model, inputs, 2)
+            start = time.perf_counter()
+            sc.dropout.sample(model, inputs, n=T, output=logits)
+            first = time.perf_counter() - start
+            (plan,) = sampling._PLANS[model].values()
+            sides: dict[str, Callable[[], object]] = {
+                "loop": lambda m=model, x=inputs: plain_loop(m, x),  # type: ignore[misc]
+                "ours": lambda m=model, x=inputs: sc.dropout.sample(m, x, n=T, output=logits),  # type: ignore[misc]
+                "repeated": lambda m=model, x=inputs: repeated_batch(m, x),  # type: ignore[misc]
+            }
+            times = in_turn(sides, rounds)
+            row = {
+                "case": name, "batch": batch, "asked": asked, "way": plan.way, "chunk": plan.chunk,
+                "loop_ms": 1e3 * statistics.median(times["loop"]), "ours": ratio(times, "ours"),
+                "repeated": ratio(times, "repeated"), "first_call": statistics.median(times["loop"]) / first,
+            }  # fmt: skip
+            found.append(row)
+    return found
+
+
+def in_turn(sides: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    for turn in range(rounds + 1):
+        for name, side in sides.items():
+            start = time.perf_counter()
+            side()
+            if turn:  # the first round warms up
+                times[name].append(time.perf_counter() - start)
+    return times
+
+
+def ratio(times: dict[str, list[float]], name: str, base: str = "loop") -> dict[str, float]:
+    ratios = [a / b for a, b in zip(times[base], times[name], strict=True)]
+    return {"median": statistics.median(ratios), "least": min(ratios), "most": max(ratios)}
+
+
+# ---- the other numbers ----------------------------------------------------------------------------------------------
+
+
+def find() -> list[dict[str, object]]:
+    """Every dropout call of the zoo: found or named; beside it, how many dropout modules a walk over modules meets."""
+    from zoo import ZOO
+
+    found = []
+    for entry in ZOO:
+        model, inputs, _ = entry.build()
+        result = sc.dropout.find(model, inputs)
+        walk = sum(isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0 for m in model.modules())
+        found.append({"model": entry.name, "calls": len(result.calls), "named": len(result.unreached), "modules": walk})
+    return found
+
+
+def std() -> list[dict[str, object]]:
+    """Standard deviations of 4,000 samples over those of a plain loop of 4,000 passes."""
+    found = []
+    for name, build, make in (
+        ("LSTM, dropout between its layers", lambda: Lstm(inner=0.3), images(50, 64)),
+        ("transformer, dropout everywhere", lambda: Transformer(everywhere=True), images(64, 256)),
+        ("CNN, dropout everywhere", lambda: Cnn(everywhere=True), images(1, 28, 28)),
+    ):
+        torch.manual_seed(0)
+        model, x = build().eval(), make(4)
+        ours = sc.dropout.sample(model, x, n=4000).std
+        loop = plain_loop(model, x, 4000).std(0)
+        ratios = (ours / loop).flatten()
+        found.append(
+            {"model": name, "mean": float(ratios.mean()), "least": float(ratios.min()), "most": float(ratios.max())}
+        )
+    return found
+
+
+def agree() -> list[dict[str, object]]:
+    """The largest difference between ways of taking the same 16 samples, over the largest output."""
+    found = []
+    for name, build, make, _, _ in CASES:
+        torch.manual_seed(0)
+        model, inputs = build().eval(), make(2)
+        run = sampling._Run(model, arguments(inputs), logits, 0, False)
+        with sampling.at_rest():
+            run.look()
+            (exact,) = sampling._joined([run.some("exact", [i]) for i in range(16)])
+            row: dict[str, object] = {"case": name}
+            for way in ("alone", "mapped", "folded"):
+                parts = [range(i, i + 1) for i in range(16)] if way == "alone" else [range(16)]
+                try:
+                    (got,) = sampling._joined([run.some(way, part) for part in parts])
+                    row[way] = float((got - exact).abs().max() / exact.abs().max())
+                except Exception:  # not every way suits every model; `sample` tries another
+                    row[way] = None
+        found.append(row)
+    return found
+
+
+def closed(rounds: int = 15) -> list[dict[str, object]]:
+    """Closed form over the plain loop of T passes: dropout before a last Linear."""
+    found = []
+    for batch, features in ((32, 512), (128, 1024), (1, 512)):
+        torch.manual_seed(0)
+        model, x = nn.Sequential(nn.Dropout(0.5), nn.Linear(features, 10)).eval(), torch.randn(batch, features)
+        sides: dict[str, Callable[[], object]] = {
+            "loop": lambda m=model, x=x: plain_loop(m, x),  # type: ignore[misc]
+            "ours": lambda m=model, x=x: sc.dropout.closed_form(m, x),  # type: ignore[misc]
+        }
+        times = in_turn(sides, rounds)
+        many = sc.dropout.sample(model, x, n=20000, max_memory=2**32).std
+        error = float((sc.dropout.closed_form(model, x).std / many - 1).abs().mean())
+        found.append({"batch": batch, "features": features, **ratio(times, "ours"), "error": error})
+    return found
+
+
+def show(name: str, rows: list[dict[str, object]]) -> None:
+    def cell(value: object) -> str:
+        if isinstance(value, dict):
+            return f"{value['median']:.3g} ({value['least']:.3g} to {value['most']:.3g})"
+        return f"{value:.3g}" if isinstance(value, float) else "-" if value is None else str(value)
+
+    print(
+        Table(list(rows[0]), [[cell(v) for v in row.values()] for row in rows], title=name).text(),
+        end="\n\n",
+        flush=True,
+    )
+
+
+SECTIONS: dict[str, Callable[[], list[dict[str, object]]]] = {
+    "find": find,
+    "std": std,
+    "agree": agree,
+    "speed": speed,
+    "closed": closed,
+    "recurrent": dropout_recurrent.recurrent,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("sections", nargs="*", choices=[*SECTIONS, []], help="all by default")
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    found = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", sc.errors.SecateurWarning)
+        for name in options.sections or SECTIONS:
+            found[name] = SECTIONS[name]()
+            show(name, found[name])
+    print(f"torch {torch.__version__}, one thread")
+    if options.json:
+        options.json.write_text(json.dumps(found, indent=1))
+
+
+if __name__ == "__main__":
+    main()
