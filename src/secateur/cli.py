@@ -235,17 +235,31 @@ def doctor(as_json: Json = False) -> None:
 
 @app.command()
 def demo(
-    epochs: Annotated[int, typer.Option(min=1, help="Epochs of each training.")] = 20,
+    epochs: Annotated[
+        int | None,
+        typer.Option(min=1, help="Epochs of each training.", show_default="20; 40 with --uncertainty"),
+    ] = None,
     sparsity: Annotated[float, typer.Option(help="Fraction of weights that become zero, 0 <= s < 1.")] = 0.9,
     seed: Annotated[int, typer.Option(help="The same seed gives the same result.")] = 0,
     out: Annotated[Path, typer.Option(help="The folder for files and plots.")] = Path("secateur-demo"),
+    uncertainty: Annotated[
+        bool, typer.Option("--uncertainty", help="Dropout instead: train with it, and see what the model is unsure of.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Prune an LSTM on real data, end to end, and measure what it gained."""
-    from secateur.demo import run
-
     console = None if as_json else Console()
-    result = run(epochs=epochs, sparsity=sparsity, seed=seed, out=out, console=console)
+    chosen = {} if epochs is None else {"epochs": epochs}
+    if uncertainty:
+        from secateur.demo.uncertainty import run as run_uncertainty
+
+        if sparsity != 0.9:
+            raise typer.BadParameter("--uncertainty prunes nothing: leave out --sparsity")
+        result = run_uncertainty(**chosen, seed=seed, out=out, console=console)
+    else:
+        from secateur.demo import run
+
+        result = run(**chosen, sparsity=sparsity, seed=seed, out=out, console=console)
     if as_json:
         _print_json(result)
 
