@@ -210,7 +210,8 @@ class _Race:
         """Of one sample, for each way and number of samples a pass."""
 
     def enter(self, way: str, chunk: int) -> bool:
-        """Try a way; True if more samples a pass may be faster still."""
+        """Try a way; True if it is worth trying with more samples a pass."""
+        before = min(self._seconds.values(), default=math.inf)
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of torch.vmap, where it has no rule for an operator
@@ -224,8 +225,8 @@ class _Race:
             return False
         if len(outputs[0]) > len(self.done[0]):
             self.done = outputs
-        seconds, fastest = self._seconds[way, chunk], min(self._seconds.values())
-        return seconds < 2 * fastest or seconds * chunk < _LONG
+        seconds = self._seconds[way, chunk]
+        return seconds < 0.9 * before or seconds * chunk < _LONG
 
     def winner(self) -> tuple[str, int]:
         """The fastest way; those that are nearly as fast are timed once more."""
