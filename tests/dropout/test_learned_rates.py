@@ -153,6 +153,11 @@ def test_an_interruption_is_put_right_by_the_next_forward(model, x):
     handle.remove()
     model(x)
     assert face(model) == start
+    handle = model.attention.register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        model(x)
+    assert to_scores(model)["attention.in_proj_weight"].shape == (24, 8)
+    assert face(model) == start
 
 
 def test_remove_puts_right_what_an_interruption_left(model, x):

@@ -118,9 +118,13 @@ class Place:
 
     def detach(self) -> None:
         """Take the hooks off."""
+        self.restore()
         for handle in self.handles:
             handle.remove()
         self.handles = []
+
+    def restore(self) -> None:
+        """Put right what an interrupted forward has left."""
 
 
 class SwapPlace(Place):
@@ -136,20 +140,19 @@ class SwapPlace(Place):
             self.host.register_forward_hook(self.after, always_call=True),
         ]
 
-    def detach(self) -> None:
-        super().detach()
+    def restore(self) -> None:
         self.swap.restore()
 
     def before(self, module: nn.Module, args: Any) -> None:
         """Put the stands where the parameters are."""
-        self.swap.restore()
+        self.restore()
         if self.wanted(module.training):
             refresh(module)
             self.swap.put(module, self.stands())
 
     def after(self, module: nn.Module, args: Any, output: Any) -> None:
         """Put the parameters back, also after an error."""
-        self.swap.restore()
+        self.restore()
 
     def wanted(self, training: bool) -> bool:
         """Whether anything stands in now."""
