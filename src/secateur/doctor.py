@@ -17,7 +17,7 @@ from typing import Any
 
 from secateur.tables import Table
 
-_EXTRAS = {"plot": "matplotlib"}
+_EXTRAS = {"metrics": "torchmetrics", "plot": "matplotlib"}
 _FLAGS = (
     "avx2",
     "fma",

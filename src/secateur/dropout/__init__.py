@@ -13,7 +13,7 @@ from secateur.dropout.learned import concrete, finish, hard_concrete, penalty, t
 from secateur.dropout.moments import closed_form
 from secateur.dropout.sampling import sample
 from secateur.dropout.search import find
-from secateur.dropout.sequences import recurrent
+from secateur.dropout.sequences import RecurrentDropout, recurrent
 from secateur.dropout.uncertainty import Prediction
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "DropConnect",
     "LockedDropout",
     "Prediction",
+    "RecurrentDropout",
     "StochasticDepth",
     "TargetedDropout",
     "WordDropout",

@@ -157,7 +157,7 @@ class Sampler(Handler):
         self._next += 1
         if call.rate == 0:
             return None
-        if rate:  # as it is now; one that is 0 in eval() is as it was seen in training
+        if rate and rate != call.rate:  # as it is now; one that is 0 in eval() is as it was seen in training
             require_rate(rate, f"the rate of {kind} in {call.path or 'the model'}")
             return replace(call, rate=rate)
         return call
@@ -198,6 +198,8 @@ class Sampler(Handler):
 
     def _noise(self, call: Call, now: torch.Size, shape: Sequence[int], combine: Combine) -> Noise:
         """What a call asks for, in one sample: `now` may have samples folded into it."""
+        if now == call.shape and not self._shared:
+            return Noise(shape, combine, now)
         skipped = len(call.shape) - len(shape)
         own = [
             before if size == there else size
@@ -305,10 +307,23 @@ def _saturate(x: Tensor, numbers: Tensor, rate: float) -> Tensor:
     return torch.where(numbers >= rate, x, lowest) * scale - lowest * scale * rate
 
 
+@dataclass(frozen=True)
+class _Channels:
+    """A function that drops whole channels, as `torch.feature_dropout` does with inputs of `ndim` dimensions."""
+
+    kind: _Kind
+    ndim: int
+
+    def __call__(self, handler: Handler, func: Any, args: _Args, kwargs: _Kwargs) -> Any:
+        if args[0].ndim == self.ndim:
+            return self.kind(handler, func, args, kwargs)
+        return _python(self.kind.name, handler, func, args, kwargs)  # it warns, or takes them for something else
+
+
 def _python(name: str, handler: Handler, func: Any, args: _Args, kwargs: _Kwargs) -> Any:
     """A Python function that calls others: with `training=True`, or it would call them with a rate of 0."""
     training = bool(kwargs.get("training"))
-    return handler.within(func, args, {**kwargs, "training": True}, name or func.__name__, training)
+    return handler.within(func, args, {**kwargs, "training": True}, name, training)
 
 
 def _attention(handler: Handler, func: Any, args: _Args, kwargs: _Kwargs) -> Any:
@@ -391,7 +406,9 @@ _HANDLED: dict[Any, Callable[..., Any]] = {
     functional.dropout: _Kind("dropout", False, _scale),
     functional.alpha_dropout: _Kind("alpha_dropout", False, _saturate),
     functional.feature_alpha_dropout: _Kind("feature_alpha_dropout", True, _saturate),
-    **{f: partial(_python, "") for f in (functional.dropout1d, functional.dropout2d, functional.dropout3d)},
+    functional.dropout1d: _Channels(_Kind("dropout1d", True, _scale), 3),
+    functional.dropout2d: _Channels(_Kind("dropout2d", True, _scale), 4),
+    functional.dropout3d: _Channels(_Kind("dropout3d", True, _scale), 5),
     functional.multi_head_attention_forward: partial(_python, "attention"),
     functional.scaled_dot_product_attention: _attention,
     noise.drop: _own_drop,

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from secateur.costs import Call as Arguments
 from secateur.costs import peak_bytes
 from secateur.dropout.calls import Call, Sampler, handling
+from secateur.dropout.noise import require_rate
 from secateur.dropout.prefix import Boundary, Prefix, Unsuitable
 from secateur.dropout.search import Found, at_rest, listed, look, require_rest
 from secateur.dropout.streams import Streams
@@ -139,6 +140,9 @@ class _Run:
         found, answer = look(self.model, self.call)
         if not found.calls:
             raise InputError(_nothing(found))
+        for one in found.calls:
+            if one.rate is not None:
+                require_rate(one.rate, f"the rate of {one.kind} in {one.path or 'the model'}")
         shapes = [output.shape for output in _outputs(answer, self.output)]
         calls = _with_batch(self, found.sequence, shapes[0]) if self.shared else found.sequence
         self.plan = Plan(found, calls, shapes)

@@ -45,7 +45,8 @@ class Noise:
         numbers = (streams.normal if self.normal else streams.uniform)(self.shape, device)
         if self.repeats:
             numbers = numbers.repeat(1, *self.repeats)
-        return numbers.reshape(len(numbers), *(1,) * (len(self.before) + 1 - numbers.ndim), *numbers.shape[1:])
+        missing = len(self.before) + 1 - numbers.ndim
+        return numbers.reshape(len(numbers), *(1,) * missing, *numbers.shape[1:]) if missing else numbers
 
 
 class Alone:
