@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 import dropout_recurrent
 import secateur as sc
-from secateur.dropout import sampling
+from secateur.dropout import runs, sampling, search
 from secateur.measurement import arguments
 from secateur.tables import Table
 
@@ -264,15 +264,15 @@ def agree() -> list[dict[str, object]]:
     for name, build, make, _, _ in CASES:
         torch.manual_seed(0)
         model, inputs = build().eval(), make(2)
-        run = sampling._Run(model, arguments(inputs), logits, 0, False)
-        with sampling.at_rest():
+        run = runs.Run(model, arguments(inputs), logits, 0, False)
+        with search.at_rest():
             run.look()
-            (exact,) = sampling._joined([run.some("exact", [i]) for i in range(16)])
+            (exact,) = runs.joined([run.some("exact", [i]) for i in range(16)])
             row: dict[str, object] = {"case": name}
             for way in ("alone", "mapped", "folded"):
                 parts = [range(i, i + 1) for i in range(16)] if way == "alone" else [range(16)]
                 try:
-                    (got,) = sampling._joined([run.some(way, part) for part in parts])
+                    (got,) = runs.joined([run.some(way, part) for part in parts])
                     row[way] = float((got - exact).abs().max() / exact.abs().max())
                 except Exception:  # not every way suits every model; `sample` tries another
                     row[way] = None

@@ -21,7 +21,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from secateur.dropout import noise
-from secateur.dropout.noise import SAMPLING, mask_of, require_rate
+from secateur.dropout.noise import SAMPLING, mask_of
 from secateur.dropout.prefix import Boundary, Prefix, Unsuitable
 from secateur.dropout.recurrences import Recurrence
 from secateur.dropout.ways import Alone, Combine, Folded, Mapped, Noise
@@ -37,6 +37,7 @@ class Call:
         rate: fraction that is dropped, or None where no one rate says it.
         shape: of the tensor that it acts on, for the inputs given.
         line: of the code that calls it.
+        seen: the rate that the call itself shows in `eval()`.
         repeats: along each dimension, how many elements of the batch there are: `shared=True` gives them one mask.
     """
 
@@ -45,6 +46,7 @@ class Call:
     rate: float | None
     shape: torch.Size
     line: int = 0
+    seen: float | None = None
     repeats: tuple[int, ...] = ()
 
     @property
@@ -118,14 +120,17 @@ class Lister(Handler):
         """Each with whether the call itself asks for noise."""
         self.random: list[Call] = []
         """Calls of random functions that are no dropout."""
+        self.moved = False
+        """The run has moved a global generator."""
         self._names = names
 
     def meet(self, kind: str, rate: float | None, training: bool, shape: Sequence[int]) -> None:
         path, line = _where(self._names)
-        self.calls.append((Call(path, kind, rate, torch.Size(shape), line), training))
+        rate = None if rate is None else float(rate)
+        self.calls.append((Call(path, kind, rate, torch.Size(shape), line, rate), training))
 
     def plain(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if func in _RANDOM:
+        if func in _RANDOM or (func == functional.rrelu and kwargs.get("training")):
             path, line = _where(self._names)
             self.random.append(Call(path, func.__name__, None, torch.Size(), line))
         return func(*args, **kwargs)
@@ -155,12 +160,9 @@ class Sampler(Handler):
             raise Unsuitable("the model makes other dropout calls from one pass to the next")
         call = self._calls[self._next]
         self._next += 1
-        if call.rate == 0:
-            return None
-        if rate and rate != call.rate:  # as it is now; one that is 0 in eval() is as it was seen in training
-            require_rate(rate, f"the rate of {kind} in {call.path or 'the model'}")
-            return replace(call, rate=rate)
-        return call
+        if call.seen is not None and rate is not None and float(rate) != call.seen:
+            raise Unsuitable(f"the rate of {kind} in {call.path or 'the model'} is not what it was")
+        return None if call.rate == 0 else call
 
     def plain(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._begun or self._prefix is None:
@@ -198,8 +200,10 @@ class Sampler(Handler):
 
     def _noise(self, call: Call, now: torch.Size, shape: Sequence[int], combine: Combine) -> Noise:
         """What a call asks for, in one sample: `now` may have samples folded into it."""
-        if now == call.shape and not self._shared:
+        if not self._shared and not isinstance(self._way, Folded):
             return Noise(shape, combine, now)
+        if len(now) != len(call.shape):
+            raise Unsuitable(f"{call.kind} of another shape than in the first pass")
         skipped = len(call.shape) - len(shape)
         own = [
             before if size == there else size
@@ -395,6 +399,12 @@ def _own_numbers(handler: Handler, func: Any, args: _Args, kwargs: _Kwargs) -> T
     return torch.full(tuple(shape), 0.0 if normal else 1 - 2**-24, device=like.device)  # nothing dropped, nothing added
 
 
+def _native(handler: Handler, func: Any, args: _Args, kwargs: _Kwargs) -> tuple[Tensor, Tensor]:
+    x = args[0]
+    found = _HANDLED[torch.dropout](handler, func, args, kwargs)
+    return found, torch.ones_like(x, dtype=torch.bool) if found is x else found != 0
+
+
 _aten = torch.ops.aten
 _RECURRENT: dict[Any, Callable[..., Any]] = {
     torch.lstm: torch.lstm,
@@ -411,6 +421,7 @@ _HANDLED: dict[Any, Callable[..., Any]] = {
     functional.dropout3d: _Channels(_Kind("dropout3d", True, _scale), 5),
     functional.multi_head_attention_forward: partial(_python, "attention"),
     functional.scaled_dot_product_attention: _attention,
+    **dict.fromkeys((torch.native_dropout, _aten.native_dropout, _aten.native_dropout.default), _native),
     noise.drop: _own_drop,
     noise.uniform: _own_numbers,
     noise.normal: _own_numbers,
@@ -429,6 +440,7 @@ for _name, _features, _combine in (
 
 _RANDOM = {
     torch.bernoulli, torch.rand, torch.rand_like, torch.randn, torch.randn_like, torch.normal, torch.randint,
-    torch.randint_like, torch.randperm, torch.multinomial, Tensor.bernoulli, Tensor.bernoulli_, Tensor.uniform_,
+    torch.randint_like, torch.randperm, torch.multinomial, torch.poisson, torch.binomial, Tensor.log_normal_,
+    Tensor.geometric_, Tensor.cauchy_, Tensor.bernoulli, Tensor.bernoulli_, Tensor.uniform_,
     Tensor.normal_, Tensor.random_, Tensor.exponential_, Tensor.multinomial, functional.gumbel_softmax,
 }  # fmt: skip

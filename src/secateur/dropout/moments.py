@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,10 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from secateur.costs import Call as Arguments
 from secateur.dropout.calls import Call, Handler, handling
-from secateur.dropout.search import at_rest, require_rest
+from secateur.dropout.keys import fingerprint, spec
+from secateur.dropout.noise import require_rate
+from secateur.dropout.search import Found, at_rest, fresh, look, require_rest
 from secateur.dropout.ways import Combine
-from secateur.errors import InputError
+from secateur.errors import InputError, warn
 from secateur.measurement import arguments
 
 __all__ = ["Moments", "closed_form"]
@@ -60,9 +64,14 @@ def closed_form(model: nn.Module, inputs: Any) -> Moments:
     """
     call = arguments(inputs)
     require_rest(model)
-    watcher = _Watcher()
-    with at_rest(), handling(watcher):
-        answer = model(*call[0], **call[1])
+    with at_rest():
+        found = _found(model, call)
+        for unreached in found.unreached:
+            warn(f"closed_form leaves noise out: {unreached}")
+        watcher = _Watcher(found.sequence)
+        with handling(watcher):
+            args, kwargs = fresh(call)
+            answer = model(*args, **kwargs)
     if watcher.dropped is None:
         raise InputError(f"there is no closed form: {watcher.refusal or 'the model makes no dropout call'}; {_REMEDY}")
     if watcher.refusal or watcher.linear is None or watcher.linear[1] is not answer:
@@ -74,14 +83,26 @@ def closed_form(model: nn.Module, inputs: Any) -> Moments:
         return Moments(functional.linear(mean, weight, *bias), functional.linear(variance, weight.square()))
 
 
+_FOUND: weakref.WeakKeyDictionary[nn.Module, tuple[Any, Found]] = weakref.WeakKeyDictionary()
+
+
+def _found(model: nn.Module, call: Arguments) -> Found:
+    """The dropout calls, looked for once for a model and a shape of inputs."""
+    key = fingerprint(model), spec(call)
+    if model not in _FOUND or _FOUND[model][0] != key:
+        _FOUND[model] = key, look(model, fresh(call))[0]
+    return _FOUND[model][1]
+
+
 _REMEDY = "take samples: sc.dropout.sample(model, inputs)"
 
 
 class _Watcher(Handler):
     """Leaves the dropout out, and watches what is done with what it would have dropped from."""
 
-    def __init__(self) -> None:
+    def __init__(self, calls: Sequence[Call]) -> None:
         super().__init__()
+        self._calls = iter(calls)
         self.dropped: Tensor | None = None
         self.linear: tuple[tuple[Any, ...], Tensor] | None = None
         """Of the layer that follows: weight and bias, and what it gives."""
@@ -89,7 +110,9 @@ class _Watcher(Handler):
         self._combine: Combine | None = None
 
     def meet(self, kind: str, rate: float | None, training: bool, shape: Sequence[int]) -> Call | None:
-        return Call("", kind, rate, torch.Size(shape)) if rate else None
+        call = next(self._calls)
+        require_rate(call.rate or 0.0, f"the rate of {kind} in {call.path or 'the model'}")
+        return None if call.rate == 0 else call
 
     def put(self, call: Call, x: Tensor, shape: Sequence[int], combine: Combine, axis: int = 0) -> Tensor:
         if self.dropped is not None:
@@ -106,7 +129,7 @@ class _Watcher(Handler):
 
     def plain(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         result = func(*args, **kwargs)
-        if self.dropped is None or not isinstance(result, Tensor):
+        if self.dropped is None or getattr(func, "__name__", "") in ("__get__", "dim", "size"):
             return result
         if self.linear is None and func == functional.linear and args[0] is self.dropped:
             self.linear = (*args[1:], *kwargs.values()), result

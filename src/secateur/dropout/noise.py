@@ -79,7 +79,7 @@ def normal(like: Tensor, shape: Sequence[int], *, kind: str) -> Tensor:
     if has_torch_function_unary(like):
         found: Tensor = handle_torch_function(normal, (like,), like, shape, kind=kind)
         return found
-    return torch.empty(tuple(shape), device=like.device).normal_()
+    return torch.empty(tuple(shape), dtype=torch.float32, device=like.device).normal_()
 
 
 def mask_of(numbers: Tensor, rate: float, dtype: torch.dtype) -> Tensor:
@@ -89,4 +89,4 @@ def mask_of(numbers: Tensor, rate: float, dtype: torch.dtype) -> Tensor:
 
 def uniform_numbers(like: Tensor, shape: Sequence[int]) -> Tensor:
     """Draw fresh uniform numbers from the global generator of the device."""
-    return torch.empty(tuple(shape), device=like.device).uniform_()
+    return torch.empty(tuple(shape), dtype=torch.float32, device=like.device).uniform_()

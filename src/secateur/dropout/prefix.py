@@ -40,7 +40,8 @@ class Prefix:
         if self._next == len(self._calls) or self._calls[self._next][0] != func:
             raise Unsuitable("the model does not make the same calls in each pass")
         self._next += 1
-        return self._calls[self._next - 1][1]
+        result = self._calls[self._next - 1][1]
+        return tree_map(_itself, result) if type(result) in (list, dict) else result  # the model may change it
 
     def close(self) -> None:
         """End the recording: only what somebody still holds is kept."""
@@ -76,6 +77,10 @@ class _Reference:
         """The tensor or, where nobody needs its values any more, a stand-in that has only its shape."""
         tensor = self._tensor()
         return torch.empty(self._shape, dtype=self._dtype, device="meta") if tensor is None else tensor
+
+
+def _itself(leaf: Any) -> Any:
+    return leaf
 
 
 def _weaken(leaf: Any) -> Any:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import copy
+import random
 import sys
 import warnings
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
@@ -99,11 +101,11 @@ def find(model: nn.Module, inputs: Any) -> Found:
     call = arguments(inputs)
     require_rest(model)
     with at_rest():
-        return look(model, call)[0]
+        return look(model, fresh(call))[0]
 
 
 def look(model: nn.Module, call: Arguments) -> tuple[Found, Any]:
-    """Find the dropout calls of a model that is `at_rest`; and what the model gives."""
+    """Find the dropout calls of a model that is `at_rest`; and what the model gives. It may write into the inputs."""
     now, output = listed(model, call)
     try:
         then = _in_training(model, call)
@@ -120,7 +122,7 @@ def require_rest(model: nn.Module) -> None:
     """
     if not isinstance(model, nn.Module):
         raise InputTypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
-    if model.training:
+    if model.training and "train" not in vars(model):  # an exported graph is what it is, whatever its flag says
         raise StateError("the model is in training mode: call model.eval() first; its dropout is switched on for you")
     for name, module in model.named_modules():
         if module.training and isinstance(module, nn.modules.batchnorm._NormBase):
@@ -129,10 +131,20 @@ def require_rest(model: nn.Module) -> None:
 
 @contextmanager
 def at_rest() -> Iterator[None]:
-    """No gradients, and no compiled code, in which no call is seen."""
-    compiled = "torch._dynamo" in sys.modules  # else nothing is compiled, and it is a second to import
-    stance = torch.compiler.set_stance("force_eager") if compiled else nullcontext()
-    with torch.inference_mode(False), torch.no_grad(), stance:
+    """No gradients, and no compiled code, in which no call is seen.
+
+    Raises:
+        StateError: code that `torch.compile` compiles has called this.
+    """
+    with torch.inference_mode(False), torch.no_grad(), ExitStack() as stack:
+        if "torch._dynamo" in sys.modules:  # else nothing is compiled, and it takes a second to import
+            try:
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
+            except RuntimeError as error:
+                raise StateError(
+                    "compiled code has called this, and torch.compile cannot trace it: call it outside of the compiled "
+                    "function, on a compiled model if you like"
+                ) from error
         yield
 
 
@@ -147,16 +159,31 @@ def listed(model: nn.Module, call: Arguments) -> tuple[Lister, Any]:
 
 
 def _in_training(model: nn.Module, call: Arguments) -> Lister:
-    shared: dict[int, Any] = {id(parameter): parameter for parameter in model.parameters()}
-    twin = copy.deepcopy(model, shared).train()  # buffers are copied: training may change them
+    # weights that are trained are shared; buffers and others are copied, as a forward in training may write into them
+    shared: dict[int, Any] = {id(p): p for p in model.parameters() if p.requires_grad}
+    twin = copy.deepcopy(model, shared).train()
     for module in twin.modules():
         if isinstance(module, nn.modules.batchnorm._NormBase):
             module.eval()
-    call = tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, call)
     cuda = [device for device in devices(model) if device.type == "cuda"]
-    with warnings.catch_warnings(), torch.random.fork_rng(devices=cuda):
-        warnings.simplefilter("ignore")
-        return listed(twin, call)[0]
+    plain = random.getstate(), np.random.get_state()
+    try:
+        with warnings.catch_warnings(), torch.random.fork_rng(devices=cuda):
+            warnings.simplefilter("ignore")
+            before = torch.get_rng_state()
+            lister, _ = listed(twin, fresh(call))
+            same = bool(torch.equal(before, torch.get_rng_state())) and plain[0] == random.getstate()
+            lister.moved = not same or str(plain[1]) != str(np.random.get_state())
+            return lister
+    finally:
+        random.setstate(plain[0])
+        np.random.set_state(plain[1])
+
+
+def fresh(call: Arguments) -> Arguments:
+    """Copy the tensors among some inputs: a model may write into them."""
+    copied: Arguments = tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, call)
+    return copied
 
 
 def _found(model: nn.Module, now: Lister, then: Lister | None, failure: str) -> Found:
@@ -167,14 +194,17 @@ def _found(model: nn.Module, now: Lister, then: Lister | None, failure: str) -> 
         unreached.append(Unreached("", "noise that is there in training only", _UNKNOWN.format(failure)))
         rates = {site: call.rate for site, (call, _) in _numbered(now.calls)}
     else:
-        rates = {site: call.rate for site, (call, on) in _numbered(then.calls) if on and call.rate != 0}
+        rates = {site: call.rate if on else 0.0 for site, (call, on) in _numbered(then.calls)}
         here = {site for site, _ in _numbered(now.calls)}
-        lost = [call for site, (call, on) in _numbered(then.calls) if site in rates and site not in here]
+        lost = [call for site, (call, on) in _numbered(then.calls) if on and call.rate != 0 and site not in here]
         unreached += [Unreached(c.path, f"{c.kind} (line {c.line})", _HANDWRITTEN) for c in lost]
         known = Counter(call.site for call in now.random)
         only = Counter(call.site for call in then.random) - known
         unreached += [Unreached(path, f"{kind} (line {line})", _HANDWRITTEN) for path, line, kind in only]
-    sequence = tuple(replace(call, rate=rates.get(site, 0.0)) for site, (call, _) in _numbered(now.calls))
+        if then.moved and not then.random:
+            unreached.append(Unreached("", "random numbers", _HIDDEN))
+    # a call that training skipped this time, as some skip whole layers, has the rate that it shows here
+    sequence = tuple(replace(call, rate=rates.get(site, call.rate)) for site, (call, _) in _numbered(now.calls))
     calls = tuple(call for call in sequence if call.rate != 0)
     return Found(calls, tuple(unreached), len(sequence) - len(calls), sequence)
 
@@ -184,6 +214,7 @@ _HANDWRITTEN = (
     "write functional.dropout(x, p, self.training), or use nn.Dropout"
 )
 _SCRIPTED = "torch.jit runs it, and none of its calls is seen; take samples of the module before torch.jit.script"
+_HIDDEN = "in train() some are drawn by a call that is not seen (of Python, of numpy, of compiled code)"
 _UNSEEDED = "it is random in eval() too, and does not follow the seed"
 _UNKNOWN = "the model did not run in train() ({}), so it is not known whether there is any"
 

@@ -24,14 +24,14 @@ class Streams:
 
     def uniform(self, shape: Sequence[int], device: torch.device) -> Tensor:
         """Draw numbers in [0, 1) for each sample: float32 `[samples, *shape]`."""
-        numbers = torch.empty((len(self.samples), *shape), device=device)
+        numbers = torch.empty((len(self.samples), *shape), dtype=torch.float32, device=device)
         for row, generator in zip(numbers.unbind(), self._on(device), strict=True):
             row.uniform_(generator=generator)
         return numbers
 
     def normal(self, shape: Sequence[int], device: torch.device) -> Tensor:
         """Draw standard normal numbers for each sample: float32 `[samples, *shape]`."""
-        numbers = torch.empty((len(self.samples), *shape), device=device)
+        numbers = torch.empty((len(self.samples), *shape), dtype=torch.float32, device=device)
         for row, generator in zip(numbers.unbind(), self._on(device), strict=True):
             row.normal_(generator=generator)
         return numbers

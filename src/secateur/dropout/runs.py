@@ -1,0 +1,197 @@
+"""One model, its inputs and a seed: samples of it, in any way."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from secateur.costs import Call as Arguments
+from secateur.dropout.calls import Call, Sampler, handling
+from secateur.dropout.noise import require_rate
+from secateur.dropout.prefix import Boundary, Prefix, Unsuitable
+from secateur.dropout.search import Found, fresh, listed, look
+from secateur.dropout.streams import Streams
+from secateur.dropout.ways import Alone, Folded, Mapped, Outputs
+from secateur.errors import InputError, InputTypeError
+
+WAYS = {"alone": Alone, "folded": Folded, "mapped": Mapped}
+Output = Callable[[Any], Any]
+
+
+@dataclass
+class Plan:
+    """How to take samples of one model for inputs of one shape.
+
+    Attributes:
+        found: the dropout calls.
+        shapes: of the outputs.
+        writes: the model writes into its inputs, so that each pass needs copies.
+        way: a key of `WAYS`, or "exact": a full pass for each sample.
+        chunk: samples a pass.
+    """
+
+    found: Found
+    calls: Sequence[Call]
+    shapes: Sequence[torch.Size]
+    writes: bool = False
+    way: str = "exact"
+    chunk: int = 1
+
+
+class Run:
+    """A model, its inputs and a seed: computes samples in any way."""
+
+    plan: Plan
+
+    def __init__(self, model: nn.Module, call: Arguments, output: Output | None, seed: int, shared: bool) -> None:
+        self.model, self.call, self.output, self.seed, self.shared = model, call, output, seed, shared
+        self._prefix: Prefix | None = None
+
+    def look(self) -> None:
+        """Find the dropout calls, and the shapes of the outputs.
+
+        Raises:
+            InputError: there are none, or the model gives no tensor.
+        """
+        given = fresh(self.call)
+        found, answer = look(self.model, given)
+        tensors = [
+            (a, b) for a, b in zip(tree_leaves(given), tree_leaves(self.call), strict=True) if isinstance(a, Tensor)
+        ]
+        writes = any(a._version or b.is_inference() for a, b in tensors)
+        if not found.calls:
+            raise InputError(_nothing(found))
+        for one in found.calls:
+            if one.rate is not None:
+                require_rate(one.rate, f"the rate of {one.kind} in {one.path or 'the model'}")
+        shapes = [output.shape for output in outputs_of(answer, self.output)]
+        if not math.prod(shapes[0]):
+            raise InputError(f"the model gives an output of shape {tuple(shapes[0])}, which is empty: give it inputs")
+        self.plan = Plan(found, found.sequence, shapes, writes)
+        if self.shared:
+            self.plan.calls = _with_batch(self)
+
+    def forward(self, sampler: Sampler, *, copies: bool = False) -> Outputs:
+        """Run the model under a handler, if need be on copies of its inputs."""
+        args, kwargs = fresh(self.call) if copies or self.plan.writes else self.call
+        with handling(sampler):
+            return outputs_of(self.model(*args, **kwargs), self.output)
+
+    def some(self, way: str, samples: Sequence[int], *, replay: bool = True) -> Outputs:
+        """Compute a few samples in one pass: outputs `[samples, batch, ...]`.
+
+        Raises:
+            Unsuitable: the model cannot be sampled in this way.
+        """
+        streams = Streams(self.seed, samples)
+        how = Alone(streams, exact=True) if way == "exact" else WAYS[way](streams)
+        prefix = self._recorded() if replay and way != "exact" else None
+        sampler = Sampler(how, self.plan.calls, prefix=prefix, shared=self.shared)
+        outputs = how.run(lambda: self.forward(sampler, copies=way == "exact"), self.plan.shapes)
+        if prefix is not None and not prefix.intact:
+            self._prefix = None
+        return outputs
+
+    def samples(self, n: int, first: int = 0) -> Outputs:
+        """Compute samples as planned, from `first` to `n`."""
+        chunks = [range(i, min(i + self.plan.chunk, n)) for i in range(first, n, self.plan.chunk)]
+        pieces = [self.some(self.plan.way, chunk, replay=len(chunks) > 1) for chunk in chunks]
+        return joined(pieces)
+
+    def _recorded(self) -> Prefix:
+        if self._prefix is None:
+            self._prefix = Prefix()
+            with suppress(Boundary):
+                self.forward(Sampler(Alone(Streams(self.seed, [0])), self.plan.calls, prefix=self._prefix))
+            if not self._prefix.closed:
+                raise Unsuitable("no dropout is met")
+        self._prefix.rewind()
+        return self._prefix
+
+
+def joined(pieces: Sequence[Outputs]) -> Outputs:
+    """Join samples that were computed in several passes."""
+    return pieces[0] if len(pieces) == 1 else tuple(torch.cat(parts) for parts in zip(*pieces, strict=True))
+
+
+def _with_batch(run: Run) -> Sequence[Call]:
+    """Find the dimensions of each dropout call that grow with the batch: twice as large for twice the inputs.
+
+    Raises:
+        InputError: they cannot be told, or masks that repeat along them do not give each half of the batch the same.
+    """
+    shape, calls = run.plan.shapes[0], run.plan.calls
+    tensors = [leaf for leaf in tree_leaves(run.call) if isinstance(leaf, Tensor)]
+    for axis in range(2):
+        batch = next((t.shape[axis] for t in tensors if t.ndim > axis), 0)
+
+        def twice(leaf: Any, axis: int = axis, batch: int = batch) -> Any:
+            fits = isinstance(leaf, Tensor) and leaf.ndim > axis and leaf.shape[axis] == batch
+            return torch.cat([leaf, leaf], axis) if fits else leaf
+
+        double = Run(run.model, tree_map(twice, run.call), run.output, run.seed, shared=True)
+        try:
+            lister, answer = listed(run.model, fresh(double.call))
+            if outputs_of(answer, run.output)[0].shape != (2 * shape[0], *shape[1:]) or len(lister.calls) != len(calls):
+                continue
+            pairs = [(call, large.shape) for call, (large, _) in zip(calls, lister.calls, strict=True)]
+            single = [replace(call, repeats=_grown(call.shape, large, batch)) for call, large in pairs]
+            both = [replace(call, shape=large, repeats=_grown(call.shape, large, 2 * batch)) for call, large in pairs]
+            double.plan = replace(run.plan, calls=both)
+            (output, *_) = double.some("exact", [0])
+        except Exception:  # the model takes no such inputs
+            continue
+        first, second = torch.split(output[0].double().nan_to_num(), shape[0])
+        if torch.allclose(first, second, rtol=1e-3, atol=1e-3 * float(first.abs().max())):
+            return single
+    raise InputError(
+        "shared=True needs to know where the batch is in each dropout call: in this model twice the inputs (along "
+        "their first or second dimension) do not give twice the output, or it mixes the batch with other dimensions "
+        "(packed sequences, time and batch flattened together); take samples with shared=False, or of padded sequences"
+    )
+
+
+def _grown(small: torch.Size, large: torch.Size, batch: int) -> tuple[int, ...]:
+    if len(small) != len(large):
+        raise Unsuitable("a dropout call whose number of dimensions depends on the batch")
+    return tuple(batch if b == 2 * a else 1 for a, b in zip(small, large, strict=True))
+
+
+def outputs_of(answer: Any, output: Output | None) -> Outputs:
+    """The tensor, or the pair of mean and variance, that samples are taken of."""
+    found = answer if output is None else output(answer)
+    pair = output is not None and isinstance(found, tuple) and len(found) == 2
+    tensors: Outputs = found if pair else (found,)
+    if all(isinstance(tensor, Tensor) for tensor in tensors):
+        for tensor in tensors:
+            if not tensor.is_floating_point():
+                raise InputTypeError(
+                    f"the output is {tensor.dtype}: samples are taken of floating-point numbers, so let output= give "
+                    "what it was made of, logits rather than classes"
+                )
+        return tensors
+    if output is not None:
+        raise InputTypeError(
+            f"output= gave a {type(found).__name__}: it must give a tensor, or a tuple of mean and variance"
+        )
+    holds = ", ".join(map(str, found)) if isinstance(found, Mapping) else ""
+    raise InputError(
+        f"the model gives a {type(found).__name__}{f' of {holds}' if holds else ''} and no tensor: say what to take of "
+        "it, such as output=lambda out: out" + (f"[{next(iter(found))!r}]" if holds else "[0]")
+    )
+
+
+def _nothing(found: Found) -> str:
+    lost = "".join(f"; out of reach is {one}" for one in found.unreached)
+    off = f" ({found.off} calls drop nothing: their rate is 0, or they are off in training too)" if found.off else ""
+    return (
+        f"the model has no dropout to take samples of{off}{lost}; "
+        "train it with nn.Dropout, or with sc.dropout.concrete(model, n_data=...), which learns the rates"
+    )
