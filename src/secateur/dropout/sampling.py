@@ -137,7 +137,7 @@ class _Race:
             raise
         except Exception:  # whatever a model says to shapes that it does not expect
             return False
-        if not _agree(outputs, self._truth):
+        if way != "exact" and not _agree(outputs, self._truth):  # a model may be random by itself
             del self._seconds[way, chunk]
             return False
         if len(outputs[0]) > len(self.done[0]):

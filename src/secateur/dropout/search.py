@@ -118,8 +118,10 @@ def require_rest(model: nn.Module) -> None:
     """See that running a model changes nothing in it.
 
     Raises:
-        InputTypeError: no module; StateError: it is in training mode, or a normalisation in it is.
+        InputTypeError: no module; StateError: it is in training mode, or a normalisation in it is; compiled code calls.
     """
+    if torch.compiler.is_compiling():
+        raise StateError(_COMPILING)
     if not isinstance(model, nn.Module):
         raise InputTypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
     if model.training and "train" not in vars(model):  # an exported graph is what it is, whatever its flag says
@@ -141,10 +143,7 @@ def at_rest() -> Iterator[None]:
             try:
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
             except RuntimeError as error:
-                raise StateError(
-                    "compiled code has called this, and torch.compile cannot trace it: call it outside of the compiled "
-                    "function, on a compiled model if you like"
-                ) from error
+                raise StateError(_COMPILING) from error
         yield
 
 
@@ -209,6 +208,10 @@ def _found(model: nn.Module, now: Lister, then: Lister | None, failure: str) -> 
     return Found(calls, tuple(unreached), len(sequence) - len(calls), sequence)
 
 
+_COMPILING = (
+    "compiled code has called this, and torch.compile cannot trace it: call it outside of the compiled function, "
+    "on a compiled model if you like"
+)
 _HANDWRITTEN = (
     "it stands behind `if self.training`, so it is not called in eval(); "
     "write functional.dropout(x, p, self.training), or use nn.Dropout"
