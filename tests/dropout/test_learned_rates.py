@@ -21,6 +21,7 @@ from secateur.dropout.learned import (
     to_scores,
     variational,
 )
+from secateur.dropout.learned.swap import Swap
 from secateur.errors import InputError, InputTypeError, StateError
 
 
@@ -158,6 +159,17 @@ def test_an_interruption_is_put_right_by_the_next_forward(model, x):
         model(x)
     assert to_scores(model)["attention.in_proj_weight"].shape == (24, 8)
     assert face(model) == start
+
+
+def test_what_somebody_else_replaced_meanwhile_stays():
+    model = nn.MultiheadAttention(4, 2)
+    swap, other = Swap(), nn.Parameter(torch.zeros(12, 4))
+    swap.put(model, [(model, "in_proj_weight", torch.ones(12, 4)), (model, "in_proj_bias", torch.ones(12))])
+    bias = swap._undo[1][2]
+    model.in_proj_weight = other
+    swap.restore()
+    assert model.in_proj_weight is other
+    assert model.in_proj_bias is bias
 
 
 def test_remove_puts_right_what_an_interruption_left(model, x):
