@@ -25,6 +25,7 @@ bench: $(VENV)/.bench
 	$(BIN)/python benchmarks/demo.py
 	$(BIN)/python benchmarks/storage.py
 	$(BIN)/python benchmarks/runtime.py all
+	$(BIN)/python benchmarks/dropout.py
 
 sanitize: $(VENV)/.test
 	cmake -S native -B build/sanitize -DSECATEUR_SANITIZE=ON

@@ -51,6 +51,7 @@ def sample(
         seed: the masks of sample i follow from the seed and i alone: the first 20 of 50 are the 20. None: another seed
             at each call, from torch's global generator.
         shared: one mask for the whole batch, that is one sub-network a sample, instead of one for each of its elements.
+            Masks on weights (DropConnect, `recurrent` with `hidden` or `weight`) are the whole batch's in any case.
             The batch is the dimension of the inputs that is the first of the output.
         output: takes the tensor `[batch, ...]` out of what the model gives, if that is not a tensor; or a pair of mean
             and variance, for a model that predicts its own noise.
