@@ -135,13 +135,13 @@ CASES: list[Case] = [
     ("LSTM, dropout before the head", lambda: Lstm(head=0.5), images(50, 64), (1, 32), "25 / 30"),
     ("LSTM, dropout between its layers", lambda: Lstm(inner=0.3), images(50, 64), (1, 4), "4 / 2.5"),
     ("transformer, dropout in the last layer", lambda: Transformer(everywhere=False), images(64, 256), (1,), "4"),
-    ("transformer, dropout everywhere", lambda: Transformer(everywhere=True), images(64, 256), (1, 16), "0.95"),
-    ("BERT 6 x 384, dropout everywhere", bert, tokens, (1, 8), "0.95"),
+    ("transformer, dropout everywhere", lambda: Transformer(everywhere=True), images(64, 256), (1, 4), "0.95"),
+    ("BERT 6 x 384, dropout everywhere", bert, tokens, (1,), "0.95"),
     ("CNN, dropout everywhere", lambda: Cnn(everywhere=True), images(1, 28, 28), (1, 32), "0.95"),
     ("residual CNN, dropout everywhere", Residual, images(3, 32, 32), (1, 16), "0.95"),
     ("the same, which reads a value", lambda: Residual(reads=True), images(3, 32, 32), (1, 16), "0.95"),
     ("LSTM, dropout on its inputs", lambda: Lstm(first=0.2), images(50, 64), (1, 32), "0.95"),
-    ("MLP, dropout everywhere", mlp, images(784), (1, 32, 512), "0.95"),
+    ("MLP, dropout everywhere", mlp, images(784), (1, 32), "0.95"),
 ]
 
 
@@ -180,7 +180,7 @@ def repeated_batch(model: nn.Module, inputs: Any) -> Tensor:
     return found
 
 
-def speed(rounds: int = 7) -> list[dict[str, object]]:
+def speed(rounds: int = 3) -> list[dict[str, object]]:
     found = []
     for name, build, make, batches, asked in CASES:
         for batch in batches:
