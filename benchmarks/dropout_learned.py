@@ -3,7 +3,8 @@
     python benchmarks/dropout_learned.py [sparse] [concrete] [gates] [--seeds 5] [--json FILE]
 
 sparse: the digits (1347 for training, 450 for testing, 64 pixels), an MLP 64-300-100-10 of 50,200 weights, 600 epochs
-in batches of 128 for each method, all with normal noise of 0.1 on the pixels (from 0 to 1), which helps each of them:
+in batches of 128 for each method, all with normal noise of 0.1 on the pixels (from 0 to 1), which was added because the
+pruned networks, right on every training image, gain from it (a dense one gains a third of a point):
 - dense: Adam, lr 3e-3, falling linearly to 0 (and once without the noise on the pixels);
 - variational: 500 epochs with `variational` (lr 5e-3, falling in the second half, warm-up over 80 % of the steps);
   pruned by the method's own threshold (`finish`), and to 334 and 251 weights, a 150th and a 200th, by
@@ -11,7 +12,7 @@ in batches of 128 for each method, all with normal noise of 0.1 on the pixels (f
 - magnitude: `sc.Pruner` to the same 251 weights, cubic from 10 to 70 % of the steps, lr 2e-3, constant and
   then falling, weight decay 1 (AdamW); better than other rates, decays, windows, and than erk or uniform.
 The settings of each were chosen on seeds 100 to 105 with the same test images, among 2 to 20 settings a method; the
-seeds reported are 0, 1, 2, ... Biases (410) are not pruned and not counted.
+seeds reported are 10, 11, ..., looked at once, after that. Biases (410) are not pruned and not counted.
 
 concrete: the toy data of Gal, Hron & Kendall 2017, section 4.1: y = 2 x + 8 + N(0, 1), x from N(0, 1), a network of
 3 x 256 units (1024 in the paper) with two heads, mean and log variance, 2000 steps for every N. The true aleatoric
@@ -42,6 +43,7 @@ from secateur.tables import Table
 EPOCHS, TUNE, BATCH = 600, 100, 128
 LEFT = 334, 251  # of 50,200: a 150th, a 200th
 NOISE = 0.1
+FIRST = 10  # seed reported: on 0 to 4 an earlier recipe, without the noise, lost 2.3 points
 GLOBAL = sc.allocation.global_(allow_empty=True)
 Groups = Iterable[Tensor] | list[dict[str, object]]
 
@@ -133,7 +135,7 @@ def magnitude(data: Digits, allocation: str) -> tuple[float, int]:
 def sparse(seeds: int) -> list[dict[str, object]]:
     data = load()
     found: dict[str, list[tuple[float, int]]] = {}
-    for seed in range(seeds):
+    for seed in range(FIRST, FIRST + seeds):
         runs: list[Callable[[], dict[str, tuple[float, int]]]] = [
             lambda: {"dense": dense(data)},
             lambda: {"dense, no noise on pixels": dense(data, blur=0.0)},
