@@ -301,6 +301,16 @@ def test_chunks_change_nothing(n, room):
     assert plan.chunk * 64 * 4 * 4 <= room
 
 
+def test_a_larger_batch_has_smaller_chunks():
+    """The plan for a small one is none for it."""
+    model = nn.Sequential(nn.Linear(8, 64), nn.Dropout(0.5), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8)).eval()
+    chunks = []
+    for batch in (1, 40):
+        sample(model, torch.ones(batch, 8), n=50, max_memory=60_000)
+        chunks += [plan.chunk for plan in _PLANS[model].values()]
+    assert chunks[1] * 40 * 64 * 4 <= 60_000 < 50 * 40 * 64 * 4
+
+
 def test_the_peak_stays_within_the_room():
     model = nn.Sequential(nn.Linear(8, 512), nn.Dropout(0.5), nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 8)).eval()
     x = torch.randn(64, 8)
