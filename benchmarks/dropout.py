@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 import dropout_recurrent
 import secateur as sc
-from secateur.dropout import runs, sampling, search
+from secateur.dropout import rest, runs, sampling
 from secateur.measurement import arguments
 from secateur.tables import Table
 
@@ -265,7 +265,7 @@ def agree() -> list[dict[str, object]]:
         torch.manual_seed(0)
         model, inputs = build().eval(), make(2)
         run = runs.Run(model, arguments(inputs), logits, 0, False)
-        with search.at_rest():
+        with rest.at_rest():
             run.look()
             (exact,) = runs.joined([run.some("exact", [i]) for i in range(16)])
             row: dict[str, object] = {"case": name}

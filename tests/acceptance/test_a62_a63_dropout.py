@@ -14,7 +14,6 @@ import secateur as sc
 sys.path.insert(0, str(Path(__file__).parents[1] / "dropout"))
 from zoo import ZOO
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # of a deepcopy of an exported graph
 X = torch.randn(8, 6, 12, generator=torch.Generator().manual_seed(0))
 
 

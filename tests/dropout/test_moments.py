@@ -13,7 +13,6 @@ from zoo import ZOO, Model, linear, rest
 import secateur as sc
 from secateur.errors import InputError, InputTypeError, SecateurWarning, StateError
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # of a deepcopy of an exported graph
 closed_form = sc.dropout.closed_form
 X = torch.randn(6, 8, generator=torch.Generator().manual_seed(0))
 

@@ -15,7 +15,6 @@ from zoo import ZOO, Model, answer, bits, linear, rest, vectors
 import secateur as sc
 from secateur.errors import InputTypeError, StateError
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # of a deepcopy of an exported graph
 find = sc.dropout.find
 IDS = [entry.name for entry in ZOO]
 X = vectors()
@@ -157,13 +156,7 @@ def test_all_noise_of_training_is_named(how):
 
 @pytest.mark.parametrize(
     "how",
-    [
-        pytest.param(name, marks=[pytest.mark.xfail(strict=True, reason="torch._standard_gamma is not listed")])
-        if name in ("distributions", "Beta")
-        else name
-        for name in NOISE
-        if name not in ("Python", "numpy")
-    ],
+    [name for name in NOISE if name not in ("Python", "numpy")],
 )
 def test_all_noise_of_eval_is_named(how):
     model = Model(lambda s, x: s.drop(x) + NOISE[how](x), drop=nn.Dropout(0.3)).eval()
@@ -267,7 +260,7 @@ def test_a_model_that_cannot_be_copied():
     model.lock = threading.Lock()
     found = find(model, X)
     assert kinds(found) == [("1", "dropout", 0.2)]
-    assert "did not run in train()" in str(found.unreached[0])
+    assert not found.unreached  # its modules are copied one by one
 
 
 def test_training_that_writes_into_the_model():
@@ -314,14 +307,12 @@ def test_the_graph_that_was_exported_in_eval_drops_nothing():
     assert found.off == 1
 
 
-@pytest.mark.xfail(strict=True, reason="its deepcopy warns, outside of catch_warnings")
 def test_a_warning_in_the_copy_is_no_failure():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert find(exported(), X).unreached == ()
 
 
-@pytest.mark.xfail(strict=True, reason="counted as a call")
 def test_off_for_good_is_no_call_of_a_model_that_cannot_be_copied():
     """It cannot be known: so it is named, and not sampled."""
     model = Model(lambda s, x: F.dropout(s.drop(x), 0.5, False), drop=nn.Dropout(0.2)).eval()
@@ -339,7 +330,6 @@ def test_scripted_and_traced_models_are_named(make):
     assert "before torch.jit.script" in str(found)
 
 
-@pytest.mark.xfail(strict=True, reason="AttributeError: training")
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 def test_frozen_graphs_have_no_mode():
     frozen = torch.jit.freeze(torch.jit.script(nn.Sequential(linear(), nn.Dropout(0.3)).eval()))

@@ -121,7 +121,9 @@ class Lister(Handler):
         self.random: list[Call] = []
         """Calls of random functions that are no dropout."""
         self.moved = False
-        """The run has moved a global generator."""
+        """The run has drawn from a global generator."""
+        self.writes = False
+        """The run has written into buffers."""
         self._names = names
 
     def meet(self, kind: str, rate: float | None, training: bool, shape: Sequence[int]) -> None:
@@ -439,8 +441,9 @@ for _name, _features, _combine in (
         _HANDLED[_function] = _Kind(_name, _features, _combine, inplace=True)
 
 _RANDOM = {
-    torch.bernoulli, torch.rand, torch.rand_like, torch.randn, torch.randn_like, torch.normal, torch.randint,
-    torch.randint_like, torch.randperm, torch.multinomial, torch.poisson, torch.binomial, Tensor.log_normal_,
-    Tensor.geometric_, Tensor.cauchy_, Tensor.bernoulli, Tensor.bernoulli_, Tensor.uniform_,
-    Tensor.normal_, Tensor.random_, Tensor.exponential_, Tensor.multinomial, functional.gumbel_softmax,
+    torch.bernoulli, torch.binomial, torch.multinomial, torch.normal, torch.poisson, torch.rand, torch.rand_like,
+    torch.randint, torch.randint_like, torch.randn, torch.randn_like, torch.randperm, torch._sample_dirichlet,
+    torch._standard_gamma, Tensor.bernoulli, Tensor.bernoulli_, Tensor.cauchy_, Tensor.exponential_,
+    Tensor.geometric_, Tensor.log_normal_, Tensor.multinomial, Tensor.normal_, Tensor.random_, Tensor.uniform_,
+    functional.gumbel_softmax,
 }  # fmt: skip

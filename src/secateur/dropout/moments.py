@@ -15,7 +15,8 @@ from secateur.costs import Call as Arguments
 from secateur.dropout.calls import Call, Handler, handling
 from secateur.dropout.keys import fingerprint, spec
 from secateur.dropout.noise import require_rate
-from secateur.dropout.search import Found, at_rest, fresh, look, require_rest
+from secateur.dropout.rest import Buffers, at_rest, fresh, require_rest
+from secateur.dropout.search import Found, look
 from secateur.dropout.ways import Combine
 from secateur.errors import InputError, warn
 from secateur.measurement import arguments
@@ -71,7 +72,10 @@ def closed_form(model: nn.Module, inputs: Any) -> Moments:
         watcher = _Watcher(found.sequence)
         with handling(watcher):
             args, kwargs = fresh(call)
+            buffers = Buffers(model) if found.writes else None
             answer = model(*args, **kwargs)
+            if buffers is not None:
+                buffers.put_back()
     if watcher.dropped is None:
         raise InputError(f"there is no closed form: {watcher.refusal or 'the model makes no dropout call'}; {_REMEDY}")
     if watcher.refusal or watcher.linear is None or watcher.linear[1] is not answer:

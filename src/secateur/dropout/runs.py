@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,8 @@ from secateur.costs import Call as Arguments
 from secateur.dropout.calls import Call, Sampler, handling
 from secateur.dropout.noise import require_rate
 from secateur.dropout.prefix import Boundary, Prefix, Unsuitable
-from secateur.dropout.search import Found, fresh, listed, look
+from secateur.dropout.rest import Buffers, fresh, written
+from secateur.dropout.search import Found, listed, look
 from secateur.dropout.streams import Streams
 from secateur.dropout.ways import Alone, Folded, Mapped, Outputs
 from secateur.errors import InputError, InputTypeError
@@ -62,10 +64,7 @@ class Run:
         """
         given = fresh(self.call)
         found, answer = look(self.model, given)
-        tensors = [
-            (a, b) for a, b in zip(tree_leaves(given), tree_leaves(self.call), strict=True) if isinstance(a, Tensor)
-        ]
-        writes = any(a._version or b.is_inference() for a, b in tensors)
+        writes = written(given, self.call)
         if not found.calls:
             raise InputError(_nothing(found))
         for one in found.calls:
@@ -81,8 +80,13 @@ class Run:
     def forward(self, sampler: Sampler, *, copies: bool = False) -> Outputs:
         """Run the model under a handler, if need be on copies of its inputs."""
         args, kwargs = fresh(self.call) if copies or self.plan.writes else self.call
-        with handling(sampler):
-            return outputs_of(self.model(*args, **kwargs), self.output)
+        buffers = Buffers(self.model) if self.plan.found.writes else None
+        try:
+            with handling(sampler):
+                return outputs_of(self.model(*args, **kwargs), self.output)
+        finally:
+            if buffers is not None:
+                buffers.put_back()
 
     def some(self, way: str, samples: Sequence[int], *, replay: bool = True) -> Outputs:
         """Compute a few samples in one pass: outputs `[samples, batch, ...]`.
@@ -125,37 +129,51 @@ def _with_batch(run: Run) -> Sequence[Call]:
     """Find the dimensions of each dropout call that grow with the batch: twice as large for twice the inputs.
 
     Raises:
-        InputError: they cannot be told, or masks that repeat along them do not give each half of the batch the same.
+        InputError: they cannot be told, or masks that repeat along them do not treat equal elements of a batch alike.
     """
     shape, calls = run.plan.shapes[0], run.plan.calls
     tensors = [leaf for leaf in tree_leaves(run.call) if isinstance(leaf, Tensor)]
     for axis in range(2):
         batch = next((t.shape[axis] for t in tensors if t.ndim > axis), 0)
 
-        def twice(leaf: Any, axis: int = axis, batch: int = batch) -> Any:
-            fits = isinstance(leaf, Tensor) and leaf.ndim > axis and leaf.shape[axis] == batch
-            return torch.cat([leaf, leaf], axis) if fits else leaf
+        def each(change: Callable[[Tensor], Tensor], axis: int = axis, batch: int = batch) -> Arguments:
+            def changed(leaf: Any) -> Any:
+                fits = isinstance(leaf, Tensor) and leaf.ndim > axis and leaf.shape[axis] == batch
+                return change(leaf) if fits else leaf
 
-        double = Run(run.model, tree_map(twice, run.call), run.output, run.seed, shared=True)
+            found: Arguments = tree_map(changed, fresh(run.call))
+            return found
+
+        alike = Run(run.model, each(partial(_first_of_all, axis=axis)), run.output, run.seed, shared=True)
         try:
-            lister, answer = listed(run.model, fresh(double.call))
+            lister, answer = listed(run.model, each(partial(_twice, axis=axis)))
             if outputs_of(answer, run.output)[0].shape != (2 * shape[0], *shape[1:]) or len(lister.calls) != len(calls):
                 continue
-            pairs = [(call, large.shape) for call, (large, _) in zip(calls, lister.calls, strict=True)]
-            single = [replace(call, repeats=_grown(call.shape, large, batch)) for call, large in pairs]
-            both = [replace(call, shape=large, repeats=_grown(call.shape, large, 2 * batch)) for call, large in pairs]
-            double.plan = replace(run.plan, calls=both)
-            (output, *_) = double.some("exact", [0])
+            pairs = zip(calls, lister.calls, strict=True)
+            found = [replace(call, repeats=_grown(call.shape, large.shape, batch)) for call, (large, _) in pairs]
+            alike.plan = replace(run.plan, calls=found)
+            outputs, *_ = joined([alike.some("exact", [i]) for i in range(_TRIED)])
         except Exception:  # the model takes no such inputs
             continue
-        first, second = torch.split(output[0].double().nan_to_num(), shape[0])
-        if torch.allclose(first, second, rtol=1e-3, atol=1e-3 * float(first.abs().max())):
-            return single
+        rows = outputs.double().nan_to_num()
+        if torch.allclose(rows, rows[:, :1].expand_as(rows), rtol=1e-3, atol=1e-3 * float(rows.abs().max())):
+            return found
     raise InputError(
         "shared=True needs to know where the batch is in each dropout call: in this model twice the inputs (along "
         "their first or second dimension) do not give twice the output, or it mixes the batch with other dimensions "
         "(packed sequences, time and batch flattened together); take samples with shared=False, or of padded sequences"
     )
+
+
+_TRIED = 4  # samples: small masks may be equal by chance
+
+
+def _twice(tensor: Tensor, axis: int) -> Tensor:
+    return torch.cat([tensor, tensor], axis)
+
+
+def _first_of_all(tensor: Tensor, axis: int) -> Tensor:
+    return tensor.narrow(axis, 0, 1).expand_as(tensor).clone()
 
 
 def _grown(small: torch.Size, large: torch.Size, batch: int) -> tuple[int, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 import time
 import warnings
 import weakref
@@ -15,8 +16,9 @@ from torch import nn
 from secateur.costs import peak_bytes
 from secateur.dropout.keys import fingerprint, identity, spec
 from secateur.dropout.prefix import Unsuitable
+from secateur.dropout.rest import at_rest, require_rest
 from secateur.dropout.runs import Output, Plan, Run, joined
-from secateur.dropout.search import Found, at_rest, require_rest
+from secateur.dropout.search import Found
 from secateur.dropout.uncertainty import Prediction
 from secateur.dropout.ways import Outputs
 from secateur.errors import InputError, InputTypeError, warn
@@ -25,6 +27,7 @@ from secateur.measurement import arguments
 __all__ = ["sample"]
 
 
+_PROFILER = threading.Lock()
 _PLANS: weakref.WeakKeyDictionary[nn.Module, dict[Any, Plan]] = weakref.WeakKeyDictionary()
 
 
@@ -210,10 +213,10 @@ def _room(run: Run, max_memory: int) -> int:
             except Exception:  # not this way
                 return run.some("exact", [0])
 
-    if torch.autograd.profiler._is_profiler_enabled:  # there can be one only, and it is somebody else's
-        return 2**20
-    needed = peak_bytes(OneSample(), ((), {}))
-    if needed is None:  # of this device torch does not know
+    with _PROFILER:
+        busy = torch.autograd.profiler._is_profiler_enabled  # there can be one only, and it is somebody else's
+        needed = None if busy else peak_bytes(OneSample(), ((), {}))
+    if needed is None:  # of this device torch does not know, or cannot be asked
         return 2**20
     if needed > max_memory:
         raise InputError(
@@ -238,10 +241,11 @@ def _explain_zeros(prediction: Prediction, found: Found) -> None:
     zeros = int(same.sum())
     if len(samples) == 1 or not zeros:
         return
-    why = (
-        "none of the dropout that was found has a way to them"
-        if zeros == same.numel()
-        else "no dropout has a way to them, or it is cut off on it (by ReLU, by rounding, by padding)"
-    )
+    why = "none of the dropout that was found has a way to them"
+    if zeros < same.numel():
+        why = (
+            "no dropout has a way to them, or it is cut off on it (by ReLU, by rounding, by padding), "
+            "or so few samples have dropped nothing of what they depend on"
+        )
     calls = ", ".join(sorted({f"{call.kind} in {call.path or 'the model'}" for call in found.calls})[:5])
     warn(f"the standard deviation of {zeros:,} of {same.numel():,} outputs is exactly 0: {why}; found: {calls}")

@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import copy
 import random
-import sys
 import warnings
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch import nn
 
 from secateur.costs import Call as Arguments
 from secateur.costs import devices
 from secateur.dropout.calls import Call, Lister, handling
-from secateur.errors import InputTypeError, StateError
+from secateur.dropout.rest import Buffers, at_rest, fresh, require_rest
 from secateur.measurement import arguments
 from secateur.tables import Table
 
@@ -53,13 +51,15 @@ class Found:
         calls: each dropout call in the order in which the model makes them, those in a module that runs twice twice.
         unreached: noise that is out of reach.
         off: dropout calls that drop nothing, in training either: a rate of 0, or `training=False` for good.
+        sequence: the calls, and those that are off with a rate of 0: what `sample` meets.
+        writes: the model writes into its buffers, in `eval()` too.
     """
 
     calls: tuple[Call, ...]
     unreached: tuple[Unreached, ...]
     off: int
     sequence: tuple[Call, ...]
-    """The calls, and those that are off with a rate of 0: what `sample` meets."""
+    writes: bool
 
     def table(self) -> Table:
         """One row a call; what is out of reach is in the notes."""
@@ -106,45 +106,14 @@ def find(model: nn.Module, inputs: Any) -> Found:
 
 def look(model: nn.Module, call: Arguments) -> tuple[Found, Any]:
     """Find the dropout calls of a model that is `at_rest`; and what the model gives. It may write into the inputs."""
+    buffers = Buffers(model)
     now, output = listed(model, call)
+    now.writes = buffers.put_back()
     try:
         then = _in_training(model, call)
     except Exception as error:  # a model may want more in training: targets, a larger batch
         return _found(model, now, None, f"{type(error).__name__}: {error}"), output
     return _found(model, now, then, ""), output
-
-
-def require_rest(model: nn.Module) -> None:
-    """See that running a model changes nothing in it.
-
-    Raises:
-        InputTypeError: no module; StateError: it is in training mode, or a normalisation in it is; compiled code calls.
-    """
-    if torch.compiler.is_compiling():
-        raise StateError(_COMPILING)
-    if not isinstance(model, nn.Module):
-        raise InputTypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
-    if model.training and "train" not in vars(model):  # an exported graph is what it is, whatever its flag says
-        raise StateError("the model is in training mode: call model.eval() first; its dropout is switched on for you")
-    for name, module in model.named_modules():
-        if module.training and isinstance(module, nn.modules.batchnorm._NormBase):
-            raise StateError(f"{name} is in training mode and would change its statistics: call model.eval() first")
-
-
-@contextmanager
-def at_rest() -> Iterator[None]:
-    """No gradients, and no compiled code, in which no call is seen.
-
-    Raises:
-        StateError: code that `torch.compile` compiles has called this.
-    """
-    with torch.inference_mode(False), torch.no_grad(), ExitStack() as stack:
-        if "torch._dynamo" in sys.modules:  # else nothing is compiled, and it takes a second to import
-            try:
-                stack.enter_context(torch.compiler.set_stance("force_eager"))
-            except RuntimeError as error:
-                raise StateError(_COMPILING) from error
-        yield
 
 
 def listed(model: nn.Module, call: Arguments) -> tuple[Lister, Any]:
@@ -153,41 +122,65 @@ def listed(model: nn.Module, call: Arguments) -> tuple[Lister, Any]:
         id(module): name.replace("_orig_mod.", "").removesuffix("_orig_mod") for name, module in model.named_modules()
     }
     lister = Lister(names)
-    with handling(lister):
-        return lister, model(*call[0], **call[1])
+    with _random_state(model) as moved, handling(lister):
+        answer = model(*call[0], **call[1])
+        lister.moved = moved()
+    return lister, answer
 
 
 def _in_training(model: nn.Module, call: Arguments) -> Lister:
-    # weights that are trained are shared; buffers and others are copied, as a forward in training may write into them
+    """List what a copy of the model calls in training; normalisation stays as it is."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        twin = _twin(model).train()
+        for module in twin.modules():
+            if isinstance(module, nn.modules.batchnorm._NormBase):
+                module.eval()
+        return listed(twin, fresh(call))[0]
+
+
+def _twin(model: nn.Module) -> nn.Module:
+    """Copy a model but for the weights that are trained; buffers and others may be written into in training."""
     shared: dict[int, Any] = {id(p): p for p in model.parameters() if p.requires_grad}
-    twin = copy.deepcopy(model, shared).train()
-    for module in twin.modules():
-        if isinstance(module, nn.modules.batchnorm._NormBase):
-            module.eval()
-    cuda = [device for device in devices(model) if device.type == "cuda"]
-    plain = random.getstate(), np.random.get_state()
     try:
-        with warnings.catch_warnings(), torch.random.fork_rng(devices=cuda):
-            warnings.simplefilter("ignore")
-            before = torch.get_rng_state()
-            lister, _ = listed(twin, fresh(call))
-            same = bool(torch.equal(before, torch.get_rng_state())) and plain[0] == random.getstate()
-            lister.moved = not same or str(plain[1]) != str(np.random.get_state())
-            return lister
-    finally:
-        random.setstate(plain[0])
-        np.random.set_state(plain[1])
+        return copy.deepcopy(model, dict(shared))
+    except Exception:  # of a lock, a file, a generator: then modules are copied, and what else they hold is shared
+        return _shallow(model, {})
 
 
-def fresh(call: Arguments) -> Arguments:
-    """Copy the tensors among some inputs: a model may write into them."""
-    copied: Arguments = tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, call)
-    return copied
+def _shallow(module: nn.Module, done: dict[int, nn.Module]) -> nn.Module:
+    if id(module) not in done:
+        twin = done[id(module)] = copy.copy(module)
+        twin._parameters = dict(module._parameters)
+        twin._buffers = {name: None if b is None else b.clone() for name, b in module._buffers.items()}
+        twin._modules = {name: None if m is None else _shallow(m, done) for name, m in module._modules.items()}
+    return done[id(module)]
+
+
+@contextmanager
+def _random_state(model: nn.Module) -> Iterator[Callable[[], bool]]:
+    """Put the global random numbers back, of torch, Python and numpy; gives a question: have they been drawn?"""
+    cuda = [device for device in devices(model) if device.type == "cuda"]
+    python, arrays = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=cuda):
+        torch_state = torch.get_rng_state()
+
+        def moved() -> bool:
+            same = torch.equal(torch_state, torch.get_rng_state()) and python == random.getstate()
+            return not same or not all(map(np.array_equal, arrays, np.random.get_state()))
+
+        try:
+            yield moved
+        finally:
+            random.setstate(python)
+            np.random.set_state(arrays)
 
 
 def _found(model: nn.Module, now: Lister, then: Lister | None, failure: str) -> Found:
     unreached = [Unreached(path, "dropout", _SCRIPTED) for path in _scripted(model)]
     unreached += [Unreached(c.path, f"{c.kind} (line {c.line})", _UNSEEDED) for c in now.random]
+    if now.moved and not now.random:
+        unreached.append(Unreached("", "random numbers", f"{_HIDDEN}; {_UNSEEDED}"))
     rates: dict[tuple[Any, ...], float | None] = {}
     if then is None:
         unreached.append(Unreached("", "noise that is there in training only", _UNKNOWN.format(failure)))
@@ -200,24 +193,20 @@ def _found(model: nn.Module, now: Lister, then: Lister | None, failure: str) -> 
         known = Counter(call.site for call in now.random)
         only = Counter(call.site for call in then.random) - known
         unreached += [Unreached(path, f"{kind} (line {line})", _HANDWRITTEN) for path, line, kind in only]
-        if then.moved and not then.random:
-            unreached.append(Unreached("", "random numbers", _HIDDEN))
+        if then.moved and not then.random and not now.moved:
+            unreached.append(Unreached("", "random numbers", f"{_HIDDEN}, in train() only"))
     # a call that training skipped this time, as some skip whole layers, has the rate that it shows here
     sequence = tuple(replace(call, rate=rates.get(site, call.rate)) for site, (call, _) in _numbered(now.calls))
     calls = tuple(call for call in sequence if call.rate != 0)
-    return Found(calls, tuple(unreached), len(sequence) - len(calls), sequence)
+    return Found(calls, tuple(unreached), len(sequence) - len(calls), sequence, now.writes)
 
 
-_COMPILING = (
-    "compiled code has called this, and torch.compile cannot trace it: call it outside of the compiled function, "
-    "on a compiled model if you like"
-)
 _HANDWRITTEN = (
     "it stands behind `if self.training`, so it is not called in eval(); "
     "write functional.dropout(x, p, self.training), or use nn.Dropout"
 )
 _SCRIPTED = "torch.jit runs it, and none of its calls is seen; take samples of the module before torch.jit.script"
-_HIDDEN = "in train() some are drawn by a call that is not seen (of Python, of numpy, of compiled code)"
+_HIDDEN = "they are drawn by a call that is not seen (of Python, of numpy, of scripted code)"
 _UNSEEDED = "it is random in eval() too, and does not follow the seed"
 _UNKNOWN = "the model did not run in train() ({}), so it is not known whether there is any"
 
