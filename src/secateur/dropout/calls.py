@@ -141,21 +141,16 @@ class Lister(Handler):
         raise AssertionError("unreachable")
 
 
-class Sampler(Handler):
-    """Gives the dropout calls of a model the noise of a sample, or of several.
+class Follower(Handler):
+    """Meets the dropout calls of a model as they were listed.
 
     Args:
-        way: how samples are taken.
-        calls: the dropout calls in order, as they were listed; what is off in training has a rate of 0.
-        prefix: record what comes before the first dropout and stop there; or, if it is closed, play it.
-        shared: one mask for the whole batch.
+        calls: in order; what is off in training has a rate of 0.
     """
 
-    def __init__(self, way: Alone, calls: Sequence[Call], *, prefix: Prefix | None = None, shared: bool = False):
+    def __init__(self, calls: Sequence[Call]) -> None:
         super().__init__()
-        self._way, self._calls, self._prefix, self._shared = way, calls, prefix, shared
-        self._next, self._begun = 0, False
-        self.direct = prefix is None
+        self._calls, self._next = calls, 0
 
     def meet(self, kind: str, rate: float | None, training: bool, shape: Sequence[int]) -> Call | None:
         if self._next == len(self._calls) or self._calls[self._next].kind != kind:
@@ -165,6 +160,23 @@ class Sampler(Handler):
         if call.seen is not None and rate is not None and float(rate) != call.seen:
             raise Unsuitable(f"the rate of {kind} in {call.path or 'the model'} is not what it was")
         return None if call.rate == 0 else call
+
+
+class Sampler(Follower):
+    """Gives the dropout calls of a model the noise of a sample, or of several.
+
+    Args:
+        way: how samples are taken.
+        calls: the dropout calls.
+        prefix: record what comes before the first dropout and stop there; or, if it is closed, play it.
+        shared: one mask for the whole batch.
+    """
+
+    def __init__(self, way: Alone, calls: Sequence[Call], *, prefix: Prefix | None = None, shared: bool = False):
+        super().__init__(calls)
+        self._way, self._prefix, self._shared = way, prefix, shared
+        self._begun = False
+        self.direct = prefix is None
 
     def plain(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._begun or self._prefix is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import FunctionType
 from typing import Any
 
@@ -23,28 +23,35 @@ def identity(output: Callable[..., Any] | None) -> Any:
     return output.__code__ if isinstance(output, FunctionType) and plain else id(output)
 
 
-_PLAIN = bool, int, float, str, type(None)
+_PLAIN = {bool, int, float, str, type(None)}
+_OTHERWISE = {"_parameters", "_buffers", "_modules"}  # values do not matter, and modules are met one by one
 _DEEP = 4  # settings within settings
 
 
 def fingerprint(model: nn.Module) -> int:
     """What a plan depends on of a model: modules, hooks, and the plain values that these and their settings hold."""
-    seen: set[int] = set()
     found: list[Any] = []
     queue: list[tuple[Any, int]] = [(module, 0) for module in model.modules()]
+    seen = {id(module) for module, _ in queue}
     for thing, depth in queue:
-        if isinstance(thing, _PLAIN):
-            found.append(thing)
-            continue
-        if id(thing) in seen or depth > _DEEP or isinstance(thing, (Tensor, type, FunctionType)):
-            continue
-        seen.add(id(thing))
-        found.append((id(thing), type(thing)))
-        if isinstance(thing, Mapping):
-            parts = list(thing.values())
-        elif isinstance(thing, (list, tuple, set)):
-            parts = list(thing)
-        else:
-            parts = list(getattr(thing, "__dict__", {}).values())
-        queue += [(part, depth + 1) for part in parts if not isinstance(part, nn.Module)]
+        found += id(thing), type(thing)
+        for part in _parts(thing):
+            if type(part) in _PLAIN:
+                found.append(part)
+            elif id(part) not in seen and depth < _DEEP and not isinstance(part, (Tensor, type, FunctionType)):
+                seen.add(id(part))
+                queue.append((part, depth + 1))
     return hash(tuple(found))
+
+
+def _parts(thing: Any) -> Iterable[Any]:
+    if isinstance(thing, nn.Module):
+        named = vars(thing).items()  # of which many are dicts of hooks, empty as a rule
+        return (
+            value for name, value in named if name not in _OTHERWISE and not (isinstance(value, dict) and not value)
+        )
+    if isinstance(thing, Mapping):
+        return thing.values()
+    if isinstance(thing, (list, tuple, set)):
+        return thing
+    return getattr(thing, "__dict__", {}).values()

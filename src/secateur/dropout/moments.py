@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,12 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from secateur.costs import Call as Arguments
-from secateur.dropout.calls import Call, Handler, handling
+from secateur.dropout.calls import Call, Follower
 from secateur.dropout.keys import fingerprint, spec
-from secateur.dropout.noise import require_rate
-from secateur.dropout.rest import Buffers, at_rest, fresh, require_rest
-from secateur.dropout.search import Found, look
+from secateur.dropout.prefix import Unsuitable
+from secateur.dropout.rest import at_rest, require_rest
+from secateur.dropout.runs import Plan, Run
 from secateur.dropout.ways import Combine
 from secateur.errors import InputError, warn
 from secateur.measurement import arguments
@@ -63,21 +63,14 @@ def closed_form(model: nn.Module, inputs: Any) -> Moments:
     >>> torch.allclose(found.mean, model(x), atol=1e-6), found.std.shape
     (True, torch.Size([2, 3]))
     """
-    call = arguments(inputs)
+    run = Run(model, arguments(inputs), None, 0, shared=False)
     require_rest(model)
     with at_rest():
-        found = _found(model, call)
-        for unreached in found.unreached:
-            warn(f"closed_form leaves noise out: {unreached}")
-        watcher = _Watcher(found.sequence)
-        with handling(watcher):
-            args, kwargs = fresh(call)
-            buffers = Buffers(model) if found.writes else None
-            answer = model(*args, **kwargs)
-            if buffers is not None:
-                buffers.put_back()
+        watcher, answer = _watched(run)
+    for unreached in run.plan.found.unreached:
+        warn(f"closed_form leaves noise out: {unreached}")
     if watcher.dropped is None:
-        raise InputError(f"there is no closed form: {watcher.refusal or 'the model makes no dropout call'}; {_REMEDY}")
+        raise InputError(f"there is no closed form: {watcher.refusal}; {_REMEDY}")
     if watcher.refusal or watcher.linear is None or watcher.linear[1] is not answer:
         follows = watcher.refusal or "what follows the dropout is more than one Linear layer"
         raise InputError(f"there is no closed form: {follows}; {_REMEDY}")
@@ -87,36 +80,40 @@ def closed_form(model: nn.Module, inputs: Any) -> Moments:
         return Moments(functional.linear(mean, weight, *bias), functional.linear(variance, weight.square()))
 
 
-_FOUND: weakref.WeakKeyDictionary[nn.Module, tuple[Any, Found]] = weakref.WeakKeyDictionary()
+_PLANS: weakref.WeakKeyDictionary[nn.Module, tuple[Any, Plan]] = weakref.WeakKeyDictionary()
 
 
-def _found(model: nn.Module, call: Arguments) -> Found:
-    """The dropout calls, looked for once for a model and a shape of inputs."""
-    key = fingerprint(model), spec(call)
-    if model not in _FOUND or _FOUND[model][0] != key:
-        _FOUND[model] = key, look(model, fresh(call))[0]
-    return _FOUND[model][1]
+def _watched(run: Run) -> tuple[_Watcher, Tensor]:
+    """Run a model, whose dropout calls are looked for once for a shape of inputs; the watcher, and the output."""
+    key = fingerprint(run.model), spec(run.call)
+    known, plan = _PLANS.get(run.model, (None, None))
+    if plan is not None and known == key:
+        run.plan = plan
+        with suppress(Unsuitable):  # something has changed that the key does not tell
+            watcher = _Watcher(plan.calls)
+            return watcher, run.forward(watcher)[0]
+    try:
+        run.look()
+    except InputError as error:
+        raise InputError(f"there is no closed form: {error}; {_REMEDY}") from error
+    _PLANS[run.model] = key, run.plan
+    watcher = _Watcher(run.plan.calls)
+    return watcher, run.forward(watcher)[0]
 
 
 _REMEDY = "take samples: sc.dropout.sample(model, inputs)"
 
 
-class _Watcher(Handler):
+class _Watcher(Follower):
     """Leaves the dropout out, and watches what is done with what it would have dropped from."""
 
     def __init__(self, calls: Sequence[Call]) -> None:
-        super().__init__()
-        self._calls = iter(calls)
+        super().__init__(calls)
         self.dropped: Tensor | None = None
         self.linear: tuple[tuple[Any, ...], Tensor] | None = None
         """Of the layer that follows: weight and bias, and what it gives."""
         self.refusal = ""
         self._combine: Combine | None = None
-
-    def meet(self, kind: str, rate: float | None, training: bool, shape: Sequence[int]) -> Call | None:
-        call = next(self._calls)
-        require_rate(call.rate or 0.0, f"the rate of {kind} in {call.path or 'the model'}")
-        return None if call.rate == 0 else call
 
     def put(self, call: Call, x: Tensor, shape: Sequence[int], combine: Combine, axis: int = 0) -> Tensor:
         if self.dropped is not None:

@@ -140,3 +140,14 @@ class Buffers:
                 place[name] = buffer
                 changed = True
         return changed
+
+
+@contextmanager
+def buffers_kept(model: nn.Module, *, wanted: bool) -> Iterator[None]:
+    """Put the buffers of a model back afterwards, if it is one that writes into them."""
+    buffers = Buffers(model) if wanted else None
+    try:
+        yield
+    finally:
+        if buffers is not None:
+            buffers.put_back()

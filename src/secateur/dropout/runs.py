@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from secateur.costs import Call as Arguments
-from secateur.dropout.calls import Call, Sampler, handling
+from secateur.dropout.calls import Call, Handler, Sampler, handling
 from secateur.dropout.noise import require_rate
 from secateur.dropout.prefix import Boundary, Prefix, Unsuitable
-from secateur.dropout.rest import Buffers, fresh, written
+from secateur.dropout.rest import buffers_kept, fresh, written
 from secateur.dropout.search import Found, listed, look
 from secateur.dropout.streams import Streams
 from secateur.dropout.ways import Alone, Folded, Mapped, Outputs
@@ -77,16 +77,11 @@ class Run:
         if self.shared:
             self.plan.calls = _with_batch(self)
 
-    def forward(self, sampler: Sampler, *, copies: bool = False) -> Outputs:
+    def forward(self, handler: Handler, *, copies: bool = False) -> Outputs:
         """Run the model under a handler, if need be on copies of its inputs."""
         args, kwargs = fresh(self.call) if copies or self.plan.writes else self.call
-        buffers = Buffers(self.model) if self.plan.found.writes else None
-        try:
-            with handling(sampler):
-                return outputs_of(self.model(*args, **kwargs), self.output)
-        finally:
-            if buffers is not None:
-                buffers.put_back()
+        with handling(handler), buffers_kept(self.model, wanted=self.plan.found.writes):
+            return outputs_of(self.model(*args, **kwargs), self.output)
 
     def some(self, way: str, samples: Sequence[int], *, replay: bool = True) -> Outputs:
         """Compute a few samples in one pass: outputs `[samples, batch, ...]`.
@@ -189,7 +184,7 @@ def outputs_of(answer: Any, output: Output | None) -> Outputs:
     tensors: Outputs = found if pair else (found,)
     if all(isinstance(tensor, Tensor) for tensor in tensors):
         for tensor in tensors:
-            if not tensor.is_floating_point():
+            if not tensor.dtype.is_floating_point:
                 raise InputTypeError(
                     f"the output is {tensor.dtype}: samples are taken of floating-point numbers, so let output= give "
                     "what it was made of, logits rather than classes"
@@ -210,6 +205,6 @@ def _nothing(found: Found) -> str:
     lost = "".join(f"; out of reach is {one}" for one in found.unreached)
     off = f" ({found.off} calls drop nothing: their rate is 0, or they are off in training too)" if found.off else ""
     return (
-        f"the model has no dropout to take samples of{off}{lost}; "
+        f"the model makes no dropout call{off}{lost}: there is no dropout to take samples of; "
         "train it with nn.Dropout, or with sc.dropout.concrete(model, n_data=...), which learns the rates"
     )
