@@ -22,18 +22,15 @@ class Streams:
         self._seed = seed
         self._generators: dict[torch.device, list[torch.Generator]] = {}
 
-    def uniform(self, shape: Sequence[int], device: torch.device) -> Tensor:
-        """Draw numbers in [0, 1) for each sample: float32 `[samples, *shape]`."""
+    def draw(self, shape: Sequence[int], device: torch.device, *, normal: bool = False) -> Tensor:
+        """Draw numbers in [0, 1), or standard normal ones, for each sample: float32 `[samples, *shape]`."""
         numbers = torch.empty((len(self.samples), *shape), dtype=torch.float32, device=device)
-        for row, generator in zip(numbers.unbind(), self._on(device), strict=True):
-            row.uniform_(generator=generator)
-        return numbers
-
-    def normal(self, shape: Sequence[int], device: torch.device) -> Tensor:
-        """Draw standard normal numbers for each sample: float32 `[samples, *shape]`."""
-        numbers = torch.empty((len(self.samples), *shape), dtype=torch.float32, device=device)
-        for row, generator in zip(numbers.unbind(), self._on(device), strict=True):
-            row.normal_(generator=generator)
+        generators = self._on(device)
+        for row, generator in zip([numbers] if len(generators) == 1 else numbers.unbind(), generators, strict=True):
+            if normal:
+                row.normal_(generator=generator)
+            else:
+                row.uniform_(generator=generator)
         return numbers
 
     def _on(self, device: torch.device) -> list[torch.Generator]:

@@ -22,7 +22,7 @@ Combine = Callable[[Tensor, Tensor], Tensor]
 Outputs = tuple[Tensor, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Noise:
     """What one call asks for.
 
@@ -42,7 +42,7 @@ class Noise:
 
     def draw(self, streams: Streams, device: torch.device) -> Tensor:
         """Draw for each sample: `[samples, ...]`, with as many dimensions as `before`."""
-        numbers = (streams.normal if self.normal else streams.uniform)(self.shape, device)
+        numbers = streams.draw(self.shape, device, normal=self.normal)
         if self.repeats:
             numbers = numbers.repeat(1, *self.repeats)
         missing = len(self.before) + 1 - numbers.ndim
