@@ -1,11 +1,13 @@
 """The numbers of dropout: calls found, agreement, speed of samples, closed form, and what the other scripts measure.
 
-    python benchmarks/dropout.py [find] [std] [agree] [speed] [closed] [recurrent] [learned] [calibration] [--json FILE]
+    python benchmarks/dropout.py [SECTION ...] [--seeds 5] [--json FILE]
 
-Everything by default. One thread. Speed is wall clock over the plain loop of T = 50 passes in `train()` with frozen
-normalisation, the sides in turn (A B C A B C ...) in one process, medians with the smallest and the largest; beside
-it, the batch repeated 50 times in one pass, as other libraries do. The first call, which tries the ways of sampling,
-is apart.
+find, std, agree, speed and closed are here; recurrent, sparse, concrete, gates, calibration and choice in the modules
+beside this one, which say what they measure. All by default but choice. One thread.
+
+Speed is wall clock over the plain loop of T = 50 passes in `train()` with frozen normalisation, the sides in turn
+(A B C A B C ...) in one process, medians with the smallest and the largest; beside it, the batch repeated 50 times in
+one pass, as other libraries do. The first call, which tries the ways of sampling, is apart.
 """
 
 from __future__ import annotations
@@ -23,6 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import dropout_calibration
+import dropout_learned
 import dropout_recurrent
 import secateur as sc
 from secateur.dropout import rest, runs, sampling
@@ -297,17 +301,14 @@ def closed(rounds: int = 15) -> list[dict[str, object]]:
     return found
 
 
-def show(name: str, rows: list[dict[str, object]]) -> None:
+def show(name: str, rows: list[dict[str, object]], notes: list[str]) -> None:
     def cell(value: object) -> str:
         if isinstance(value, dict):
             return f"{value['median']:.3g} ({value['least']:.3g} to {value['most']:.3g})"
-        return f"{value:.3g}" if isinstance(value, float) else "-" if value is None else str(value)
+        return f"{value:.4g}" if isinstance(value, float) else "-" if value is None else str(value)
 
-    print(
-        Table(list(rows[0]), [[cell(v) for v in row.values()] for row in rows], title=name).text(),
-        end="\n\n",
-        flush=True,
-    )
+    cells = [[cell(value) for value in row.values()] for row in rows]
+    print(Table(list(rows[0]), cells, title=name, notes=notes).text(), end="\n\n", flush=True)
 
 
 SECTIONS: dict[str, Callable[[], list[dict[str, object]]]] = {
@@ -318,21 +319,32 @@ SECTIONS: dict[str, Callable[[], list[dict[str, object]]]] = {
     "closed": closed,
     "recurrent": dropout_recurrent.recurrent,
 }
+SEEDED: dict[str, Callable[[int], list[dict[str, object]]]] = {
+    "sparse": dropout_learned.sparse,
+    "concrete": dropout_learned.learned_rates,
+    "gates": dropout_learned.gates,
+    "calibration": dropout_calibration.calibration,
+    "choice": dropout_calibration.choice,
+}
 
 
 def main() -> None:
+    names = [*SECTIONS, *SEEDED]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("sections", nargs="*", choices=[*SECTIONS, []], help="all by default")
+    parser.add_argument("sections", nargs="*", help=f"{', '.join(names)}; by default all but choice")
+    parser.add_argument("--seeds", type=int, default=5, help="of sparse, concrete, gates and calibration")
     parser.add_argument("--json", type=Path, help="write the figures here")
     options = parser.parse_args()
     torch.set_num_threads(1)
     found = {}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", sc.errors.SecateurWarning)
-        for name in options.sections or SECTIONS:
-            found[name] = SECTIONS[name]()
-            show(name, found[name])
-    print(f"torch {torch.__version__}, one thread")
+    for name in options.sections or names[:-1]:
+        began = time.perf_counter()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", sc.errors.SecateurWarning)
+            found[name] = SECTIONS[name]() if name in SECTIONS else SEEDED[name](options.seeds)
+        notes = dropout_calibration.verdict(found[name]) if name == "calibration" else []
+        seconds = f"{time.perf_counter() - began:.0f} s"
+        show(name, found[name], [*notes, f"torch {torch.__version__}, one thread, {seconds}"])
     if options.json:
         options.json.write_text(json.dumps(found, indent=1))
 

@@ -1,6 +1,6 @@
 """Calibration on noisy digits: 50 samples of a model with dropout, over the same model in one pass.
 
-    python benchmarks/dropout_calibration.py [calibration] [choice] [--seeds 5] [--json FILE]
+    python benchmarks/dropout.py calibration choice [--seeds 5] [--json FILE]
 
 calibration: an LSTM with dropout (that of `secateur demo --uncertainty`) learns 1078 of the training digits, without
 any noise. The 450 test digits are read clean, and with Gaussian noise added to their pixels (0 to 1), in four draws of
@@ -21,12 +21,8 @@ ECE from noise 0.2 on.
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
-import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,7 +32,6 @@ import secateur as sc
 from secateur.demo.digits import Digits, adam, load, train
 from secateur.demo.uncertainty import EPOCHS, HEAD, HIDDEN, SAMPLES, DropoutClassifier, noisy
 from secateur.dropout import metrics
-from secateur.tables import Table
 
 LEVELS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5)
 TRAINING = 1078  # of 1347; the others set the temperature
@@ -177,29 +172,3 @@ def choice(_: int) -> list[dict[str, Any]]:
             row |= {f"ECE eval(), {title}": mean(1, "ECE", noise), f"ECE samples, {title}": mean(2, "ECE", noise)}
         rows.append(row)
     return rows
-
-
-BENCHMARKS = {"calibration": calibration, "choice": choice}
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("which", nargs="*", default=["calibration"], help=", ".join(BENCHMARKS))
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--json", type=Path, help="write the figures here")
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    found = {}
-    for name in arguments.which:
-        began = time.perf_counter()
-        found[name] = rows = BENCHMARKS[name](arguments.seeds)
-        cells = [[f"{v:.3g}" if isinstance(v, float) else str(v) for v in row.values()] for row in rows]
-        notes = verdict(rows) if name == "calibration" else []
-        notes += [f"torch {torch.__version__}, one thread, {time.perf_counter() - began:.0f} s"]
-        print(f"\n{name}\n{Table(list(rows[0]), cells, notes=notes).text()}", flush=True)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(found, indent=1))
-
-
-if __name__ == "__main__":
-    main()

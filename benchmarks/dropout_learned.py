@@ -1,6 +1,6 @@
 """Learned rates: how much sparse variational dropout prunes, what concrete dropout learns, which units L0 leaves.
 
-    python benchmarks/dropout_learned.py [sparse] [concrete] [gates] [--seeds 5] [--json FILE]
+    python benchmarks/dropout.py sparse concrete gates [--seeds 5] [--json FILE]
 
 sparse: the digits (1347 for training, 450 for testing, 64 pixels), an MLP 64-300-100-10 of 50,200 weights, 600 epochs
 in batches of 128 for each method, all with normal noise of 0.1 on the pixels (from 0 to 1), which was added because the
@@ -23,14 +23,9 @@ gates: L0 on the units of the same MLP and on the hidden units of an LSTM that r
 
 from __future__ import annotations
 
-import argparse
 import itertools
-import json
 import statistics
-import time
-import warnings
 from collections.abc import Callable, Iterable
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +33,6 @@ from torch import Tensor, nn
 import secateur as sc
 from secateur.demo.digits import Digits, LSTMClassifier, accuracy, load
 from secateur.dropout.learned import concrete, finish, hard_concrete, penalty, to_scores, variational
-from secateur.tables import Table
 
 EPOCHS, TUNE, BATCH = 600, 100, 128
 LEFT = 334, 251  # of 50,200: a 150th, a 200th
@@ -253,32 +247,3 @@ def gates(seeds: int) -> list[dict[str, object]]:
             }
         )
     return rows
-
-
-BENCHMARKS = {"sparse": sparse, "concrete": learned_rates, "gates": gates}
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("which", nargs="*", default=list(BENCHMARKS), help=", ".join(BENCHMARKS))
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--json", type=Path, help="write the figures here")
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    found = {}
-    for name in arguments.which:
-        began = time.process_time()
-        with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore", sc.errors.SecateurWarning
-            )  # of layers that keep under 1 %: they are meant to
-            found[name] = rows = BENCHMARKS[name](arguments.seeds)
-        cells = [[f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()] for row in rows]
-        notes = [f"torch {torch.__version__}, one thread, {time.process_time() - began:.0f} s of CPU time"]
-        print(f"\n{name}\n{Table(list(rows[0]), cells, notes=notes).text()}", flush=True)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(found, indent=1))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,6 +1,6 @@
 """The cost of recurrent dropout in training: on the fused LSTM, and in a loop over its steps.
 
-    python benchmarks/dropout_recurrent.py [--rounds N] [--json FILE]
+    python benchmarks/dropout.py recurrent [--json FILE]
 
 One forward and backward of an LSTM of two layers over 50 steps, over that of the plain fused LSTM in the same round,
 all sides in turn, on one thread, after a warm-up; the median is shown, with the smallest and the largest. Two loops put
@@ -10,18 +10,14 @@ weights at once and writes out the gates. The spread of a second plain LSTM says
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from secateur.dropout.sequences import recurrent as put
-from secateur.tables import Table
 
 STEPS = 50
 RATES: dict[str, dict[str, float]] = {
@@ -106,20 +102,3 @@ def in_turn(sides: dict[str, Callable[[], None]], rounds: int) -> dict[str, list
             for name in found:
                 found[name].append(seconds[name] / seconds["plain"])
     return found
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--json", type=Path, help="write the figures here")
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    rows = recurrent(arguments.rounds)
-    cells = [[f"{v:.3g}" if isinstance(v, float) else str(v) for v in row.values()] for row in rows]
-    print(Table(list(rows[0]), cells, notes=[f"torch {torch.__version__}, one thread, {STEPS} steps"]).text())
-    if arguments.json:
-        arguments.json.write_text(json.dumps({"recurrent": rows}, indent=1))
-
-
-if __name__ == "__main__":
-    main()

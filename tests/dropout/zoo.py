@@ -4,6 +4,7 @@ import os
 import random
 import warnings
 from collections.abc import Callable
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -773,6 +774,24 @@ def rest(model, inputs=()):
             sc.dropout.noise.SAMPLING.get(),
         ),
     }
+
+
+@contextmanager
+def untouched(entry):
+    """A model of the zoo, its inputs and output; afterwards all must be as it was, and the model answer as before."""
+    model, inputs, output = entry.build()
+    torch.manual_seed(5)
+    value = bits(answer(model, inputs, output))
+    torch.manual_seed(5)
+    before = rest(model, inputs)
+    yield model, inputs, output
+    after = rest(model, inputs)
+    if entry.name == "noise in eval() too":  # of which each pass draws some
+        del before["random"]
+    for part, was in before.items():
+        assert after[part] == was, part
+    torch.manual_seed(5)
+    assert bits(answer(model, inputs, output)) == value
 
 
 def answer(model, inputs, output=None):

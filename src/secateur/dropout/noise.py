@@ -84,7 +84,7 @@ def normal(like: Tensor, shape: Sequence[int], *, kind: str) -> Tensor:
 
 def mask_of(numbers: Tensor, rate: float, dtype: torch.dtype) -> Tensor:
     """Turn uniform numbers into a mask of 0 and `1 / (1 - rate)`."""
-    return ((numbers >= rate) * (1 / (1 - rate))).to(dtype)
+    return (numbers >= rate).to(dtype).mul_(1 / (1 - rate))
 
 
 def uniform_numbers(like: Tensor, shape: Sequence[int]) -> Tensor:
