@@ -122,8 +122,6 @@ class Lister(Handler):
         """Calls of random functions that are no dropout."""
         self.moved = False
         """The run has drawn from a global generator."""
-        self.writes = False
-        """The run has written into buffers."""
         self._names = names
 
     def meet(self, kind: str, rate: float | None, training: bool, shape: Sequence[int]) -> None:
@@ -136,9 +134,6 @@ class Lister(Handler):
             path, line = _where(self._names)
             self.random.append(Call(path, func.__name__, None, torch.Size(), line))
         return func(*args, **kwargs)
-
-    def numbers(self, call: Call, like: Tensor, shape: Sequence[int], normal: bool) -> Tensor:
-        raise AssertionError("unreachable")
 
 
 class Follower(Handler):

@@ -48,18 +48,25 @@ class Found:
     """The dropout of a model, as the inputs given make it run; `str()` is a table.
 
     Attributes:
-        calls: each dropout call in the order in which the model makes them, those in a module that runs twice twice.
+        sequence: each dropout call in the order in which the model makes them, those in a module that runs twice twice;
+            with a rate of 0 those that drop nothing, in training either: their rate is 0, or `training=False` for good.
         unreached: noise that is out of reach.
-        off: dropout calls that drop nothing, in training either: a rate of 0, or `training=False` for good.
-        sequence: the calls, and those that are off with a rate of 0: what `sample` meets.
         writes: the model writes into its buffers, in `eval()` too.
     """
 
-    calls: tuple[Call, ...]
-    unreached: tuple[Unreached, ...]
-    off: int
     sequence: tuple[Call, ...]
+    unreached: tuple[Unreached, ...]
     writes: bool
+
+    @property
+    def calls(self) -> tuple[Call, ...]:
+        """The calls that drop something."""
+        return tuple(call for call in self.sequence if call.rate != 0)
+
+    @property
+    def off(self) -> int:
+        """How many calls drop nothing."""
+        return len(self.sequence) - len(self.calls)
 
     def table(self) -> Table:
         """One row a call; what is out of reach is in the notes."""
@@ -108,12 +115,12 @@ def look(model: nn.Module, call: Arguments) -> tuple[Found, Any]:
     """Find the dropout calls of a model that is `at_rest`; and what the model gives. It may write into the inputs."""
     buffers = Buffers(model)
     now, output = listed(model, call)
-    now.writes = buffers.put_back()
+    writes = buffers.put_back()
     try:
         then = _in_training(model, call)
     except Exception as error:  # a model may want more in training: targets, a larger batch
-        return _found(model, now, None, f"{type(error).__name__}: {error}"), output
-    return _found(model, now, then, ""), output
+        return _found(model, now, None, writes, f"{type(error).__name__}: {error}"), output
+    return _found(model, now, then, writes), output
 
 
 def listed(model: nn.Module, call: Arguments) -> tuple[Lister, Any]:
@@ -176,7 +183,7 @@ def _random_state(model: nn.Module) -> Iterator[Callable[[], bool]]:
             np.random.set_state(arrays)
 
 
-def _found(model: nn.Module, now: Lister, then: Lister | None, failure: str) -> Found:
+def _found(model: nn.Module, now: Lister, then: Lister | None, writes: bool, failure: str = "") -> Found:
     unreached = [Unreached(path, "dropout", _SCRIPTED) for path in _scripted(model)]
     unreached += [Unreached(c.path, f"{c.kind} (line {c.line})", _UNSEEDED) for c in now.random]
     if now.moved and not now.random:
@@ -184,7 +191,6 @@ def _found(model: nn.Module, now: Lister, then: Lister | None, failure: str) -> 
     rates: dict[tuple[Any, ...], float | None] = {}
     if then is None:
         unreached.append(Unreached("", "noise that is there in training only", _UNKNOWN.format(failure)))
-        rates = {site: call.rate for site, (call, _) in _numbered(now.calls)}
     else:
         rates = {site: call.rate if on else 0.0 for site, (call, on) in _numbered(then.calls)}
         here = {site for site, _ in _numbered(now.calls)}
@@ -197,8 +203,7 @@ def _found(model: nn.Module, now: Lister, then: Lister | None, failure: str) -> 
             unreached.append(Unreached("", "random numbers", f"{_HIDDEN}, in train() only"))
     # a call that training skipped this time, as some skip whole layers, has the rate that it shows here
     sequence = tuple(replace(call, rate=rates.get(site, call.rate)) for site, (call, _) in _numbered(now.calls))
-    calls = tuple(call for call in sequence if call.rate != 0)
-    return Found(calls, tuple(unreached), len(sequence) - len(calls), sequence, now.writes)
+    return Found(sequence, tuple(unreached), writes)
 
 
 _HANDWRITTEN = (
