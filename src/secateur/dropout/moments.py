@@ -67,17 +67,14 @@ def closed_form(model: nn.Module, inputs: Any) -> Moments:
     require_rest(model)
     with at_rest():
         watcher, answer = _watched(run)
-    for unreached in run.plan.found.unreached:
-        warn(f"closed_form leaves noise out: {unreached}")
-    if watcher.dropped is None:
-        raise InputError(f"there is no closed form: {watcher.refusal}; {_REMEDY}")
-    if watcher.refusal or watcher.linear is None or watcher.linear[1] is not answer:
-        follows = watcher.refusal or "what follows the dropout is more than one Linear layer"
-        raise InputError(f"there is no closed form: {follows}; {_REMEDY}")
-    (weight, *bias), _ = watcher.linear
-    with at_rest():
-        mean, variance = watcher.moments(watcher.dropped)
-        return Moments(functional.linear(mean, weight, *bias), functional.linear(variance, weight.square()))
+        for unreached in run.plan.found.unreached:
+            warn(f"closed_form leaves noise out: {unreached}")
+        if watcher.dropped is None:
+            raise InputError(f"there is no closed form: {watcher.refusal}; {_REMEDY}")
+        if watcher.refusal or watcher.linear is None or watcher.linear[1] is not answer:
+            follows = watcher.refusal or "what follows the dropout is more than one Linear layer"
+            raise InputError(f"there is no closed form: {follows}; {_REMEDY}")
+        return watcher.moments(watcher.dropped, *watcher.linear)
 
 
 _PLANS: weakref.WeakKeyDictionary[nn.Module, tuple[Any, Plan]] = weakref.WeakKeyDictionary()
@@ -138,10 +135,15 @@ class _Watcher(Follower):
             self.refusal = f"{getattr(func, '__name__', func)} follows the dropout"
         return result
 
-    def moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and variance of what comes out of the dropout: it has two values, with chances `1 - rate` and `rate`."""
+    def moments(self, x: Tensor, layer: tuple[Any, ...], answer: Tensor) -> Moments:
+        """Moments behind the layer: an element x becomes `a x + b` if it is kept, and always the same `d` if not."""
         assert self._combine is not None
-        numbers = torch.tensor((1.0, -1.0), device=x.device).view(2, *(1,) * x.ndim)
-        kept, dropped = self._combine(x, numbers[0]), self._combine(x, numbers[1])
-        mean = torch.lerp(kept, dropped, self._rate)
-        return mean, (kept - dropped).square_().mul_(self._rate * (1 - self._rate))
+        rate, (weight, *bias) = self._rate, layer
+        ends = torch.tensor([0.0, 1.0], dtype=torch.float64)
+        b, a_and_b = self._combine(ends, torch.tensor(1.0)).tolist()  # a number above the rate keeps
+        a, d = a_and_b - b, float(self._combine(ends, torch.tensor(-1.0))[0])
+        mean = answer  # as dropout has it: b and d are 0, and a is 1 / (1 - rate)
+        if b or d:
+            mean = functional.linear((1 - rate) * (a * x + b) + rate * d, weight, *bias)
+            x = x + (b - d) / a
+        return Moments(mean, functional.linear(x.square(), weight.square()) * (a * a * rate * (1 - rate)))
