@@ -114,10 +114,15 @@ def _first(run: Run, n: int, max_memory: int) -> Outputs:
     room = _room(run, max_memory)
     for way in ("mapped", "folded"):
         chunk = min(2, room)
-        while chunk > 1 and race.enter(way, chunk) and chunk < min(n, room):
+        while chunk > 1 and race.enter(way, _even(n, chunk)) and chunk < min(n, room):
             chunk = min(4 * chunk, n, room)
     run.plan.way, run.plan.chunk = race.winner()
     return joined([race.done, run.samples(n, len(race.done[0]))]) if len(race.done[0]) < n else race.done
+
+
+def _even(n: int, chunk: int) -> int:
+    """Samples a pass, if as many passes as `chunk` takes are equally large."""
+    return math.ceil(n / math.ceil(n / chunk))
 
 
 class _Race:
