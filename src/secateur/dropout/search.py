@@ -227,10 +227,10 @@ def _numbered(calls: list[tuple[Call, bool]]) -> Iterator[tuple[tuple[Any, ...],
 def _scripted(model: nn.Module) -> Iterator[str]:
     """Names of scripted or traced parts with noise in their graph."""
     noisy = ("dropout", "bernoulli", "rand")
-    inside = ""
+    inside: str | None = None
     for name, module in model.named_modules():
-        if not isinstance(module, torch.jit.ScriptModule) or (inside and name.startswith(inside)):
+        if not isinstance(module, torch.jit.ScriptModule) or (inside is not None and name.startswith(inside)):
             continue
-        inside = f"{name}."
+        inside = name and f"{name}."
         if any(word in node.kind() for node in module.inlined_graph.nodes() for word in noisy):
             yield name
