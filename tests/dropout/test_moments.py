@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-from zoo import ZOO, Model, linear, rest
+from zoo import ZOO, Model, linear, rest, untouched
 
 import secateur as sc
 from secateur.errors import InputError, InputTypeError, SecateurWarning, StateError
@@ -202,21 +202,15 @@ def test_there_is_none(name):
 @pytest.mark.filterwarnings("ignore:the standard deviation:secateur.errors.SecateurWarning")
 def test_the_zoo_has_the_std_of_samples_or_none(entry):
     """Where there is a closed form, it is right; and the model is as it was."""
-    model, inputs, output = entry.build()
-    before = rest(model, inputs)
-    found = None
-    with contextlib.suppress(InputError):
-        found = closed_form(model, inputs)
-    if found is not None:
-        assert output is None
-        if entry.free:
-            std = sc.dropout.sample(model, inputs, n=4000).std
-            assert abs(float((std / found.std).nanmean()) - 1) < 0.03
-    after = rest(model, inputs)
-    if entry.name == "noise in eval() too":
-        del before["random"]
-    for part, was in before.items():
-        assert after[part] == was, part
+    with untouched(entry) as (model, inputs, output):
+        found = None
+        with contextlib.suppress(InputError):
+            found = closed_form(model, inputs)
+        if found is not None:
+            assert output is None
+            if entry.free:
+                std = sc.dropout.sample(model, inputs, n=4000).std
+                assert abs(float((std / found.std).nanmean()) - 1) < 0.03
 
 
 def test_which_of_the_zoo_have_one():

@@ -303,7 +303,7 @@ def test_a_warning_in_the_copy_is_no_failure():
 
 
 def test_off_for_good_is_no_call_of_a_model_that_cannot_be_copied():
-    """It cannot be known: so it is named, and not sampled."""
+    """Its modules are copied one by one, so that the copy can run in training."""
     model = Model(lambda s, x: F.dropout(s.drop(x), 0.5, False), drop=nn.Dropout(0.2)).eval()
     model.lock = threading.Lock()
     found = find(model, X)
