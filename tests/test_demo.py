@@ -12,7 +12,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 import secateur as sc
-from secateur.demo import digits, elsewhere, pictures, run, story
+from secateur.demo import digits, elsewhere, pictures, run, stage, story
 
 WEIGHTS = 4 * 128 * 8 + 4 * 128 * 128 + 10 * 128
 FILES = {
@@ -243,7 +243,7 @@ def test_without_matplotlib_it_says_how_to_get_it(shared, monkeypatch, tmp_path)
     for name in ("matplotlib", "matplotlib.figure"):
         monkeypatch.setitem(sys.modules, name, None)
     result = dict(shared[0])
-    story.draw(result, tmp_path)
+    stage.save_pictures(result, tmp_path, pictures.NAMES, pictures.draw)
     assert result["pictures"] == []
     assert list(tmp_path.iterdir()) == []
     screen = io.StringIO()

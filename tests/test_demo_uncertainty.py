@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 import secateur as sc
 from secateur.cli import app
-from secateur.demo import digits, uncertainty
+from secateur.demo import digits, stage, uncertainty
 from secateur.dropout import Prediction
 
 
@@ -161,7 +161,7 @@ def test_without_matplotlib_it_says_how_to_get_it(shared, monkeypatch, tmp_path)
     for name in ("matplotlib", "matplotlib.figure"):
         monkeypatch.setitem(sys.modules, name, None)
     result = dict(shared[0])
-    uncertainty._save_picture(result, tmp_path)
+    stage.save_pictures(result, tmp_path, [uncertainty.PICTURE], uncertainty.draw)
     assert result["pictures"] == []
     assert list(tmp_path.iterdir()) == []
     screen = io.StringIO()

@@ -239,7 +239,10 @@ def demo(
         int | None,
         typer.Option(min=1, help="Epochs of each training.", show_default="20; 40 with --uncertainty"),
     ] = None,
-    sparsity: Annotated[float, typer.Option(help="Fraction of weights that become zero, 0 <= s < 1.")] = 0.9,
+    sparsity: Annotated[
+        float | None,
+        typer.Option(help="Fraction of weights that become zero, 0 <= s < 1.", show_default="0.9"),
+    ] = None,
     seed: Annotated[int, typer.Option(help="The same seed gives the same result.")] = 0,
     out: Annotated[Path, typer.Option(help="The folder for files and plots.")] = Path("secateur-demo"),
     uncertainty: Annotated[
@@ -249,17 +252,18 @@ def demo(
 ) -> None:
     """Prune an LSTM on real data, end to end, and measure what it gained."""
     console = None if as_json else Console()
-    chosen = {} if epochs is None else {"epochs": epochs}
+    chosen: dict[str, Any] = {} if epochs is None else {"epochs": epochs}
     if uncertainty:
         from secateur.demo.uncertainty import run as run_uncertainty
 
-        if sparsity != 0.9:
+        if sparsity is not None:
             raise typer.BadParameter("--uncertainty prunes nothing: leave out --sparsity")
         result = run_uncertainty(**chosen, seed=seed, out=out, console=console)
     else:
         from secateur.demo import run
 
-        result = run(**chosen, sparsity=sparsity, seed=seed, out=out, console=console)
+        chosen |= {} if sparsity is None else {"sparsity": sparsity}
+        result = run(**chosen, seed=seed, out=out, console=console)
     if as_json:
         _print_json(result)
 

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 NAMES = ("training.png", "layers.png")
-HOW_TO_GET_THEM = 'matplotlib is not installed; for the pictures: pip install "secateur[plot]"'
 
 _DENSE, _GRADUAL, _SPARSITY, _COLLAPSE = "#7a7a7a", "#1b7f5c", "#3b6fb6", "#c0392b"
 

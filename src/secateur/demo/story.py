@@ -7,18 +7,14 @@ from __future__ import annotations
 
 import copy
 import json
-import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from safetensors.torch import save as to_bytes
 from torch import nn
 from torch.nn.utils import prune as torch_prune
@@ -27,17 +23,11 @@ import secateur as sc
 from secateur.allocation import fraction
 from secateur.demo import elsewhere, pictures
 from secateur.demo.digits import Digits, LSTMClassifier, accuracy, adam, alone, load, train
-from secateur.doctor import secateur_version
-from secateur.errors import InputError, InputTypeError, StateError
-from secateur.files import replacing
+from secateur.demo.stage import Watch, progress, require, save_pictures, unwatched, versions, write
+from secateur.errors import StateError
 from secateur.measurement import Comparison, compare
 
 EPOCHS = 20
-Watch = Callable[[nn.Module], object]
-
-
-def unwatched(model: nn.Module) -> None:
-    """Do nothing after an epoch."""
 
 
 # Step 1: train a dense model --------------------------------------------------------------------------------
@@ -242,13 +232,14 @@ def run(
     """
     began = time.perf_counter()
     out = Path(out)
-    _require(epochs, sparsity, seed, out)
+    require(epochs, seed, out)
+    _require_sparsity(sparsity)
     out.mkdir(parents=True, exist_ok=True)
     write(out / "elsewhere.py", Path(elsewhere.__file__).read_bytes())
     data = load()
     history: dict[str, list[dict[str, float]]] = {"dense": [], "gradual": [], "dense_longer": []}
 
-    with _progress(console, 3 * epochs + 4 * epochs / 5) as (say, tick):
+    with progress(console, 3 * epochs + 4 * epochs / 5) as (say, tick):
 
         def watch(curve: str) -> Watch:
             first = 0 if curve == "dense" else epochs
@@ -285,11 +276,7 @@ def run(
         tick(epochs / 5)
 
     result: dict[str, Any] = {
-        "versions": {
-            "secateur": secateur_version(),
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        },
+        "versions": versions(),
         "settings": {"epochs": epochs, "sparsity": float(sparsity), "seed": seed, "threads": 1},
         "data": {"train": len(data.train_labels), "test": len(data.test_labels)},
         "weights": sc.weights(pruned).size,
@@ -309,7 +296,7 @@ def run(
         ],
         "history": history,
     }
-    draw(result, out)
+    save_pictures(result, out, pictures.NAMES, pictures.draw)
     result["seconds"] = round(time.perf_counter() - began, 1)
     write(out / "run.json", json.dumps(result, indent=1).encode() + b"\n")
     if console is not None:
@@ -325,47 +312,7 @@ def look_at(model: nn.Module, data: Digits) -> dict[str, float]:
         return {"zeros": zeros, "sparsity": zeros / weights.size, "accuracy": accuracy(model, data)}
 
 
-def write(path: Path, content: bytes) -> None:
-    """Write a file that is whole or not there at all."""
-    with replacing(path) as unfinished:
-        unfinished.write_bytes(content)
-
-
-def draw(result: dict[str, Any], out: Path) -> None:
-    """Draw the pictures, if matplotlib is there, and note in the result which there are, or how to get them."""
-    for name in pictures.NAMES:
-        (out / name).unlink(missing_ok=True)  # a picture of an earlier run would tell another story
-    try:
-        figures = pictures.draw(result)
-    except ImportError:
-        result.update(pictures=[], note=pictures.HOW_TO_GET_THEM)
-        return
-    for name, figure in figures.items():
-        with replacing(out / name) as unfinished:
-            figure.savefig(unfinished, format="png", dpi=150)
-    result.update(pictures=list(figures), note="")
-
-
-def _require(epochs: int, sparsity: float, seed: int, out: Path) -> None:
-    """Refuse nonsense before any work."""
-    for name, value in (("epochs", epochs), ("seed", seed)):
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise InputTypeError(f"{name} is {value!r}: give a whole number")
-    if epochs < 1:
-        raise InputError(f"epochs is {epochs}: give 1 or more (the default is {EPOCHS})")
-    if not 0 <= seed < 2**64:
-        raise InputError(f"seed is {seed}: give a number from 0 to 2^64 - 1")
+def _require_sparsity(sparsity: float) -> None:
     fraction(sparsity)
     with alone(0):
         sc.prune(LSTMClassifier(), sparsity)  # can so many weights go?
-    if out.exists() and not out.is_dir():
-        raise InputError(f"{out} is a file, and the demo leaves a folder: give --out another name, or remove it")
-
-
-@contextmanager
-def _progress(console: Console | None, ticks: float) -> Iterator[tuple[Callable[[str], None], Callable[[float], None]]]:
-    """Give `say(what is being done)` and `tick(how much of it is done)`: an epoch is 1."""
-    columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
-    with Progress(*columns, console=console, disable=console is None, transient=True) as bar:
-        task = bar.add_task("", total=ticks)
-        yield lambda text: bar.update(task, description=text), lambda n: bar.advance(task, n)

@@ -6,7 +6,6 @@ The heart of it is `look`: one call of `sc.dropout.sample` on a model that stays
 from __future__ import annotations
 
 import json
-import platform
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,11 +18,8 @@ from torch import Tensor, nn
 
 import secateur as sc
 from secateur.demo.digits import Digits, LSTMClassifier, adam, alone, load, train
-from secateur.demo.story import Watch, _progress, unwatched, write
-from secateur.doctor import secateur_version
+from secateur.demo.stage import Watch, progress, require, save_pictures, unwatched, versions, write
 from secateur.dropout import Prediction, metrics
-from secateur.errors import InputError, InputTypeError
-from secateur.files import replacing
 from secateur.tables import number, percent
 
 if TYPE_CHECKING:
@@ -91,7 +87,7 @@ def judge(probabilities: Tensor, labels: Tensor) -> dict[str, float]:
     `unsure` and `sure` are the shares of errors among the tenth of highest and of lowest entropy, `area` is that under
     the risk-coverage curve.
     """
-    entropy = Prediction(torch.stack([probabilities, probabilities])).entropy
+    entropy = torch.special.entr(probabilities).sum(1)
     wrong = probabilities.argmax(1) != labels
     order, tenth = entropy.argsort(stable=True), max(1, len(labels) // 10)
     return {
@@ -150,10 +146,10 @@ def run(
         InputError, InputTypeError: a setting that makes no sense, or a file in the place of the folder.
     """
     began, out = time.perf_counter(), Path(out) / "uncertainty"
-    _require(epochs, seed, out)
+    require(epochs, seed, out.parent, out)
     out.mkdir(parents=True, exist_ok=True)
     data = load()
-    with _progress(console, epochs + 2 * len(LEVELS)) as (say, tick):
+    with progress(console, epochs + 2 * len(LEVELS)) as (say, tick):
         say("training with dropout")
         model = train_with_dropout(data, epochs, seed=seed, watch=lambda model: tick(1))
         with alone(seed):
@@ -175,11 +171,7 @@ def run(
             unsure = unsure or least_sure(prediction, images, data.test_labels)  # the clean ones come first
             tick(2)
     result: dict[str, Any] = {
-        "versions": {
-            "secateur": secateur_version(),
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        },
+        "versions": versions(),
         "settings": {"epochs": epochs, "seed": seed, "samples": SAMPLES, "threads": 1},
         "data": {"train": len(data.train_labels), "test": len(data.test_labels)},
         "dropout": [{"where": c.path, "kind": c.kind, "rate": c.rate, "shape": list(c.shape)} for c in found.calls],
@@ -187,26 +179,12 @@ def run(
         "levels": levels,
         "least_sure": unsure,
     }
-    _save_picture(result, out)
+    save_pictures(result, out, [PICTURE], draw)
     result["seconds"] = round(time.perf_counter() - began, 1)
     write(out / "run.json", json.dumps(result, indent=1).encode() + b"\n")
     if console is not None:
         tell(result, out, console)
     return result
-
-
-def _require(epochs: int, seed: int, out: Path) -> None:
-    """Refuse nonsense before any work."""
-    for name, value in (("epochs", epochs), ("seed", seed)):
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise InputTypeError(f"{name} is {value!r}: give a whole number")
-    if epochs < 1:
-        raise InputError(f"epochs is {epochs}: give 1 or more (the default is {EPOCHS})")
-    if not 0 <= seed < 2**63:
-        raise InputError(f"seed is {seed}: give a number from 0 to 2^63 - 1")
-    for folder in (out.parent, out):
-        if folder.exists() and not folder.is_dir():
-            raise InputError(f"{folder} is a file, and the demo leaves a folder: give --out another name, or remove it")
 
 
 # How it is shown --------------------------------------------------------------------------------------------
@@ -276,24 +254,10 @@ def _list(names: list[str]) -> str:
     return ", ".join(names) or "(none)"
 
 
-def _save_picture(result: dict[str, Any], out: Path) -> None:
-    """Draw the picture, if matplotlib is there, and note in the result that there is one, or how to get it."""
-    (out / PICTURE).unlink(missing_ok=True)  # a picture of an earlier run would tell another story
-    try:
-        figure = draw(result)
-    except ImportError:
-        note = 'matplotlib is not installed; for the picture: pip install "secateur[plot]"'
-        result.update(pictures=[], note=note)
-        return
-    with replacing(out / PICTURE) as unfinished:
-        figure.savefig(unfinished, format="png", dpi=150)
-    result.update(pictures=[PICTURE], note="")
-
-
 _GREY, _GREEN, _BLUE, _RED = "#7a7a7a", "#1b7f5c", "#3b6fb6", "#c0392b"
 
 
-def draw(result: dict[str, Any]) -> Figure:
+def draw(result: dict[str, Any]) -> dict[str, Figure]:
     """Draw the images that the model is least sure of, and uncertainty and calibration against noise.
 
     Raises:
@@ -320,7 +284,7 @@ def draw(result: dict[str, Any]) -> Figure:
         under.spines[["top", "right"]].set_visible(False)
         under.set_xlabel(f"entropy {image['entropy']:.2f}, mut. inf. {image['mutual_information']:.2f}", size=7)
     _curves(result["levels"], *below.subplots(1, 3))
-    return figure
+    return {PICTURE: figure}
 
 
 def _curves(levels: list[dict[str, Any]], doubt: Any, ece: Any, errors: Any) -> None:
