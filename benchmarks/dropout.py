@@ -2,11 +2,11 @@
 
     python benchmarks/dropout.py [SECTION ...] [--seeds 5] [--json FILE]
 
-find, std, agree, speed and closed are here; recurrent, sparse, concrete, gates, calibration and choice in the modules
-beside this one, which say what they measure. All by default but choice. One thread.
+find, std, agree, speed, bounds and closed are here; recurrent, sparse, concrete, gates, calibration and choice in the
+modules beside this one, which say what they measure. All by default but choice. One thread.
 
 Speed is wall clock over the plain loop of T = 50 passes in `train()` with frozen normalisation, the sides in turn
-(A B C A B C ...) in one process, medians with the smallest and the largest; beside it, the batch repeated 50 times in
+(A B C C B A ...) in one process, medians with the smallest and the largest; beside it, the batch repeated 50 times in
 one pass. These two are what torch-uncertainty 0.13 (`on_batch`) and baal 2.1 (`replicate_in_memory`) run, for dropout
 modules: their best is the larger of 1 and `repeated`. The first call, which tries the ways of sampling, is apart.
 """
@@ -20,11 +20,13 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 import dropout_calibration
 import dropout_learned
@@ -33,6 +35,7 @@ import secateur as sc
 from secateur.dropout import rest, runs, sampling
 from secateur.measurement import arguments
 from secateur.tables import Table
+from timing import in_turn, ratio
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "dropout"))
 T = 50
@@ -192,7 +195,6 @@ def speed(rounds: int = 5) -> list[dict[str, object]]:
         for batch in batches:
             torch.manual_seed(0)
             model, inputs = build().eval(), make(batch)
-            start = time.perf_counter()
             plain_loop(model, inputs, 2)
             start = time.perf_counter()
             sc.dropout.sample(model, inputs, n=T, output=logits)
@@ -206,27 +208,11 @@ def speed(rounds: int = 5) -> list[dict[str, object]]:
             times = in_turn(sides, rounds)
             row = {
                 "case": name, "batch": batch, "asked": asked, "way": plan.way, "chunk": plan.chunk,
-                "loop_ms": 1e3 * statistics.median(times["loop"]), "ours": ratio(times, "ours"),
-                "repeated": ratio(times, "repeated"), "first_call": statistics.median(times["loop"]) / first,
+                "loop_ms": 1e3 * statistics.median(times["loop"]), "ours": ratio(times, "loop", "ours"),
+                "repeated": ratio(times, "loop", "repeated"), "first_call": statistics.median(times["loop"]) / first,
             }  # fmt: skip
             found.append(row)
     return found
-
-
-def in_turn(sides: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    times: dict[str, list[float]] = {name: [] for name in sides}
-    for turn in range(rounds + 1):
-        for name, side in sides.items():
-            start = time.perf_counter()
-            side()
-            if turn:  # the first round warms up
-                times[name].append(time.perf_counter() - start)
-    return times
-
-
-def ratio(times: dict[str, list[float]], name: str, base: str = "loop") -> dict[str, float]:
-    ratios = [a / b for a, b in zip(times[base], times[name], strict=True)]
-    return {"median": statistics.median(ratios), "least": min(ratios), "most": max(ratios)}
 
 
 # ---- the other numbers ----------------------------------------------------------------------------------------------
@@ -303,10 +289,53 @@ def closed(rounds: int = 15) -> list[dict[str, object]]:
         times = in_turn(sides, rounds)
         many = sc.dropout.sample(model, x, n=20000, max_memory=2**32).std
         error = float((sc.dropout.closed_form(model, x).std / many - 1).abs().mean())
-        in_a_row = {name: T * value for name, value in ratio(times, "row").items()}
-        once = ratio(times, "once")["median"]
+        in_a_row = {name: T * value for name, value in ratio(times, "loop", "row").items()}
+        once = ratio(times, "loop", "once")["median"]
         found.append({"batch": batch, "features": features, "once": once, **in_a_row, "error": error})
     return found
+
+
+@torch.no_grad()
+def bounds(rounds: int = 9) -> list[dict[str, object]]:
+    """The loop over what is left of it at best: of the LSTM its layers alone, with no masks; of the CNN a handler.
+
+    Layer two of the LSTM takes T times the batch, at once or in two halves; of the CNN that reads a value the loop
+    itself runs under a handler that does nothing.
+    """
+    found: list[dict[str, object]] = []
+    for hidden in (256, 128):
+        for batch in (1, 4):
+            model, x = Lstm(hidden=hidden, inner=0.3).eval(), torch.randn(batch, 50, 64)
+            one, two = (nn.LSTM(size, hidden, batch_first=True) for size in (64, hidden))
+            whole = torch.randn(T * batch, 50, hidden)
+            layers: dict[str, Callable[[], object]] = {
+                "loop": lambda m=model, x=x: plain_loop(m, x),  # type: ignore[misc]
+                "at once": lambda a=one, b=two, x=x, y=whole: (a(x), b(y)),  # type: ignore[misc]
+                "two halves": lambda a=one, b=two, x=x, y=whole: (a(x), *map(b, y.chunk(2))),  # type: ignore[misc]
+            }
+            times = in_turn(layers, rounds)
+            for name in list(layers)[1:]:
+                case = f"LSTM 2x{hidden}, dropout between its layers"
+                found.append({"case": case, "batch": batch, "left": name, **ratio(times, "loop", name)})
+    for batch in (1, 16):
+        cnn, image = Residual(reads=True).eval(), torch.randn(batch, 3, 32, 32)
+        loops = {"loop": partial(plain_loop, cnn, image), "handled": partial(handled_loop, cnn, image)}
+        times = in_turn(loops, rounds)
+        case = "residual CNN that reads a value"
+        found.append({"case": case, "batch": batch, "left": "empty handler", **ratio(times, "loop", "handled")})
+    return found
+
+
+class Nothing(TorchFunctionMode):
+    """Sees each call, and makes it."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        return func(*args, **kwargs) if kwargs else func(*args)
+
+
+def handled_loop(model: nn.Module, inputs: Any) -> Tensor:
+    with Nothing():
+        return plain_loop(model, inputs)
 
 
 def show(name: str, rows: list[dict[str, object]], notes: list[str]) -> None:
@@ -324,6 +353,7 @@ SECTIONS: dict[str, Callable[[], list[dict[str, object]]]] = {
     "std": std,
     "agree": agree,
     "speed": speed,
+    "bounds": bounds,
     "closed": closed,
     "recurrent": dropout_recurrent.recurrent,
 }

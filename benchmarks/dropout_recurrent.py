@@ -10,14 +10,13 @@ weights at once and writes out the gates. The spread of a second plain LSTM says
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from secateur.dropout.sequences import recurrent as put
+from timing import in_turn, ratio
 
 STEPS = 50
 RATES: dict[str, dict[str, float]] = {
@@ -72,9 +71,9 @@ def recurrent(rounds: int = 15) -> list[dict[str, object]]:
             sides[name] = _side(lstm, x)
         sides["loop of lstm_cell, hidden"] = _side(Loop(nn.LSTM(hidden, hidden, 2), 0.25, True), x)
         sides["loop written out, hidden"] = _side(Loop(nn.LSTM(hidden, hidden, 2), 0.25, False), x)
-        for name, ratios in in_turn(sides, rounds).items():
-            spread = {"ratio": statistics.median(ratios), "least": min(ratios), "most": max(ratios)}
-            rows.append({"LSTM": f"2 x {hidden}, batch {batch}", "dropout": name, **spread})
+        seconds = in_turn(sides, rounds)
+        for name in list(sides)[1:]:
+            rows.append({"LSTM": f"2 x {hidden}, batch {batch}", "dropout": name, **ratio(seconds, name, "plain")})
     return rows
 
 
@@ -87,18 +86,3 @@ def _side(model: nn.Module, x: Tensor) -> Callable[[], None]:
         (output if isinstance(output, Tensor) else output[0]).sum().backward()
 
     return train
-
-
-def in_turn(sides: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each side over those of "plain" in the same round, each round in the other order."""
-    found: dict[str, list[float]] = {name: [] for name in sides if name != "plain"}
-    for turn in range(rounds + 1):
-        seconds = {}
-        for name in list(sides)[:: 1 if turn % 2 else -1]:
-            start = time.perf_counter()
-            sides[name]()
-            seconds[name] = time.perf_counter() - start
-        if turn:  # the first round warms up
-            for name in found:
-                found[name].append(seconds[name] / seconds["plain"])
-    return found

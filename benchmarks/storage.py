@@ -50,6 +50,7 @@ import secateur as sc
 from secateur.storage import Recipe, prune_checkpoint
 from secateur.storage.checkpoints import iter_tensors, opened
 from secateur.tables import Table
+from timing import in_turn, spread
 
 HERE = Path(__file__).parent
 PRUNED = 0, 50, 80, 90, 95  # percent
@@ -569,25 +570,6 @@ def load(rounds: int = 15) -> list[Row]:
             for file in (pt, ours):
                 file.unlink()
     return rows
-
-
-def in_turn(sides: dict[str, Callable[[], object]], rounds: int, repeats: int) -> dict[str, list[float]]:
-    """Wall-clock seconds of each side in each round; the order turns about, the first round warms up."""
-    found: dict[str, list[float]] = {name: [] for name in sides}
-    gc.disable()
-    for turn in range(rounds + 1):
-        for name in list(sides) if turn % 2 else list(sides)[::-1]:
-            start = time.perf_counter()
-            for _ in range(repeats):
-                sides[name]()
-            if turn:
-                found[name].append((time.perf_counter() - start) / repeats)
-    gc.enable()
-    return found
-
-
-def spread(values: list[float]) -> dict[str, float]:
-    return {"median": statistics.median(values), "least": min(values), "most": max(values)}
 
 
 # ---- memory of loading ------------------------------------------------------------------------------------------
