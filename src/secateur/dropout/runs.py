@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -55,6 +56,8 @@ class Run:
     def __init__(self, model: nn.Module, call: Arguments, output: Output | None, seed: int, shared: bool) -> None:
         self.model, self.call, self.output, self.seed, self.shared = model, call, output, seed, shared
         self._prefix: Prefix | None = None
+        self.recording = 0.0
+        """Seconds that the recording of the prefix took."""
 
     def look(self) -> None:
         """Find the dropout calls, and the shapes of the outputs.
@@ -91,7 +94,7 @@ class Run:
         """
         streams = Streams(self.seed, samples)
         how = Alone(streams, exact=True) if way == "exact" else WAYS[way](streams)
-        prefix = self._recorded() if replay and way != "exact" else None
+        prefix = self.recorded() if replay and way != "exact" else None
         sampler = Sampler(how, self.plan.calls, prefix=prefix, shared=self.shared)
         outputs = how.run(lambda: self.forward(sampler, copies=way == "exact"), self.plan.shapes)
         if prefix is not None and not prefix.intact:
@@ -104,11 +107,17 @@ class Run:
         pieces = [self.some(self.plan.way, chunk, replay=len(chunks) > 1) for chunk in chunks]
         return joined(pieces)
 
-    def _recorded(self) -> Prefix:
+    def recorded(self) -> Prefix:
+        """Give what comes before the first dropout, to be played; it is computed if need be.
+
+        Raises:
+            Unsuitable: the model meets no dropout now.
+        """
         if self._prefix is None:
-            self._prefix = Prefix()
+            self._prefix, start = Prefix(), time.perf_counter()
             with suppress(Boundary):
                 self.forward(Sampler(Alone(Streams(self.seed, [0])), self.plan.calls, prefix=self._prefix))
+            self.recording = time.perf_counter() - start
             if not self._prefix.closed:
                 raise Unsuitable("no dropout is met")
         self._prefix.rewind()

@@ -133,7 +133,7 @@ class _Race:
         """The first samples: as many as one of the tries has computed."""
         self._run, self._truth, self._n = run, truth, n
         self._seconds: dict[tuple[str, int], float] = {}
-        """Of one sample, for each way and number of samples a pass."""
+        """Of all n samples, for each way and number of samples a pass."""
 
     def enter(self, way: str, chunk: int) -> bool:
         """Try a way; True if it is worth trying with more samples a pass."""
@@ -152,27 +152,33 @@ class _Race:
         if len(outputs[0]) > len(self.done[0]):
             self.done = outputs
         seconds = self._seconds[way, chunk]
-        return seconds < 0.9 * before or seconds * chunk < _LONG
+        return seconds < 0.9 * before or seconds * chunk / self._n < _LONG
 
     def winner(self) -> tuple[str, int]:
         """The fastest way; those that are nearly as fast are timed once more."""
         fastest = min(self._seconds.values())
         near = [
-            key for key, seconds in self._seconds.items() if seconds < 1.5 * fastest and seconds * key[1] < 5 * _LONG
+            key
+            for key, seconds in self._seconds.items()
+            if seconds < 1.5 * fastest and seconds * key[1] / self._n < 5 * _LONG
         ]
         for way, chunk in near if len(near) > 1 else []:
             self._time(way, chunk)
         return min(self._seconds, key=lambda key: self._seconds[key])
 
     def _time(self, way: str, chunk: int) -> Outputs:
-        """Take samples, note the seconds of one."""
+        """Take some samples, note the seconds that all take, with what comes before the first dropout."""
+        replay = chunk < self._n and way != "exact"
+        if replay:
+            self._run.recorded()
         samples = range(max(chunk, len(self._truth[0])))
         passes = [samples] if chunk > 1 else [range(i, i + 1) for i in samples]
         for _ in range(_TRIES):
             start = time.perf_counter()
-            outputs = joined([self._run.some(way, one, replay=chunk < self._n) for one in passes])
+            outputs = joined([self._run.some(way, one, replay=replay) for one in passes])
             spent = time.perf_counter() - start
-            self._seconds[way, chunk] = min(self._seconds.get((way, chunk), math.inf), spent / len(samples))
+            total = spent * self._n / len(samples) + (self._run.recording if replay else 0.0)
+            self._seconds[way, chunk] = min(self._seconds.get((way, chunk), math.inf), total)
             if spent > _LONG:
                 break
         return outputs
