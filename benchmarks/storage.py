@@ -47,6 +47,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import secateur as sc
+from secateur.distributed import ALONE, Group
 from secateur.storage import Recipe, prune_checkpoint
 from secateur.storage.checkpoints import iter_tensors, opened
 from secateur.tables import Table
@@ -739,11 +740,11 @@ def streamed(kind: str, processes: int, source: Path, target: Path) -> dict[str,
 
 
 def report_stream(kind: str, source: str, target: str) -> None:
-    rank = 0
+    processes = ALONE
     if "RANK" in os.environ:
         torch.distributed.init_process_group("gloo")
-        rank = torch.distributed.get_rank()
-    if rank == 0:
+        processes = Group()
+    if processes.rank == 0:
         claim_memory(sum(file.stat().st_size for file in Path(source).glob("*.safetensors")))
     if "RANK" in os.environ:
         torch.distributed.barrier()
@@ -752,9 +753,10 @@ def report_stream(kind: str, source: str, target: str) -> None:
         if kind == "copy":
             copy_all(Path(source), Path(target))
         else:
-            prune_checkpoint(source, target, Recipe(0.9), level="lossless" if kind == "packed" else None)
+            level = "lossless" if kind == "packed" else None
+            prune_checkpoint(source, target, Recipe(0.9), level=level, processes=processes)
         wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-    Path(f"{target}.{rank}.json").write_text(json.dumps({"wall": wall, "CPU": cpu, "peak": extra[0]}))
+    Path(f"{target}.{processes.rank}.json").write_text(json.dumps({"wall": wall, "CPU": cpu, "peak": extra[0]}))
     if "RANK" in os.environ:
         torch.distributed.destroy_process_group()
 

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from secateur import bits, selection
+from secateur.distributed import ALONE
 from secateur.errors import InputError
 from secateur.scores import elementwise, magnitude
 from secateur.selection import Stream
@@ -166,7 +167,7 @@ def test_a_misleading_sample_costs_time_and_nothing_else(monkeypatch, bracket):
 
 def test_the_bracket_really_holds_the_cut_and_little_else():
     values = torch.randn(BIG, generator=torch.Generator().manual_seed(4))
-    low, high = selection._bracket([Stream("t", values)], BIG // 2, torch.float32)
+    low, high = selection._bracket([Stream("t", values)], BIG // 2, torch.float32, ALONE.total)
     inside = int(((values > low) & (values < high)).sum())
     assert low < float(values.sort().values[BIG // 2 - 1]) < high
     assert 0 < inside < 0.06 * BIG

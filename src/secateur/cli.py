@@ -117,16 +117,14 @@ def prune(
 
     With torchrun (torchrun --nproc-per-node 4 -m secateur prune ...) the processes share the work.
     """
-    from secateur import distributed
     from secateur.storage.pruning import Recipe, pattern_of, prune_checkpoint, work
 
     if (out is None) == (not dry_run):
         raise typer.BadParameter("give either --out or --dry-run")
     recipe = Recipe(sparsity, allocation, pattern_of(pattern), tuple(only or ()), tuple(skip or ()))
-    with _ranks(), _progress("pruning", lambda: work(checkpoint, recipe)) as progress:
-        result = prune_checkpoint(checkpoint, out, recipe, level=pack or None, progress=progress)
-        first = distributed.rank() == 0
-    if first:
+    with _ranks() as processes, _progress("pruning", lambda: work(checkpoint, recipe)) as progress:
+        result = prune_checkpoint(checkpoint, out, recipe, level=pack or None, progress=progress, processes=processes)
+    if processes.rank == 0:
         _show(result, as_json)
 
 
@@ -211,16 +209,18 @@ def _progress(what: str, total: Callable[[], int]) -> Iterator[Callable[[int], N
 
 
 @contextmanager
-def _ranks() -> Iterator[None]:
+def _ranks() -> Iterator[Any]:
     """The processes that torchrun has started, joined for as long as they work together."""
+    from secateur.distributed import ALONE, Group
+
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        yield
+        yield ALONE
         return
     from torch import distributed
 
     distributed.init_process_group("gloo")
     try:
-        yield
+        yield Group()
     finally:
         distributed.destroy_process_group()
 

@@ -1,43 +1,68 @@
-"""The few collective operations; in a process that works alone they do nothing."""
+"""Processes that work together. Nothing here looks for a process group: whoever has one hands it in."""
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import distributed
 
-_Array = TypeVar("_Array", bound=npt.NDArray[Any])
+Array = npt.NDArray[Any]
+Total = Callable[[Array], Array]
+"""Adds up the arrays of one shape and dtype that several processes hold, in place, and returns the sum."""
+
 _TEXT = 4096
 
 
-def rank() -> int:
-    """This process's place among those that work together, 0 if it is alone."""
-    return distributed.get_rank() if _together() else 0
+class Processes(Protocol):
+    """Some processes, of which this is one; each waits for the others in `total` and `from_first`."""
+
+    rank: int
+    size: int
+
+    def total(self, array: Array) -> Array:
+        """Add up the arrays (of one shape and dtype) of all processes, in place."""
+
+    def from_first(self, text: str) -> str:
+        """Return the text (at most 4,096 bytes) that the process of rank 0 holds."""
 
 
-def size() -> int:
-    """How many processes work together, 1 if this one is alone."""
-    return distributed.get_world_size() if _together() else 1
+class _Alone:
+    """This process by itself, whatever process group exists."""
+
+    rank = 0
+    size = 1
+
+    def total(self, array: Array) -> Array:
+        return array
+
+    def from_first(self, text: str) -> str:
+        return text
 
 
-def total(array: _Array) -> _Array:
-    """Add up the arrays (of one shape and dtype) of all processes, in place; each process waits for the others."""
-    if size() > 1:
-        distributed.all_reduce(torch.from_numpy(array))
-    return array
+class Group:
+    """The processes of a `torch.distributed` process group, by default those of the default group."""
+
+    def __init__(self, group: Any = None) -> None:
+        self.rank = distributed.get_rank(group)
+        self.size = distributed.get_world_size(group)
+        self._group = group
+
+    def total(self, array: Array) -> Array:
+        """Add up the arrays of all ranks, in place."""
+        distributed.all_reduce(torch.from_numpy(array), group=self._group)
+        return array
+
+    def from_first(self, text: str) -> str:
+        """Return the text that rank 0 holds."""
+        box = np.zeros(_TEXT, np.uint8)
+        if self.rank == 0:
+            encoded = np.frombuffer(text.encode(), np.uint8)
+            box[: encoded.size] = encoded
+        return bytes(self.total(box)).rstrip(b"\0").decode()
 
 
-def from_first(text: str) -> str:
-    """Return the text (at most 4,096 bytes) that the process of rank 0 holds."""
-    box = np.zeros(_TEXT, np.uint8)
-    if rank() == 0:
-        encoded = np.frombuffer(text.encode(), np.uint8)
-        box[: encoded.size] = encoded
-    return bytes(total(box)).rstrip(b"\0").decode()
-
-
-def _together() -> bool:
-    return distributed.is_available() and distributed.is_initialized()
+ALONE: Processes = _Alone()

@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from secateur.errors import InputError, InputTypeError, StateError, UnknownNameError, nearest
 from secateur.scope import Scope, unwrap, weights
@@ -254,10 +254,14 @@ def accumulate(
 ) -> GradientScore:
     """Feed a gradient score with a few batches, without training: `.grad` and the mode of the model are untouched.
 
+    Each rank of a DistributedDataParallel model sees its own batches, and their number may differ: the sums are
+    averaged over its ranks, so that all of them choose the same masks. All ranks must call it, then. The model inside
+    (DDP's `.module`) asks no other rank.
+
     Args:
         model: run as it stands (`train()` or `eval()`).
         batches: of data; each is passed on as it comes.
-        loss: `loss(model, batch)` -> scalar Tensor.
+        loss: `loss(model, batch)` -> scalar Tensor. It gets the model inside a DDP.
         score: "taylor", "snip", "movement" or "fisher", or a GradientScore to go on with.
         scope: tensors to score; by default `sc.weights(model)`.
 
@@ -265,21 +269,42 @@ def accumulate(
         The score, to be passed as `sc.prune(model, 0.9, score=...)`.
 
     Raises:
-        InputError: no batch came, or a score that takes no gradients.
+        InputError: no batch came (to any rank), or a score that takes no gradients.
     """
     scope = scope if scope is not None else weights(model)
     gathered = resolve(score)
     if not isinstance(gathered, GradientScore):
         raise InputError(f"the score {score!r} takes no gradients: choose taylor, snip, movement or fisher")
     trained = {name: weight for name, weight in scope.items() if weight.requires_grad}
+    # DDP itself counts the backwards that it sees, and these go by it
+    parallel = isinstance(model, nn.parallel.DistributedDataParallel)
+    inner = model.module if parallel else model
     seen = 0
     for seen, batch in enumerate(batches, 1):  # noqa: B007
         with torch.enable_grad():
-            gradients = torch.autograd.grad(loss(model, batch), list(trained.values()), allow_unused=True)
+            gradients = torch.autograd.grad(loss(inner, batch), list(trained.values()), allow_unused=True)
         gathered.observe(trained, dict(zip(trained, gradients, strict=True)))
+    if parallel:
+        seen = _average(gathered, trained, seen, model.process_group)
     if not seen:
         raise InputError("no batch came: give an iterable of at least one batch (a generator runs only once)")
     return gathered
+
+
+def _average(score: GradientScore, scope: Mapping[str, Tensor], seen: int, group: Any) -> int:
+    """Replace the sums by their average over the ranks of a group; return the batches that all of them saw."""
+    device = next(iter(scope.values())).device
+    known = torch.tensor([seen, *(name in score.sums for name in scope)], device=device)
+    distributed.all_reduce(known, group=group)
+    batches: int
+    batches, *ranks = known.tolist()
+    for (name, weight), count in zip(scope.items(), ranks, strict=True):
+        if count:
+            if name not in score.sums:
+                score.observe({name: weight}, {name: torch.zeros_like(weight)})
+            distributed.all_reduce(score.sums[name], group=group)
+            score.sums[name] /= distributed.get_world_size(group)
+    return batches
 
 
 __all__: Sequence[str] = (

@@ -3,8 +3,9 @@
 A sample of the scores gives a bracket around the k-th lowest. One pass counts what lies below the bracket and makes
 a histogram of what lies inside (about 1 %), over the bits of the scores, so that a bin is one value as a rule; where
 it is more, another pass looks into it. Ties at the threshold go in order of (tensor, row-major index). The result is
-that of a stable sort of all scores, whatever the chunks, the sample or the threads, and however many processes
-(torch.distributed) each hold a part of the tensors: they add up their counts.
+that of a stable sort of all scores, whatever the chunks, the sample or the threads. Where several processes each read
+a part of the streams, whoever knows that hands in how they add up their counts (`total`); by default this process
+works alone, also within a process group.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from secateur import bits, distributed
+from secateur import bits
+from secateur.distributed import ALONE, Total
 from secateur.errors import InputError
 from secateur.scores import Score, evaluate, magnitude
 
@@ -59,7 +61,7 @@ class Stream:
         kept: bits of the weights kept so far; those pruned already rank below all others.
         protected: row-major indices that are never pruned; they rank above all others.
         group: weights that stand behind each score (more than 1 where a pattern prunes them together).
-        here: whether this process reads it; each stream is read by one of those that work together.
+        here: whether this process reads it; False only where processes work together, and another one does.
     """
 
     name: str
@@ -125,10 +127,11 @@ class Cut:
     dtype: torch.dtype
 
 
-def threshold(streams: Sequence[Stream], count: int) -> Cut:
+def threshold(streams: Sequence[Stream], count: int, *, total: Total = ALONE.total) -> Cut:
     """Find the cut below which lie exactly the `count` lowest scores of all streams.
 
-    Where a score stands for a group of weights, `count` is in weights and met to the nearest whole group.
+    Where a score stands for a group of weights, `count` is in weights and met to the nearest whole group. `total` adds
+    up the counts of the processes that each read some of the streams.
 
     Raises:
         InputError: so many are protected (a score of +inf, a padding row) that `count` cannot be met.
@@ -139,7 +142,7 @@ def threshold(streams: Sequence[Stream], count: int) -> Cut:
     if any(stream.group > 1 for stream in streams):
         cut = _grouped(streams, count, dtype)
     else:
-        cut = _exact(streams, count, dtype)
+        cut = _exact(streams, count, dtype, total)
     if cut.value == math.inf:
         names = ", ".join(stream.name for stream in streams[:3]) + (", ..." if len(streams) > 3 else "")
         raise InputError(
@@ -195,6 +198,7 @@ def together(
     count: int,
     most: Mapping[str, int],
     apply: Callable[[Sequence[Stream], Cut], Applied[_Result]],
+    total: Total = ALONE.total,
 ) -> dict[str, _Result]:
     """Rank all streams together; where one would lose more than it may, it loses that, and the others the rest.
 
@@ -203,15 +207,16 @@ def together(
         count: weights to prune in all.
         most: weights that each stream may lose.
         apply: how to apply a cut to some streams.
+        total: as for `threshold`.
     """
     done: dict[str, _Result] = {}
     while rest := [stream for stream in streams if stream.name not in done]:
-        found = apply(rest, threshold(rest, count))
+        found = apply(rest, threshold(rest, count, total=total))
         full = [stream for stream in rest if found[stream.name][1] * stream.group > most[stream.name]]
         if not full:
             return {**done, **{name: result for name, (result, _) in found.items()}}
         for stream in full:
-            ((done[stream.name], lost),) = apply([stream], threshold([stream], most[stream.name])).values()
+            ((done[stream.name], lost),) = apply([stream], threshold([stream], most[stream.name], total=total)).values()
             count -= lost * stream.group
     return done
 
@@ -248,11 +253,11 @@ def require_finite(name: str, weight: Tensor | Source) -> None:
             return
 
 
-def _exact(streams: Sequence[Stream], count: int, dtype: torch.dtype) -> Cut:
+def _exact(streams: Sequence[Stream], count: int, dtype: torch.dtype, total: Total) -> Cut:
     bottom, top = _key(-math.inf, dtype), _key(math.inf, dtype)
-    low, high = (_key(end, dtype) for end in _bracket(streams, count, dtype))
+    low, high = (_key(end, dtype) for end in _bracket(streams, count, dtype, total))
     for _ in range(9):  # one pass nearly always, six at the very most
-        below, bins, shift = _census(streams, low, high, dtype)
+        below, bins, shift = _census(streams, low, high, dtype, total)
         ends = below + bins.cumsum()
         if count <= below:  # the sample has misled us: look beyond the bracket
             low, high = bottom, low - 1
@@ -266,14 +271,14 @@ def _exact(streams: Sequence[Stream], count: int, dtype: torch.dtype) -> Cut:
     raise InputError(f"the score of {streams[0].name} changes from call to call: an elementwise one must not")
 
 
-def _bracket(streams: Sequence[Stream], count: int, dtype: torch.dtype) -> tuple[float, float]:
+def _bracket(streams: Sequence[Stream], count: int, dtype: torch.dtype, total: Total) -> tuple[float, float]:
     """Two scores between which the k-th lowest lies, by a random sample (one index in each of 65,536 strata)."""
     ends = np.cumsum([stream.values.numel() for stream in streams])
-    total = int(ends[-1])
-    if total <= 4 * _SAMPLE:
+    size = int(ends[-1])
+    if size <= 4 * _SAMPLE:
         return -math.inf, math.inf
     strata = np.arange(_SAMPLE) + np.random.default_rng(0).random(_SAMPLE)
-    indices = (strata * (total / _SAMPLE)).astype(np.int64).clip(max=total - 1)
+    indices = (strata * (size / _SAMPLE)).astype(np.int64).clip(max=size - 1)
     parts = np.split(indices, np.searchsorted(indices, ends[:-1]))
     starts = [0, *ends[:-1]]
     sample = np.zeros(_SAMPLE, _NUMPY[dtype])
@@ -281,8 +286,8 @@ def _bracket(streams: Sequence[Stream], count: int, dtype: torch.dtype) -> tuple
         if stream.here and part.size:
             first = int(np.searchsorted(indices, part[0]))
             sample[first : first + part.size] = stream.sample(part - start, dtype).numpy()
-    sample = np.sort(distributed.total(sample))
-    chance = count / total
+    sample = np.sort(total(sample))
+    chance = count / size
     middle, margin = chance * _SAMPLE, _SIGMAS * math.sqrt(_SAMPLE * chance * (1 - chance)) + _SIGMAS
     first, last = math.floor(middle - margin), math.ceil(middle + margin)
     low = float(sample[first]) if first >= 0 else -math.inf
@@ -291,7 +296,7 @@ def _bracket(streams: Sequence[Stream], count: int, dtype: torch.dtype) -> tuple
 
 
 def _census(
-    streams: Sequence[Stream], low: int, high: int, dtype: torch.dtype
+    streams: Sequence[Stream], low: int, high: int, dtype: torch.dtype, total: Total
 ) -> tuple[int, npt.NDArray[np.int64], int]:
     """Count the scores whose keys are below `low`, and those up to `high` in bins of 2^shift keys each."""
     size = _BINS if sum(stream.values.numel() for stream in streams) > _BINS else _FEW_BINS
@@ -303,7 +308,7 @@ def _census(
             below, found = _between(piece, least, most)
             counts[-1] += below
             np.add.at(counts, _keys(found) - np.uint64(low % 2**64) >> np.uint64(shift), 1)
-    counts = distributed.total(counts)
+    counts = total(counts)
     return int(counts[-1]), counts[:-1], shift
 
 

@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from secateur import bits, distributed
+from secateur import bits
+from secateur.distributed import ALONE, Processes
 from secateur.errors import InputError
 from secateur.files import StrPath, replacing, replacing_folder, require_covered
 from secateur.storage.archive import packed_name, refuse_names
@@ -131,7 +132,14 @@ def _slot(tensor: Stored, start: int) -> Slot:
     return Slot(tensor.name, code, shape, start, start + tensor.nbytes)
 
 
-def rewrite(checkpoint: Checkpoint, src: StrPath, dst: StrPath, rename: Callable[[str], str], write: Write) -> Contents:
+def rewrite(
+    checkpoint: Checkpoint,
+    src: StrPath,
+    dst: StrPath,
+    rename: Callable[[str], str],
+    write: Write,
+    processes: Processes = ALONE,
+) -> Contents:
     """Write each shard of a checkpoint anew: a file to a file, a folder to a folder with all that lies beside.
 
     Of several processes each writes its own shards, as `mine` says, and the first one the rest. The folder appears
@@ -146,8 +154,8 @@ def rewrite(checkpoint: Checkpoint, src: StrPath, dst: StrPath, rename: Callable
     if checkpoint.index is None and not (source.is_dir() and target.suffix != _ENDING):
         target = packed_name(target)
         _refuse_same(checkpoint.shards[0].file, target)
-        written = list(write(target, checkpoint.shards[0])) if distributed.rank() == 0 else []
-        together()
+        written = list(write(target, checkpoint.shards[0])) if processes.rank == 0 else []
+        _wait(processes)
         return Contents(str(dst), tuple(written), target.stat().st_size, said)
     if target.suffix == _ENDING and not target.is_file():  # what is one is refused below
         raise InputError(f"{target}: the source is a folder of several files, so give the name of a folder")
@@ -159,13 +167,13 @@ def rewrite(checkpoint: Checkpoint, src: StrPath, dst: StrPath, rename: Callable
     made = [path.relative_to(folder).with_name(rename(path.name)) for path in made]
     require_covered(target, [*beside, *made])
     infos: dict[str, TensorInfo] = {}
-    with shared_folder(target) as temporary:
-        for shard in mine(checkpoint):
+    with _shared_folder(target, processes) as temporary:
+        for shard in mine(checkpoint, processes):
             place = shard.file.relative_to(folder)
             path = temporary / place.with_name(rename(place.name))
             path.parent.mkdir(parents=True, exist_ok=True)
             infos |= {done.name: done for done in write(path, shard)}
-        if distributed.rank() == 0:
+        if processes.rank == 0:
             for path in beside:
                 (temporary / path).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy2(folder / path, temporary / path)
@@ -175,35 +183,34 @@ def rewrite(checkpoint: Checkpoint, src: StrPath, dst: StrPath, rename: Callable
     return Contents(str(dst), tuple(infos[name] for name in checkpoint.tensors if name in infos), size, said)
 
 
-def mine(checkpoint: Checkpoint) -> list[Shard]:
+def mine(checkpoint: Checkpoint, processes: Processes) -> list[Shard]:
     """Return the shards that this process reads and writes: the largest first, each to whom has least so far."""
-    load = [0] * distributed.size()
+    load = [0] * processes.size
     own = []
     for shard in sorted(checkpoint.shards, key=lambda shard: -sum(t.nbytes for t in shard.tensors)):
         least = load.index(min(load))
         load[least] += sum(tensor.nbytes for tensor in shard.tensors)
-        if least == distributed.rank():
+        if least == processes.rank:
             own.append(shard)
     return own
 
 
-def together() -> None:
-    """Wait for the other processes."""
-    distributed.total(np.zeros(1))
+def _wait(processes: Processes) -> None:
+    processes.total(np.zeros(1))
 
 
 @contextmanager
-def shared_folder(target: Path) -> Iterator[Path]:
+def _shared_folder(target: Path, processes: Processes) -> Iterator[Path]:
     """As `replacing_folder`, for all processes together: the first one makes the folder, and gives it its name."""
-    if distributed.rank() == 0:
+    if processes.rank == 0:
         with replacing_folder(target) as temporary:
-            distributed.from_first(str(temporary))
+            processes.from_first(str(temporary))
             yield temporary
-            together()
+            _wait(processes)
     else:
-        yield Path(distributed.from_first(""))
-        together()
-    together()
+        yield Path(processes.from_first(""))
+        _wait(processes)
+    _wait(processes)
 
 
 def _refuse_same(source: Path, target: Path) -> None:

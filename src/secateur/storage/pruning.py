@@ -8,6 +8,7 @@ from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -17,8 +18,9 @@ import torch
 from torch import Tensor
 
 from secateur import allocation as allocations
-from secateur import bits, distributed, selection
+from secateur import bits, selection
 from secateur.allocation import half_up
+from secateur.distributed import ALONE, Processes
 from secateur.errors import InputError, InputTypeError, UnknownNameError, nearest
 from secateur.files import StrPath
 from secateur.patterns import n_m
@@ -83,12 +85,13 @@ def prune_checkpoint(
     *,
     level: str | None = None,
     progress: Progress | None = None,
+    processes: Processes = ALONE,
 ) -> Contents:
     """Prune a checkpoint by magnitude; the result is that of pruning the same tensors in memory, bit for bit.
 
     The weights are read three times: for the threshold, to count, and to write. Memory holds a few pieces of them,
     however large the checkpoint is. The source is never touched; what is written appears under its name when it is
-    whole. Processes of one `torch.distributed` group share the work, shard by shard.
+    whole.
 
     Args:
         src: a `.safetensors` file, a folder of shards with their index, or a file of `torch.save`.
@@ -96,6 +99,7 @@ def prune_checkpoint(
         recipe: what to prune and how much.
         level: pack what is written, at this level (see `save`); None writes plain files.
         progress: called with the bytes of tensors read or written since the last call; `work` says how many in all.
+        processes: those that share the work, shard by shard, each calling this alike; by default this one works alone.
 
     Returns:
         Each tensor that is pruned, with its zeros; and what was left as it is.
@@ -108,9 +112,9 @@ def prune_checkpoint(
     packing = None if level is None else level_of(level, None)
     checkpoint = opened(src)
     chosen, left = _chosen(checkpoint, recipe)
-    here = {tensor.name for shard in mine(checkpoint) for tensor in shard.tensors}
+    here = {tensor.name for shard in mine(checkpoint, processes) for tensor in shard.tensors}
     with _one_thread():
-        pruned = _pruned(chosen, recipe, here, progress)
+        pruned = _pruned(chosen, recipe, here, progress, processes)
     said = (_said(pruned), *_untouched(left))
     if dst is None:
         infos = [info(of, done.zeros_left) for of, done in zip(chosen.values(), pruned.values(), strict=True)]
@@ -126,8 +130,8 @@ def prune_checkpoint(
         return [info(tensor, 0, stored_bytes=tensor.nbytes) for tensor in tensors]
 
     rename = packed_file_name if packing is not None else plain_file_name
-    written = rewrite(checkpoint, src, dst, rename, write)
-    tensors = _gathered(written, pruned, ("plain", "lossless", str(packing)))
+    written = rewrite(checkpoint, src, dst, rename, write, processes)
+    tensors = _gathered(written, pruned, ("plain", "lossless", str(packing)), processes)
     return replace(written, tensors=tensors, notes=(*said, *written.notes))
 
 
@@ -192,12 +196,16 @@ def _reason_against(tensor: Stored, names: Sequence[str], recipe: Recipe) -> str
 
 
 def _pruned(
-    chosen: Mapping[str, Stored], recipe: Recipe, here: Container[str], progress: Progress | None
+    chosen: Mapping[str, Stored],
+    recipe: Recipe,
+    here: Container[str],
+    progress: Progress | None,
+    processes: Processes,
 ) -> Mapping[str, _Pruned]:
     """Find what each tensor loses: nothing is written yet."""
     asked = allocations.fraction(recipe.sparsity)
     if recipe.pattern is not None:
-        return _patterned(chosen, recipe.pattern, asked, here, progress)
+        return _patterned(chosen, recipe.pattern, asked, here, progress, processes)
     if recipe.allocation not in _STREAMED:
         raise InputError(f"no allocation named {recipe.allocation!r} for files: choose {', '.join(_STREAMED)}")
     sizes = {name: tensor.numel() for name, tensor in chosen.items()}
@@ -210,8 +218,9 @@ def _pruned(
             f"leaving {sum(most.values()):,}; ask for less"
         )
     streams = [Stream(name, _watched(t, progress), magnitude, here=name in here) for name, t in chosen.items()]
+    tally = partial(_tally, processes=processes)
     if allocation.share is None:
-        cuts = selection.together(streams, count, most, _tally)
+        cuts = selection.together(streams, count, most, tally, processes.total)
     else:
         bounds = {name: (0, most[name]) for name in sizes}
         # an allocation that is streamed looks at shapes only
@@ -220,14 +229,14 @@ def _pruned(
         for stream in streams:
             if stream.here and not counts[stream.name]:  # for the others the threshold sees to that
                 selection.require_finite(stream.name, stream.values)
-            cut = selection.threshold([stream], counts[stream.name])
-            cuts[stream.name] = _tally([stream], cut)[stream.name][0]
-    if distributed.rank() == 0:
+            cut = selection.threshold([stream], counts[stream.name], total=processes.total)
+            cuts[stream.name] = tally([stream], cut)[stream.name][0]
+    if processes.rank == 0:
         warn_of_collapse({name: lost for name, (lost, _, _) in cuts.items()}, sizes)
     return {name: _Ranked(tensor, *cuts[name]) for name, tensor in chosen.items()}
 
 
-def _tally(streams: Sequence[Stream], cut: Cut) -> Applied[tuple[int, int, Cut]]:
+def _tally(streams: Sequence[Stream], cut: Cut, *, processes: Processes) -> Applied[tuple[int, int, Cut]]:
     """Apply a cut to streams in their order: what each loses, what is zero then, its cut with its share of the ties."""
     counts = np.zeros((len(streams), 3), np.int64)
     for row, stream in zip(counts, streams, strict=True):
@@ -235,7 +244,7 @@ def _tally(streams: Sequence[Stream], cut: Cut) -> Applied[tuple[int, int, Cut]]
             row[:] = selection.tally(stream, cut)
     ties = cut.ties
     found: Applied[tuple[int, int, Cut]] = {}
-    for stream, (below, equal, zero) in zip(streams, distributed.total(counts).tolist(), strict=True):
+    for stream, (below, equal, zero) in zip(streams, processes.total(counts).tolist(), strict=True):
         taken = min(equal, ties)
         ties -= taken
         lost = below + taken
@@ -244,7 +253,12 @@ def _tally(streams: Sequence[Stream], cut: Cut) -> Applied[tuple[int, int, Cut]]
 
 
 def _patterned(
-    chosen: Mapping[str, Stored], pattern: n_m, asked: Fraction, here: Container[str], progress: Progress | None
+    chosen: Mapping[str, Stored],
+    pattern: n_m,
+    asked: Fraction,
+    here: Container[str],
+    progress: Progress | None,
+    processes: Processes,
 ) -> Mapping[str, _Pruned]:
     if abs(asked - pattern.sparsity) > Fraction(1, 1000):
         raise InputError(
@@ -255,7 +269,7 @@ def _patterned(
         if name in here:
             selection.require_finite(name, _watched(tensor, progress))
             zeros[i] = _Patterned(_watched(tensor, progress), pattern, 0).zeros()
-    counts = distributed.total(zeros).tolist()
+    counts = processes.total(zeros).tolist()
     return {name: _Patterned(chosen[name], pattern, zero) for name, zero in zip(chosen, counts, strict=True)}
 
 
@@ -279,7 +293,9 @@ def _untouched(left: Mapping[str, str]) -> Iterator[str]:
         yield f"{len(names)} as they are, {reason}: {shown}"
 
 
-def _gathered(written: Contents, pruned: Mapping[str, _Pruned], codings: Sequence[str]) -> tuple[TensorInfo, ...]:
+def _gathered(
+    written: Contents, pruned: Mapping[str, _Pruned], codings: Sequence[str], processes: Processes
+) -> tuple[TensorInfo, ...]:
     """The facts of each pruned tensor, whichever process wrote it."""
     own = {done.name: done for done in written.tensors}
     numbers = np.zeros((len(pruned), 4))
@@ -287,7 +303,7 @@ def _gathered(written: Contents, pruned: Mapping[str, _Pruned], codings: Sequenc
         if name in own:
             of = own[name]
             row[:] = codings.index(of.coding), of.stored_bytes, of.error is not None, of.error or 0.0
-    facts = zip(pruned.values(), distributed.total(numbers).tolist(), strict=True)
+    facts = zip(pruned.values(), processes.total(numbers).tolist(), strict=True)
     return tuple(
         info(
             done, done.zeros_left, coding=codings[int(coding)], stored_bytes=int(stored), error=error if lossy else None
