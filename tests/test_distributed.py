@@ -116,6 +116,7 @@ def prunes_alike(rank, alone):
     assert pruner.masks.pruned == 2765  # 0.9 of 3,072
 
 
+@pytest.mark.filterwarnings("ignore:2.weight keeps under 1 %")
 @pytest.mark.parametrize("processes", [2, 4])
 @needs_groups
 def test_a66_each_rank_prunes_what_one_process_would(processes):
