@@ -26,7 +26,7 @@ from torch import nn
 from torch.nn.utils import prune as torch_prune
 
 import secateur as sc
-from secateur.tables import Table
+from secateur.support.tables import Table
 
 HERE = Path(__file__).parent
 SIDE = 2048  # square matrices, 4.2 million weights each: the size of a layer of a mid-sized transformer

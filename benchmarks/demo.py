@@ -20,7 +20,7 @@ import torch
 
 from secateur.demo.digits import Digits, accuracy, alone, load
 from secateur.demo.story import EPOCHS, look_at, prune_at_once, prune_gradually, train_dense, train_on
-from secateur.tables import Table, percent
+from secateur.support.tables import Table, percent
 
 COLUMNS = {
     "dense": "dense, E epochs",

@@ -32,9 +32,10 @@ import dropout_calibration
 import dropout_learned
 import dropout_recurrent
 import secateur as sc
-from secateur.dropout import rest, runs, sampling
-from secateur.measurement import arguments
-from secateur.tables import Table
+from secateur.dropout.interception import isolation
+from secateur.dropout.sampling import monte_carlo, passes
+from secateur.measurement.timing import arguments
+from secateur.support.tables import Table
 from timing import in_turn, ratio
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "dropout"))
@@ -199,7 +200,7 @@ def speed(rounds: int = 5) -> list[dict[str, object]]:
             start = time.perf_counter()
             sc.dropout.sample(model, inputs, n=T, output=logits)
             first = time.perf_counter() - start
-            (plan,) = sampling._PLANS[model].values()
+            (plan,) = monte_carlo._PLANS[model].values()
             sides: dict[str, Callable[[], object]] = {
                 "loop": lambda m=model, x=inputs: plain_loop(m, x),  # type: ignore[misc]
                 "ours": lambda m=model, x=inputs: sc.dropout.sample(m, x, n=T, output=logits),  # type: ignore[misc]
@@ -256,15 +257,15 @@ def agree() -> list[dict[str, object]]:
     for name, build, make, _, _ in CASES:
         torch.manual_seed(0)
         model, inputs = build().eval(), make(2)
-        run = runs.Run(model, arguments(inputs), logits, 0, False)
-        with rest.at_rest():
+        run = passes.Run(model, arguments(inputs), logits, 0, False)
+        with isolation.at_rest():
             run.look()
-            (exact,) = runs.joined([run.some("exact", [i]) for i in range(16)])
+            (exact,) = passes.joined([run.some("exact", [i]) for i in range(16)])
             row: dict[str, object] = {"case": name}
             for way in ("alone", "mapped", "folded"):
                 parts = [range(i, i + 1) for i in range(16)] if way == "alone" else [range(16)]
                 try:
-                    (got,) = runs.joined([run.some(way, part) for part in parts])
+                    (got,) = passes.joined([run.some(way, part) for part in parts])
                     row[way] = float((got - exact).abs().max() / exact.abs().max())
                 except Exception:  # not every way suits every model; `sample` tries another
                     row[way] = None

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 import secateur as sc
 from secateur.demo.digits import Digits, adam, load, train
 from secateur.demo.uncertainty import EPOCHS, HEAD, HIDDEN, SAMPLES, DropoutClassifier, judge, noisy
-from secateur.dropout import metrics
+from secateur.dropout.uncertainty import metrics
 
 LEVELS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5)
 TRAINING = 1078  # of 1347; the others set the temperature

@@ -15,7 +15,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from secateur.dropout.sequences import recurrent as put
+from secateur.dropout.layers.recurrent import recurrent as put
 from timing import in_turn, ratio
 
 STEPS = 50

@@ -52,7 +52,7 @@ import secateur as sc
 from runtime_cases import Case, Encoder, Side, flat, in_turn, ratios, relative_error, yardstick
 from secateur.doctor import cpu_name
 from secateur.runtime import native
-from secateur.tables import Table
+from secateur.support.tables import Table
 
 HERE = Path(__file__).parent
 AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2", "ONEDNN_MAX_CPU_ISA": "AVX2",

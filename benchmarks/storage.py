@@ -47,10 +47,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import secateur as sc
-from secateur.distributed import ALONE, Group
 from secateur.storage import Recipe, prune_checkpoint
 from secateur.storage.checkpoints import iter_tensors, opened
-from secateur.tables import Table
+from secateur.support.process_groups import ALONE, Group
+from secateur.support.tables import Table
 from timing import in_turn, spread
 
 HERE = Path(__file__).parent

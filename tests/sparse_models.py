@@ -4,7 +4,7 @@ import copy
 
 import torch
 
-from secateur.runtime import candidates, kernels, tuning
+from secateur.runtime import candidates, products, tuning
 
 
 def thin(model, sparsity=0.9, seed=0):
@@ -26,7 +26,7 @@ def sparse(model):
         if not plan.reason:
             layer = candidates.make_sparse(modules[plan.name], plan.name)
             layer.pack()
-            layer._choices = kernels.ALL
+            layer._choices = products.ALL
     candidates.enclose(fast)
     return fast
 

@@ -485,7 +485,7 @@ def test_bench_fills_the_model(models, tmp_path, monkeypatch, form):
 
 
 def test_the_inputs_of_bench_are_the_same_each_time():
-    from secateur.runtime.trial import input_of
+    from secateur.runtime.bench import input_of
 
     def made(spelled):
         return input_of(spelled, torch.Generator().manual_seed(0))

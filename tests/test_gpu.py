@@ -5,7 +5,7 @@ import torch
 
 import secateur as sc
 from models import Net, Tagger, build, example, k, zeros
-from secateur import bits
+from secateur.support import bits
 
 pytestmark = [
     pytest.mark.gpu,

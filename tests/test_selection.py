@@ -7,11 +7,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from secateur import bits, selection
-from secateur.distributed import ALONE
+from secateur import selection
 from secateur.errors import InputError
 from secateur.scores import elementwise, magnitude
 from secateur.selection import Stream
+from secateur.support import bits
+from secateur.support.process_groups import ALONE
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128]
 

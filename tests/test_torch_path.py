@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import secateur as sc
-from secateur import bits
+from secateur.support import bits
 
 
 def model(dtype=torch.float32):

@@ -12,17 +12,17 @@ from secateur import schedules as schedules
 from secateur import scores as scores
 from secateur.allocation import Count
 from secateur.errors import SecateurError
-from secateur.legacy import from_torch_prune, plain_state_dict
 from secateur.masks import Masks, check, remask
-from secateur.measurement import compare, measure
+from secateur.measurement.reports import report
+from secateur.measurement.timing import compare, measure
 from secateur.patterns import blocks, n_m
 from secateur.pruner import Pruner, prune
-from secateur.reports import report
 from secateur.runtime.acceleration import accelerate, dense, explain
 from secateur.schedules import cubic, geometric, linear
 from secateur.scope import weights
 from secateur.scores import accumulate
 from secateur.storage import load, load_pretrained, pack, save, save_pretrained, unpack
+from secateur.torch_prune import from_torch_prune, plain_state_dict
 
 __all__ = [
     "Count",

@@ -22,7 +22,7 @@ from rich.table import Table as RichTable
 from typer.core import TyperGroup
 
 from secateur.errors import SecateurError
-from secateur.tables import Table
+from secateur.support.tables import Table
 
 
 class _Group(TyperGroup):
@@ -176,7 +176,7 @@ def bench(
     as_json: Json = False,
 ) -> None:
     """Accelerate a model of yours, and measure what that gains on this machine."""
-    from secateur.runtime.trial import run
+    from secateur.runtime.bench import run
 
     result = run(model, inputs, weights=weights, threads=threads, seconds=seconds)
     if as_json:
@@ -211,7 +211,7 @@ def _progress(what: str, total: Callable[[], int]) -> Iterator[Callable[[int], N
 @contextmanager
 def _ranks() -> Iterator[Any]:
     """The processes that torchrun has started, joined for as long as they work together."""
-    from secateur.distributed import ALONE, Group
+    from secateur.support.process_groups import ALONE, Group
 
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield ALONE

@@ -15,7 +15,7 @@ from importlib import metadata, util
 from pathlib import Path
 from typing import Any
 
-from secateur.tables import Table
+from secateur.support.tables import Table
 
 _EXTRAS = {"metrics": "torchmetrics", "plot": "matplotlib"}
 _FLAGS = (

@@ -11,10 +11,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from secateur import bits
 from secateur.errors import InputTypeError, MaskError, UnknownNameError, nearest
-from secateur.files import replacing
 from secateur.scope import unwrap
+from secateur.support import bits
+from secateur.support.files import replacing
 
 _FORMAT = "secateur.masks"
 
@@ -45,7 +45,7 @@ class Masks(Mapping[str, Tensor]):
 
     @classmethod
     def from_bits(cls, packed: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> Masks:
-        """Build from bits already packed as `secateur.bits` does; `packed` and `shapes` have the same names."""
+        """Build from bits already packed as `secateur.support.bits` does; `packed` and `shapes` have the same names."""
         masks = cls({})
         masks._bits = dict(packed)
         masks._shapes = {name: torch.Size(shapes[name]) for name in packed}

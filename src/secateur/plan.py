@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur import allocation as allocations
-from secateur import bits, patterns, scores, selection
+from secateur import patterns, scores, selection
 from secateur.allocation import Allocation, Count, half_up
 from secateur.errors import InputError, InputTypeError, warn
 from secateur.masks import Masks
@@ -19,6 +19,7 @@ from secateur.patterns import Pattern
 from secateur.scope import Member, Scope, unwrap, weights
 from secateur.scores import Score
 from secateur.selection import Stream
+from secateur.support import bits
 
 Sparsity = float | Fraction | Tensor | Count | Mapping[str, float]
 

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
-from secateur import bits, plan
+from secateur import plan
 from secateur.allocation import Allocation, fraction
 from secateur.errors import InputError, InputTypeError, MaskError, StateError
 from secateur.masks import Masks, check
@@ -20,6 +20,7 @@ from secateur.patterns import Pattern
 from secateur.plan import Sparsity
 from secateur.schedules import Schedule, one_shot
 from secateur.scores import GradientScore, Score
+from secateur.support import bits
 
 
 def prune(

@@ -12,7 +12,7 @@ from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
 
 from secateur.errors import InputError, InputTypeError, UnknownNameError, nearest
-from secateur.tables import Table, number
+from secateur.support.tables import Table, number
 
 Selector = str | type[nn.Module]
 

@@ -21,10 +21,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from secateur import bits
-from secateur.distributed import ALONE, Total
 from secateur.errors import InputError
 from secateur.scores import Score, evaluate, magnitude
+from secateur.support import bits
+from secateur.support.process_groups import ALONE, Total
 
 _SAMPLE = 1 << 16
 _BINS, _FEW_BINS = 1 << 20, 1 << 16  # of a histogram: for few weights the smaller one is quicker

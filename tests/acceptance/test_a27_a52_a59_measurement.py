@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import secateur as sc
-from secateur.measurement import compare, measure
+from secateur.measurement.timing import compare, measure
 
 
 class Sleeper(nn.Module):

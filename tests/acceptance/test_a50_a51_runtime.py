@@ -9,7 +9,7 @@ from torch import nn
 
 import secateur as sc
 from secateur.runtime import native, tuning
-from secateur.runtime.plans import Gain
+from secateur.runtime.kernel_plans import Gain
 from sparse_models import fake_times, off, thin
 
 X = torch.randn(4, 64)

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 from torch.nn.utils import prune
 
-from secateur.legacy import from_torch_prune, plain_state_dict
+from secateur.torch_prune import from_torch_prune, plain_state_dict
 
 
 class Tagger(nn.Module):

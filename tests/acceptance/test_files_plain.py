@@ -195,7 +195,7 @@ def test_a64_a_legacy_file_that_was_packed_says_what_it_is(tmp_path, legacy):
     sc.pack(tmp_path / "old.pt", tmp_path / "m.safetensors")
     (note,) = inspect(tmp_path / "m.safetensors").notes
     assert "are pruned with torch.nn.utils.prune: to make them plain" in note
-    assert "secateur.legacy.plain_state_dict(state_dict)" in note
+    assert "secateur.torch_prune.plain_state_dict(state_dict)" in note
     fresh = Legacy().eval()
     fresh.load_state_dict(sc.plain_state_dict(sc.load(tmp_path / "m.safetensors")), strict=True)
     assert torch.equal(fresh(example(legacy)), legacy(example(legacy)))

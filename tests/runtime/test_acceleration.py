@@ -12,8 +12,8 @@ from torch.nn.utils import parametrize, prune
 import secateur as sc
 from models import MODELS, Mlp, build, example
 from secateur.errors import FileError, InputError, InputTypeError, StateError
-from secateur.runtime import layers, native, tuning
-from secateur.runtime.plans import Gain
+from secateur.runtime import native, swapping, tuning
+from secateur.runtime.kernel_plans import Gain
 from sparse_models import fake_times, off, thin
 
 
@@ -44,7 +44,7 @@ def test_real_models_in_every_mode(backend, sparse_wins, kind):
     model = thin(build(kind), 0.7)
     x = example(model)
     fast = sc.accelerate(model, x)
-    assert any(isinstance(module, layers.Sparse) for module in fast.modules())
+    assert any(isinstance(module, swapping.Sparse) for module in fast.modules())
     for mode in (torch.no_grad, torch.inference_mode, torch.enable_grad):
         with mode():
             assert off(fast(x), model(x).detach()) <= 1e-5

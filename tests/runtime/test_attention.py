@@ -7,13 +7,13 @@ import pytest
 import torch
 from torch import nn
 
-from secateur.runtime import candidates, kernels
+from secateur.runtime import candidates, products
 from secateur.runtime.attention import (
     SparseMultiheadAttention,
     SparseTransformerEncoder,
     SparseTransformerEncoderLayer,
 )
-from secateur.runtime.layers import Swapped
+from secateur.runtime.swapping import Swapped
 from sparse_models import off, sparse, thin
 
 pytestmark = pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype")
@@ -221,6 +221,6 @@ def test_only_what_holds_sparse_layers_is_swapped(backend):
 def test_choices_go_by_tokens_of_the_query(backend):
     fast, x = apart(build()), torch.randn(5, 3, 24)
     assert fast.rows(x, x, x) == 15
-    fast._choices = 1 << kernels.bucket(1)
+    fast._choices = 1 << products.bucket(1)
     assert not fast._takes(x, x, x, None, None, False)
     assert list(itertools.islice(fast.watched(), 2)) == ["out", "in_proj_weight"]

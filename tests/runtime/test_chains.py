@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 import secateur as sc
-from secateur.costs import macs
 from secateur.errors import SecateurWarning, StateError
-from secateur.runtime import chains, kernels, layers, native, tuning
-from secateur.runtime.layers import swap
-from secateur.runtime.plans import Gain
+from secateur.measurement.costs import macs
+from secateur.runtime import chains, native, products, swapping, tuning
+from secateur.runtime.kernel_plans import Gain
+from secateur.runtime.swapping import swap
 from sparse_models import fake_times, off, sparse, thin
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason="no native library")
@@ -42,21 +42,21 @@ def fused(model):
     for module in list(fast.modules()):
         if isinstance(module, nn.Sequential):
             swap(module, chains.SparseSequential)
-            module.fuse(dict.fromkeys(chains.runs([*module]), kernels.ALL))
+            module.fuse(dict.fromkeys(chains.runs([*module]), products.ALL))
     return fast
 
 
 @pytest.fixture
 def calls(monkeypatch):
     """How many layers each call had that computed a chain."""
-    seen, before = [], kernels.chain
+    seen, before = [], products.chain
 
     def chain(x, widths, count, *rest):
         out = before(x, widths, count, *rest)
         seen.extend([count] if out is not None else [])
         return out
 
-    monkeypatch.setattr(kernels, "chain", chain)
+    monkeypatch.setattr(products, "chain", chain)
     return seen
 
 
@@ -409,7 +409,7 @@ def test_by_row_class_and_by_the_whole_model(isa, no_clock, monkeypatch):
     monkeypatch.setattr(tuning, "gain", lambda *_: Gain(1.0, 0.9, 1.1))
     fast = sc.accelerate(mlp(), X)
     assert {p.reason for p in fast.plan.layers} == {"the whole model was not faster"}
-    assert not any(isinstance(m, layers.Swapped) for m in fast.modules())
+    assert not any(isinstance(m, swapping.Swapped) for m in fast.modules())
 
 
 def test_dense_layers_are_in_no_chain(isa, sparse_wins):

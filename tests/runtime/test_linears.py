@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from secateur.runtime import layers, linears
+from secateur.runtime import linears, swapping
 from sparse_models import off, sparse, thin
 
 
@@ -122,5 +122,5 @@ def test_transposed_of_transformers(backend, shape):
 
 
 def test_classes_are_made_once():
-    assert layers.swapped_class(linears.SparseLinear, Named) is layers.swapped_class(linears.SparseLinear, Named)
-    assert layers.swapped_class(linears.SparseLinear, nn.Linear) is linears.SparseLinear
+    assert swapping.swapped_class(linears.SparseLinear, Named) is swapping.swapped_class(linears.SparseLinear, Named)
+    assert swapping.swapped_class(linears.SparseLinear, nn.Linear) is linears.SparseLinear

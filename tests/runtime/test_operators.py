@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from secateur.errors import InputTypeError, StateError
-from secateur.runtime import kernels, operators
+from secateur.runtime import operators, products
 from sparse_models import off, sparse, thin
 
 assert operators
@@ -105,15 +105,15 @@ def test_opcheck(isa, batch):
     checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
     linear, conv = thin(nn.Linear(16, 8)), thin(nn.Conv2d(4, 8, 3))
     weight = linear.weight.detach()
-    given = (torch.randn(batch, 16), weight, kernels.pack(weight), linear.bias.detach(), kernels.ALL)
+    given = (torch.randn(batch, 16), weight, products.pack(weight), linear.bias.detach(), products.ALL)
     torch.library.opcheck(torch.ops.secateur.linear, given, test_utils=checks)
     weight = conv.weight.detach()
-    given = (torch.randn(batch, 4, 6, 6), weight, kernels.pack(weight.flatten(1)), None, (1, 1), (1, 1), (1, 1), 1)
-    torch.library.opcheck(torch.ops.secateur.conv2d, (*given, kernels.ALL), test_utils=checks)
+    given = (torch.randn(batch, 4, 6, 6), weight, products.pack(weight.flatten(1)), None, (1, 1), (1, 1), (1, 1), 1)
+    torch.library.opcheck(torch.ops.secateur.conv2d, (*given, products.ALL), test_utils=checks)
 
 
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
-@pytest.mark.parametrize("choices", [0, kernels.ALL])
+@pytest.mark.parametrize("choices", [0, products.ALL])
 def test_opcheck_recurrent(isa, kind, choices):
     fast = sparse(thin(kind(8, 16, 2, bidirectional=True)))
     states = fast._zeros(X, 3)
@@ -125,6 +125,6 @@ def test_opcheck_recurrent(isa, kind, choices):
 
 def test_wrong_dtypes_are_refused_before_they_reach_a_pointer(isa):
     fast = sparse(thin(nn.Linear(16, 8)))
-    given = (fast.weight, fast.packed_weight, fast.bias, kernels.ALL)
+    given = (fast.weight, fast.packed_weight, fast.bias, products.ALL)
     with pytest.raises(InputTypeError, match="takes float32"):
         torch.ops.secateur.linear(torch.randn(4, 16).bfloat16(), *given)

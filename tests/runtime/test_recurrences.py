@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence
 
-from secateur.runtime import candidates, kernels
+from secateur.runtime import candidates, products
 from secateur.runtime.recurrences import SparseGRU, SparseLSTM
 from sparse_models import off, sparse, thin
 
@@ -165,7 +165,7 @@ def test_choices_go_by_batch(isa):
     fast, x = sparse(layer), torch.randn(6, 3, 17)
     assert (fast.rows(x), fast.rows(x[:, 0])) == (3, 1)
     assert fast.rows(pack_padded_sequence(x, [6, 2, 1])) == 3
-    fast._choices = 1 << kernels.bucket(1)
+    fast._choices = 1 << products.bucket(1)
     with torch.no_grad():
         assert fast(x)[0].equal(layer(x)[0])  # dense, to the bit
 

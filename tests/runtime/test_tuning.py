@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from secateur.runtime import kernels, tuning
+from secateur.runtime import products, tuning
 from sparse_models import fake_times, sparse, thin
 
 
@@ -46,7 +46,7 @@ def test_times_both_kernels_for_each_row_class(recorded):
 
 def test_dense_and_sparse_are_what_they_say(recorded):
     model, recorders = recorded
-    model.used.packed_weight = kernels.pack(torch.zeros(16, 16))
+    model.used.packed_weight = products.pack(torch.zeros(16, 16))
     model.used.bias.zero_()
     for mode, zero in (("dense", False), ("sparse", True)):
         recorders[0].mode = mode

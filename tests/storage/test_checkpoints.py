@@ -15,9 +15,9 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn.utils import prune
 
-from secateur import bits
 from secateur.errors import InputError
 from secateur.storage.checkpoints import inspect, iter_tensors
+from secateur.support import bits
 
 FLOATS = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 FLOATS += [torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz]

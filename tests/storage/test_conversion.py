@@ -12,12 +12,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import secateur as sc
-from secateur import bits
 from secateur.errors import FileError, InputError, WriteError
 from secateur.storage.checkpoints import inspect, iter_tensors
 from secateur.storage.coding import BLOCK
 from secateur.storage.conversion import packed_file_name, plain_file_name
 from secateur.storage.dtypes import KINDS
+from secateur.support import bits
 
 DTYPES = [dtype for dtype, kind in KINDS.items() if kind.code is not None and dtype is not torch.float4_e2m1fn_x2]
 INDEX = "model.safetensors.index.json"

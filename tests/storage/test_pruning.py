@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import secateur as sc
-from secateur import bits, selection
+from secateur import selection
 from secateur.allocation import half_up
 from secateur.errors import (
     FileError,
@@ -37,6 +37,7 @@ from secateur.errors import (
 from secateur.storage import Recipe, pack, prune_checkpoint
 from secateur.storage.checkpoints import inspect, iter_tensors
 from secateur.storage.pruning import pattern_of, work
+from secateur.support import bits
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.complex64]
 ALLOCATIONS = ["global", "uniform", "erk"]

@@ -9,8 +9,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from secateur.measurement import duration
-from secateur.tables import number, percent, size
+from secateur.measurement.timing import duration
+from secateur.support.tables import number, percent, size
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -15,7 +15,7 @@ from torch import nn
 
 from secateur.doctor import secateur_version
 from secateur.errors import InputError, InputTypeError
-from secateur.files import replacing
+from secateur.support.files import replacing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -25,7 +25,7 @@ from secateur.demo import elsewhere, pictures
 from secateur.demo.digits import Digits, LSTMClassifier, accuracy, adam, alone, load, train
 from secateur.demo.stage import Watch, progress, require, save_pictures, unwatched, versions, write
 from secateur.errors import StateError
-from secateur.measurement import Comparison, compare
+from secateur.measurement.timing import Comparison, compare
 
 EPOCHS = 20
 

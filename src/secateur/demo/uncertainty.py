@@ -19,8 +19,9 @@ from torch import Tensor, nn
 import secateur as sc
 from secateur.demo.digits import Digits, LSTMClassifier, adam, alone, load, train
 from secateur.demo.stage import Watch, progress, require, save_pictures, unwatched, versions, write
-from secateur.dropout import Prediction, metrics
-from secateur.tables import number, percent
+from secateur.dropout import Prediction
+from secateur.dropout.uncertainty import metrics
+from secateur.support.tables import number, percent
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -1,7 +1,7 @@
 """Dropout, pruning's stochastic cousin: uncertainty, the layers people keep rewriting, and rates that are learned."""
 
-from secateur.dropout import metrics as metrics
-from secateur.dropout.layers import (
+from secateur.dropout.interception.discovery import find
+from secateur.dropout.layers.modules import (
     DropBlock2d,
     DropConnect,
     LockedDropout,
@@ -9,12 +9,12 @@ from secateur.dropout.layers import (
     TargetedDropout,
     WordDropout,
 )
+from secateur.dropout.layers.recurrent import RecurrentDropout, recurrent
 from secateur.dropout.learned import concrete, finish, hard_concrete, penalty, to_masks, to_scores, variational
-from secateur.dropout.moments import closed_form
-from secateur.dropout.sampling import sample
-from secateur.dropout.search import find
-from secateur.dropout.sequences import RecurrentDropout, recurrent
-from secateur.dropout.uncertainty import Prediction
+from secateur.dropout.sampling.closed_form import closed_form
+from secateur.dropout.sampling.monte_carlo import sample
+from secateur.dropout.uncertainty import metrics as metrics
+from secateur.dropout.uncertainty.predictions import Prediction
 
 __all__ = [
     "DropBlock2d",

@@ -12,14 +12,14 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from secateur.costs import Call
 from secateur.errors import InputError, StateError
-from secateur.measurement import arguments
+from secateur.measurement.costs import Call
+from secateur.measurement.timing import arguments
 from secateur.runtime import native, tuning
 from secateur.runtime.candidates import enclose, make_sparse, matrices, survey, zeros_of
 from secateur.runtime.chains import Chain, Span, SparseSequential, runs
-from secateur.runtime.layers import Sparse, Swapped, swap
-from secateur.runtime.plans import Gain, LayerPlan, Plan, Timing, without
+from secateur.runtime.kernel_plans import Gain, LayerPlan, Plan, Timing, without
+from secateur.runtime.swapping import Sparse, Swapped, swap
 from secateur.scope import unwrap
 
 _Run = tuple[nn.Sequential, Span]

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from secateur.runtime import kernels
 from secateur.runtime import operators as operators  # registers torch.ops.secateur
-from secateur.runtime.layers import Sparse, Swapped, worth_packing
+from secateur.runtime import products
+from secateur.runtime.swapping import Sparse, Swapped, worth_packing
 
 __all__: list[str] = []  # reached through secateur.accelerate alone
 
@@ -112,7 +112,7 @@ class SparseMultiheadAttention(Sparse, nn.MultiheadAttention):
             usable = all(self._traceable(x) for x in (query, key, value))
         else:
             usable = self._ready(query) and (same or (self._ready(key) and self._ready(value)))
-            usable = usable and bool(self._choices >> kernels.bucket(self.rows(query)) & 1)
+            usable = usable and bool(self._choices >> products.bucket(self.rows(query)) & 1)
         if not usable or query.is_nested or (self.training and self.dropout) or not (same or self._apart):
             return False
         if query.dim() not in (2, 3) or key.dim() != query.dim() or value.dim() != query.dim():
@@ -151,7 +151,7 @@ class SparseMultiheadAttention(Sparse, nn.MultiheadAttention):
         packed = self._buffers.get(f"packed_{name}")
         if packed is None:
             return F.linear(x, weight, bias)
-        run = torch.ops.secateur.linear if torch.compiler.is_compiling() else kernels.linear
+        run = torch.ops.secateur.linear if torch.compiler.is_compiling() else products.linear
         found: Tensor = run(x, weight, packed, bias, self._choices)
         return found
 

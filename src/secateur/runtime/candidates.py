@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from secateur.runtime import attention, convolutions, linears, recurrences
-from secateur.runtime.layers import SPARSE_ENOUGH, Sparse, Swapped, swap, zero_share
-from secateur.runtime.plans import LayerPlan
-from secateur.tables import percent
+from secateur.runtime.kernel_plans import LayerPlan
+from secateur.runtime.swapping import SPARSE_ENOUGH, Sparse, Swapped, swap, zero_share
+from secateur.support.tables import percent
 
 __all__: list[str] = []  # reached through secateur.accelerate alone
 

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as everywhere
 
-from secateur.runtime import kernels
-from secateur.runtime.layers import Swapped
+from secateur.runtime import products
 from secateur.runtime.linears import SparseLinear
+from secateur.runtime.swapping import Swapped
 
 __all__: list[str] = []  # reached through secateur.accelerate alone
 
@@ -81,7 +81,7 @@ class Chain(Singly):
         """[..., first width] to [..., last width]."""
         if self._ready(x):
             given = (len(self.layers), self._blobs, self._biases, self._relu, self._choices)
-            out = kernels.chain(x, self._ends, *given)
+            out = products.chain(x, self._ends, *given)
             if out is not None:
                 return out
         return super().forward(x)

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from secateur.runtime import kernels
 from secateur.runtime import operators as operators  # registers torch.ops.secateur
-from secateur.runtime.layers import Sparse
+from secateur.runtime import products
+from secateur.runtime.swapping import Sparse
 
 __all__: list[str] = []  # reached through secateur.accelerate alone
 
@@ -27,7 +27,7 @@ class _SparseConvolution(Sparse):
 
     @classmethod
     def obstacle(cls, module: Any) -> str:
-        if kernels.form() == "csr":
+        if products.form() == "csr":
             return "a convolution needs the native library"
         return "" if module.padding_mode == "zeros" else f"padding_mode={module.padding_mode!r}"
 
@@ -92,7 +92,7 @@ _remembered = functools.cache(_spread)
 def _pixels(image: Tensor, layer: Any) -> int:
     stride, padding, more, dilation = _spread(layer.kernel_size, layer.stride, layer.padding, layer.dilation)
     size = (image.shape[2] + more[0], image.shape[3] + more[1])
-    height, width = kernels.conv_size(size, _two(layer.kernel_size, 1), stride, padding, dilation)
+    height, width = products.conv_size(size, _two(layer.kernel_size, 1), stride, padding, dilation)
     return image.shape[0] * height * width
 
 
@@ -103,7 +103,7 @@ def _convolve(layer: Any, image: Tensor) -> Tensor:
     if any(more):
         image = F.pad(image, (0, more[1], 0, more[0]))
     weight = layer.weight if layer.weight.dim() == 4 else layer.weight.unsqueeze(2)
-    run = torch.ops.secateur.conv2d if compiling else kernels.conv2d
+    run = torch.ops.secateur.conv2d if compiling else products.conv2d
     found: Tensor = run(
         image, weight, layer.packed_weight, layer.bias, stride, padding, dilation, layer.groups, layer._choices
     )

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from secateur.runtime import kernels
 from secateur.runtime import operators as operators  # registers torch.ops.secateur
-from secateur.runtime.layers import Sparse
+from secateur.runtime import products
+from secateur.runtime.swapping import Sparse
 
 __all__: list[str] = []  # reached through secateur.accelerate alone
 
@@ -37,7 +37,7 @@ class SparseLinear(Sparse, nn.Linear):
         if not self._ready(input):
             return super().forward(input)
         own = self._parameters
-        return kernels.linear(input, own["weight"], self._buffers["packed_weight"], own["bias"], self._choices)  # type: ignore[arg-type]
+        return products.linear(input, own["weight"], self._buffers["packed_weight"], own["bias"], self._choices)  # type: ignore[arg-type]
 
 
 class SparseTransposedLinear(Sparse):
@@ -58,7 +58,7 @@ class SparseTransposedLinear(Sparse):
         given = (x, self.weight.t(), self.packed_weight, self.bias, self._choices)
         if torch.compiler.is_compiling():
             return torch.ops.secateur.linear(*given) if self._traceable(x) else super().forward(x)
-        return kernels.linear(*given) if self._ready(x) else super().forward(x)
+        return products.linear(*given) if self._ready(x) else super().forward(x)
 
 
 def is_transposed(kind: type[nn.Module]) -> bool:

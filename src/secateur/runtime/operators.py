@@ -1,6 +1,6 @@
 """The sparse products as registered operators, `torch.ops.secateur.*`: what `torch.compile` and `torch.export` see.
 
-Eager calls go straight to `secateur.runtime.kernels`, as an operator costs microseconds. The fake implementations
+Eager calls go straight to `secateur.runtime.products`, as an operator costs microseconds. The fake implementations
 know shapes only, so batch sizes may be symbols. There are no gradients.
 """
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from secateur.errors import InputTypeError, StateError
-from secateur.runtime import kernels
+from secateur.runtime import products
 
 _LINEAR = "(Tensor x, Tensor weight, Tensor packed, Tensor? bias, int choices) -> Tensor"
 _CONV2D = (
@@ -41,7 +41,7 @@ def _conv2d_shape(
     groups: int,
     choices: int,
 ) -> Tensor:
-    size = kernels.conv_size(x.shape[-2:], weight.shape[-2:], stride, padding, dilation)
+    size = products.conv_size(x.shape[-2:], weight.shape[-2:], stride, padding, dilation)
     return x.new_empty((x.shape[0], weight.shape[0], *size))
 
 
@@ -61,18 +61,18 @@ def _recurrent_shape(
 
 def _linear(x: Tensor, *rest: Any) -> Tensor:
     _require_float(x)
-    return kernels.linear(x, *rest)
+    return products.linear(x, *rest)
 
 
 def _conv2d(x: Tensor, *rest: Any) -> Tensor:
     _require_float(x)
     given: Any = (tuple(one) if isinstance(one, list) else one for one in rest)
-    return kernels.conv2d(x, *given).contiguous()  # the dense one may give channels_last, the fake one does not
+    return products.conv2d(x, *given).contiguous()  # the dense one may give channels_last, the fake one does not
 
 
 def _recurrent(x: Tensor, sizes: Tensor | None, h: Tensor, c: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
     _require_float(*(tensor for tensor in (x, h, c) if tensor is not None))
-    return tuple(tensor.contiguous() for tensor in kernels.recurrent(x, sizes, h, c, *rest))
+    return tuple(tensor.contiguous() for tensor in products.recurrent(x, sizes, h, c, *rest))
 
 
 def _require_float(*inputs: Tensor) -> None:

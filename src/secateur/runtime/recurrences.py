@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from secateur.runtime import kernels
 from secateur.runtime import operators as operators  # registers torch.ops.secateur
-from secateur.runtime.layers import Sparse, worth_packing
+from secateur.runtime import products
+from secateur.runtime.swapping import Sparse, worth_packing
 
 __all__: list[str] = []  # reached through secateur.accelerate alone
 
@@ -23,7 +23,7 @@ class _SparseRecurrent(Sparse, nn.RNNBase):
 
     @classmethod
     def obstacle(cls, module: nn.Module) -> str:
-        return "a recurrent layer needs the native library" if kernels.form() == "csr" else ""
+        return "a recurrent layer needs the native library" if products.form() == "csr" else ""
 
     def matrices(self) -> Iterator[tuple[str, Tensor, int]]:
         for name in self._matrix_names():
@@ -57,7 +57,7 @@ class _SparseRecurrent(Sparse, nn.RNNBase):
             x = x.transpose(0, 1)
         sizes, order, back = (input.batch_sizes, *input[2:]) if packed else (None, None, None)
         batch = int(sizes[0]) if sizes is not None else x.shape[1]
-        if not self._compiling() and not self._choices >> kernels.bucket(batch) & 1:
+        if not self._compiling() and not self._choices >> products.bucket(batch) & 1:
             return super().forward(input, hx)
         states = states or self._zeros(x, batch)
         if not self._fits(x, states, batch):
@@ -97,7 +97,7 @@ class _SparseRecurrent(Sparse, nn.RNNBase):
         return x.shape[-1] == self.input_size and [tuple(state.shape) for state in states] == shapes
 
     def _run(self, x: Tensor, sizes: Tensor | None, states: _States) -> list[Tensor]:
-        run = torch.ops.secateur.recurrent if self._compiling() else kernels.recurrent
+        run = torch.ops.secateur.recurrent if self._compiling() else products.recurrent
         h, c = (*states, None)[:2]
         weights = [self._parameters[name] for name in self._flat_weights_names]
         given: Any = (x, sizes, h, c, weights, self._packed(x), self.bidirectional, self._choices)

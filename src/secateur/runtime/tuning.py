@@ -18,14 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from secateur import bits
-from secateur.costs import Call
 from secateur.doctor import cpu_name
-from secateur.measurement import at_rest, interval, quantile, time_blocks
-from secateur.runtime import kernels, native
+from secateur.measurement.costs import Call
+from secateur.measurement.timing import at_rest, interval, quantile, time_blocks
+from secateur.runtime import native, products
 from secateur.runtime.chains import Chain
-from secateur.runtime.layers import Sparse
-from secateur.runtime.plans import Gain, Timing
+from secateur.runtime.kernel_plans import Gain, Timing
+from secateur.runtime.swapping import Sparse
+from secateur.support import bits
 
 _MARGIN = 1.05  # sparse must win by so much, twice
 _SECONDS = 1.0  # of a measurement, of which there are two for each example
@@ -50,13 +50,13 @@ class Recorder:
         layer = self.layer
         sparse = self.mode == "sparse"
         kind: Any = type(layer) if sparse else layer.plain
-        layer._choices = kernels.ALL if sparse else 0
+        layer._choices = products.ALL if sparse else 0
         if self.mode == "look":
             layer.observe(*args, **kwargs)
         start = time.perf_counter()
         out = kind.forward(layer, *args, **kwargs)
         spent = time.perf_counter() - start
-        self.seconds[self.mode, kernels.bucket(layer.rows(*args, **kwargs))].append(spent)
+        self.seconds[self.mode, products.bucket(layer.rows(*args, **kwargs))].append(spent)
         return out
 
 

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from secateur.errors import InputError, InputTypeError, UnknownNameError, nearest
-from secateur.files import StrPath
 from secateur.scope import unwrap
 from secateur.storage.checkpoints import Checkpoint, opened
 from secateur.storage.coding import BLOCK, Decoder, effort_of, level_of
@@ -21,6 +20,7 @@ from secateur.storage.contents import Contents
 from secateur.storage.dtypes import kind_of
 from secateur.storage.packed import SUFFIX, StateHash, write_packed
 from secateur.storage.stored import Alias, Stored, stored_of
+from secateur.support.files import StrPath
 
 _WORTH_THREADS = 1 << 22  # elements: for fewer, starting threads and passing Python's lock around costs more
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from secateur.storage.dtypes import name_of
 from secateur.storage.stored import Stored
-from secateur.tables import Table, number, percent, size
+from secateur.support.tables import Table, number, percent, size
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def notes(names: Sequence[str]) -> tuple[str, ...]:
     pruned = [n for n in names if n.endswith("_orig") and n.removesuffix("_orig") + "_mask" in known]
     note = (
         f"{len(pruned)} tensors (_orig, _mask) are pruned with torch.nn.utils.prune: to make them plain, use "
-        "secateur.from_torch_prune(model) or secateur.legacy.plain_state_dict(state_dict)"
+        "secateur.from_torch_prune(model) or secateur.torch_prune.plain_state_dict(state_dict)"
     )
     return (note,) if pruned else ()
 

@@ -11,10 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from secateur import bits
-from secateur.distributed import ALONE, Processes
 from secateur.errors import InputError
-from secateur.files import StrPath, replacing, replacing_folder, require_covered
 from secateur.storage.archive import packed_name, refuse_names
 from secateur.storage.checkpoints import INDEX, TORCH, Checkpoint, Shard, opened
 from secateur.storage.coding import effort_of, level_of
@@ -23,6 +20,9 @@ from secateur.storage.contents import Contents, TensorInfo, info, notes
 from secateur.storage.dtypes import name_of, words_of
 from secateur.storage.packed import Progress, StateHash, write_packed
 from secateur.storage.stored import Stored
+from secateur.support import bits
+from secateur.support.files import StrPath, replacing, replacing_folder, require_covered
+from secateur.support.process_groups import ALONE, Processes
 
 _ENDING, _PACKED_ENDING = ".safetensors", ".packed.safetensors"
 

@@ -21,13 +21,13 @@ import torch
 from torch import Tensor
 
 from secateur.errors import FileError
-from secateur.files import Reader, StrPath, replacing
 from secateur.storage import coding
 from secateur.storage.coding import BLOCK, SHORTEST, CodingError, Decoder, Level
 from secateur.storage.container import ALIGNMENT, Header, Slot, Writer, file_form, possible, room_for
 from secateur.storage.contents import TensorInfo, info
 from secateur.storage.dtypes import BY_NAME, KINDS, name_of, words_of
 from secateur.storage.stored import Alias, InFile, Stored, count_zeros, parts, weights_of
+from secateur.support.files import Reader, StrPath, replacing
 
 VERSION = 1
 SUFFIX = ":packed-by-secateur"

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 
 from secateur.errors import InputTypeError
-from secateur.files import StrPath, scratch_folder
 from secateur.storage.archive import load
 from secateur.storage.contents import Contents
 from secateur.storage.conversion import pack
+from secateur.support.files import StrPath, scratch_folder
 
 
 def save_pretrained(

@@ -18,11 +18,9 @@ import torch
 from torch import Tensor
 
 from secateur import allocation as allocations
-from secateur import bits, selection
+from secateur import selection
 from secateur.allocation import half_up
-from secateur.distributed import ALONE, Processes
 from secateur.errors import InputError, InputTypeError, UnknownNameError, nearest
-from secateur.files import StrPath
 from secateur.patterns import n_m
 from secateur.plan import warn_of_collapse
 from secateur.scope import PRUNABLE, matches
@@ -35,7 +33,10 @@ from secateur.storage.conversion import mine, packed_file_name, plain_file_name,
 from secateur.storage.dtypes import name_of, words_of
 from secateur.storage.packed import Progress, write_packed
 from secateur.storage.stored import Alias, Stored, parts, regrouped
-from secateur.tables import percent
+from secateur.support import bits
+from secateur.support.files import StrPath
+from secateur.support.process_groups import ALONE, Processes
+from secateur.support.tables import percent
 
 _STREAMED = "global", "uniform", "erk"
 

@@ -14,10 +14,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from secateur import bits
-from secateur.files import Reader
 from secateur.storage.coding import Decoder
 from secateur.storage.dtypes import kind_of, name_of
+from secateur.support import bits
+from secateur.support.files import Reader
 
 _WINDOW = 1 << 24  # bytes of a file that are mapped at a time
 

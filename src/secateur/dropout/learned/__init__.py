@@ -1,10 +1,10 @@
 """Learned rates: dropout rates, weight noise and gates that training finds, and the bridge from them to pruning."""
 
-from secateur.dropout.learned.bridge import finish, penalty, to_masks, to_scores
-from secateur.dropout.learned.gates import hard_concrete
-from secateur.dropout.learned.layer_rates import concrete
-from secateur.dropout.learned.rates import LearnedRates, attached
-from secateur.dropout.learned.weight_rates import variational
+from secateur.dropout.learned.base import LearnedRates, attached
+from secateur.dropout.learned.concrete import concrete
+from secateur.dropout.learned.hard_concrete import hard_concrete
+from secateur.dropout.learned.to_pruning import finish, penalty, to_masks, to_scores
+from secateur.dropout.learned.variational import variational
 
 __all__ = [
     "LearnedRates",

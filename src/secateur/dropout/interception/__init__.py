@@ -1,0 +1,1 @@
+"""How dropout calls are found and followed while an untouched model runs."""

@@ -1,0 +1,236 @@
+"""Finding every dropout call of a model: where it stands, what it drops, and what no handler can reach."""
+
+from __future__ import annotations
+
+import copy
+import random
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from secateur.dropout.interception.handlers import Call, Lister, handling
+from secateur.dropout.interception.isolation import Buffers, at_rest, fresh, require_rest
+from secateur.measurement.costs import Call as Arguments
+from secateur.measurement.costs import devices
+from secateur.measurement.timing import arguments
+from secateur.support.tables import Table
+
+__all__ = ["Found", "Unreached", "find"]
+
+
+@dataclass(frozen=True)
+class Unreached:
+    """Noise that `sample` cannot give to a model.
+
+    Attributes:
+        path: the module in whose code it stands, "" for the model itself.
+        what: the function, and the line.
+        why: it is out of reach, and what to do.
+    """
+
+    path: str
+    what: str
+    why: str
+
+    def __str__(self) -> str:
+        return f"{self.what} in {self.path or 'the model'}: {self.why}"
+
+
+@dataclass(frozen=True)
+class Found:
+    """The dropout of a model, as the inputs given make it run; `str()` is a table.
+
+    Attributes:
+        sequence: each dropout call in the order in which the model makes them, those in a module that runs twice twice;
+            with a rate of 0 those that drop nothing, in training either: their rate is 0, or `training=False` for good.
+        unreached: noise that is out of reach.
+        writes: the model writes into its buffers, in `eval()` too.
+    """
+
+    sequence: tuple[Call, ...]
+    unreached: tuple[Unreached, ...]
+    writes: bool
+
+    @property
+    def calls(self) -> tuple[Call, ...]:
+        """The calls that drop something."""
+        return tuple(call for call in self.sequence if call.rate != 0)
+
+    @property
+    def off(self) -> int:
+        """How many calls drop nothing."""
+        return len(self.sequence) - len(self.calls)
+
+    def table(self) -> Table:
+        """One row a call; what is out of reach is in the notes."""
+        rows = [
+            [c.path or "(model)", c.kind, "" if c.rate is None else f"{c.rate:g}", "x".join(map(str, c.shape))]
+            for c in self.calls
+        ]
+        notes = [f"{len(self.calls)} dropout calls" + (f", {self.off} more drop nothing" if self.off else "")]
+        notes += [f"out of reach: {one}" for one in self.unreached]
+        return Table(("where", "kind", "rate", "shape"), rows, notes=notes)
+
+    def __str__(self) -> str:
+        return self.table().text()
+
+
+def find(model: nn.Module, inputs: Any) -> Found:
+    """List every dropout call that a model makes for some inputs: of modules, of functions, inside fused layers.
+
+    The model runs once as it is, in `eval()`, and a copy that shares its weights runs once in `train()`: rates that a
+    model passes on only in training (those of `scaled_dot_product_attention`) are seen there, and so is noise that is
+    drawn only there, which is out of reach. Dropout: Srivastava et al. 2014.
+
+    Args:
+        model: in `eval()`; its weights, buffers and mode stay as they are.
+        inputs: a tensor, a tuple of positional or a dict of keyword arguments.
+
+    Raises:
+        StateError: the model, or a normalisation in it, is in training mode.
+        InputTypeError: no module, or inputs with which a model cannot be called.
+
+    >>> model = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.2), nn.LSTM(8, 8, 2, dropout=0.5)).eval()
+    >>> print(find(model, torch.randn(5, 3, 4)))
+    where     kind  rate  shape
+    -----  -------  ----  -----
+    1      dropout   0.2  5x3x8
+    2         lstm   0.5  5x3x8
+    2 dropout calls
+    """
+    call = arguments(inputs)
+    require_rest(model)
+    with at_rest():
+        return look(model, fresh(call))[0]
+
+
+def look(model: nn.Module, call: Arguments) -> tuple[Found, Any]:
+    """Find the dropout calls of a model that is `at_rest`; and what the model gives. It may write into the inputs."""
+    buffers = Buffers(model)
+    now, output = listed(model, call)
+    writes = buffers.put_back()
+    try:
+        then = _in_training(model, call)
+    except Exception as error:  # a model may want more in training: targets, a larger batch
+        return _found(model, now, None, writes, f"{type(error).__name__}: {error}"), output
+    return _found(model, now, then, writes), output
+
+
+def listed(model: nn.Module, call: Arguments) -> tuple[Lister, Any]:
+    """Run a model and list its dropout calls; what it gives, too."""
+    names = {
+        id(module): name.replace("_orig_mod.", "").removesuffix("_orig_mod") for name, module in model.named_modules()
+    }
+    lister = Lister(names)
+    with _random_state(model) as moved, handling(lister):
+        answer = model(*call[0], **call[1])
+        lister.moved = moved()
+    return lister, answer
+
+
+def _in_training(model: nn.Module, call: Arguments) -> Lister:
+    """List what a copy of the model calls in training; normalisation stays as it is."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        twin = _twin(model).train()
+        for module in twin.modules():
+            if isinstance(module, nn.modules.batchnorm._NormBase):
+                module.eval()
+        return listed(twin, fresh(call))[0]
+
+
+def _twin(model: nn.Module) -> nn.Module:
+    """Copy a model but for the weights that are trained; buffers and others may be written into in training."""
+    shared: dict[int, Any] = {id(p): p for p in model.parameters() if p.requires_grad}
+    try:
+        return copy.deepcopy(model, dict(shared))
+    except Exception:  # of a lock, a file, a generator: then modules are copied, and what else they hold is shared
+        return _shallow(model, {})
+
+
+def _shallow(module: nn.Module, done: dict[int, nn.Module]) -> nn.Module:
+    if id(module) not in done:
+        twin = done[id(module)] = copy.copy(module)
+        twin._parameters = dict(module._parameters)
+        twin._buffers = {name: None if b is None else b.clone() for name, b in module._buffers.items()}
+        twin._modules = {name: None if m is None else _shallow(m, done) for name, m in module._modules.items()}
+    return done[id(module)]
+
+
+@contextmanager
+def _random_state(model: nn.Module) -> Iterator[Callable[[], bool]]:
+    """Put the global random numbers back, of torch, Python and numpy; gives a question: have they been drawn?"""
+    cuda = [device for device in devices(model) if device.type == "cuda"]
+    python, arrays = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=cuda):
+        torch_state = torch.get_rng_state()
+
+        def moved() -> bool:
+            same = torch.equal(torch_state, torch.get_rng_state()) and python == random.getstate()
+            return not same or not all(map(np.array_equal, arrays, np.random.get_state()))
+
+        try:
+            yield moved
+        finally:
+            random.setstate(python)
+            np.random.set_state(arrays)
+
+
+def _found(model: nn.Module, now: Lister, then: Lister | None, writes: bool, failure: str = "") -> Found:
+    unreached = [Unreached(path, "dropout", _SCRIPTED) for path in _scripted(model)]
+    unreached += [Unreached(c.path, f"{c.kind} (line {c.line})", _UNSEEDED) for c in now.random]
+    if now.moved and not now.random:
+        unreached.append(Unreached("", "random numbers", f"{_HIDDEN}; {_UNSEEDED}"))
+    rates: dict[tuple[Any, ...], float | None] = {}
+    if then is None:
+        unreached.append(Unreached("", "noise that is there in training only", _UNKNOWN.format(failure)))
+    else:
+        rates = {site: call.rate if on else 0.0 for site, (call, on) in _numbered(then.calls)}
+        here = {site for site, _ in _numbered(now.calls)}
+        lost = [call for site, (call, on) in _numbered(then.calls) if on and call.rate != 0 and site not in here]
+        unreached += [Unreached(c.path, f"{c.kind} (line {c.line})", _HANDWRITTEN) for c in lost]
+        known = Counter(call.site for call in now.random)
+        only = Counter(call.site for call in then.random) - known
+        unreached += [Unreached(path, f"{kind} (line {line})", _HANDWRITTEN) for path, line, kind in only]
+        if then.moved and not then.random and not now.moved:
+            unreached.append(Unreached("", "random numbers", f"{_HIDDEN}, in train() only"))
+    # a call that training skipped this time, as some skip whole layers, has the rate that it shows here
+    sequence = tuple(replace(call, rate=rates.get(site, call.rate)) for site, (call, _) in _numbered(now.calls))
+    return Found(sequence, tuple(unreached), writes)
+
+
+_HANDWRITTEN = (
+    "it stands behind `if self.training`, so it is not called in eval(); "
+    "write functional.dropout(x, p, self.training), or use nn.Dropout"
+)
+_SCRIPTED = "torch.jit runs it, and none of its calls is seen; take samples of the module before torch.jit.script"
+_HIDDEN = "they are drawn by a call that is not seen (of Python, of numpy, of scripted code)"
+_UNSEEDED = "it is random in eval() too, and does not follow the seed"
+_UNKNOWN = "the model did not run in train() ({}), so it is not known whether there is any"
+
+
+def _numbered(calls: list[tuple[Call, bool]]) -> Iterator[tuple[tuple[Any, ...], tuple[Call, bool]]]:
+    """Each call with its place in the code, and how often it has been called before."""
+    seen: Counter[Any] = Counter()
+    for call, on in calls:
+        yield (*call.site, seen[call.site]), (call, on)
+        seen[call.site] += 1
+
+
+def _scripted(model: nn.Module) -> Iterator[str]:
+    """Names of scripted or traced parts with noise in their graph."""
+    noisy = ("dropout", "bernoulli", "rand")
+    inside: str | None = None
+    for name, module in model.named_modules():
+        if not isinstance(module, torch.jit.ScriptModule) or (inside is not None and name.startswith(inside)):
+            continue
+        inside = name and f"{name}."
+        if any(word in node.kind() for node in module.inlined_graph.nodes() for word in noisy):
+            yield name

@@ -1,0 +1,277 @@
+"""What the three methods share: values that are learned beside a model, and the hooks by which it feels them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from secateur.dropout.substitution import Stand, Swap, refresh
+from secateur.errors import InputError, InputTypeError, StateError
+from secateur.scope import Member, Scope, unwrap, weights
+
+
+class LearnedRates(nn.Module):
+    """What is learned about a model, beside it: give its parameters to the optimizer, save its state_dict.
+
+    Made by `concrete`, `variational` or `hard_concrete`, which hook it to the model; the model's parameters, names and
+    types stay what they are. A deepcopy of the model has its own copy: see `attached`.
+
+    Args:
+        n_data: training examples (the N of the papers).
+    """
+
+    def __init__(self, n_data: float) -> None:
+        super().__init__()
+        self.n_data = require_positive(n_data, "n_data", "the number of training examples, len(dataset)")
+        self.values = nn.ParameterDict()
+        self.places: list[Place] = []
+
+    @property
+    def rates(self) -> dict[str, float]:
+        """For each layer or tensor the fraction that the method would now drop."""
+        raise NotImplementedError
+
+    def value(self, name: str) -> Tensor:
+        """What is learned under a name of the model."""
+        found: Tensor = self.values[_key(name)]
+        return found
+
+    def learn(self, name: str, start: Tensor) -> None:
+        """Begin to learn something, from `start`."""
+        self.values[_key(name)] = nn.Parameter(start)
+
+    def attach(self, places: Iterable[Place]) -> None:
+        """Hook every place to its module."""
+        self.places = list(places)
+        for place in self.places:
+            place.attach()
+
+    def remove(self) -> None:
+        """Take the hooks off: the model is plain, its weights as they are; what was learned stays here.
+
+        Raises:
+            StateError: they are off already.
+        """
+        if not any(place.handles for place in self.places):
+            raise StateError(
+                "these learned rates are on no model any more, and remove() needs no second call: attach new ones, "
+                "with secateur.dropout.learned.variational, for example"
+            )
+        for place in self.places:
+            place.detach()
+
+    def penalty(self) -> Tensor:
+        """What is to be added to the mean loss: a scalar."""
+        raise NotImplementedError
+
+    def scores(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        """Each weight with its scores, of its shape; low ones go first."""
+        raise NotImplementedError
+
+    def masks(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        """Each parameter with what the method itself keeps of it: bool, of its shape."""
+        raise NotImplementedError
+
+    def fold(self) -> None:
+        """Write into the weights what the model in `eval()` does with them, where that is more than a mask."""
+
+    @property
+    def training_now(self) -> bool:
+        """Whether the model is in training mode."""
+        return any(place.host.training for place in self.places)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the values live."""
+        return next(self.values.parameters()).device
+
+    def require_finite(self) -> None:
+        """Refuse values that have diverged.
+
+        Raises:
+            InputError: NaN or inf among the values.
+        """
+        for key, value in self.values.items():
+            if not bool(torch.isfinite(value).all()):
+                raise InputError(
+                    f"what was learned for {key.replace('/', '.')} has NaN or inf in it, so it can rank nothing: "
+                    "train again with a lower learning rate, or from an earlier state_dict"
+                )
+
+
+class Place:
+    """One module that feels learned rates: its hooks are methods of this object, which pickle and deepcopy follow."""
+
+    def __init__(self, rates: LearnedRates, name: str, host: nn.Module) -> None:
+        self.owner = rates
+        self.name = name
+        self.host = host
+        self.handles: list[RemovableHandle] = []
+
+    def attach(self) -> None:
+        """Register the hooks."""
+        raise NotImplementedError
+
+    def detach(self) -> None:
+        """Take the hooks off."""
+        self.restore()
+        for handle in self.handles:
+            handle.remove()
+        self.handles = []
+
+    def restore(self) -> None:
+        """Put right what an interrupted forward has left."""
+
+
+class SwapPlace(Place):
+    """A module that computes with other tensors than its parameters."""
+
+    def __init__(self, rates: LearnedRates, name: str, host: nn.Module) -> None:
+        super().__init__(rates, name, host)
+        self.swap = Swap()
+
+    def attach(self) -> None:
+        self.handles = [
+            self.host.register_forward_pre_hook(self.before),
+            self.host.register_forward_hook(self.after, always_call=True),
+        ]
+
+    def restore(self) -> None:
+        self.swap.restore()
+
+    def before(self, module: nn.Module, args: Any) -> None:
+        """Put the stands where the parameters are."""
+        self.restore()
+        if self.wanted(module.training):
+            refresh(module)
+            self.swap.put(module, self.stands())
+
+    def after(self, module: nn.Module, args: Any, output: Any) -> None:
+        """Put the parameters back, also after an error."""
+        self.restore()
+
+    def wanted(self, training: bool) -> bool:
+        """Whether anything stands in now."""
+        return True
+
+    def stands(self) -> list[Stand]:
+        """Compute what stands in."""
+        raise NotImplementedError
+
+
+def attached(model: nn.Module) -> list[LearnedRates]:
+    """Find the learned rates on a model, its own ones after a deepcopy or `torch.load`.
+
+    >>> import copy
+    >>> from secateur.dropout.learned import concrete
+    >>> model = nn.Linear(4, 3)
+    >>> rates = concrete(model, n_data=100)
+    >>> attached(model) == [rates], attached(copy.deepcopy(model)) == [rates]
+    (True, False)
+    """
+    found: dict[int, LearnedRates] = {}
+    for module in unwrap(model).modules():
+        for place in places_on(module):
+            found[id(place.owner)] = place.owner
+    return list(found.values())
+
+
+def places_on(module: nn.Module) -> list[Place]:
+    """Find the places whose hooks a module carries."""
+    hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+    owners = [getattr(hook, "__self__", None) for hook in hooks]
+    return [owner for owner in owners if isinstance(owner, Place)]
+
+
+def choose(model: nn.Module, scope: Mapping[str, nn.Parameter] | None) -> list[Member]:
+    """Find the weights that a user means: those of the scope, or all of `sc.weights(model)`.
+
+    Raises:
+        InputTypeError, InputError: no scope, one of another model, complex weights, or as `sc.weights`.
+    """
+    if scope is not None and not isinstance(scope, Mapping):
+        raise InputTypeError(f"scope is a {type(scope).__name__}: give sc.weights(model, only=..., skip=...)")
+    if scope is None or isinstance(scope, Scope):
+        chosen = weights(model) if scope is None else scope
+    else:
+        chosen = weights(model, only=list(scope))
+    own = dict(unwrap(model).named_parameters(remove_duplicate=False))
+    for name, parameter in (chosen if scope is None else scope).items():
+        if own.get(name) is not parameter:
+            raise InputError(f"the scope is of another model: {name} is not this model's; call sc.weights(model) anew")
+        if parameter.is_complex():
+            raise InputError(f"{name} is complex: leave it out, scope=sc.weights(model, skip=[{name!r}])")
+    return list(chosen.members.values())
+
+
+def require_free(model: nn.Module, held: Mapping[str, tuple[nn.Module, nn.Module, str]]) -> None:
+    """See that no rates are there already, and that no other module uses the same parameters.
+
+    Args:
+        model: the whole of it.
+        held: for each tensor, by name, the module to be hooked, the module that holds it, and its attribute there.
+
+    Raises:
+        StateError: a module that has learned rates. InputError: tied parameters.
+    """
+    holders: dict[int, set[tuple[int, str]]] = {}
+    for module in unwrap(model).modules():
+        for attribute, parameter in module._parameters.items():
+            holders.setdefault(id(parameter), set()).add((id(module), attribute))
+    for name, (host, module, attribute) in held.items():
+        if places_on(host):
+            raise StateError(
+                f"the module of {name} has learned rates already: call remove() on them first "
+                "(secateur.dropout.learned.attached(model) finds them), or leave it out of the scope"
+            )
+        if len(holders[id(module._parameters[attribute])]) > 1:
+            raise InputError(
+                f"{name} is tied to a parameter of another module, which would not feel what is learned here: "
+                f"untie them, or leave it out, scope=sc.weights(model, skip=[{name!r}])"
+            )
+
+
+def hosts(model: nn.Module) -> dict[int, nn.Module]:
+    """For each module, by id, the one whose forward uses its parameters: an attention reads its out_proj itself."""
+    found = {id(module): module for module in unwrap(model).modules()}
+    for module in unwrap(model).modules():
+        if isinstance(module, nn.MultiheadAttention):
+            found.update({id(child): module for child in module.children()})
+    return found
+
+
+def layer_name(member: Member) -> str:
+    """Name the module of a tensor as the model does; "" is the model itself."""
+    return member.name.rpartition(".")[0]
+
+
+def first(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    """Find the input of a layer, however it was given."""
+    found: Tensor = args[0] if args else next(iter(kwargs.values()))
+    return found
+
+
+def require_positive(given: object, name: str, what: str) -> float:
+    """Return a number above 0 as a float.
+
+    Raises:
+        InputTypeError: no number; InputError: not above 0, or not finite.
+    """
+    if isinstance(given, bool) or not isinstance(given, (int, float)):
+        raise InputTypeError(f"{name} is {given!r}: give {what}")
+    if not 0 < given < float("inf"):
+        raise InputError(f"{name} is {given}: give {what}, above 0")
+    return float(given)
+
+
+def learnable(weight: Tensor) -> dict[str, Any]:
+    """Device and dtype of what is learned about a weight: never less than float32."""
+    return {"device": weight.device, "dtype": torch.promote_types(weight.dtype, torch.float32)}
+
+
+def _key(name: str) -> str:
+    return name.replace(".", "/") or "model"  # a ParameterDict takes neither dots nor an empty name

@@ -1,0 +1,262 @@
+"""Monte-Carlo dropout: many samples of a model's output, of one pass or few, on a model that stays in `eval()`."""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+import warnings
+import weakref
+from contextlib import suppress
+from typing import Any
+
+import torch
+from torch import nn
+
+from secateur.dropout.interception.discovery import Found
+from secateur.dropout.interception.isolation import at_rest, require_rest
+from secateur.dropout.sampling.fingerprints import fingerprint, identity, spec
+from secateur.dropout.sampling.passes import Output, Plan, Run, joined
+from secateur.dropout.sampling.prefix import Unsuitable
+from secateur.dropout.sampling.strategies import Outputs
+from secateur.dropout.uncertainty.predictions import Prediction
+from secateur.errors import InputError, InputTypeError, warn
+from secateur.measurement.costs import peak_bytes
+from secateur.measurement.timing import arguments
+
+__all__ = ["sample"]
+
+
+_PROFILER = threading.Lock()
+_PLANS: weakref.WeakKeyDictionary[nn.Module, dict[Any, Plan]] = weakref.WeakKeyDictionary()
+
+
+def sample(
+    model: nn.Module,
+    inputs: Any,
+    *,
+    n: int = 50,
+    seed: int | None = 0,
+    shared: bool = False,
+    output: Output | None = None,
+    max_memory: int = 2**30,
+) -> Prediction:
+    """Take samples of what a model answers with its dropout switched on: Monte-Carlo dropout (Gal & Ghahramani 2016).
+
+    The model stays as it is, in `eval()`: normalisation is frozen, and nothing is patched. What comes before the first
+    dropout is computed once. How samples are computed (mapped by vmap, folded into the batch, one by one) is found by
+    trying, at the first call for a model and a shape of inputs, and each way is checked against plain passes.
+
+    Args:
+        model: in `eval()`.
+        inputs: a tensor, a tuple of positional or a dict of keyword arguments.
+        n: samples. The error of the standard deviation is about 24 % with 10, 10 % with 50, 5 % with 200.
+        seed: the masks of sample i follow from the seed and i alone: the first 20 of 50 are the 20. None: another seed
+            at each call, from torch's global generator.
+        shared: one mask for the whole batch, that is one sub-network a sample, instead of one for each of its elements.
+            Masks on weights (DropConnect, `recurrent` with `hidden` or `weight`) are the whole batch's in any case.
+            The batch is the dimension of the inputs that is the first of the output.
+        output: takes the tensor `[batch, ...]` out of what the model gives, if that is not a tensor; or a pair of mean
+            and variance, for a model that predicts its own noise.
+        max_memory: bytes that the samples of one pass may take above the start.
+
+    Returns:
+        A `Prediction`: `samples [n, batch, ...]`, `mean`, `std`, `interval(0.9)`, `entropy`, `mutual_information`.
+
+    Raises:
+        StateError: the model is in training mode, or compiled code calls this: `torch.compile` cannot trace it.
+        InputError: no dropout in the model, or none within reach; a rate outside [0, 1); too little memory for one
+            sample; an output that is no tensor.
+
+    Warns:
+        SecateurWarning: noise that is out of reach; outputs that no dropout reaches, whose standard deviation is 0.
+
+    >>> model = nn.Sequential(nn.Linear(4, 64), nn.ReLU(), nn.Dropout(0.5), nn.Linear(64, 3)).eval()
+    >>> p = sample(model, torch.randn(2, 4), n=20, seed=1)
+    >>> p.samples.shape, p.std.shape, model.training
+    (torch.Size([20, 2, 3]), torch.Size([2, 3]), False)
+    """
+    call = arguments(inputs)
+    require_rest(model)
+    _require(n, seed, max_memory)
+    if seed is None:
+        seed = int(torch.randint(2**62, ()))
+    with at_rest():
+        run = Run(model, call, output, seed, shared)
+        plans = _PLANS.setdefault(model, {})
+        key = (fingerprint(model), spec(call), identity(output), n, shared, max_memory, torch.get_num_threads())
+        outputs: Outputs | None = None
+        if key in plans:
+            run.plan = plans[key]
+            with suppress(Unsuitable):  # something has changed that the key does not tell
+                outputs = run.samples(n)
+        if outputs is None:
+            outputs = _first(run, n, max_memory)
+            plans.clear()  # of another shape or state: the last one is enough
+            plans[key] = run.plan
+    for unreached in run.plan.found.unreached:
+        warn(f"sample leaves noise out: {unreached}")
+    prediction = Prediction(*outputs)
+    _explain_zeros(prediction, run.plan.found)
+    return prediction
+
+
+def _first(run: Run, n: int, max_memory: int) -> Outputs:
+    """Take the samples of a model that is seen for the first time, and find out how best to take more of them."""
+    run.look()
+    try:
+        truth = joined([run.some("exact", [i]) for i in range(2)])
+    except Unsuitable as error:
+        raise InputError(f"no samples can be taken: {error}; its dropout must not depend on what is dropped") from error
+    race = _Race(run, truth, n)
+    race.enter("exact", 1)
+    race.enter("alone", 1)
+    room = _room(run, max_memory)
+    for way in ("mapped", "folded"):
+        chunk = min(2, room)
+        while chunk > 1 and race.enter(way, _even(n, chunk)) and chunk < min(n, room):
+            chunk = min(4 * chunk, n, room)
+    run.plan.way, run.plan.chunk = race.winner()
+    return joined([race.done, run.samples(n, len(race.done[0]))]) if len(race.done[0]) < n else race.done
+
+
+def _even(n: int, chunk: int) -> int:
+    """Samples a pass, if as many passes as `chunk` takes are equally large."""
+    return math.ceil(n / math.ceil(n / chunk))
+
+
+class _Race:
+    """Ways of sampling tried one after the other, each checked against the same samples taken exactly."""
+
+    def __init__(self, run: Run, truth: Outputs, n: int) -> None:
+        self.done = truth
+        """The first samples: as many as one of the tries has computed."""
+        self._run, self._truth, self._n = run, truth, n
+        self._seconds: dict[tuple[str, int], float] = {}
+        """Of all n samples, for each way and number of samples a pass."""
+
+    def enter(self, way: str, chunk: int) -> bool:
+        """Try a way; True if it is worth trying with more samples a pass."""
+        before = min(self._seconds.values(), default=math.inf)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of torch.vmap, where it has no rule for an operator
+                outputs = self._time(way, chunk)
+        except InputError:
+            raise
+        except Exception:  # whatever a model says to shapes that it does not expect
+            return False
+        if way != "exact" and not _agree(outputs, self._truth):  # a model may be random by itself
+            del self._seconds[way, chunk]
+            return False
+        if len(outputs[0]) > len(self.done[0]):
+            self.done = outputs
+        seconds = self._seconds[way, chunk]
+        return seconds < 0.9 * before or seconds * chunk / self._n < _LONG
+
+    def winner(self) -> tuple[str, int]:
+        """The fastest way; those that are nearly as fast are timed once more."""
+        fastest = min(self._seconds.values())
+        near = [
+            key
+            for key, seconds in self._seconds.items()
+            if seconds < 1.5 * fastest and seconds * key[1] / self._n < 5 * _LONG
+        ]
+        for way, chunk in near if len(near) > 1 else []:
+            self._time(way, chunk)
+        return min(self._seconds, key=lambda key: self._seconds[key])
+
+    def _time(self, way: str, chunk: int) -> Outputs:
+        """Take some samples, note the seconds that all take, with what comes before the first dropout."""
+        replay = chunk < self._n and way != "exact"
+        if replay:
+            self._run.recorded()
+        samples = range(max(chunk, len(self._truth[0])))
+        passes = [samples] if chunk > 1 else [range(i, i + 1) for i in samples]
+        for _ in range(_TRIES):
+            start = time.perf_counter()
+            outputs = joined([self._run.some(way, one, replay=replay) for one in passes])
+            spent = time.perf_counter() - start
+            total = spent * self._n / len(samples) + (self._run.recording if replay else 0.0)
+            self._seconds[way, chunk] = min(self._seconds.get((way, chunk), math.inf), total)
+            if spent > _LONG:
+                break
+        return outputs
+
+
+_TRIES = 3  # at most, of each way: the first call of an operator takes longer
+_LONG = 0.02  # seconds after which one try is enough
+
+
+def _agree(outputs: Outputs, truth: Outputs) -> bool:
+    """Equal but for rounding, as other kernels run for other shapes: in each column far nearer than two samples are."""
+    for output, exact in zip(outputs, truth, strict=True):
+        if output.shape[1:] != exact.shape[1:] or output.dtype != exact.dtype:
+            return False
+        right = exact.double().reshape(2, -1, exact.shape[-1] if exact.ndim > 1 else 1)
+        few = output[:2].double().reshape(right.shape)
+        finite = right.isfinite()
+        if not torch.equal(finite, few.isfinite()) or not torch.equal(
+            few[~finite].nan_to_num(), right[~finite].nan_to_num()
+        ):
+            return False
+        right, few = right.where(finite, 0.0), few.where(finite, 0.0)
+        error, size = (few - right).abs(), right.abs()
+        accuracy = torch.finfo(exact.dtype).eps * (256 if exact.dtype.itemsize >= 4 else 16)
+        spread = (right[1] - right[0]).square().mean(0).sqrt()
+        near = error.square().mean((0, 1)).sqrt() <= 0.02 * spread
+        if bool((error.amax((0, 1)) > accuracy * size.amax((0, 1))).any()) or bool((~near & (spread > 0)).any()):
+            return False
+    return True
+
+
+def _room(run: Run, max_memory: int) -> int:
+    """How many samples a pass may have."""
+
+    class OneSample(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = run.model
+
+        def forward(self) -> Outputs:
+            try:
+                return run.some("alone", [0])
+            except Exception:  # not this way
+                return run.some("exact", [0])
+
+    with _PROFILER:
+        busy = torch.autograd.profiler._is_profiler_enabled  # there can be one only, and it is somebody else's
+        needed = None if busy else peak_bytes(OneSample(), ((), {}))
+    if needed is None:  # of this device torch does not know, or cannot be asked
+        return 2**20
+    if needed > max_memory:
+        raise InputError(
+            f"max_memory is {max_memory:,} bytes, and one sample takes {needed:,}: give more, or fewer inputs at a time"
+        )
+    return max_memory // max(needed, 1)
+
+
+def _require(n: int, seed: int | None, max_memory: int) -> None:
+    for name, value, least in (("n", n, 2), ("max_memory", max_memory, 1)):
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise InputTypeError(f"{name} is {value!r}: give a whole number")
+        if value < least:
+            raise InputError(f"{name} is {value}: give {least} or more")
+    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
+        raise InputTypeError(f"seed is {seed!r}: give a whole number, or None for a new one at each call")
+
+
+def _explain_zeros(prediction: Prediction, found: Found) -> None:
+    samples = prediction.samples
+    same = (samples == samples[:1]).all(0)
+    zeros = int(same.sum())
+    if len(samples) == 1 or not zeros:
+        return
+    why = "none of the dropout that was found has a way to them"
+    if zeros < same.numel():
+        why = (
+            "no dropout has a way to them, or it is cut off on it (by ReLU, by rounding, by padding), "
+            "or so few samples have dropped nothing of what they depend on"
+        )
+    calls = ", ".join(sorted({f"{call.kind} in {call.path or 'the model'}" for call in found.calls})[:5])
+    warn(f"the standard deviation of {zeros:,} of {same.numel():,} outputs is exactly 0: {why}; found: {calls}")

@@ -1,0 +1,162 @@
+"""What a model costs besides time: its weights, multiply-accumulates, bytes on disk, peak memory."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from secateur.support import bits
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+"""Positional and keyword arguments of a call."""
+
+
+def devices(model: nn.Module) -> set[torch.device]:
+    """Where the parameters and buffers of a model are."""
+    return {t.device for t in (*model.parameters(), *model.buffers())}
+
+
+def join(things: set[Any]) -> str:
+    """Devices or dtypes in words: "cpu", "bfloat16+float32"."""
+    return "+".join(sorted(str(thing).removeprefix("torch.") for thing in things))
+
+
+def weight_facts(model: nn.Module) -> dict[str, Any]:
+    """The fields of a Measurement that can be read off the parameters."""
+    weights = list(model.parameters())
+    return {
+        "device": join(devices(model)) or "cpu",
+        "dtype": join({w.dtype for w in weights if w.is_floating_point()}) or "none",
+        "parameters": sum(w.numel() for w in weights),
+        "nonzeros": sum(int(w.count_nonzero()) for w in weights),
+        "denormals": sum(int(bits.subnormal(w.detach()).sum()) for w in weights if w.is_floating_point()),
+        "flushed": _flushed(),
+    }
+
+
+def _flushed() -> bool:
+    """Whether every thread of torch takes subnormals for zero: ask all of them for one times 1.4e-45."""
+    tiny = torch.ones(2**16 * torch.get_num_threads(), dtype=torch.int32).view(torch.float32)
+    return not (tiny * 1.0).view(torch.int32).any()
+
+
+def macs(model: nn.Module, call: Call) -> dict[str, Any]:
+    """The MACs of a call, and those that meet a zero weight."""
+    from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
+    def attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> Any:
+        return sdpa_flop_count(query, key, value)  # type: ignore[no-untyped-call]
+
+    missing = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention}
+    model = getattr(model, "_orig_mod", model)  # as it was before torch.compile
+    counter = FlopCounterMode(display=False, custom_mapping=missing)
+    with _plain_kernels(), _ZeroMeter(model) as meter, counter:
+        model(*call[0], **call[1])
+    if meter.blind:
+        return {"macs": None, "zero_macs": None}
+    return {"macs": counter.get_total_flops() // 2, "zero_macs": round(meter.zero_macs)}
+
+
+@contextmanager
+def _plain_kernels() -> Iterator[None]:
+    """Switch off the fused kernels (LSTM, transformer layer) that hide their matrix products."""
+    fused: list[Any] = [torch.backends.mkldnn, torch.backends.cudnn]
+    before, fast = [one.enabled for one in fused], torch.backends.mha.get_fastpath_enabled()
+    try:
+        for one in fused:
+            one.enabled = False
+        torch.backends.mha.set_fastpath_enabled(False)
+        yield
+    finally:
+        for one, enabled in zip(fused, before, strict=True):
+            one.enabled = enabled
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
+class _ZeroMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Adds up the MACs whose weight is zero, operator by operator.
+
+    A weight is a tensor in one of the storages `fixed`: at first those of parameters and buffers, then also
+    those of results computed from nothing else (a transpose, a cast, a weight times a mask).
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.fixed = {_storage(t) for t in (*model.parameters(), *model.buffers())}
+        self.zero_macs = 0.0
+        self.blind = False  # an operator was called whose MACs torch cannot tell
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        from torch.utils.flop_counter import flop_registry
+
+        out = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        self.blind |= func.namespace not in ("aten", "prim", "prims") or name.startswith("quantized_")
+        if formula := flop_registry.get(func.overloadpacket):
+            added = name in ("addmm", "baddbmm")  # their first tensor is no factor
+            weights = [t for t in args[added : added + 2] if _storage(t) in self.fixed]
+            density = math.prod(int(t.count_nonzero()) / max(t.numel(), 1) for t in weights)
+            self.zero_macs += formula(*args, **(kwargs or {}), out_val=out) / 2 * (1 - density)
+        given = {_storage(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        results = {_storage(t) for t in tree_leaves(out) if isinstance(t, Tensor)}
+        self.fixed = self.fixed | results if given and given <= self.fixed else self.fixed - results
+        return out
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr() if tensor.layout is torch.strided else id(tensor)
+
+
+def file_bytes(model: nn.Module) -> int | None:
+    """Size of the state_dict as a dense .safetensors file, tied tensors once; it is built in memory to be counted."""
+    from safetensors.torch import save
+
+    tensors: dict[Any, tuple[str, Tensor]] = {}
+    for name, tensor in model.state_dict().items():
+        if isinstance(tensor, Tensor):  # an `_extra_state` need not be one
+            if tensor.layout is not torch.strided or tensor.is_quantized:
+                return None
+            same = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+            tensors.setdefault(same if tensor.numel() else name, (name, tensor.contiguous()))
+    return len(save(dict(tensors.values())))
+
+
+def peak_bytes(model: nn.Module, call: Call) -> int | None:
+    """The most that torch's allocator held above the start of a call; None but on CPU or CUDA."""
+    places = devices(model) or {torch.device("cpu")}
+    if {device.type for device in places} == {"cpu"}:
+        return _cpu_peak(model, call)
+    if {device.type for device in places} != {"cuda"}:
+        return None
+    for device in places:
+        torch.cuda.reset_peak_memory_stats(device)
+    before = sum(torch.cuda.memory_allocated(device) for device in places)
+    model(*call[0], **call[1])
+    return int(sum(torch.cuda.max_memory_allocated(device) for device in places) - before)
+
+
+def _cpu_peak(model: nn.Module, call: Call) -> int:
+    from torch.autograd.profiler import profile
+
+    level = os.environ.get("KINETO_LOG_LEVEL")  # read once, at the first profile of the process:
+    os.environ["KINETO_LOG_LEVEL"] = level or "6"  # torch 2.13 would print at each start and stop
+    try:
+        with profile(profile_memory=True) as profiler:
+            model(*call[0], **call[1])
+    finally:
+        if level is None:
+            del os.environ["KINETO_LOG_LEVEL"]
+    events = [event for event in profiler.kineto_results.events() if event.name() == "[memory]"]
+    now = peak = 0
+    for event in sorted(events, key=lambda event: int(event.start_ns())):
+        now += event.nbytes()
+        peak = max(peak, now)
+    return peak

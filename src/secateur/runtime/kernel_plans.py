@@ -1,0 +1,192 @@
+"""Which kernel each layer got for how many rows, and the times that decided it; plain data that can be saved."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from secateur.errors import FileError
+from secateur.measurement.timing import duration
+from secateur.support.tables import Table, percent
+
+_VERSION = 1
+_CLASSES = range(48)
+
+
+@dataclass(frozen=True)
+class Timing:
+    """What a layer took for inputs of one row class, in the model, on cold weights.
+
+    Attributes:
+        bucket: row class: above 2**(bucket - 1) rows, up to 2**bucket.
+        dense_seconds: median of torch's own layer.
+        sparse_seconds: median of the sparse kernel.
+        sparse: whether the sparse kernel was chosen.
+    """
+
+    bucket: int
+    dense_seconds: float
+    sparse_seconds: float
+    sparse: bool
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """One layer: what it is, what was measured, and why it is dense if it is.
+
+    A run of layers in an nn.Sequential that was tried as one call has a plan too, of kind "Sequential": there dense
+    means one layer after the other, each as it was chosen, and sparse means fused.
+
+    Attributes:
+        name: of the module; of a run, where it is ("head[1:4]").
+        kind: class of the module.
+        shape: of its largest weight; of a run, all widths.
+        sparsity: share of zeros in its weight matrices.
+        pattern: hash of where the zeros are; empty for a layer that was not tried.
+        timings: one for each row class that the examples led to it.
+        reason: why no kernel but the dense one is in use; empty where the sparse one is.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    sparsity: float
+    pattern: str = ""
+    timings: tuple[Timing, ...] = ()
+    reason: str = ""
+
+    @property
+    def choices(self) -> int:
+        """Bit b: whether row class b is sparse; a class that was not measured goes as the nearest one does."""
+        if self.reason or not self.timings:
+            return 0
+        return sum(1 << b for b in _CLASSES if self._nearest(b))
+
+    def _nearest(self, bucket: int) -> bool:
+        near = min(abs(t.bucket - bucket) for t in self.timings)
+        return all(t.sparse for t in self.timings if abs(t.bucket - bucket) == near)
+
+
+@dataclass(frozen=True)
+class Gain:
+    """How many times faster the whole model became on one example: median and 95 % interval of paired blocks."""
+
+    speedup: float
+    least: float
+    most: float
+
+    @property
+    def faster(self) -> bool:
+        """Whether the interval leaves no doubt."""
+        return self.least > 1
+
+    def __str__(self) -> str:
+        spread = f"{self.speedup:.2f}x, 95 % interval {self.least:.2f}x to {self.most:.2f}x"
+        return f"faster: {spread}" if self.faster else f"no faster ({spread}): left dense"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `accelerate` decided; `str()` is a table.
+
+    Attributes:
+        cpu: name of the processor on which it was measured.
+        isa: instruction set of the native kernels; None without the native library.
+        threads: CPU threads at the time.
+        layers: one `LayerPlan` for each layer with a weight matrix, in the model's order, then for each run.
+        gains: of the whole model, one for each example; a rejected one went back to dense.
+        values: dtype of the packed weights; "float16" is lossy.
+    """
+
+    cpu: str
+    isa: str | None
+    threads: int
+    layers: tuple[LayerPlan, ...]
+    gains: tuple[Gain, ...] = ()
+    values: str = "float32"
+
+    @property
+    def sparse(self) -> tuple[str, ...]:
+        """Names of the layers that are sparse for some inputs."""
+        return tuple(layer.name for layer in self.layers if layer.choices)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as plain data for JSON."""
+        return {"version": _VERSION, **asdict(self)}
+
+    @staticmethod
+    def from_dict(data: Mapping[str, Any]) -> Plan:
+        """A plan from `to_dict()`, also after JSON.
+
+        Raises:
+            FileError: it is none, or of another version.
+
+        >>> plan = Plan("cpu", "avx2", 1, (LayerPlan("0", "Linear", (4, 4), 0.5, reason="too dense"),))
+        >>> Plan.from_dict(plan.to_dict()) == plan
+        True
+        """
+        try:
+            if data["version"] != _VERSION:
+                raise ValueError(f"version {data['version']}")
+            layers = tuple(_layer(layer) for layer in data["layers"])
+            gains = tuple(Gain(**gain) for gain in data["gains"])
+            return Plan(data["cpu"], data["isa"], data["threads"], layers, gains, data["values"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise FileError(
+                f"this is no plan of this version of secateur: {error!r}. Tune anew, without plan."
+            ) from error
+
+    def markdown(self) -> str:
+        """The table in Markdown."""
+        return self.table().markdown()
+
+    def __str__(self) -> str:
+        return self.table().text()
+
+    def table(self) -> Table:
+        """One row a layer and row class; the notes tell of the whole model."""
+        rows = [row for layer in self.layers for row in _rows(layer)]
+        lossy = "" if self.values == "float32" else f"; packed values: {self.values}, rounded"
+        library = (
+            f"native kernels: {self.isa}{lossy}" if self.isa else "no native library: torch's CSR and dense kernels"
+        )
+        notes = [*self._verdicts(), f"{library}; threads: {self.threads}; CPU: {self.cpu}"]
+        return Table(("layer", "kind", "weights", "zeros", "rows", "dense", "sparse", "runs"), rows, notes=notes)
+
+    def _verdicts(self) -> list[str]:
+        if not self.gains:
+            return ["the whole model: no faster, all of it dense"]
+        many = len(self.gains) > 1
+        return [f"the whole model{f', example {i}' if many else ''}: {gain}" for i, gain in enumerate(self.gains)]
+
+
+def without(layer: LayerPlan, buckets: set[int], reason: str) -> LayerPlan:
+    """A layer with some row classes back at dense; `reason` is told when no sparse one is left."""
+    timings = tuple(replace(t, sparse=t.sparse and t.bucket not in buckets) for t in layer.timings)
+    lost = not layer.reason and not any(t.sparse for t in timings)
+    return replace(layer, timings=timings, reason=reason if lost else layer.reason)
+
+
+def _layer(data: Mapping[str, Any]) -> LayerPlan:
+    timings = tuple(Timing(**timing) for timing in data["timings"])
+    return LayerPlan(**{**data, "shape": tuple(data["shape"]), "timings": timings})
+
+
+def _rows(layer: LayerPlan) -> list[list[str]]:
+    shape = ("-" if layer.kind == "Sequential" else " x ").join(map(str, layer.shape))
+    start = [layer.name or "(the model)", layer.kind, shape, percent(layer.sparsity)]
+    if not layer.timings:
+        return [[*start, "", "", "", f"dense: {layer.reason}"]]
+    rows = []
+    for timing in layer.timings:
+        runs = "sparse" if timing.sparse else "dense" + (f": {layer.reason}" if layer.reason else "")
+        times = (duration(timing.dense_seconds), duration(timing.sparse_seconds))
+        rows.append([*start, _span(timing.bucket), *times, runs])
+        start = ["", "", "", ""]
+    return rows
+
+
+def _span(bucket: int) -> str:
+    least, most = (1 << bucket >> 1) + 1, 1 << bucket
+    return str(most) if bucket < 2 else f"{least}-{most}"

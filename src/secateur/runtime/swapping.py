@@ -1,0 +1,246 @@
+"""What all sparse layers share: they are the user's own modules with another class, and can be turned back.
+
+A swap changes `module.__class__` to a subclass and nothing else that a user sees: parameters, names, hooks and
+`state_dict()` stay, and the packed weights are non-persistent buffers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from secateur.errors import StateError, warn
+from secateur.runtime import products
+
+SPARSE_ENOUGH = 0.3
+"""Share of zeros from which a sparse kernel is worth a try."""
+
+_autocast = torch._C._is_any_autocast_enabled
+_modes = torch._C._len_torch_dispatch_stack  # FlopCounterMode and its like, which ctypes would hide the work from
+_tracing = torch._C._is_tracing
+_warned: set[str] = set()
+
+
+class Swapped(nn.Module):
+    """A module whose class was swapped for a subclass; survives deepcopy and pickle as such."""
+
+    plain: ClassVar[type[nn.Module]] = nn.Module
+    """The class that it had."""
+    mixin: ClassVar[type[Swapped] | None] = None
+    """For a class made by `swapped_class`, what it was made with."""
+
+    def restore(self) -> None:
+        """Be what it was."""
+        self.__class__ = self.plain  # type: ignore[assignment]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        made: Any = super().__reduce_ex__(max(protocol, 2))
+        _, _, state, *rest = made
+        return _blank, (self.mixin or type(self), self.plain), state, *rest
+
+
+_made: dict[tuple[type[Swapped], type[nn.Module]], type[Swapped]] = {}
+
+
+class Sparse(Swapped):
+    """A layer that computes with packed weights for the row classes in `_choices`, else as the class it was."""
+
+    _choices: int
+    _place: str
+    _form: str
+    _half: bool
+    """Whether packed values are rounded to float16."""
+    _stamp: tuple[tuple[str, int, int | None], ...] | None
+    """Address and version of each packed parameter; holds no tensor, as torch.export would replace it."""
+
+    @classmethod
+    def obstacle(cls, module: nn.Module) -> str:
+        """Why a plain module cannot become this, in a few words, or an empty string."""
+        return ""
+
+    def matrices(self) -> Iterator[tuple[str, Tensor, int]]:
+        """Name, values [rows, columns] and groups of each matrix to pack."""
+        raise NotImplementedError
+
+    def sources(self) -> dict[str, Tensor | None]:
+        """The parameters by name, among them those that are packed."""
+        return self._parameters  # type: ignore[return-value]
+
+    def watched(self) -> Sequence[str]:
+        """Names of the parameters that are packed."""
+        return ("weight",)
+
+    def rows(self, *args: Any, **kwargs: Any) -> int:
+        """How many rows a call has: what its choice of kernel goes by."""
+        raise NotImplementedError
+
+    def observe(self, *args: Any, **kwargs: Any) -> None:
+        """See a call of the example before anything is packed."""
+
+    def prepare(self, place: str) -> None:
+        """Start after the swap: dense for all inputs, nothing packed."""
+        self._choices, self._place, self._form, self._half, self._stamp = 0, place, products.form(), False, ()
+
+    def pack(self, half: bool = False) -> None:
+        """Pack the weights as they are now, rounded to float16 or not.
+
+        Raises:
+            InputError: a matrix is too large for the native library, or a value for float16.
+        """
+        for name, matrix, groups in self.matrices():
+            self.register_buffer(f"packed_{name}", products.pack(matrix, groups, half), persistent=False)
+        self._form, self._half = products.form(), half
+        self.stamp()
+
+    def stamp(self) -> None:
+        """Take the weights as they are now for those that were packed."""
+        found = self.sources()
+        weights = {name: weight for name in self.watched() if (weight := found[name]) is not None}
+        self._stamp = tuple((name, weight.data_ptr(), _version(weight)) for name, weight in weights.items())
+
+    def fresh(self) -> bool:
+        """Whether the weights are those that were packed."""
+        found = self.sources()
+        return self._stamp is not None and all(
+            (weight := found.get(name)) is not None and (weight.data_ptr(), _version(weight)) == (address, version)
+            for name, address, version in self._stamp
+        )
+
+    def restore(self) -> None:
+        """Be what it was, without packed weights."""
+        for name in [name for name in self._buffers if name.startswith("packed_")]:
+            delattr(self, name)
+        for name in ("_choices", "_place", "_form", "_half", "_stamp", *self._extras()):
+            del self.__dict__[name]
+        super().restore()
+
+    def _extras(self) -> tuple[str, ...]:
+        """Further attributes that `restore` must delete."""
+        return ()
+
+    def _ready(self, x: Tensor) -> bool:
+        """Whether the sparse kernels can take an input; if not, the plain class does.
+
+        Raises:
+            StateError: gradients are asked for, or the weights are not those that were packed.
+        """
+        return self._takes_input(x) and self._current()
+
+    def _takes_input(self, x: Tensor) -> bool:
+        """Whether an input is one for the sparse kernels; raises a StateError if gradients are asked for."""
+        if torch.is_grad_enabled() and (x.requires_grad or self.training):
+            raise self._no_gradient()
+        if (
+            type(x) is not Tensor
+            or x.dtype is not torch.float32
+            or not x.is_cpu
+            or _autocast()
+            or _modes()
+            or _tracing()
+        ):
+            if _autocast():
+                _warn_once("autocast is on, so sparse layers run dense in its dtype. Switch it off for their speed.")
+            return False
+        return True
+
+    def _current(self) -> bool:
+        """True, as the weights are those that were packed; raises a StateError if they are not."""
+        try:
+            found = self.sources()
+            for name, address, version in self._stamp:  # type: ignore[union-attr]
+                weight = found[name]
+                if weight._version != version or weight.data_ptr() != address:  # type: ignore[union-attr]
+                    break
+            else:
+                return True
+        except (KeyError, AttributeError, TypeError, RuntimeError):  # parameters gone, or made in inference mode
+            pass
+        if self.fresh():
+            return True
+        raise StateError(
+            f"the weights of {self._place or 'the model'} have changed since they were packed, so its results would "
+            "be old ones. Accelerate the new weights: fast = sc.accelerate(sc.dense(fast), example_inputs)"
+        )
+
+    def _traceable(self, x: Tensor) -> bool:
+        """Whether an operator of ours may stand for the layer in a graph."""
+        return x.dtype == torch.float32 and x.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
+
+    def _no_gradient(self) -> StateError:
+        return StateError(
+            f"{self._place or 'the model'} is an accelerated layer, which is for inference and gives no gradients. "
+            "For inference call fast.eval() and use torch.inference_mode(); "
+            "to train, take the model you gave to accelerate, or sc.dense(fast)"
+        )
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        made, given, state, *rest = super().__reduce_ex__(protocol)
+        return made, given, {**state, "_stamp": () if self.fresh() else None}, *rest
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        if self._stamp is None:  # stale before
+            return
+        packed = any(name.startswith("packed_") for name in self._buffers)
+        if packed and self._form != products.form():  # from a machine with, or without, the native library
+            self.pack(self._half)
+        self.stamp()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        found = self.sources()
+        before = {name: weight.detach() for name, *_ in self._stamp or () if (weight := found[name]) is not None}
+        fresh = self.fresh()
+        result = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        found = self.sources()
+        if fresh and all(_same(weight, found.get(name)) for name, weight in before.items()):
+            self.stamp()
+        return result
+
+
+def swap(module: nn.Module, mixin: type[Swapped]) -> None:
+    """Turn a plain module into a sparse one; `restore` turns it back."""
+    module.__class__ = swapped_class(mixin, type(module))
+
+
+def swapped_class(mixin: type[Swapped], plain: type[nn.Module]) -> type[Swapped]:
+    """A subclass of `plain` that behaves as `mixin`: the latter itself for the class it was written for."""
+    if mixin.plain is plain:
+        return mixin
+    if (made := _made.get((mixin, plain))) is not None:
+        return made
+    names = {"plain": plain, "mixin": mixin, "__module__": mixin.__module__, "__doc__": mixin.__doc__}
+    return _made.setdefault((mixin, plain), type(f"Sparse{plain.__name__}", (mixin, plain), names))
+
+
+def zero_share(weight: Tensor) -> float:
+    """Share of a tensor that is zero; 0 of an empty one."""
+    return 1 - int(weight.count_nonzero()) / max(weight.numel(), 1)
+
+
+def worth_packing(weight: Tensor) -> bool:
+    """Whether a matrix has zeros enough to be tried."""
+    return zero_share(weight) >= SPARSE_ENOUGH
+
+
+def _blank(mixin: type[Swapped], plain: type[nn.Module]) -> Swapped:
+    made = swapped_class(mixin, plain)
+    return made.__new__(made)
+
+
+def _version(tensor: Tensor | None) -> int | None:
+    return None if tensor is None or tensor.is_inference() else tensor._version
+
+
+def _same(before: Tensor, after: Tensor | None) -> bool:
+    if after is None or after.is_meta or after.dtype is not before.dtype or after.shape != before.shape:
+        return False
+    return after.data_ptr() == before.data_ptr() or torch.equal(before, after.detach().to(before.device))
+
+
+def _warn_once(message: str) -> None:
+    if message not in _warned:
+        _warned.add(message)
+        warn(message)

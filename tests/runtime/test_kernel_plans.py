@@ -1,0 +1,85 @@
+"""Plans are plain data, choose for sizes never seen, and print."""
+
+import json
+
+import pytest
+
+from secateur.errors import FileError
+from secateur.runtime.kernel_plans import Gain, LayerPlan, Plan, Timing, without
+
+
+def layer(*chosen, reason=""):
+    timings = tuple(Timing(b, 2e-3, 1e-6, sparse) for b, sparse in chosen)
+    return LayerPlan("encoder.0", "Linear", (64, 32), 0.9, "cafe", timings, reason)
+
+
+PLAN = Plan("cpu", "avx2", 1, (layer((0, True), (7, False)), layer(reason="too dense")), (Gain(2.0, 1.9, 2.1),))
+
+
+def chosen(plan):
+    return [b for b in range(12) if plan.choices >> b & 1]
+
+
+def test_sizes_never_seen_go_as_the_nearest_one():
+    assert chosen(layer((0, True))) == list(range(12))
+    assert chosen(layer((0, False))) == []
+    assert chosen(layer((0, True), (7, False))) == [0, 1, 2, 3]
+    assert chosen(layer((3, False), (7, True))) == [6, 7, 8, 9, 10, 11]  # 5 is as near to both: dense
+    assert chosen(layer((0, True), reason="too dense")) == []
+    assert chosen(layer()) == []
+
+
+def test_without():
+    both = layer((0, True), (7, True))
+    assert [t.sparse for t in without(both, {7}, "why").timings] == [True, False]
+    assert without(both, {7}, "why").reason == ""
+    assert without(both, {0, 7}, "why").reason == "why"
+    assert without(layer((0, False), reason="first"), set(), "why").reason == "first"
+
+
+def test_round_trips_through_json():
+    assert Plan.from_dict(PLAN.to_dict()) == PLAN
+    assert Plan.from_dict(json.loads(json.dumps(PLAN.to_dict()))) == PLAN
+    assert PLAN.sparse == ("encoder.0",)
+
+
+@pytest.mark.parametrize("spoil", [{"version": 2}, {"layers": [{}]}, {"gains": [{"speed": 1}]}, {"cpu": None}])
+def test_what_is_no_plan_is_refused(spoil):
+    data = {**PLAN.to_dict(), **spoil}
+    if spoil == {"cpu": None}:
+        del data["cpu"]
+    with pytest.raises(FileError, match="Tune anew, without plan"):
+        Plan.from_dict(data)
+
+
+def test_prints_what_was_chosen_and_why():
+    text = str(PLAN)
+    lines = text.splitlines()
+    assert lines[2].split() == [
+        "encoder.0",
+        "Linear",
+        "64",
+        "x",
+        "32",
+        "90.00",
+        "%",
+        "1",
+        "2",
+        "ms",
+        "1",
+        "µs",
+        "sparse",
+    ]
+    assert lines[3].split() == ["65-128", "2", "ms", "1", "µs", "dense"]
+    assert lines[4].endswith("dense: too dense")
+    assert "the whole model: faster: 2.00x, 95 % interval 1.90x to 2.10x" in text
+    assert lines[-1] == "native kernels: avx2; threads: 1; CPU: cpu"
+    assert PLAN.markdown().startswith("| layer")
+
+
+def test_says_that_nothing_was_gained():
+    assert "no faster, all of it dense" in str(Plan("cpu", None, 1, (layer(reason="not faster"),)))
+    assert "no native library: torch's CSR" in str(Plan("cpu", None, 1, ()))
+    assert str(Gain(1.0, 0.9, 1.1)) == "no faster (1.00x, 95 % interval 0.90x to 1.10x): left dense"
+    assert not Gain(1.0, 0.9, 1.1).faster
+    assert Gain(1.2, 1.1, 1.3).faster

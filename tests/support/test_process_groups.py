@@ -1,0 +1,176 @@
+"""secateur.support.process_groups: together arrays add up and text spreads; no verb looks for a group by itself."""
+
+import datetime
+import os
+import socket
+import time
+
+import numpy as np
+import pytest
+import torch
+from torch import multiprocessing, nn
+from torch.nn.parallel import DistributedDataParallel
+
+import secateur as sc
+from secateur.support.process_groups import ALONE, Group
+
+TEXTS = ["", "/a/place/.out.tmp", "grüße \u4f60\u597d", "x" * 4096]
+FAR = {
+    "global": (0.9, {}),
+    "uniform": (0.9, {"allocation": "uniform"}),
+    "erk": (0.9, {"allocation": "erk"}),
+    "lamp": (0.9, {"allocation": "lamp"}),
+    "random": (0.9, {"score": "random"}),
+    "2:4": (0.5, {"pattern": sc.n_m(2, 4)}),
+    "rows": (0.5, {"pattern": "rows"}),
+    "blocks": (0.5, {"pattern": sc.blocks(4, 4)}),
+    "count": (sc.Count(100), {}),
+}
+needs_groups = pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
+
+
+def net():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 32))
+
+
+def listed(masks):
+    return {name: masks[name].tolist() for name in masks}
+
+
+def cross_entropy(model, batch):
+    return nn.functional.cross_entropy(model(batch[0]), batch[1])
+
+
+def batches(rank, count):
+    generator = torch.Generator().manual_seed(rank)
+    return [
+        (torch.randn(32, 16, generator=generator), torch.randint(4, (32,), generator=generator)) for _ in range(count)
+    ]
+
+
+def spawn(work, processes, *arguments):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    multiprocessing.spawn(_joined, (work, processes, port, arguments), nprocs=processes)
+
+
+def _joined(rank, work, processes, port, arguments):
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    timeout = datetime.timedelta(seconds=20)
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=processes, timeout=timeout)
+    try:
+        work(rank, *arguments)
+        torch.distributed.barrier()
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_alone():
+    array = np.arange(3)
+    assert (ALONE.rank, ALONE.size) == (0, 1)
+    assert ALONE.total(array) is array
+    assert array.tolist() == [0, 1, 2]
+    assert [ALONE.from_first(text) for text in TEXTS] == TEXTS
+
+
+def adds_up(rank, folder):
+    group = Group()
+    assert (group.rank, group.size) == (rank, 2)
+    for dtype in (np.int64, np.float64, np.float32, np.uint8):
+        array = np.array([[1, 2], [3, 4]], dtype) * (rank + 1)
+        assert group.total(array) is array
+        assert array.tolist() == [[3, 6], [9, 12]]
+        assert array.dtype == dtype
+    many = np.full(1 << 20, 2**40 + rank)
+    assert (group.total(many) == 2**41 + 1).all()
+    for text in TEXTS:
+        assert group.from_first(text if rank == 0 else "of no account") == text
+    with open(f"{folder}/{rank}", "w") as file:
+        file.write("done")
+
+
+@needs_groups
+def test_two_processes(tmp_path):
+    spawn(adds_up, 2, str(tmp_path))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0", "1"]
+
+
+def prunes_alike(rank, alone):
+    for name, (sparsity, options) in FAR.items():
+        for model in (net(), DistributedDataParallel(net())):
+            assert listed(sc.prune(model, sparsity, **options)) == alone[name], (name, type(model).__name__)
+    model = DistributedDataParallel(net())
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    pruner = sc.Pruner(model, 0.9, schedule=sc.linear(0, 2), score="taylor", allocation="uniform")
+    pruner.attach(optimizer)
+    for batch in batches(rank, 2):
+        optimizer.zero_grad()
+        cross_entropy(model, batch).backward()
+        optimizer.step()
+    both = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(both, listed(pruner.finish()))
+    assert all(masks == both[0] for masks in both)
+    assert pruner.masks.pruned == 2765  # 0.9 of 3,072
+
+
+@pytest.mark.filterwarnings("ignore:2.weight keeps under 1 %")
+@pytest.mark.parametrize("processes", [2, 4])
+@needs_groups
+def test_a66_each_rank_prunes_what_one_process_would(processes):
+    alone = {name: listed(sc.prune(net(), sparsity, **options)) for name, (sparsity, options) in FAR.items()}
+    spawn(prunes_alike, processes, alone)
+
+
+def works_alone(rank, folder):
+    if rank:
+        time.sleep(2)  # and enters no collective until the end
+        return
+    model = net()
+    masks = sc.prune(model, 0.9)
+    sc.save(model, f"{folder}/a.safetensors")
+    sc.pack(f"{folder}/a.safetensors", f"{folder}/b.safetensors")
+    sc.unpack(f"{folder}/b.safetensors", f"{folder}/c.safetensors")
+    sc.load(f"{folder}/b.safetensors", into=net())
+    assert not sc.check(model, masks)
+    str(sc.report(model, masks))
+    sc.prune(net(), 0.5, score=sc.accumulate(net(), batches(0, 2), cross_entropy))
+
+
+@needs_groups
+def test_a67_rank_zero_works_alone(tmp_path):
+    spawn(works_alone, 2, str(tmp_path))
+    assert (tmp_path / "c.safetensors").is_file()
+
+
+def averages(rank, alone, counts):
+    for score, expected in alone.items():
+        model = DistributedDataParallel(net())
+        seen = sc.accumulate(model, batches(rank, counts[rank]), cross_entropy, score=score)
+        assert not any(parameter.grad is not None for parameter in model.parameters())
+        assert listed(sc.prune(model, 0.9, score=seen)) == expected, score
+        cross_entropy(model, batches(rank, 1)[0]).backward()  # DDP goes on
+
+
+@pytest.mark.parametrize("counts", [(2, 2), (3, 1), (0, 2)])
+@needs_groups
+def test_a68_gradient_scores_are_those_of_all_ranks(counts):
+    everything = [batch for rank, count in enumerate(counts) for batch in batches(rank, count)]
+    alone = {}
+    for score in ("taylor", "snip", "movement", "fisher"):
+        model = net()
+        seen = sc.accumulate(model, everything, cross_entropy, score=score)
+        alone[score] = listed(sc.prune(model, 0.9, score=seen))
+    spawn(averages, 2, alone, counts)
+
+
+def sees_nothing(rank):
+    with pytest.raises(sc.errors.InputError, match="give an iterable of at least one batch"):
+        sc.accumulate(DistributedDataParallel(net()), [], cross_entropy)
+
+
+@needs_groups
+def test_no_batch_on_any_rank_is_an_error_on_all():
+    spawn(sees_nothing, 2)
