@@ -26,6 +26,7 @@ from torch import nn
 from torch.nn.utils import prune as torch_prune
 
 import secateur as sc
+from secateur.sparsity import fraction, half_up
 from secateur.support.tables import Table
 
 HERE = Path(__file__).parent
@@ -67,7 +68,7 @@ def cat_topk(model: nn.Module) -> object:
     """All magnitudes in one tensor, topk of the smaller side."""
     flat = torch.cat([w.detach().abs().flatten() for w in model.parameters()])
     mask = torch.zeros(len(flat), dtype=torch.bool)
-    mask[torch.topk(flat, len(flat) - sc.allocation.half_up(sc.allocation.fraction(0.9) * len(flat))).indices] = True
+    mask[torch.topk(flat, len(flat) - half_up(fraction(0.9) * len(flat))).indices] = True
     return mask
 
 

@@ -47,6 +47,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import secateur as sc
+from secateur.sparsity import fraction, half_up
 from secateur.storage import Recipe, prune_checkpoint
 from secateur.storage.checkpoints import iter_tensors, opened
 from secateur.support.process_groups import ALONE, Group
@@ -662,7 +663,7 @@ def streaming(gigabytes: float = 8, rounds: int = 3) -> list[Row]:
     source, target = scratch() / "sharded", scratch() / "out"
     weights = make_sharded(source, gigabytes)
     total = sum(file.stat().st_size for file in source.glob("*.safetensors"))
-    zeros = sc.allocation.half_up(sc.allocation.fraction(0.9) * weights)
+    zeros = half_up(fraction(0.9) * weights)
     found: dict[str, list[dict[str, float]]] = {title: [] for title in KINDS}
     for turn in range(rounds):
         for title, (kind, processes) in KINDS.items():

@@ -3,7 +3,6 @@
 import math
 from fractions import Fraction
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,8 +11,9 @@ from torch import nn
 
 import secateur as sc
 from secateur import allocation
-from secateur.allocation import apportion, fraction, half_up
-from secateur.errors import InputError, InputTypeError, UnknownNameError
+from secateur.allocation import apportion
+from secateur.errors import InputError, InputTypeError
+from secateur.sparsity import fraction, half_up
 
 sizes = st.lists(st.integers(0, 10**7), min_size=1, max_size=12)
 
@@ -28,68 +28,6 @@ def net(*shapes, seed=0):
 
 def pruned(masks):
     return list(masks.counts().values())
-
-
-# numbers
-
-
-@given(st.integers(0, 10**12), st.integers(0, 1000))
-def test_half_up(n, thousandths):
-    s = Fraction(thousandths, 1000)
-    assert half_up(s * n) == (2 * thousandths * n + 1000) // 2000
-
-
-@given(st.integers(0, 10**6))
-def test_a_float_means_what_it_says(millionths):
-    assert fraction(float(f"{millionths / 10**6:.6f}")) == Fraction(millionths, 10**6)
-
-
-@pytest.mark.parametrize(
-    ("given", "want"),
-    [
-        (0.145, Fraction(145, 1000)),
-        (np.float32(0.9), Fraction(9, 10)),
-        (np.float64(0.9), Fraction(9, 10)),
-        (torch.tensor(0.9), Fraction(9, 10)),
-        (torch.tensor(0.9, dtype=torch.float64), Fraction(9, 10)),
-        (torch.nn.Parameter(torch.tensor(0.25)), Fraction(1, 4)),
-        (Fraction(2, 3), Fraction(2, 3)),
-        (1e-7, Fraction(1, 10**7)),
-        (0.0, 0),
-        (-0.0, 0),
-        (1.0, 1),
-    ],
-)
-def test_fraction_reads(given, want):
-    assert fraction(given) == want
-
-
-@pytest.mark.parametrize(
-    "bad", [True, np.True_, "0.9", None, math.nan, math.inf, -0.1, 1.1, -1e-9, Fraction(11, 10), [0.5], 1j]
-)
-def test_fraction_refuses_with_the_value(bad):
-    with pytest.raises(InputError) as caught:
-        fraction(bad)
-    assert repr(bad) in str(caught.value)
-    assert "such as 0.9" in str(caught.value)
-
-
-@pytest.mark.parametrize("bad", [1, 0, np.int64(1)])
-def test_an_int_could_mean_two_things(bad):
-    with pytest.raises(InputTypeError, match=r"write [01]\.0 for a fraction.*or sc\.Count\("):
-        fraction(bad)
-
-
-@pytest.mark.parametrize("bad", [torch.ones(2), torch.tensor(1), torch.tensor(True)])
-def test_fraction_refuses_other_tensors(bad):
-    with pytest.raises((InputError, InputTypeError)):
-        fraction(bad)
-
-
-@pytest.mark.parametrize("bad", [-1, True, 1.0, "3", None])
-def test_count_wants_a_whole_number(bad):
-    with pytest.raises(InputError, match="whole number of weights"):
-        sc.Count(bad)
 
 
 # apportion
@@ -342,31 +280,6 @@ def test_resolve_names_the_choices():
         sc.prune(net((3, 3)), 0.5, allocation="layer")
     with pytest.raises(InputTypeError, match=r"in place of the sparsity: sc\.prune\(model, \{"):
         sc.prune(net((3, 3)), 0.5, allocation={"l0.weight": 0.5})
-
-
-# explicit
-
-
-def test_explicit_globs_the_last_wins():
-    model = net((10, 10), (10, 10), (10, 10))
-    masks = sc.prune(model, {"*": 0.2, "l1": 0.9, "l2.wei*": Fraction(1, 2)})
-    assert masks.counts() == {"l0.weight": 20, "l1.weight": 90, "l2.weight": 50}
-
-
-def test_explicit_leaves_the_others_dense():
-    model = net((10, 10), (10, 10))
-    masks = sc.prune(model, {"l0.weight": 0.5})
-    assert list(masks) == ["l0.weight"]
-    assert model.l1.weight.count_nonzero() == 100
-
-
-def test_explicit_is_checked():
-    with pytest.raises(UnknownNameError, match=r"'l9\*' matches no tensor in scope; .*l0\.weight"):
-        sc.prune(net((3, 3)), {"l9*": 0.5})
-    with pytest.raises(InputTypeError):
-        sc.prune(net((3, 3)), {"l0*": 1})
-    with pytest.raises(InputError, match="cannot go"):
-        sc.prune(net((3, 3), (4, 4)), {"l0*": 1.0})
 
 
 @given(st.data())

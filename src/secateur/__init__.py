@@ -10,7 +10,6 @@ from secateur import errors as errors
 from secateur import patterns as patterns
 from secateur import schedules as schedules
 from secateur import scores as scores
-from secateur.allocation import Count
 from secateur.errors import SecateurError
 from secateur.masks import Masks, check, remask
 from secateur.measurement.reports import report
@@ -21,6 +20,7 @@ from secateur.runtime.acceleration import accelerate, dense, explain
 from secateur.schedules import cubic, geometric, linear
 from secateur.scope import weights
 from secateur.scores import accumulate
+from secateur.sparsity import Count
 from secateur.storage import load, load_pretrained, pack, save, save_pretrained, unpack
 from secateur.torch_prune import from_torch_prune, plain_state_dict
 

@@ -15,30 +15,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from fractions import Fraction
-from numbers import Rational, Real
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from secateur import selection
-from secateur.errors import InputError, InputTypeError, UnknownNameError, nearest
+from secateur.errors import InputError, InputTypeError
+from secateur.sparsity import fraction
 
 Counts = dict[str, int]
-
-
-@dataclass(frozen=True)
-class Count:
-    """A number of weights to prune, instead of a fraction: `sc.prune(model, sc.Count(1))` prunes one."""
-
-    weights: int
-
-    def __post_init__(self) -> None:
-        if isinstance(self.weights, bool) or not isinstance(self.weights, int) or self.weights < 0:
-            raise InputError(f"Count({self.weights!r}): give a whole number of weights, 0 or more")
 
 
 @dataclass(frozen=True)
@@ -121,51 +108,6 @@ def resolve(
     )
 
 
-def fraction(sparsity: object) -> Fraction:
-    """Read a sparsity exactly as written: 0.145 is 145/1000, not the nearest binary fraction.
-
-    Raises:
-        InputTypeError: the int 1 (or any other), which could mean a fraction or a count.
-        InputError: anything that is no number between 0 and 1.
-    """
-    if isinstance(sparsity, Tensor) and sparsity.ndim == 0 and sparsity.is_floating_point():
-        sparsity = sparsity.detach().cpu().float().numpy()[()] if sparsity.itemsize <= 4 else sparsity.item()
-    remedy = "give the fraction of weights that become zero, 0.0 <= sparsity <= 1.0, such as 0.9"
-    if isinstance(sparsity, (bool, np.bool_, str)) or not isinstance(sparsity, (Real, np.floating)):
-        raise InputError(f"sparsity is {sparsity!r}, a {type(sparsity).__name__}: {remedy}")
-    if isinstance(sparsity, (int, np.integer)):
-        raise InputTypeError(
-            f"sparsity is the int {sparsity!r}, which could mean two things: write {float(sparsity)!r} for a fraction "
-            f"of all weights (1.0 needs allow_empty=True), or sc.Count({sparsity!r}) for a number of weights"
-        )
-    if not isinstance(sparsity, Rational) and not math.isfinite(float(sparsity)):
-        raise InputError(f"sparsity is {sparsity!r}: {remedy}")
-    exact = Fraction(sparsity) if isinstance(sparsity, Rational) else Fraction(str(sparsity))
-    if not 0 <= exact <= 1:
-        raise InputError(f"sparsity is {sparsity!r}, outside 0 to 1: {remedy}")
-    return exact
-
-
-def half_up(value: Fraction) -> int:
-    """Round to the nearest integer, halves up: floor(value + 1/2)."""
-    return math.floor(value + Fraction(1, 2))
-
-
-def explicit(sparsities: Mapping[str, object], names: Sequence[str]) -> dict[str, Fraction]:
-    """Give each name the sparsity of the last glob that matches it; names that none matches are left out.
-
-    Raises:
-        UnknownNameError: a glob that matches no tensor in scope.
-    """
-    found: dict[str, Fraction] = {}
-    for pattern, sparsity in sparsities.items():
-        matched = [name for name in names if fnmatchcase(name, pattern) or name.startswith(f"{pattern}.")]
-        if not matched:
-            raise UnknownNameError(f"{pattern!r} matches no tensor in scope; {nearest(pattern, names)}")
-        found.update(dict.fromkeys(matched, fraction(sparsity)))
-    return {name: found[name] for name in names if name in found}
-
-
 def shared(
     allocation: Allocation, weights: Mapping[str, Tensor], bounds: Mapping[str, tuple[int, int]], count: int
 ) -> Counts:
@@ -239,4 +181,4 @@ def _layer_adaptive(weight: Tensor) -> Tensor:
     return torch.where(squares > 0, squares / not_smaller, 0.0).float()
 
 
-__all__: Sequence[Any] = ("Allocation", "Count", "erk", "fraction", "global_", "half_up", "lamp", "uniform")
+__all__: Sequence[Any] = ("Allocation", "erk", "global_", "lamp", "uniform")

@@ -12,16 +12,15 @@ from torch import Tensor, nn
 
 from secateur import allocation as allocations
 from secateur import patterns, scores, selection
-from secateur.allocation import Allocation, Count, half_up
+from secateur.allocation import Allocation
 from secateur.errors import InputError, InputTypeError, warn
 from secateur.masks import Masks
 from secateur.patterns import Pattern
 from secateur.scope import Member, Scope, unwrap, weights
 from secateur.scores import Score
 from secateur.selection import Stream
+from secateur.sparsity import Count, Sparsity, explicit, fraction, half_up
 from secateur.support import bits
-
-Sparsity = float | Fraction | Tensor | Count | Mapping[str, float]
 
 
 @dataclass(frozen=True)
@@ -150,14 +149,14 @@ def make(
             shape.check(member.name, member.parameter.shape, member.input_dim)
     shared = allocations.resolve(allocation)
     if isinstance(sparsity, Mapping):
-        wanted = allocations.explicit(sparsity, list(chosen))
+        wanted = explicit(sparsity, list(chosen))
         shares = [_share(chosen, (name,), value, shape) for name, value in wanted.items()]
     elif isinstance(sparsity, Count):
         if sparsity.weights > chosen.size:
             raise InputError(f"Count({sparsity.weights:,}) is more than the {chosen.size:,} weights in scope")
         shares = [_share(chosen, tuple(chosen), Fraction(sparsity.weights, chosen.size), shape)]
     else:
-        shares = [_share(chosen, tuple(chosen), allocations.fraction(sparsity), shape)]
+        shares = [_share(chosen, tuple(chosen), fraction(sparsity), shape)]
     return Plan(chosen, tuple(shares), scores.resolve(score), shared, shape)
 
 

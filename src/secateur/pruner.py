@@ -13,13 +13,13 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from torch.utils.hooks import RemovableHandle
 
 from secateur import plan
-from secateur.allocation import Allocation, fraction
+from secateur.allocation import Allocation
 from secateur.errors import InputError, InputTypeError, MaskError, StateError
 from secateur.masks import Masks, check
 from secateur.patterns import Pattern
-from secateur.plan import Sparsity
 from secateur.schedules import Schedule, one_shot
 from secateur.scores import GradientScore, Score
+from secateur.sparsity import Sparsity, fraction
 from secateur.support import bits
 
 

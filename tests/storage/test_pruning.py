@@ -24,7 +24,6 @@ from torch import nn
 
 import secateur as sc
 from secateur import selection
-from secateur.allocation import half_up
 from secateur.errors import (
     FileError,
     InputError,
@@ -34,6 +33,7 @@ from secateur.errors import (
     UnknownNameError,
     WriteError,
 )
+from secateur.sparsity import half_up
 from secateur.storage import Recipe, pack, prune_checkpoint
 from secateur.storage.checkpoints import inspect, iter_tensors
 from secateur.storage.pruning import pattern_of, work

@@ -20,12 +20,12 @@ from torch import nn
 from torch.nn.utils import prune as torch_prune
 
 import secateur as sc
-from secateur.allocation import fraction
 from secateur.demo import elsewhere, pictures
 from secateur.demo.digits import Digits, LSTMClassifier, accuracy, adam, alone, load, train
 from secateur.demo.stage import Watch, progress, require, save_pictures, unwatched, versions, write
 from secateur.errors import StateError
 from secateur.measurement.timing import Comparison, compare
+from secateur.sparsity import fraction
 
 EPOCHS = 20
 

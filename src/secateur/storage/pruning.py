@@ -19,13 +19,13 @@ from torch import Tensor
 
 from secateur import allocation as allocations
 from secateur import selection
-from secateur.allocation import half_up
 from secateur.errors import InputError, InputTypeError, UnknownNameError, nearest
 from secateur.patterns import n_m
 from secateur.plan import warn_of_collapse
 from secateur.scope import PRUNABLE, matches
 from secateur.scores import magnitude
 from secateur.selection import Applied, Cut, Stream
+from secateur.sparsity import fraction, half_up
 from secateur.storage.checkpoints import Checkpoint, Shard, opened
 from secateur.storage.coding import effort_of, level_of
 from secateur.storage.contents import Contents, TensorInfo, info
@@ -204,7 +204,7 @@ def _pruned(
     processes: Processes,
 ) -> Mapping[str, _Pruned]:
     """Find what each tensor loses: nothing is written yet."""
-    asked = allocations.fraction(recipe.sparsity)
+    asked = fraction(recipe.sparsity)
     if recipe.pattern is not None:
         return _patterned(chosen, recipe.pattern, asked, here, progress, processes)
     if recipe.allocation not in _STREAMED:

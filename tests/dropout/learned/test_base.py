@@ -23,6 +23,7 @@ from secateur.dropout.learned import (
 )
 from secateur.dropout.substitution import Swap
 from secateur.errors import InputError, InputTypeError, StateError
+from secateur.sparsity import fraction, half_up
 
 
 class Model(nn.Module):
@@ -259,7 +260,7 @@ def test_scores_prune_to_an_exact_count(sparsity, method, model, x):
     scope = sc.weights(model, only=list(scores))
     rates.remove()
     masks = sc.prune(model, sparsity, score=scores, scope=scope, allocation=sc.allocation.global_(allow_empty=True))
-    assert masks.pruned == sc.allocation.half_up(sc.allocation.fraction(sparsity) * scope.size)
+    assert masks.pruned == half_up(fraction(sparsity) * scope.size)
     assert sum(int((w == 0).sum()) for w in scope.values()) == masks.pruned
 
 

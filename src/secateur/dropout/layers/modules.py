@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence
 
-from secateur.allocation import fraction, half_up
 from secateur.dropout import noise
 from secateur.dropout.layers.recurrent import locked
 from secateur.errors import InputError, InputTypeError
+from secateur.sparsity import fraction, half_up
 
 __all__ = ["DropBlock2d", "DropConnect", "LockedDropout", "StochasticDepth", "TargetedDropout", "WordDropout"]
 

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from secateur.allocation import fraction, half_up
 from secateur.dropout import noise
 from secateur.dropout.learned import base
 from secateur.dropout.learned.base import LearnedRates, Place
 from secateur.errors import InputError, StateError
 from secateur.scope import Member
+from secateur.sparsity import fraction, half_up
 
 TEMPERATURE = 0.1
 _CONVS = {
