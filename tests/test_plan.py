@@ -59,6 +59,28 @@ def test_planning_changes_nothing():
     assert [p._version for p in model.parameters()] == versions
 
 
+def test_settings_are_plain_data_that_tell_plans_apart(tmp_path):
+    options = [
+        {"sparsity": 0.5},
+        {"sparsity": 0.6},
+        {"sparsity": {"0.weight": 0.5}},
+        {"sparsity": sc.Count(24)},
+        {"sparsity": 0.5, "score": "random"},
+        {"sparsity": 0.5, "score": "taylor"},
+        {"sparsity": 0.5, "allocation": "uniform"},
+        {"sparsity": 0.5, "allocation": sc.allocation.uniform(min_keep=3)},
+        {"sparsity": 0.5, "allocation": sc.allocation.uniform(allow_empty=True)},
+        {"sparsity": 0.5, "allocation": lambda weights, count: {}},
+        {"sparsity": 0.5, "pattern": "rows"},
+        {"sparsity": 0.5, "pattern": sc.n_m(1, 2, tail="keep")},
+    ]
+    found = [make(net(), **each).settings() for each in options]
+    assert all(found.count(settings) == 1 for settings in found)
+    assert found == [make(net(), **each).settings() for each in options]
+    torch.save(found, tmp_path / "settings.pt")
+    assert torch.load(tmp_path / "settings.pt", weights_only=True) == found
+
+
 def test_held_weights_stay_pruned():
     model = net()
     chosen = make(model, 0.5)

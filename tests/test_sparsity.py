@@ -70,9 +70,30 @@ def test_an_int_could_mean_two_things(bad):
         fraction(bad)
 
 
+@pytest.mark.parametrize("bad", [90, 90.0, np.int64(90), np.float32(90), Fraction(90), torch.tensor(90.0)])
+def test_a_percentage_is_told_how_it_is_written(bad):
+    model = nn.Linear(3, 3)
+    for sparsity in (bad, {"weight": bad}):
+        with pytest.raises((InputError, InputTypeError), match=r"sparsity is .*90.*: write 0\.9 for 90 %"):
+            sc.prune(model, sparsity)
+    assert model.weight.all()
+
+
+@pytest.mark.parametrize(("bad", "remedy"), [(2.5, "write 0.025"), (100.0, "write 1 for"), (1.5, "such as 0.9")])
+def test_other_numbers_above_one(bad, remedy):
+    with pytest.raises(InputError, match=remedy):
+        fraction(bad)
+
+
+@pytest.mark.parametrize("bad", [5000, -3])
+def test_an_int_that_is_no_percentage(bad):
+    with pytest.raises(InputTypeError, match=rf"write a fraction such as 0\.9, or sc\.Count\({bad}\)"):
+        fraction(bad)
+
+
 @pytest.mark.parametrize("bad", [torch.ones(2), torch.tensor(1), torch.tensor(True)])
 def test_fraction_refuses_other_tensors(bad):
-    with pytest.raises((InputError, InputTypeError)):
+    with pytest.raises(InputError, match=r"such as 0\.9"):
         fraction(bad)
 
 
@@ -98,7 +119,7 @@ def test_explicit_leaves_the_others_dense():
 def test_explicit_is_checked():
     with pytest.raises(UnknownNameError, match=r"'l9\*' matches no tensor in scope; .*l0\.weight"):
         sc.prune(net((3, 3)), {"l9*": 0.5})
-    with pytest.raises(InputTypeError):
+    with pytest.raises(InputTypeError, match=r"write 1\.0 for a fraction.*or sc\.Count\(1\)"):
         sc.prune(net((3, 3)), {"l0*": 1})
     with pytest.raises(InputError, match="cannot go"):
         sc.prune(net((3, 3), (4, 4)), {"l0*": 1.0})

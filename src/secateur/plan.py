@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +50,19 @@ class Plan:
     def counts(self, at: Callable[[Fraction], Fraction] = lambda final: final) -> tuple[int, ...]:
         """Weights to prune in each share; `at` says how far on the way to the final sparsity."""
         return tuple(share.count(at(share.sparsity)) for share in self.shares)
+
+    def settings(self) -> dict[str, Any]:
+        """What two plans must have in common to go on with each other, as plain data (dicts, lists, numbers, words).
+
+        Two functions of a user are the same if their names are: what they compute is not compared.
+        """
+        return {
+            "sparsity": {name: float(share.sparsity) for share in self.shares for name in share.names},
+            "weights": float(sum(share.size for share in self.shares)),
+            "score": _name(self.score),
+            "allocation": {**vars(self.allocation), "share": _name(self.allocation.share)},
+            "pattern": str(self.pattern),
+        }
 
     def masks(self, counts: Sequence[int], held: Masks | None = None) -> Masks:
         """Choose the weights to prune; those that `held` prunes stay pruned. The model is only read.
@@ -187,6 +201,10 @@ def _share(scope: Scope, names: tuple[str, ...], sparsity: Fraction, pattern: Pa
 def _legal(member: Member, pattern: Pattern) -> int:
     rows, *rest = member.parameter.shape
     return pattern.legal((rows - (member.padding_row is not None), *rest), member.input_dim)
+
+
+def _name(choice: object) -> str:
+    return str(getattr(choice, "__qualname__", None) or getattr(choice, "__name__", type(choice).__name__))
 
 
 def warn_of_collapse(pruned: Mapping[str, int], sizes: Mapping[str, int]) -> None:

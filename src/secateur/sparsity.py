@@ -44,15 +44,26 @@ def fraction(sparsity: object) -> Fraction:
         raise InputError(f"sparsity is {sparsity!r}, a {type(sparsity).__name__}: {remedy}")
     if isinstance(sparsity, (int, np.integer)):
         raise InputTypeError(
-            f"sparsity is the int {sparsity!r}, which could mean two things: write {float(sparsity)!r} for a fraction "
-            f"of all weights (1.0 needs allow_empty=True), or sc.Count({sparsity!r}) for a number of weights"
+            f"sparsity is the int {sparsity!r}, which could mean two things: write {_meant(int(sparsity))}, "
+            f"or sc.Count({int(sparsity)}) for a number of weights"
         )
     if not isinstance(sparsity, Rational) and not math.isfinite(float(sparsity)):
         raise InputError(f"sparsity is {sparsity!r}: {remedy}")
     exact = Fraction(sparsity) if isinstance(sparsity, Rational) else Fraction(str(sparsity))
+    if 2 <= exact <= 100:
+        raise InputError(f"sparsity is {sparsity!r}, outside 0 to 1: write {_meant(exact)}")
     if not 0 <= exact <= 1:
         raise InputError(f"sparsity is {sparsity!r}, outside 0 to 1: {remedy}")
     return exact
+
+
+def _meant(amount: int | Fraction) -> str:
+    """The fraction that somebody meant who wrote a number from 2 to 100 (a percentage), or 0 or 1."""
+    if 2 <= amount <= 100:
+        return f"{float(amount) / 100:g} for {float(amount):g} %"
+    if amount in (0, 1):
+        return f"{float(amount)!r} for a fraction of all weights (1.0 needs allow_empty=True)"
+    return "a fraction such as 0.9"
 
 
 def half_up(value: Fraction) -> int:
