@@ -89,6 +89,17 @@ def test_accumulate_under_no_grad_and_from_a_generator():
     assert score("weight", model.weight).shape == (2, 3)
 
 
+@pytest.mark.parametrize("batches", [BATCHES, (b for b in BATCHES)], ids=["list", "generator"])
+def test_accumulate_shows_its_progress_if_asked(batches, capsys):
+    quiet = sc.accumulate(linear(), BATCHES, total)
+    assert capsys.readouterr() == ("", "")
+    shown = sc.accumulate(linear(), batches, total, progress=True)
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert f"{len(BATCHES)}/" in err
+    torch.testing.assert_close(shown.sums, quiet.sums)
+
+
 def test_accumulate_goes_on_with_a_score():
     model, score = linear(), scores.taylor()
     for batch in BATCHES:

@@ -19,7 +19,7 @@ a `generator` has its state saved with the Pruner's. A `GradientScore` must firs
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from typing import Any, TypeVar
 
 import torch
@@ -27,6 +27,7 @@ from torch import Tensor, distributed, nn
 
 from secateur.errors import InputError, InputTypeError, StateError, UnknownNameError, nearest
 from secateur.scope import Scope, unwrap, weights
+from secateur.support.progress import progress_bar
 
 Score = Callable[[str, Tensor], Tensor]
 _F = TypeVar("_F", bound=Score)
@@ -251,6 +252,7 @@ def accumulate(
     *,
     score: str | GradientScore = "taylor",
     scope: Scope | None = None,
+    progress: bool = False,
 ) -> GradientScore:
     """Feed a gradient score with a few batches, without training: `.grad` and the mode of the model are untouched.
 
@@ -264,6 +266,7 @@ def accumulate(
         loss: `loss(model, batch)` -> scalar Tensor. It gets the model inside a DDP.
         score: "taylor", "snip", "movement" or "fisher", or a GradientScore to go on with.
         scope: tensors to score; by default `sc.weights(model)`.
+        progress: draw a bar on stderr.
 
     Returns:
         The score, to be passed as `sc.prune(model, 0.9, score=...)`.
@@ -280,10 +283,13 @@ def accumulate(
     parallel = isinstance(model, nn.parallel.DistributedDataParallel)
     inner = model.module if parallel else model
     seen = 0
-    for seen, batch in enumerate(batches, 1):  # noqa: B007
-        with torch.enable_grad():
-            gradients = torch.autograd.grad(loss(inner, batch), list(trained.values()), allow_unused=True)
-        gathered.observe(trained, dict(zip(trained, gradients, strict=True)))
+    total = len(batches) if isinstance(batches, Sized) else None
+    with progress_bar("batches", total, shown=progress) as advance:
+        for seen, batch in enumerate(batches, 1):  # noqa: B007
+            with torch.enable_grad():
+                gradients = torch.autograd.grad(loss(inner, batch), list(trained.values()), allow_unused=True)
+            gathered.observe(trained, dict(zip(trained, gradients, strict=True)))
+            advance(1)
     if parallel:
         seen = _average(gathered, trained, seen, model.process_group)
     if not seen:

@@ -311,6 +311,19 @@ def test_the_peak_stays_within_the_room():
     assert sc.measurement.peak_bytes(Samples(), ((), {})) < 2 * 2**21 + 40 * 64 * 8 * 4 * 3
 
 
+@pytest.mark.parametrize("room", [2**30, 8_000])
+def test_progress_is_shown_if_asked(room, capsys):
+    model = nn.Sequential(nn.Linear(8, 64), nn.Dropout(0.5), nn.Linear(64, 8)).eval()
+    for _ in range(2):  # without a plan, and with one
+        assert near(sample(model, X, n=20, max_memory=room, progress=True).samples, exact(model, X, 20))
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert "samples" in err
+        assert "20/20" in err
+    sample(model, X, n=20, max_memory=room)
+    assert capsys.readouterr() == ("", "")
+
+
 # ---- shared masks -----------------------------------------------------------------------------------------------
 
 

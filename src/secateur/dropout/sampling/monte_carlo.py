@@ -23,6 +23,7 @@ from secateur.dropout.uncertainty.predictions import Prediction
 from secateur.errors import InputError, InputTypeError, warn
 from secateur.measurement.costs import peak_bytes
 from secateur.measurement.timing import arguments
+from secateur.support.progress import progress_bar
 
 __all__ = ["sample"]
 
@@ -40,6 +41,7 @@ def sample(
     shared: bool = False,
     output: Output | None = None,
     max_memory: int = 2**30,
+    progress: bool = False,
 ) -> Prediction:
     """Take samples of what a model answers with its dropout switched on: Monte-Carlo dropout (Gal & Ghahramani 2016).
 
@@ -59,6 +61,7 @@ def sample(
         output: takes the tensor `[batch, ...]` out of what the model gives, if that is not a tensor; or a pair of mean
             and variance, for a model that predicts its own noise.
         max_memory: bytes that the samples of one pass may take above the start.
+        progress: draw a bar on stderr.
 
     Returns:
         A `Prediction`: `samples [n, batch, ...]`, `mean`, `std`, `interval(0.9)`, `entropy`, `mutual_information`.
@@ -81,8 +84,8 @@ def sample(
     _require(n, seed, max_memory)
     if seed is None:
         seed = int(torch.randint(2**62, ()))
-    with at_rest():
-        run = Run(model, call, output, seed, shared)
+    with at_rest(), progress_bar("samples", n, shown=progress) as advance:
+        run = Run(model, call, output, seed, shared, advance)
         plans = _PLANS.setdefault(model, {})
         key = (fingerprint(model), spec(call), identity(output), n, shared, max_memory, torch.get_num_threads())
         outputs: Outputs | None = None
@@ -117,7 +120,9 @@ def _first(run: Run, n: int, max_memory: int) -> Outputs:
         while chunk > 1 and race.enter(way, _even(n, chunk)) and chunk < min(n, room):
             chunk = min(4 * chunk, n, room)
     run.plan.way, run.plan.chunk = race.winner()
-    return joined([race.done, run.samples(n, len(race.done[0]))]) if len(race.done[0]) < n else race.done
+    done = len(race.done[0])
+    run.advance(done)
+    return joined([race.done, run.samples(n, done)]) if done < n else race.done
 
 
 def _even(n: int, chunk: int) -> int:

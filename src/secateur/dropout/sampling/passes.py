@@ -49,12 +49,25 @@ class Plan:
 
 
 class Run:
-    """A model, its inputs and a seed: computes samples in any way."""
+    """A model, its inputs and a seed: computes samples in any way.
+
+    Args:
+        advance: is told how many samples have been taken.
+    """
 
     plan: Plan
 
-    def __init__(self, model: nn.Module, call: Arguments, output: Output | None, seed: int, shared: bool) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        call: Arguments,
+        output: Output | None,
+        seed: int,
+        shared: bool,
+        advance: Callable[[float], None] = lambda done: None,
+    ) -> None:
         self.model, self.call, self.output, self.seed, self.shared = model, call, output, seed, shared
+        self.advance = advance
         self._prefix: Prefix | None = None
         self.recording = 0.0
         """Seconds that the recording of the prefix took."""
@@ -104,7 +117,10 @@ class Run:
     def samples(self, n: int, first: int = 0) -> Outputs:
         """Compute samples as planned, from `first` to `n`."""
         chunks = [range(i, min(i + self.plan.chunk, n)) for i in range(first, n, self.plan.chunk)]
-        pieces = [self.some(self.plan.way, chunk, replay=len(chunks) > 1) for chunk in chunks]
+        pieces = []
+        for chunk in chunks:
+            pieces.append(self.some(self.plan.way, chunk, replay=len(chunks) > 1))
+            self.advance(len(chunk))
         return joined(pieces)
 
     def recorded(self) -> Prefix:
