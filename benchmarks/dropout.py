@@ -34,7 +34,7 @@ import dropout_recurrent
 import secateur as sc
 from secateur.dropout.interception import isolation
 from secateur.dropout.sampling import monte_carlo, passes
-from secateur.measurement.timing import arguments
+from secateur.support.inputs import arguments
 from secateur.support.tables import Table
 from timing import in_turn, ratio
 

@@ -50,8 +50,8 @@ from torch import Tensor, nn
 import runtime_cases as cases
 import secateur as sc
 from runtime_cases import Case, Encoder, Side, flat, in_turn, ratios, relative_error, yardstick
-from secateur.doctor import cpu_name
 from secateur.runtime import native
+from secateur.support.machine import cpu_name
 from secateur.support.tables import Table
 
 HERE = Path(__file__).parent

@@ -5,15 +5,15 @@ import json
 import os
 import platform
 import sys
-from importlib import metadata
 
 import numpy
 import pytest
 import torch
 
 from secateur import doctor
-from secateur.doctor import Facts, diagnose, secateur_version
+from secateur.doctor import Facts, diagnose
 from secateur.runtime import native
+from secateur.support import machine
 
 HEALTHY = Facts(
     secateur="0.1.0",
@@ -145,18 +145,9 @@ def test_a_quota_lowers_the_cores_allowed(monkeypatch):
         assert doctor._allowed_cores() == cores
 
 
-def test_cpuinfo_of_one_socket_with_hyperthreads(tmp_path):
-    one = "processor\t: {}\nmodel name\t: A: CPU\nphysical id\t: 0\ncore id\t\t: {}\nflags\t\t: fpu avx2"
-    (tmp_path / "cpuinfo").write_text("\n\n".join(one.format(i, i // 2) for i in range(4)) + "\n\n")
-    cpu = doctor._cpuinfo(tmp_path / "cpuinfo")
-    assert len(cpu) == 4
-    assert doctor._first(cpu, "model name") == "A: CPU"
-    assert doctor._first(cpu, "Features") is None
-    assert doctor._cpuinfo(tmp_path / "nothing") == []
-
-
 def test_without_cpuinfo_there_is_still_a_diagnosis(monkeypatch):
-    monkeypatch.setattr(doctor, "_cpuinfo", list)
+    monkeypatch.setattr(machine, "cpuinfo", list)
+    monkeypatch.setattr(doctor, "cpuinfo", list)
     facts = diagnose().facts
     assert (facts.physical_cores, facts.cpu_flags) == (None, ())
     assert facts.cpu
@@ -170,11 +161,3 @@ def test_a_table_a_dict_and_markdown():
     plain = json.loads(json.dumps(found.to_dict()))
     assert plain["facts"]["torch"] == torch.__version__
     assert plain["findings"][0].keys() == {"what", "remedy"}
-
-
-def test_the_version_when_secateur_is_not_installed(monkeypatch):
-    def missing(name):
-        raise metadata.PackageNotFoundError(name)
-
-    monkeypatch.setattr(metadata, "version", missing)
-    assert secateur_version() == "0+unknown"

@@ -63,7 +63,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instea
 
 def _version(wanted: bool) -> None:
     if wanted:
-        from secateur.doctor import secateur_version
+        from secateur.support.machine import secateur_version
 
         typer.echo(f"secateur {secateur_version()}")
         raise typer.Exit

@@ -11,10 +11,11 @@ import platform
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from importlib import metadata, util
+from importlib import util
 from pathlib import Path
 from typing import Any
 
+from secateur.support.machine import cpu_name, cpuinfo, first_of, secateur_version, version_of
 from secateur.support.tables import Table
 
 _EXTRAS = {"metrics": "torchmetrics", "plot": "matplotlib"}
@@ -109,31 +110,13 @@ def diagnose() -> Diagnosis:
     return Diagnosis(facts, tuple(_findings(facts)))
 
 
-def version_of(package: str) -> str | None:
-    """Return the version of an installed package, None if it is not installed."""
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def secateur_version() -> str:
-    """Return secateur's own version; "0+unknown" when it runs from a source tree that was not installed."""
-    return version_of("secateur") or "0+unknown"
-
-
-def cpu_name() -> str:
-    """Return the name of the processor."""
-    return _first(_cpuinfo(), "model name") or platform.processor() or platform.machine()
-
-
 def _facts() -> Facts:
     import torch
 
     from secateur.runtime import native
 
     backends: Any = torch.backends  # parts of it have no types
-    cpu = _cpuinfo()
+    cpu = cpuinfo()
     return Facts(
         secateur=secateur_version(),
         python=platform.python_version(),
@@ -142,7 +125,7 @@ def _facts() -> Facts:
         safetensors=version_of("safetensors"),
         platform=platform.platform(),
         cpu=cpu_name(),
-        cpu_flags=tuple(f for f in _FLAGS if f in (_first(cpu, "flags") or _first(cpu, "Features") or "").split()),
+        cpu_flags=tuple(f for f in _FLAGS if f in (first_of(cpu, "flags") or first_of(cpu, "Features") or "").split()),
         torch_isa=backends.cpu.get_cpu_capability(),
         kernels=native.isa(),
         physical_cores=len({(c.get("physical id"), c["core id"]) for c in cpu if "core id" in c}) or None,
@@ -168,19 +151,6 @@ def _devices() -> tuple[str, ...]:
     cuda = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
     gpus = [f"cuda:{i} {torch.cuda.get_device_name(i)}" for i in cuda]
     return ("cpu", *gpus, *(["mps"] if torch.backends.mps.is_available() else []))
-
-
-def _cpuinfo(file: Path = Path("/proc/cpuinfo")) -> list[dict[str, str]]:
-    """One dictionary a logical processor; none where the system has no such file."""
-    if not file.exists():
-        return []
-    blocks = file.read_text(errors="replace").strip().split("\n\n")
-    pairs = [[line.partition(":") for line in block.splitlines()] for block in blocks]
-    return [{key.strip(): value.strip() for key, _, value in block} for block in pairs]
-
-
-def _first(cpu: list[dict[str, str]], key: str) -> str | None:
-    return next((processor[key] for processor in cpu if key in processor), None)
 
 
 def _allowed_cores() -> int:

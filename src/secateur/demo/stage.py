@@ -13,9 +13,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import nn
 
-from secateur.doctor import secateur_version
 from secateur.errors import InputError, InputTypeError
 from secateur.support.files import replacing
+from secateur.support.machine import secateur_version
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -14,9 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from secateur.support import bits
-
-Call = tuple[tuple[Any, ...], dict[str, Any]]
-"""Positional and keyword arguments of a call."""
+from secateur.support.inputs import Arguments
 
 
 def devices(model: nn.Module) -> set[torch.device]:
@@ -48,7 +46,7 @@ def _flushed() -> bool:
     return not (tiny * 1.0).view(torch.int32).any()
 
 
-def macs(model: nn.Module, call: Call) -> dict[str, Any]:
+def macs(model: nn.Module, call: Arguments) -> dict[str, Any]:
     """The MACs of a call, and those that meet a zero weight."""
     from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
@@ -129,7 +127,7 @@ def file_bytes(model: nn.Module) -> int | None:
     return len(save(dict(tensors.values())))
 
 
-def peak_bytes(model: nn.Module, call: Call) -> int | None:
+def peak_bytes(model: nn.Module, call: Arguments) -> int | None:
     """The most that torch's allocator held above the start of a call; None but on CPU or CUDA."""
     places = devices(model) or {torch.device("cpu")}
     if {device.type for device in places} == {"cpu"}:
@@ -143,7 +141,7 @@ def peak_bytes(model: nn.Module, call: Call) -> int | None:
     return int(sum(torch.cuda.max_memory_allocated(device) for device in places) - before)
 
 
-def _cpu_peak(model: nn.Module, call: Call) -> int:
+def _cpu_peak(model: nn.Module, call: Arguments) -> int:
     from torch.autograd.profiler import profile
 
     level = os.environ.get("KINETO_LOG_LEVEL")  # read once, at the first profile of the process:

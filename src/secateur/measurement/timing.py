@@ -19,7 +19,8 @@ from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves
 
 from secateur.errors import InputError, InputTypeError
-from secateur.measurement.costs import Call, devices, file_bytes, join, macs, peak_bytes, weight_facts
+from secateur.measurement.costs import devices, file_bytes, join, macs, peak_bytes, weight_facts
+from secateur.support.inputs import Arguments, arguments
 from secateur.support.tables import Table, number, percent, size
 
 __all__ = ["Comparison", "Measurement", "compare", "measure"]
@@ -245,7 +246,7 @@ def compare(
     call = arguments(inputs)
     _check(models, call, threads, seconds)
     found = {}
-    with at_rest(models, threads or torch.get_num_threads()):
+    with evaluating(models, threads or torch.get_num_threads()):
         first = {name: _first_call(name, model, call) for name, model in models.items()}
         blocks, calls = time_blocks(models, call, seconds)
         for name, model in models.items():
@@ -264,21 +265,7 @@ def compare(
     return Comparison(found)
 
 
-def arguments(inputs: Any) -> Call:
-    """How to call a model with a tensor, a tuple of positional or a dict of keyword arguments."""
-    if isinstance(inputs, Mapping):
-        return (), dict(inputs)
-    if isinstance(inputs, Tensor | nn.utils.rnn.PackedSequence):  # the latter is a tuple, but one argument
-        return (inputs,), {}
-    if isinstance(inputs, tuple):
-        return inputs, {}
-    raise InputTypeError(
-        f"inputs is a {type(inputs).__name__}: it is not clear how to call a model with it. "
-        "Pass a tensor, a tuple of positional arguments, or a dict of keyword arguments."
-    )
-
-
-def _check(models: Mapping[str, nn.Module], call: Call, threads: int | None, seconds: float) -> None:
+def _check(models: Mapping[str, nn.Module], call: Arguments, threads: int | None, seconds: float) -> None:
     if not isinstance(models, Mapping):
         raise InputTypeError(f'models is a {type(models).__name__}. Pass a dict such as {{"dense": model}}.')
     if not models:
@@ -315,7 +302,7 @@ def _naming(name: str) -> Iterator[None]:
 
 
 @contextmanager
-def at_rest(models: Mapping[str, nn.Module], threads: int) -> Iterator[None]:
+def evaluating(models: Mapping[str, nn.Module], threads: int) -> Iterator[None]:
     """Evaluation mode, no gradients, `threads` threads; they and the random state are put back."""
     flags = [(module, module.training) for model in models.values() for module in model.modules()]
     cuda = {device for model in models.values() for device in devices(model) if device.type == "cuda"}
@@ -332,7 +319,7 @@ def at_rest(models: Mapping[str, nn.Module], threads: int) -> Iterator[None]:
             module.training = training
 
 
-def _first_call(name: str, model: nn.Module, call: Call) -> float:
+def _first_call(name: str, model: nn.Module, call: Arguments) -> float:
     from torch.utils.benchmark import timer
 
     with _naming(name):
@@ -342,7 +329,7 @@ def _first_call(name: str, model: nn.Module, call: Call) -> float:
 
 
 def time_blocks(
-    models: Mapping[str, nn.Module], call: Call, seconds: float
+    models: Mapping[str, nn.Module], call: Arguments, seconds: float
 ) -> tuple[dict[str, list[float]], dict[str, int]]:
     """Seconds per call of each block, and calls in a block, by model; the order rotates with the rounds."""
     from torch.utils.benchmark import Timer

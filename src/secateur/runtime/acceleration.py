@@ -13,14 +13,13 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from secateur.errors import InputError, StateError
-from secateur.measurement.costs import Call
-from secateur.measurement.timing import arguments
 from secateur.runtime import native, tuning
 from secateur.runtime.candidates import enclose, make_sparse, matrices, survey, zeros_of
 from secateur.runtime.chains import Chain, Span, SparseSequential, runs
 from secateur.runtime.kernel_plans import Gain, LayerPlan, Plan, Timing, without
 from secateur.runtime.swapping import Sparse, Swapped, swap
 from secateur.scope import unwrap
+from secateur.support.inputs import Arguments, arguments
 
 _Run = tuple[nn.Sequential, Span]
 
@@ -111,7 +110,7 @@ def explain(fast: nn.Module) -> Plan:
     if trace is None:
         raise StateError(
             f"this {type(fast).__name__} was not accelerated, so there is nothing to explain. "
-            "Call fast = sc.accelerate(model, example_inputs), then sc.explain(fast)."
+            "Arguments fast = sc.accelerate(model, example_inputs), then sc.explain(fast)."
         )
     plan: Plan = trace.plan
     return plan
@@ -150,7 +149,7 @@ def dense(fast: nn.Module) -> nn.Module:
 class _Tuning:
     """The copy on its way: layers swapped, tried and, where they do not gain, put back."""
 
-    def __init__(self, model: nn.Module, fast: nn.Module, calls: Sequence[Call], half: bool) -> None:
+    def __init__(self, model: nn.Module, fast: nn.Module, calls: Sequence[Arguments], half: bool) -> None:
         self.model, self.fast, self.calls, self.half = model, fast, calls, half
         self.values = "float16" if half else "float32"
         self.plans = {layer.name: layer for layer in survey(fast)}
@@ -279,7 +278,7 @@ class _Tuning:
         return found
 
 
-def _check(model: nn.Module, calls: Sequence[Call], threads: int | None, values: torch.dtype) -> None:
+def _check(model: nn.Module, calls: Sequence[Arguments], threads: int | None, values: torch.dtype) -> None:
     if not calls:
         raise InputError("example_inputs is an empty list: give at least one example to tune for")
     if threads is not None and threads < 1:
@@ -290,7 +289,7 @@ def _check(model: nn.Module, calls: Sequence[Call], threads: int | None, values:
         if is_lazy(tensor) or tensor.is_meta:
             raise InputError(
                 f"{name!r} has no data (it is lazy or on the meta device), so the model cannot run. "
-                "Call it once, or use `to_empty` and `load_state_dict`, before you accelerate."
+                "Arguments it once, or use `to_empty` and `load_state_dict`, before you accelerate."
             )
     if _accelerated(model):
         raise StateError("the model is accelerated already. To tune it anew: sc.accelerate(sc.dense(model), ...)")

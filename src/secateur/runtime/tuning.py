@@ -18,14 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from secateur.doctor import cpu_name
-from secateur.measurement.costs import Call
-from secateur.measurement.timing import at_rest, interval, quantile, time_blocks
+from secateur.measurement.timing import evaluating, interval, quantile, time_blocks
 from secateur.runtime import native, products
 from secateur.runtime.chains import Chain
 from secateur.runtime.kernel_plans import Gain, Timing
 from secateur.runtime.swapping import Sparse
 from secateur.support import bits
+from secateur.support.inputs import Arguments
+from secateur.support.machine import cpu_name
 
 _MARGIN = 1.05  # sparse must win by so much, twice
 _SECONDS = 1.0  # of a measurement, of which there are two for each example
@@ -74,7 +74,7 @@ def recording(layers: Mapping[str, Sparse | Chain]) -> Iterator[list[Recorder]]:
             recorder.layer._choices = 0
 
 
-def look(model: nn.Module, recorders: Sequence[Recorder], call: Call) -> Seen:
+def look(model: nn.Module, recorders: Sequence[Recorder], call: Arguments) -> Seen:
     """Run an example once, dense: which layers it reaches, with how many rows."""
     _run(model, recorders, call, "look")
     seen = {r.name: {bucket for _, bucket in r.seconds} for r in recorders if r.seconds}
@@ -82,7 +82,9 @@ def look(model: nn.Module, recorders: Sequence[Recorder], call: Call) -> Seen:
     return seen
 
 
-def times(model: nn.Module, recorders: Sequence[Recorder], call: Call) -> dict[tuple[str, int], tuple[float, float]]:
+def times(
+    model: nn.Module, recorders: Sequence[Recorder], call: Arguments
+) -> dict[tuple[str, int], tuple[float, float]]:
     """Median seconds, dense and sparse, of each layer and row class of an example."""
     for mode in ("dense", "sparse"):  # the first pass of each is not counted
         _run(model, recorders, call, mode)
@@ -106,7 +108,7 @@ def times(model: nn.Module, recorders: Sequence[Recorder], call: Call) -> dict[t
 
 
 def choose(
-    model: nn.Module, recorders: Sequence[Recorder], call: Call, seen: Seen, patterns: Mapping[str, str]
+    model: nn.Module, recorders: Sequence[Recorder], call: Arguments, seen: Seen, patterns: Mapping[str, str]
 ) -> dict[str, list[Timing]]:
     """Time what an example reaches and choose: from memory where the same was measured before in this process."""
     keys = {(r.name, b): _key(r.layer, patterns[r.name], b) for r in recorders for b in seen.get(r.name, ())}
@@ -125,10 +127,10 @@ def choose(
     return found
 
 
-def gain(plain: nn.Module, fast: nn.Module, call: Call) -> Gain:
+def gain(plain: nn.Module, fast: nn.Module, call: Arguments) -> Gain:
     """How much faster the whole model is than the plain one: blocks of calls in turn, in steady state."""
     models = {"plain": plain, "fast": fast}
-    with at_rest(models, torch.get_num_threads()):
+    with evaluating(models, torch.get_num_threads()):
         blocks, _ = time_blocks(models, call, _GAIN_SECONDS)
     ratios = [a / b for a, b in zip(blocks["plain"], blocks["fast"], strict=True)]
     return Gain(quantile(ratios, 0.5), *interval(ratios))
@@ -151,7 +153,7 @@ def _wins(pair: tuple[float, float]) -> bool:
     return pair[0] > _MARGIN * pair[1]
 
 
-def _run(model: nn.Module, recorders: Sequence[Recorder], call: Call, mode: str) -> None:
+def _run(model: nn.Module, recorders: Sequence[Recorder], call: Arguments, mode: str) -> None:
     for recorder in recorders:
         recorder.mode = mode
     model(*call[0], **call[1])

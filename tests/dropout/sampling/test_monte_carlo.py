@@ -29,7 +29,7 @@ from secateur.dropout.sampling.monte_carlo import _PLANS, _agree
 from secateur.dropout.sampling.passes import Run
 from secateur.dropout.sampling.prefix import Unsuitable
 from secateur.errors import InputError, InputTypeError, SecateurWarning, StateError
-from secateur.measurement.timing import arguments
+from secateur.support.inputs import arguments
 
 # of few samples some outputs have none in which they were dropped
 pytestmark = [

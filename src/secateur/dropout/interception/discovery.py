@@ -17,9 +17,8 @@ from torch import nn
 
 from secateur.dropout.interception.handlers import Call, Lister, handling
 from secateur.dropout.interception.isolation import Buffers, at_rest, fresh, require_rest
-from secateur.measurement.costs import Call as Arguments
 from secateur.measurement.costs import devices
-from secateur.measurement.timing import arguments
+from secateur.support.inputs import Arguments, arguments
 from secateur.support.tables import Table
 
 __all__ = ["Found", "Unreached", "find"]

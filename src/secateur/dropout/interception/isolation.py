@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from secateur.errors import InputTypeError, StateError
-from secateur.measurement.costs import Call as Arguments
+from secateur.support.inputs import Arguments
 
 _COMPILING = (
     "compiled code has called this, and torch.compile cannot trace it: call it outside of the compiled function, "

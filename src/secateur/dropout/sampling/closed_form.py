@@ -19,7 +19,7 @@ from secateur.dropout.sampling.passes import Plan, Run
 from secateur.dropout.sampling.prefix import Unsuitable
 from secateur.dropout.sampling.strategies import Combine
 from secateur.errors import InputError, warn
-from secateur.measurement.timing import arguments
+from secateur.support.inputs import arguments
 
 __all__ = ["Moments", "closed_form"]
 

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from secateur.measurement.costs import Call as Arguments
+from secateur.support.inputs import Arguments
 
 
 def spec(call: Arguments) -> Any:

@@ -22,7 +22,7 @@ from secateur.dropout.sampling.strategies import Outputs
 from secateur.dropout.uncertainty.predictions import Prediction
 from secateur.errors import InputError, InputTypeError, warn
 from secateur.measurement.costs import peak_bytes
-from secateur.measurement.timing import arguments
+from secateur.support.inputs import arguments
 from secateur.support.progress import progress_bar
 
 __all__ = ["sample"]

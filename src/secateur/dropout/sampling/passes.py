@@ -22,7 +22,7 @@ from secateur.dropout.sampling.generators import Streams
 from secateur.dropout.sampling.prefix import Boundary, Prefix, Unsuitable
 from secateur.dropout.sampling.strategies import Alone, Folded, Mapped, Outputs
 from secateur.errors import InputError, InputTypeError
-from secateur.measurement.costs import Call as Arguments
+from secateur.support.inputs import Arguments
 
 WAYS = {"alone": Alone, "folded": Folded, "mapped": Mapped}
 Output = Callable[[Any], Any]

@@ -1,0 +1,35 @@
+"""How a model is called: with a tensor, a tuple of positional or a dict of keyword arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+from secateur.errors import InputTypeError
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+"""Positional and keyword arguments of a call."""
+
+
+def arguments(inputs: Any) -> Arguments:
+    """How to call a model with a tensor, a tuple of positional or a dict of keyword arguments.
+
+    Raises:
+        InputTypeError: inputs of another type.
+
+    >>> arguments((1, 2)), arguments({"x": 3})
+    (((1, 2), {}), ((), {'x': 3}))
+    """
+    if isinstance(inputs, Mapping):
+        return (), dict(inputs)
+    if isinstance(inputs, Tensor | PackedSequence):  # the latter is a tuple, but one argument
+        return (inputs,), {}
+    if isinstance(inputs, tuple):
+        return inputs, {}
+    raise InputTypeError(
+        f"inputs is a {type(inputs).__name__}: it is not clear how to call a model with it. "
+        "Pass a tensor, a tuple of positional arguments, or a dict of keyword arguments."
+    )

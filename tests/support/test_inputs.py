@@ -1,0 +1,23 @@
+"""secateur.support.inputs: what a model is called with."""
+
+import pytest
+import torch
+from torch.nn.utils.rnn import pack_sequence
+
+from secateur.errors import InputTypeError
+from secateur.support.inputs import arguments
+
+
+def test_a_tensor_a_tuple_a_dict_and_a_packed_sequence():
+    x = torch.zeros(2)
+    packed = pack_sequence([torch.zeros(3, 2)])
+    assert arguments(x)[0][0] is x
+    assert arguments((x, 3)) == ((x, 3), {})
+    assert arguments({"x": x}) == ((), {"x": x})
+    assert arguments(packed)[0][0] is packed
+
+
+@pytest.mark.parametrize("inputs", [[1, 2], None, "x", 3])
+def test_anything_else_is_an_error(inputs):
+    with pytest.raises(InputTypeError, match="Pass a tensor, a tuple of positional arguments, or a dict"):
+        arguments(inputs)
