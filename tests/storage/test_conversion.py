@@ -276,11 +276,11 @@ def test_what_was_read_without_unpacking_is_not_packed_again(file, tmp_path):
 @pytest.mark.parametrize("whole", [False, True])
 def test_unpack_sees_a_change_that_was_made_with_care(tmp_path, monkeypatch, whole):
     """Each checksum fits, but not the SHA-256 of the state."""
-    from secateur.storage import packed
+    from secateur.storage import state_hash
 
     torch.manual_seed(0)
     with monkeypatch.context() as patch:
-        patch.setattr(packed.StateHash, "hexdigest", lambda self: "0" * 64)
+        patch.setattr(state_hash.StateHash, "hexdigest", lambda self: "0" * 64)
         sc.save({"w": torch.randn(40, 50)}, tmp_path / "m.packed.safetensors")
     sc.load(tmp_path / "m.packed.safetensors")
     src, dst = (

@@ -7,7 +7,8 @@
 | `pretrained` | the same for folders of Hugging Face models |
 | `pruning` | prune a checkpoint larger than memory |
 | `checkpoints` | what a checkpoint holds, of whatever form; `inspect` |
-| `packed`, `container`, `coding` | the packed format: the file, the safetensors around it, the blocks within |
+| `reading`, `writing`, `state_hash` | the packed format: the file read and written, the identity of what it holds |
+| `container`, `coding` | the safetensors around it, the blocks within |
 | `stored`, `dtypes`, `contents` | a tensor that lies in a file; what its numbers are made of; what is said of it |
 """
 

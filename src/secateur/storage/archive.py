@@ -18,8 +18,10 @@ from secateur.storage.checkpoints import Checkpoint, opened
 from secateur.storage.coding import BLOCK, Decoder, effort_of, level_of
 from secateur.storage.contents import Contents
 from secateur.storage.dtypes import kind_of
-from secateur.storage.packed import SUFFIX, StateHash, write_packed
+from secateur.storage.reading import SUFFIX
+from secateur.storage.state_hash import StateHash
 from secateur.storage.stored import Alias, Stored, stored_of
+from secateur.storage.writing import write_packed
 from secateur.support.files import StrPath
 
 _WORTH_THREADS = 1 << 22  # elements: for fewer, starting threads and passing Python's lock around costs more

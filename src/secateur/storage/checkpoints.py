@@ -18,7 +18,7 @@ from torch import Tensor
 from secateur.errors import FileError, InputError, nearest
 from secateur.storage.container import damaged, read_header, torch_form
 from secateur.storage.contents import Contents, info, notes
-from secateur.storage.packed import SUFFIX, is_packed, read_packed
+from secateur.storage.reading import SUFFIX, is_packed, read_packed
 from secateur.storage.stored import Alias, InFile, Stored, stored_of
 from secateur.support.files import StrPath
 

@@ -18,8 +18,9 @@ from secateur.storage.coding import effort_of, level_of
 from secateur.storage.container import Slot, Writer, file_form, room_for
 from secateur.storage.contents import Contents, TensorInfo, info, notes
 from secateur.storage.dtypes import name_of, words_of
-from secateur.storage.packed import Progress, StateHash, write_packed
+from secateur.storage.state_hash import StateHash
 from secateur.storage.stored import Stored
+from secateur.storage.writing import Progress, write_packed
 from secateur.support import bits
 from secateur.support.files import StrPath, replacing, replacing_folder, require_covered
 from secateur.support.process_groups import ALONE, Processes

@@ -31,8 +31,8 @@ from secateur.storage.coding import effort_of, level_of
 from secateur.storage.contents import Contents, TensorInfo, info
 from secateur.storage.conversion import mine, packed_file_name, plain_file_name, rewrite, write_plain
 from secateur.storage.dtypes import name_of, words_of
-from secateur.storage.packed import Progress, write_packed
 from secateur.storage.stored import Alias, Stored, parts, regrouped
+from secateur.storage.writing import Progress, write_packed
 from secateur.support import bits
 from secateur.support.files import StrPath
 from secateur.support.process_groups import ALONE, Processes

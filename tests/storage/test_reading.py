@@ -1,9 +1,6 @@
-"""secateur.storage.packed: a file that safetensors reads, in which no lie of the manifest goes unseen."""
+"""secateur.storage.reading: no damage goes unseen, no lie of a manifest is believed."""
 
 import copy
-import hashlib
-import json
-import random
 import re
 import subprocess
 import sys
@@ -12,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from forgery import PACKED, Forgery
-from safetensors import safe_open
+from packings import identical, on_threads, sparse, state
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -20,223 +17,13 @@ import secateur as sc
 from secateur.errors import FileError
 from secateur.storage.checkpoints import inspect, iter_tensors, opened
 from secateur.storage.coding import BLOCK
-from secateur.storage.dtypes import BY_CODE, KINDS, words_of
-from secateur.storage.packed import StateHash
 from secateur.storage.pruning import Recipe, prune_checkpoint
-from secateur.storage.stored import InMemory, stored_of
-
-pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
-
-ALIGNMENT = 8
-
-
-def sparse(*shape, seed=0, dtype=torch.float32):
-    generator = torch.Generator().manual_seed(seed)
-    values = torch.randn(*shape, generator=generator)
-    return values.mul_(torch.rand(*shape, generator=generator) < 0.2).to(dtype)
-
-
-def state():
-    """Packed and plain, tied, empty and scalar tensors."""
-    weight = sparse(40, 30)
-    return {
-        "embed.weight": weight,
-        "bias": torch.arange(30.0),
-        "steps": torch.tensor(7),
-        "empty": torch.zeros(0, 3),
-        "half": sparse(20, 20, seed=1, dtype=torch.bfloat16),
-        "counts": torch.arange(500),
-        "decoder.weight": weight,
-        "noise": torch.from_numpy(np.random.default_rng(0).integers(-(2**63), 2**63 - 1, 300)),
-    }
 
 
 @pytest.fixture
 def file(tmp_path):
     sc.save(state(), tmp_path / "m.safetensors")
     return tmp_path / "m.safetensors"
-
-
-def every_dtype():
-    """Of each dtype one tensor worth packing and one that is not."""
-    found = {}
-    for number, (dtype, kind) in enumerate(KINDS.items()):
-        rng = np.random.default_rng(number)
-        raw = rng.integers(0, 2, (24, 32 * kind.itemsize), np.uint8) * (rng.random((24, 1)) < 0.3).astype(np.uint8)
-        found[f"{number}.many"] = torch.from_numpy(raw).view(dtype)
-        found[f"{number}.few"] = torch.from_numpy(raw[:1, : 3 * kind.itemsize].copy()).view(dtype)
-    return found
-
-
-def identical(found, want):
-    assert list(found) == list(want)
-    for name, tensor in want.items():
-        assert (found[name].dtype, found[name].shape) == (tensor.dtype, tensor.shape), name
-        assert np.array_equal(words_of(found[name].reshape(-1)), words_of(tensor.reshape(-1))), name
-
-
-# ---- the container ----------------------------------------------------------------------------------------------
-
-
-def test_safetensors_reads_the_container(tmp_path):
-    tensors = every_dtype() | state()
-    sc.save(tensors, tmp_path / "m.safetensors")
-    with safe_open(tmp_path / "m.safetensors", "pt") as opened_file:
-        names = set(opened_file.keys())
-        metadata = opened_file.metadata()
-        found = {name: opened_file.get_tensor(name) for name in names}
-    assert set(metadata) == {"secateur", "secateur.crc32"}
-    for name, tensor in tensors.items():
-        if name == "decoder.weight":
-            assert not {name, name + PACKED} & names
-        elif name in names:  # as it is
-            assert found[name].dtype == tensor.dtype
-            identical({name: found[name]}, {name: tensor})
-        else:
-            assert found[name + PACKED].dtype is torch.uint8
-    assert len(names) == len(tensors) - 1
-    assert {"bias", "steps", "empty", "noise"} <= names
-    assert {"embed.weight" + PACKED, "half" + PACKED, "counts" + PACKED} <= names
-
-
-def test_what_lies_in_the_container_is_aligned_and_without_gaps(tmp_path):
-    sc.save(every_dtype() | state(), tmp_path / "m.safetensors")
-    whole = (tmp_path / "m.safetensors").read_bytes()
-    forgery, end = Forgery.of(tmp_path / "m.safetensors"), 0
-    assert (len(whole) - len(forgery.data)) % ALIGNMENT == 0
-    for slot in sorted(forgery.slots.values(), key=lambda slot: slot["data_offsets"]):
-        start, stop = slot["data_offsets"]
-        assert start == end
-        assert start % min(KINDS[BY_CODE[slot["dtype"]]].itemsize, ALIGNMENT) == 0
-        end = stop
-    assert end == len(forgery.data)
-
-
-def test_an_unaware_reader_is_told(tmp_path):
-    model = nn.Sequential(nn.Linear(40, 40), nn.Linear(40, 2))
-    sc.prune(model, 0.9)
-    sc.save(model, tmp_path / "m.safetensors")
-    raw = load_file(tmp_path / "m.safetensors")
-    with pytest.raises(RuntimeError, match=r"(?s)Missing key.*0.weight.*Unexpected key.*0.weight:packed-by-secateur"):
-        nn.Sequential(nn.Linear(40, 40), nn.Linear(40, 2)).load_state_dict(raw)
-
-
-def test_two_saves_are_the_same_to_the_byte(tmp_path):
-    for level in ("lossless", "fp16", "near"):
-        files = [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
-        for file, threads in zip(files, (1, 4), strict=True):
-            with on_threads(threads):
-                sc.save(every_dtype() | state(), file, level=level)
-        assert files[0].read_bytes() == files[1].read_bytes()
-    sc.save(sc.load(files[0]), files[1])
-    assert sc.load(files[1]).keys() == sc.load(files[0]).keys()
-
-
-class on_threads:
-    def __init__(self, count):
-        self.count = count
-
-    def __enter__(self):
-        self.before = torch.get_num_threads()
-        torch.set_num_threads(self.count)
-
-    def __exit__(self, *_):
-        torch.set_num_threads(self.before)
-
-
-def test_reading_is_the_same_on_any_number_of_threads(tmp_path):
-    tensors = every_dtype() | state() | {"large": sparse(3, BLOCK + 5), "larger": sparse(2 * BLOCK, seed=4)}
-    sc.save(tensors, tmp_path / "m.safetensors")
-    for threads in (1, 2, 8):
-        with on_threads(threads):
-            identical(sc.load(tmp_path / "m.safetensors", verify=True), tensors)
-            identical(dict(iter_tensors(tmp_path / "m.safetensors")), tensors)
-
-
-def test_names_of_all_kinds(tmp_path):
-    names = [
-        "",
-        " ",
-        "a.b.c",
-        "ü.重み",
-        'quote"',
-        "back\\slash",
-        "line\nbreak",
-        "\x00",
-        "x" * 5000,
-        "secateur",
-        "__metadata",
-    ]
-    tensors = {name: sparse(20, 20, seed=seed) if seed % 2 else torch.ones(2) for seed, name in enumerate(names)}
-    sc.save(tensors, tmp_path / "m.safetensors")
-    identical(sc.load(tmp_path / "m.safetensors", verify=True), tensors)
-
-
-def test_many_tensors(tmp_path):
-    tensors = {f"layer.{i}.weight": torch.full((i % 300,), float(i)) for i in range(3000)}
-    sc.save(tensors, tmp_path / "m.safetensors", level="near")  # which vectors do not lose by
-    identical(sc.load(tmp_path / "m.safetensors", verify=True), tensors)
-
-
-@pytest.mark.parametrize("level", ["lossless", "fp16", "near"])
-@pytest.mark.parametrize("count", [1, 40])
-@pytest.mark.parametrize("dtype", KINDS, ids=str)
-def test_scalars_and_noise_of_every_dtype_leave_the_header_its_room(tmp_path, dtype, count, level):
-    """Nothing shrinks here, so a blob is longer than the tensor, and the header that says so longer too."""
-    rng, size = np.random.default_rng(0), KINDS[dtype].itemsize
-    one = 1 if dtype is torch.bool else 255
-    scalars = {
-        str(i): torch.from_numpy(rng.integers(0, one, size, np.uint8, endpoint=True)).view(dtype)[0]
-        for i in range(count)
-    }
-    noise = torch.from_numpy(rng.integers(0, one, 300 * size, np.uint8, endpoint=True)).view(dtype)
-    tensors = {**scalars, "noise": noise, "short": noise[:3].clone()}
-    sc.save(tensors, tmp_path / "m.safetensors", level=level)
-    identical(sc.load(tmp_path / "m.safetensors", verify=True), tensors)
-
-
-# ---- the identity of a state ------------------------------------------------------------------------------------
-
-
-def digest(tensors):
-    found = StateHash()
-    for tensor in tensors:
-        found.add(tensor, hashlib.sha256(words_of(tensor.tensor().reshape(-1)).data).hexdigest())
-    return found.hexdigest()
-
-
-def test_the_hash_of_a_state_is_that_of_its_documented_lines(file):
-    lines = []
-    for name, tensor in sorted(state().items()):
-        if name != "decoder.weight":
-            plain = tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()
-            shape = ",".join(map(str, tensor.shape))
-            dtype = str(tensor.dtype).removeprefix("torch.")
-            lines.append(f"{name} {dtype} {shape} {hashlib.sha256(plain).hexdigest()}\n")
-    assert Forgery.of(file).manifest["sha256"] == hashlib.sha256("".join(lines).encode()).hexdigest()
-
-
-def test_the_hash_of_a_state_does_not_depend_on_order(file):
-    tensors = [t for t in stored_of(state()) if isinstance(t, InMemory)]
-    want = Forgery.of(file).manifest["sha256"]
-    for seed in range(5):
-        random.Random(seed).shuffle(tensors)
-        assert digest(tensors) == want
-
-
-@pytest.mark.parametrize(
-    "other",
-    [
-        {"a": torch.ones(3), "b": torch.zeros(2)},  # names
-        {"w": torch.ones(1, 3), "b": torch.zeros(2)},  # shape
-        {"w": torch.full((3,), 0x3F800000, dtype=torch.int32), "b": torch.zeros(2)},  # dtype
-        {"w": torch.tensor([1.0, 1, 2]), "b": torch.zeros(2)},  # a bit
-        {"w": torch.ones(3), "b": torch.tensor([0.0, -0.0])},
-        {"w": torch.ones(3)},
-    ],
-)
-def test_the_hash_of_a_state_depends_on_all_else(other):
-    assert digest(stored_of({"w": torch.ones(3), "b": torch.zeros(2)})) != digest(stored_of(other))
 
 
 # ---- damage -----------------------------------------------------------------------------------------------------
@@ -608,18 +395,6 @@ def test_a_small_file_that_claims_a_terabyte(tmp_path):
     lines = done.stdout.splitlines()
     assert len(lines) == 4 * len(files)
     assert not [line for line in lines if not line.startswith(("FileError", "InputError into"))]
-
-
-def test_a_manifest_says_nothing_that_is_not_in_the_file(file):
-    manifest = Forgery.of(file).manifest
-    assert set(manifest) == {"version", "sha256", "metadata", "tensors"}
-    assert list(manifest["tensors"]) == list(state())
-    assert manifest["tensors"]["decoder.weight"] == "embed.weight"
-    dtype, shape, level, nonzeros, crc32 = manifest["tensors"]["embed.weight"]
-    assert (dtype, shape, level) == ("float32", [40, 30], "lossless")
-    assert nonzeros == int(state()["embed.weight"].count_nonzero())
-    assert len(crc32) == 8
-    json.dumps(manifest)
 
 
 def test_a_plain_file_with_other_metadata_is_no_packed_one(tmp_path):
