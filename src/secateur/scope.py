@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
 import torch
@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
 
+from secateur import anatomy
+from secateur.anatomy import Layout
 from secateur.errors import InputError, InputTypeError, UnknownNameError, nearest
 from secateur.support.tables import Table, number
 
@@ -32,8 +34,8 @@ class Member:
     attribute: str
     aliases: tuple[str, ...] = ()
     """The other names of a tied or shared tensor."""
-    input_dim: int = 1
-    """The dimension along which inputs are summed; the outputs lie along the other of the first two."""
+    layout: Layout = field(default_factory=Layout)
+    """Where its outputs and inputs stand."""
     padding_row: int | None = None
     """A row of an Embedding that is no weight: never pruned, never counted."""
 
@@ -43,6 +45,12 @@ class Member:
         parameter = self.module._parameters[self.attribute]
         assert parameter is not None
         return parameter
+
+    @property
+    def input_dim(self) -> int:
+        """The dimension along which inputs are summed."""
+        dims = self.layout.dims.removeprefix("g" if self.layout.groups else "")
+        return dims.index("i") if "i" in dims else 1
 
     @property
     def protected(self) -> range:
@@ -247,7 +255,7 @@ def _member(found: list[_Holder]) -> Member:
         module=module,
         attribute=attribute,
         aliases=tuple(n for n, _, _ in found[1:]),
-        input_dim=0 if isinstance(module, _TRANSPOSED) else 1,
+        layout=anatomy.layout(module, attribute),
         padding_row=next((row for row in padding if row is not None), None),
     )
 

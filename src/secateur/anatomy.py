@@ -1,0 +1,203 @@
+"""What the tensors of a layer mean: which of its parameters are weights, and which dimensions are outputs and inputs.
+
+One table, by type of layer. A new layer type is one entry in `_BY_TYPE` (a type of torch) or in `_BY_NAME` (a type of
+another package, which is not imported for that); a subclass has the entry of the nearest class that has one. Fused
+experts of a mixture are recognised by their parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
+
+Family = Literal["linear", "convolution", "transposed convolution", "recurrent", "cell", "attention", "embedding"]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the outputs and the inputs of a weight stand.
+
+    Attributes:
+        dims: one letter for each dimension: "o" outputs, "i" inputs, "g" matrices that stand side by side (groups,
+            experts); all further dimensions are a kernel's. A Linear is "oi", fused experts [E, in, out] are "gio".
+        groups: if not 0, the first dimension holds this many matrices one after another, and "g" stands for that
+            split: a ConvTranspose2d [in, out / groups, height, width] is "gio" with its number of groups.
+
+    >>> Layout("gio", groups=2).outputs_first(torch.zeros(6, 4, 3, 3)).shape
+    torch.Size([8, 3, 3, 3])
+    """
+
+    dims: str = "oi"
+    groups: int = 0
+
+    @property
+    def identity(self) -> bool:
+        """Whether the tensor is stored with its outputs first, then its inputs."""
+        return not self.groups and self.dims in ("oi"[: len(self.dims)], "o")
+
+    def outputs_first(self, tensor: Tensor) -> Tensor:
+        """Rearrange a tensor of the stored shape to [outputs, inputs, *kernel]; a view where torch can give one.
+
+        The outputs of all groups or experts count one after another, those of the first group first.
+        """
+        if self.identity:
+            return tensor
+        split = self._split(tensor)
+        order = self._order(split.ndim)
+        lead = sum(self.dims.count(letter) for letter in "go")
+        inputs = self.dims.count("i")
+        moved = split.permute(order).flatten(0, lead - 1)
+        return moved.flatten(1, inputs) if inputs > 1 else moved
+
+    def as_stored(self, rearranged: Tensor, shape: Sequence[int]) -> Tensor:
+        """Undo `outputs_first` for a tensor that is stored with this shape."""
+        if self.identity:
+            return rearranged.view(tuple(shape))
+        split = self._split(torch.empty(tuple(shape), device="meta"))
+        order = self._order(split.ndim)
+        moved = rearranged.reshape([split.shape[d] for d in order])
+        back = sorted(range(len(order)), key=order.__getitem__)
+        return moved.permute(back).reshape(tuple(shape))
+
+    def shape(self, stored: Sequence[int]) -> torch.Size:
+        """The shape [outputs, inputs, *kernel] of a tensor that is stored with this one."""
+        return self.outputs_first(torch.empty(tuple(stored), device="meta")).shape
+
+    def _split(self, tensor: Tensor) -> Tensor:
+        return tensor.view(self.groups, -1, *tensor.shape[1:]) if self.groups else tensor
+
+    def _order(self, ndim: int) -> list[int]:
+        letters = self.dims.ljust(ndim, "k")
+        return sorted(range(ndim), key=lambda d: "goik".index(letters[d]))
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What is known of one type of layer.
+
+    Attributes:
+        family: what it computes with its weights.
+        weights: the dimensions of its weights, as in `Layout.dims`, by a glob on their names in the module.
+        default: whether its weights are pruned when nothing else is said.
+        groups: the attribute of the module that counts the groups along the first dimension of a weight "g...".
+        kernel: dimensions of a convolution's kernel: the last ones of its input.
+        gates: gates of a recurrent layer: each takes `hidden_size` rows of its weights.
+        inner: submodules whose parameters the layer reads itself, without calling them.
+    """
+
+    family: Family
+    weights: Mapping[str, str] = field(default_factory=lambda: {"weight": "oi"})
+    default: bool = True
+    groups: str = ""
+    kernel: int = 0
+    gates: int = 1
+    inner: tuple[str, ...] = ()
+
+    def dims(self, attribute: str) -> str:
+        """The dimensions of the weight of this name, or an empty string if it is no weight."""
+        return next((dims for glob, dims in self.weights.items() if fnmatchcase(attribute, glob)), "")
+
+
+def _recurrent(family: Family, gates: int) -> Layer:
+    return Layer(family, {"weight*": "oi"}, gates=gates)
+
+
+_BY_TYPE: dict[type[nn.Module], Layer] = {
+    nn.Linear: Layer("linear"),
+    nn.Bilinear: Layer("linear", {"weight": "oii"}, default=False),
+    nn.Conv1d: Layer("convolution", kernel=1),
+    nn.Conv2d: Layer("convolution", kernel=2),
+    nn.Conv3d: Layer("convolution", kernel=3),
+    nn.ConvTranspose1d: Layer("transposed convolution", {"weight": "gio"}, groups="groups", kernel=1),
+    nn.ConvTranspose2d: Layer("transposed convolution", {"weight": "gio"}, groups="groups", kernel=2),
+    nn.ConvTranspose3d: Layer("transposed convolution", {"weight": "gio"}, groups="groups", kernel=3),
+    nn.LSTM: _recurrent("recurrent", 4),
+    nn.GRU: _recurrent("recurrent", 3),
+    nn.RNNBase: _recurrent("recurrent", 1),
+    nn.LSTMCell: _recurrent("cell", 4),
+    nn.GRUCell: _recurrent("cell", 3),
+    nn.RNNCellBase: _recurrent("cell", 1),
+    nn.MultiheadAttention: Layer("attention", {"*weight": "oi"}, inner=("out_proj",)),
+    nn.Embedding: Layer("embedding", default=False),
+    nn.EmbeddingBag: Layer("embedding", default=False),
+}
+
+_BY_NAME: dict[str, Layer] = {  # package and class, wherever in the package it is written
+    "transformers.Conv1D": Layer("linear", {"weight": "io"}),
+    "transformers.DbrxExpertGLU": Layer("linear", {"w1": "oi", "v1": "oi", "w2": "gio"}, groups="moe_num_experts"),
+    "transformers.CsmCodebooksHead": Layer("linear", {"weight": "gio"}),
+    "transformers.GroupedLinearLayer": Layer("linear", {"weight": "gio"}),
+    "torch_geometric.Linear": Layer("linear"),
+    "torch_geometric.HeteroLinear": Layer("linear", {"weight": "gio"}),
+}
+
+
+def of(module: nn.Module) -> Layer | None:
+    """What is known of a module's type, or None."""
+    return known(type(module)) or _experts(module)
+
+
+def known(kind: type[nn.Module]) -> Layer | None:
+    """What is known of a type: the entry of the nearest of its classes that has one, or None."""
+    for one in kind.__mro__:
+        found = _BY_TYPE.get(one) or _BY_NAME.get(f"{one.__module__.partition('.')[0]}.{one.__name__}")
+        if found is not None:
+            return found
+    return None
+
+
+def layout(module: nn.Module, attribute: str) -> Layout:
+    """Where the outputs and inputs of a parameter stand; of one that is unknown, outputs are taken to come first."""
+    layer, parameter = of(module), module._parameters[attribute]
+    assert parameter is not None
+    dims = layer.dims(attribute) if layer is not None else ""
+    count = layer.groups if layer is not None and dims.startswith("g") else ""
+    lazy = isinstance(parameter, UninitializedParameter)
+    if not lazy and parameter.ndim < max(len(dims) - bool(count), 2):
+        return Layout("oi"[: parameter.ndim])
+    return Layout(dims or "oi", int(getattr(module, count)) if count else 0)
+
+
+def readers(model: nn.Module) -> dict[int, nn.Module]:
+    """For each module, by id, the one whose forward uses its parameters: an attention reads its out_proj itself."""
+    found = {id(module): module for module in model.modules()}
+    for module in model.modules():
+        layer = known(type(module))
+        found.update({id(module._modules[name]): module for name in (layer.inner if layer is not None else ())})
+    return found
+
+
+def has_own_forward(module: nn.Module) -> bool:
+    """Whether its class computes otherwise than the layer it is derived from: it may not use the weight as it is."""
+    for one in type(module).__mro__:
+        if one in _BY_TYPE:
+            return type(module).forward is not one.forward
+    return False
+
+
+_UP, _DOWN = ("gate_up_proj", "up_proj", "gate_proj", "w1"), ("down_proj", "w2")
+
+
+def _experts(module: nn.Module) -> Layer | None:
+    """The experts of a mixture in one tensor [E, out, in] or [E, in, out]: which, their shapes or a flag tell."""
+    stacks = dict(_stacks(module))
+    up = next((stacks[name] for name in _UP if name in stacks), None)
+    down = next((stacks[name] for name in _DOWN if name in stacks), None)
+    if up is None or down is None:
+        return None
+    turned = getattr(module, "is_transposed", None)  # transformers says so where it is
+    if turned is None:  # gate and up side by side are wider than down: only one of the two fits
+        turned = up.shape[1] == down.shape[2] and up.shape[2] != down.shape[1]
+    return Layer("linear", dict.fromkeys(stacks, "gio" if turned else "goi"))
+
+
+def _stacks(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    for name, parameter in module._parameters.items():
+        if parameter is not None and not isinstance(parameter, UninitializedParameter) and parameter.ndim == 3:
+            yield name, parameter

@@ -1,0 +1,130 @@
+"""secateur.anatomy: which dimension of a weight is what."""
+
+import itertools
+
+import pytest
+import torch
+from torch import nn
+
+from secateur import anatomy
+from secateur.anatomy import Layout
+
+LAYOUTS = {
+    "Linear": (Layout(), (5, 3), (5, 3)),
+    "convolution": (Layout(), (6, 2, 3, 3), (6, 2, 3, 3)),
+    "bias": (Layout("o"), (5,), (5,)),
+    "scale": (Layout(""), (), ()),
+    "Conv1D": (Layout("io"), (3, 5), (5, 3)),
+    "transposed convolution": (Layout("gio", 1), (3, 5, 2), (5, 3, 2)),
+    "in groups": (Layout("gio", 2), (6, 4, 2, 3), (8, 3, 2, 3)),
+    "experts": (Layout("goi"), (4, 5, 3), (20, 3)),
+    "transposed experts": (Layout("gio"), (4, 3, 5), (20, 3)),
+    "Bilinear": (Layout("oii"), (5, 3, 2), (5, 6)),
+    "heads": (Layout("ioo"), (6, 2, 3), (6, 6)),
+}
+
+
+@pytest.mark.parametrize("kind", LAYOUTS)
+def test_outputs_first_and_back(kind):
+    layout, stored, want = LAYOUTS[kind]
+    tensor = torch.arange(float(torch.Size(stored).numel())).view(stored)
+    moved = layout.outputs_first(tensor)
+    assert moved.shape == layout.shape(stored) == want
+    assert torch.equal(layout.as_stored(moved, stored), tensor)
+    assert torch.equal(layout.as_stored(moved.contiguous(), torch.Size(stored)), tensor)
+
+
+LAYERS = {
+    "Linear": lambda: nn.Linear(4, 6),
+    "Conv1d": lambda: nn.Conv1d(4, 6, 3),
+    "Conv2d in groups": lambda: nn.Conv2d(4, 6, 3, groups=2),
+    "Conv3d": lambda: nn.Conv3d(4, 6, 1),
+    "ConvTranspose1d": lambda: nn.ConvTranspose1d(4, 6, 3),
+    "ConvTranspose2d in groups": lambda: nn.ConvTranspose2d(4, 6, 3, groups=2),
+    "ConvTranspose3d": lambda: nn.ConvTranspose3d(4, 6, 2, groups=2),
+}
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_an_output_of_the_layout_is_an_output_of_the_layer(kind):
+    layer = LAYERS[kind]()
+    nn.init.zeros_(layer.bias)
+    layout = anatomy.layout(layer, "weight")
+    kernel = anatomy.of(layer).kernel
+    x = torch.ones(1, 4, *[5] * kernel)
+    outputs = layout.shape(layer.weight.shape)[0]
+    assert outputs == 6
+    for dead in range(outputs):
+        rows = layout.outputs_first(torch.ones_like(layer.weight)).clone()
+        rows[dead] = 0
+        with torch.no_grad():
+            layer.weight.copy_(layout.as_stored(rows, layer.weight.shape))
+        y = layer(x).transpose(0, 1).flatten(1)
+        assert [bool((row == 0).all()) for row in y] == [i == dead for i in range(6)]
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN, nn.LSTMCell, nn.GRUCell, nn.RNNCell])
+def test_gates(kind):
+    layer = kind(3, 5)
+    known = anatomy.of(layer)
+    name = "weight_ih" if "Cell" in kind.__name__ else "weight_ih_l0"
+    assert anatomy.layout(layer, name) == Layout()
+    assert layer.get_parameter(name).shape == (known.gates * 5, 3)
+
+
+def test_a_subclass_is_what_it_is_derived_from():
+    class Own(nn.ConvTranspose2d):
+        pass
+
+    class Other(Own):
+        def forward(self, x):
+            return x
+
+    assert anatomy.layout(Other(4, 6, 3, groups=2), "weight") == Layout("gio", 2)
+    assert not anatomy.has_own_forward(Own(1, 1, 1))
+    assert anatomy.has_own_forward(Other(1, 1, 1))
+    assert anatomy.of(nn.ReLU()) is None
+
+
+def named(package, name, shapes, **attributes):
+    module = type(name, (nn.Module,), {"__module__": f"{package}.somewhere"})()
+    for attribute, shape in shapes.items():
+        module.register_parameter(attribute, nn.Parameter(torch.zeros(shape)))
+    vars(module).update(attributes)
+    return module
+
+
+def test_types_of_other_packages_go_by_their_names():
+    assert anatomy.layout(named("transformers", "Conv1D", {"weight": (2, 3)}), "weight") == Layout("io")
+    assert anatomy.layout(named("torch_geometric", "HeteroLinear", {"weight": (2, 3, 4)}), "weight") == Layout("gio")
+    dbrx = named("transformers", "DbrxExpertGLU", {"w1": (8, 3), "w2": (8, 3)}, moe_num_experts=2)
+    assert anatomy.layout(dbrx, "w1") == Layout()
+    assert anatomy.layout(dbrx, "w2").shape((8, 3)) == (6, 4)
+    assert anatomy.of(named("elsewhere", "Conv1D", {"weight": (2, 3)})) is None
+
+
+@pytest.mark.parametrize("flag", [True, False, None])
+@pytest.mark.parametrize("turned", [True, False])
+def test_experts_go_by_their_shapes_unless_a_flag_says_it(turned, flag):
+    up, down = ((4, 6, 10), (4, 5, 6)) if turned else ((4, 10, 6), (4, 6, 5))
+    attributes = {} if flag is None else {"is_transposed": flag}
+    experts = named(
+        "own", "Experts", {"gate_up_proj": up, "down_proj": down, "gate_up_proj_bias": (4, 10)}, **attributes
+    )
+    want = turned if flag is None else flag
+    assert anatomy.layout(experts, "gate_up_proj") == Layout("gio" if want else "goi")
+    assert anatomy.of(experts).dims("down_proj") == ("gio" if want else "goi")
+    assert anatomy.of(experts).dims("gate_up_proj_bias") == ""
+
+
+def test_readers():
+    model = nn.Sequential(nn.Linear(2, 2), nn.MultiheadAttention(4, 2))
+    found = anatomy.readers(model)
+    assert found[id(model[0])] is model[0]
+    assert found[id(model[1].out_proj)] is model[1]
+
+
+def test_a_lazy_layer_has_the_layout_it_will_have_when_it_has_a_shape():
+    assert anatomy.layout(nn.Linear(2, 2), "bias") == Layout("o")
+    for groups, kernel in itertools.product((1, 2), (1, 3)):
+        assert anatomy.layout(nn.ConvTranspose1d(2, 2, kernel, groups=groups), "weight") == Layout("gio", groups)
