@@ -1,13 +1,7 @@
 """One budget shared among tensors: how many weights each of them loses, in integers that add up exactly.
 
-| name | each tensor loses | source |
-|---|---|---|
-| `global_` | what the scores say, all tensors ranked together | Han et al. 2015 |
-| `uniform` | the same fraction | Zhu & Gupta 2017 |
-| `erk` | density ~ sum of its dimensions / their product | Evci et al. 2020, "RigL", section 3 |
-| `lamp` | what layer-adaptive magnitudes say, ranked together | Lee et al. 2021, "LAMP", eq. 1 |
-
-A user's own is a function `(weights, count) -> {name: how many to prune}`.
+`print(sc.allocation.ALLOCATIONS)` lists those that have a name. A user's own is a function
+`(weights, count) -> {name: how many to prune}`; `@allocation("name")` gives it a name.
 """
 
 from __future__ import annotations
@@ -16,7 +10,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -24,8 +18,12 @@ from torch import Tensor
 from secateur import selection
 from secateur.errors import InputError, InputTypeError
 from secateur.sparsity import fraction
+from secateur.support.registry import Registry
 
 Counts = dict[str, int]
+
+
+Share = Callable[[Mapping[str, Tensor], int], Mapping[str, int]]
 
 
 @dataclass(frozen=True)
@@ -36,11 +34,13 @@ class Allocation:
         share: `(weights, count) -> {name: how many to prune}`; None ranks all weights together by their scores.
         min_keep: weights that each tensor keeps, a number (int) or a fraction of it (float).
         allow_empty: let a tensor lose all its weights; `min_keep` is then 0.
+        shapes_only: whether `share` looks at nothing but the shapes of the weights, and so serves for files too.
     """
 
-    share: Callable[[Mapping[str, Tensor], int], Mapping[str, int]] | None = None
+    share: Share | None = None
     min_keep: int | float = 1
     allow_empty: bool = False
+    shapes_only: bool = False
 
     def __post_init__(self) -> None:
         share = isinstance(self.min_keep, float)
@@ -59,53 +59,112 @@ class Allocation:
         return max(free - kept, 0)
 
 
+class _MakesAllocation(Protocol):
+    """What makes an Allocation: `erk()`, `uniform(min_keep=0.05)`."""
+
+    def __call__(self, *, min_keep: int | float = 1, allow_empty: bool = False) -> Allocation:
+        """Say what each tensor keeps in any case, as `Allocation` does."""
+
+
+ALLOCATIONS: Registry[_MakesAllocation] = Registry("allocation", "a function (weights, count)")
+"""The allocations that have a name."""
+
+
+def allocation(name: str, *, source: str = "", shapes_only: bool = False) -> Callable[[Share], _MakesAllocation]:
+    """Give an allocation a name, under which `prune(allocation=name)`, errors and the docs know it.
+
+    What is decorated is the function `(weights, count) -> {name: how many to prune}`; it becomes what makes an
+    Allocation of it: `mine(min_keep=0.05)`.
+
+    Args:
+        name: of the allocation.
+        source: the paper and equation it comes from.
+        shapes_only: it looks at nothing but the shapes of the weights, and so serves for files too.
+
+    Raises:
+        InputError: another allocation has that name.
+    """
+
+    def register(share: Share) -> _MakesAllocation:
+        def make(*, min_keep: int | float = 1, allow_empty: bool = False) -> Allocation:
+            return Allocation(share, min_keep, allow_empty, shapes_only)
+
+        for attribute in ("__doc__", "__module__", "__name__", "__qualname__"):
+            setattr(make, attribute, getattr(share, attribute))
+        make.share = share  # type: ignore[attr-defined]
+        share.__qualname__ += ".share"  # where pickle finds it
+        return ALLOCATIONS.add(name, make, source=source)
+
+    return register
+
+
 def global_(*, min_keep: int | float = 1, allow_empty: bool = False) -> Allocation:
     """All weights ranked together: important tensors keep more. The default."""
-    return Allocation(None, min_keep, allow_empty)
+    return Allocation(None, min_keep, allow_empty, shapes_only=True)
 
 
-def uniform(*, min_keep: int | float = 1, allow_empty: bool = False) -> Allocation:
+ALLOCATIONS.add("global", global_, source='Han et al. 2015, "Learning both Weights and Connections"')
+
+
+@allocation("uniform", source='Zhu & Gupta 2017, "To prune, or not to prune"', shapes_only=True)
+def uniform(weights: Mapping[str, Tensor], count: int) -> Counts:
     """The same fraction of each tensor; the odd weights go to the largest remainders."""
-    return Allocation(_uniform, min_keep, allow_empty)
+    sizes = {name: w.numel() for name, w in weights.items()}
+    return apportion(sizes, sizes, count)
 
 
-def erk(*, min_keep: int | float = 1, allow_empty: bool = False) -> Allocation:
+@allocation("erk", source='Evci et al. 2020, "RigL", section 3', shapes_only=True)
+def erk(weights: Mapping[str, Tensor], count: int) -> Counts:
     """Erdos-Renyi-kernel: a tensor keeps a fraction ~ (sum of its dimensions) / (their product), at most all."""
-    return Allocation(_erk, min_keep, allow_empty)
+    sizes = {name: w.numel() for name, w in weights.items()}
+    kept = apportion({name: sum(w.shape) for name, w in weights.items()}, sizes, sum(sizes.values()) - count)
+    return {name: size - kept[name] for name, size in sizes.items()}
 
 
-def lamp(*, min_keep: int | float = 1, allow_empty: bool = False) -> Allocation:
+@allocation("lamp", source='Lee et al. 2021, "LAMP", eq. 1')
+def lamp(weights: Mapping[str, Tensor], count: int) -> Counts:
     """Layer-adaptive magnitudes: w^2 over the sum of the squares of the weights of its tensor not smaller than it.
 
     Inside a tensor the scores choose, as ever. Needs 4 bytes a weight, and 24 for the largest tensor.
     """
-    return Allocation(_lamp, min_keep, allow_empty)
+    streams = [selection.Stream(name, _layer_adaptive(w)) for name, w in weights.items()]
+    cut = selection.threshold(streams, count)
+    counts: Counts = {}
+    for stream in streams:
+        _, counts[stream.name], cut = selection.keep(stream, cut)
+    return counts
 
 
-_BY_NAME: dict[str, Callable[[], Allocation]] = {
-    "global": global_,
-    "uniform": uniform,
-    "erk": erk,
-    "lamp": lamp,
-}
+def _layer_adaptive(weight: Tensor) -> Tensor:
+    squares = weight.detach().abs().double().square().flatten().sort().values
+    not_smaller = squares.flip(0).cumsum(0).flip(0)
+    return torch.where(squares > 0, squares / not_smaller, 0.0).float()
 
 
-def resolve(
-    allocation: str | Allocation | Callable[[Mapping[str, Tensor], int], Mapping[str, int]],
-) -> Allocation:
+def resolve(given: str | Allocation | Share) -> Allocation:
     """Turn what a user may pass as `allocation=` into an Allocation."""
-    if isinstance(allocation, Allocation):
-        return allocation
-    if isinstance(allocation, str):
-        if allocation not in _BY_NAME:
-            raise InputError(f"no allocation named {allocation!r}: choose {', '.join(_BY_NAME)}, or give a function")
-        return _BY_NAME[allocation]()
-    if callable(allocation):
-        return Allocation(allocation)
+    if isinstance(given, Allocation):
+        return given
+    if isinstance(given, str):
+        return ALLOCATIONS.find(given)()
+    if callable(given):
+        return Allocation(given)
     raise InputTypeError(
-        f"allocation is a {type(allocation).__name__}: give a name or a function (weights, count); a sparsity for each "
+        f"allocation is a {type(given).__name__}: give a name or a function (weights, count); a sparsity for each "
         "tensor goes in place of the sparsity: sc.prune(model, {'lstm*': 0.9, 'head.weight': 0.5})"
     )
+
+
+def for_files(given: str | Allocation) -> Allocation:
+    """Turn what a user may ask of files into an Allocation: one that looks at shapes only.
+
+    Raises:
+        InputError: another one; the message lists the choices.
+    """
+    found = resolve(given) if not isinstance(given, str) or given in ALLOCATIONS else None
+    if found is None or not found.shapes_only:
+        raise ALLOCATIONS.unknown(str(given), " for files", lambda make: make().shapes_only)
+    return found
 
 
 def shared(
@@ -155,30 +214,4 @@ def apportion(want: Mapping[str, float | int], most: Mapping[str, int], count: i
     return {name: counts.get(name, floors.get(name, 0)) for name in want}
 
 
-def _uniform(weights: Mapping[str, Tensor], count: int) -> Counts:
-    sizes = {name: w.numel() for name, w in weights.items()}
-    return apportion(sizes, sizes, count)
-
-
-def _erk(weights: Mapping[str, Tensor], count: int) -> Counts:
-    sizes = {name: w.numel() for name, w in weights.items()}
-    kept = apportion({name: sum(w.shape) for name, w in weights.items()}, sizes, sum(sizes.values()) - count)
-    return {name: size - kept[name] for name, size in sizes.items()}
-
-
-def _lamp(weights: Mapping[str, Tensor], count: int) -> Counts:
-    streams = [selection.Stream(name, _layer_adaptive(w)) for name, w in weights.items()]
-    cut = selection.threshold(streams, count)
-    counts: Counts = {}
-    for stream in streams:
-        _, counts[stream.name], cut = selection.keep(stream, cut)
-    return counts
-
-
-def _layer_adaptive(weight: Tensor) -> Tensor:
-    squares = weight.detach().abs().double().square().flatten().sort().values
-    not_smaller = squares.flip(0).cumsum(0).flip(0)
-    return torch.where(squares > 0, squares / not_smaller, 0.0).float()
-
-
-__all__: Sequence[Any] = ("Allocation", "erk", "global_", "lamp", "uniform")
+__all__: Sequence[Any] = ("ALLOCATIONS", "Allocation", "allocation", "erk", "global_", "lamp", "uniform")

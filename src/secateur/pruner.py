@@ -12,12 +12,12 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
-from secateur import plan
+from secateur import plan, schedules
 from secateur.allocation import Allocation
 from secateur.errors import InputError, InputTypeError, MaskError, StateError
 from secateur.masks import Masks, check
 from secateur.patterns import Pattern
-from secateur.schedules import Schedule, one_shot
+from secateur.schedules import Schedule
 from secateur.scores import GradientScore, Score
 from secateur.sparsity import Sparsity, fraction
 from secateur.support import bits
@@ -365,21 +365,12 @@ class Pruner:
 
 
 def _schedule(given: str | Schedule | Callable[[int], float], chosen: plan.Plan) -> Schedule | Callable[[int], float]:
-    if given == "one_shot":
-        return one_shot()
-    if isinstance(given, str):
-        raise InputError(f"schedule={given!r} needs its steps: sc.cubic(start=500, stop=4000, every=100), for example")
-    if isinstance(given, Schedule):
-        return given
-    if not callable(given):
-        raise InputTypeError(
-            f"schedule is a {type(given).__name__}: give sc.cubic(start, stop) or a function of the step"
-        )
-    if len(chosen.shares) > 1:
+    found = schedules.resolve(given)
+    if not isinstance(found, Schedule) and len(chosen.shares) > 1:
         raise InputError(
             "a function as schedule gives one sparsity, but each tensor has its own: use sc.cubic or another"
         )
-    return given
+    return found
 
 
 def _all_kept(chosen: plan.Plan) -> Masks:

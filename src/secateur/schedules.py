@@ -1,13 +1,6 @@
 """Sparsity as a function of the step: when the pruning happens.
 
-| name | sparsity at progress p from 0 to 1 (s is the final one) | source |
-|---|---|---|
-| `one_shot` | s at once | |
-| `linear` | s p | |
-| `cubic` | s (1 - (1 - p)^3) | Zhu & Gupta 2017, "To prune, or not to prune", eq. 1 |
-| `geometric` | 1 - (1 - s)^p: each update removes the same fraction of what remains | Frankle & Carbin 2019 |
-| `cosine` | s (1 - cos(pi p)) / 2 | |
-
+`print(sc.schedules.SCHEDULES)` lists those that have a name; `@schedule("name")` gives one to a curve of your own.
 Steps are whatever the Pruner counts: optimizer steps when it is attached, your own calls of `step()` otherwise.
 A user's own schedule is a function `step -> sparsity`.
 """
@@ -18,10 +11,15 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from typing import Protocol
 
 from secateur.errors import InputError, InputTypeError
+from secateur.support.registry import Registry
 
 Curve = Callable[[Fraction, Fraction], Fraction | float]
+
+SCHEDULES: Registry[Curve] = Registry("schedule", "a function of the step")
+"""The curves that have a name: the sparsity at a progress p from 0 to 1, where s is the final one."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +39,8 @@ class Schedule:
     every: int = 1
 
     def __post_init__(self) -> None:
-        if self.kind not in _CURVES:
-            raise InputError(f"no schedule named {self.kind!r}: choose {', '.join(_CURVES)}")
+        if self.kind not in SCHEDULES:
+            raise SCHEDULES.unknown(self.kind)
         for name in ("start", "stop", "every"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int):
@@ -58,8 +56,9 @@ class Schedule:
             return Fraction(0)
         if step >= self.stop:
             return final
+        curve = SCHEDULES[self.kind].value
         looked_at = self.start + (step - self.start) // self.every * self.every
-        return Fraction(_CURVES[self.kind](Fraction(looked_at - self.start, self.stop - self.start), final))
+        return Fraction(curve(Fraction(looked_at - self.start, self.stop - self.start), final))
 
     def in_epochs(self, steps_per_epoch: int) -> Schedule:
         """Read start, stop and every as epochs where a Pruner counts steps: `linear(2, 10).in_epochs(len(loader))`."""
@@ -72,13 +71,43 @@ class Schedule:
         return f"{self.kind}(start={self.start}, stop={self.stop}, every={self.every})"
 
 
-_CURVES: dict[str, Curve] = {  # in fractions where they can be, so that a tenth of 0.7 is 0.07
-    "one_shot": lambda p, s: s,
-    "linear": lambda p, s: s * p,
-    "cubic": lambda p, s: s * (1 - (1 - p) ** 3),
-    "geometric": lambda p, s: 1 - float(1 - s) ** float(p),
-    "cosine": lambda p, s: float(s) * (1 - math.cos(math.pi * p)) / 2,
-}
+class _MakesSchedule(Protocol):
+    """What makes a Schedule: `cubic(start=500, stop=4000, every=100)`."""
+
+    def __call__(self, start: int, stop: int, every: int = 1) -> Schedule:
+        """Say when, as `Schedule` does."""
+
+
+def schedule(name: str, *, source: str = "") -> Callable[[Curve], _MakesSchedule]:
+    """Give a schedule a name, under which `Schedule(name, ...)`, errors and the docs know it.
+
+    What is decorated is its curve: the sparsity at a progress p from 0 to 1, where s is the final one. It becomes what
+    makes a Schedule of it: `mine(start=500, stop=4000, every=100)`.
+
+    Args:
+        name: of the schedule.
+        source: the paper and equation it comes from.
+
+    Raises:
+        InputError: another schedule has that name.
+
+    >>> @schedule("square_root")
+    ... def square_root(p, s):
+    ...     return s * p**0.5
+    >>> float(square_root(0, 100).sparsity(25, Fraction(9, 10)))
+    0.45
+    """
+
+    def register(curve: Curve) -> _MakesSchedule:
+        def make(start: int, stop: int, every: int = 1) -> Schedule:
+            return Schedule(name, start, stop, every)
+
+        for attribute in ("__doc__", "__module__", "__name__", "__qualname__"):
+            setattr(make, attribute, getattr(curve, attribute))
+        SCHEDULES.add(name, curve, source=source)
+        return make
+
+    return register
 
 
 def one_shot(at: int = 0) -> Schedule:
@@ -86,21 +115,47 @@ def one_shot(at: int = 0) -> Schedule:
     return Schedule("one_shot", at, at)
 
 
-def linear(start: int, stop: int, every: int = 1) -> Schedule:
-    """The same number of weights at each update."""
-    return Schedule("linear", start, stop, every)
+SCHEDULES.add("one_shot", lambda p, s: s, meaning="s at once")
+
+# in fractions where they can be, so that a tenth of 0.7 is 0.07
 
 
-def cubic(start: int, stop: int, every: int = 1) -> Schedule:
-    """Fast while there is redundancy, slow near the end (Zhu & Gupta 2017, eq. 1): the usual choice."""
-    return Schedule("cubic", start, stop, every)
+@schedule("linear")
+def linear(p: Fraction, s: Fraction) -> Fraction:
+    """s p: the same number of weights at each update."""
+    return s * p
 
 
-def geometric(start: int, stop: int, every: int = 1) -> Schedule:
-    """The same fraction of the remaining weights at each update, as lottery tickets and SynFlow do."""
-    return Schedule("geometric", start, stop, every)
+@schedule("cubic", source='Zhu & Gupta 2017, "To prune, or not to prune", eq. 1')
+def cubic(p: Fraction, s: Fraction) -> Fraction:
+    """s (1 - (1 - p)^3): fast while there is redundancy, slow near the end; the usual choice."""
+    return s * (1 - (1 - p) ** 3)
 
 
-def cosine(start: int, stop: int, every: int = 1) -> Schedule:
-    """Slow at both ends."""
-    return Schedule("cosine", start, stop, every)
+@schedule("geometric", source='Frankle & Carbin 2019, "The Lottery Ticket Hypothesis"')
+def geometric(p: Fraction, s: Fraction) -> float:
+    """1 - (1 - s)^p: the same fraction of the remaining weights at each update, as lottery tickets and SynFlow do."""
+    return 1 - math.pow(1 - s, p)
+
+
+@schedule("cosine")
+def cosine(p: Fraction, s: Fraction) -> float:
+    """s (1 - cos(pi p)) / 2: slow at both ends."""
+    return float(s) * (1 - math.cos(math.pi * p)) / 2
+
+
+def resolve(given: str | Schedule | Callable[[int], float]) -> Schedule | Callable[[int], float]:
+    """Turn what a user may pass as `schedule=` into a Schedule or a function of the step.
+
+    Raises:
+        InputError: a name that there is not, or that says too little. InputTypeError: something else.
+    """
+    if given == "one_shot":
+        return one_shot()
+    if isinstance(given, str):
+        if given not in SCHEDULES:
+            raise SCHEDULES.unknown(given)
+        raise InputError(f"schedule={given!r} needs its steps: sc.cubic(start=500, stop=4000, every=100), for example")
+    if isinstance(given, Schedule) or callable(given):
+        return given
+    raise InputTypeError(f"schedule is a {type(given).__name__}: give sc.cubic(start, stop) or a function of the step")

@@ -5,20 +5,13 @@ A score is any function `(name, weight) -> Tensor` of the weight's shape. Signs 
 so that no second copy of the model is made. One with a `prepare()` is told before each choice of masks; one with
 a `generator` has its state saved with the Pruner's. A `GradientScore` must first see gradients.
 
-| name | score | source |
-|---|---|---|
-| `magnitude` | abs(w) | Han et al. 2015, "Learning both Weights and Connections" |
-| `random` | uniform in [0, 1) | Gale et al. 2019, "The State of Sparsity", the baseline |
-| `taylor` | sum over batches of abs(w g) | Molchanov et al. 2019, "Importance Estimation", eq. 8 without the square |
-| `snip` | abs(w sum over batches of g) | Lee et al. 2019, "SNIP", eq. 4 |
-| `movement` | minus the sum over batches of w g | Sanh et al. 2020, "Movement Pruning", eq. 5 |
-| `fisher` | sum over batches of g^2 w^2 | Theis et al. 2018, "Faster gaze prediction", eq. 6 |
-| `synflow` | w dR/dw, R of the linearised network | Tanaka et al. 2020, "SynFlow", eq. 2 and algorithm 1 |
+`print(sc.scores.SCORES)` lists those that have a name. A new one is a function under `@score("name")`.
 """
 
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from typing import Any, TypeVar
 
@@ -28,9 +21,43 @@ from torch import Tensor, distributed, nn
 from secateur.errors import InputError, InputTypeError, StateError, UnknownNameError, nearest
 from secateur.scope import Scope, unwrap, weights
 from secateur.support.progress import progress_bar
+from secateur.support.registry import Registry
 
 Score = Callable[[str, Tensor], Tensor]
 _F = TypeVar("_F", bound=Score)
+_G = TypeVar("_G", bound=Callable[..., Any])
+
+SCORES: Registry[Callable[..., Any]] = Registry("score", "a function (name, weight), or a dict of tensors")
+"""The scores that have a name."""
+
+
+def score(name: str, *, source: str = "", call: str = "") -> Callable[[_G], _G]:
+    """Give a score a name, under which `prune(score=name)`, errors and the docs know it.
+
+    What is decorated is the score itself, `(name, weight) -> Tensor`; or, for one that holds a state, what makes a
+    fresh one when called without arguments.
+
+    Args:
+        name: of the score.
+        source: the paper and equation it comes from.
+        call: how to make it, if it needs arguments: its name alone is then refused, with this as the remedy.
+
+    Raises:
+        InputError: another score has that name.
+
+    >>> @score("distance_to_one")
+    ... def distance_to_one(name, weight):
+    ...     return (weight.abs() - 1).abs()
+    >>> from secateur import prune
+    >>> prune(nn.Linear(10, 10), 0.9, score="distance_to_one").pruned
+    90
+    """
+
+    def register(made: _G) -> _G:
+        SCORES.add(name, made, source=source, call=call)
+        return made
+
+    return register
 
 
 def elementwise(score: _F) -> _F:
@@ -39,12 +66,14 @@ def elementwise(score: _F) -> _F:
     return score
 
 
+@score("magnitude", source='Han et al. 2015, "Learning both Weights and Connections"')
 @elementwise
 def magnitude(name: str, weight: Tensor) -> Tensor:
     """abs(w): small weights go first."""
     return weight.abs()
 
 
+@score("random", source='Gale et al. 2019, "The State of Sparsity", the baseline')
 def random(seed: int = 0, *, generator: torch.Generator | None = None) -> Score:
     """Uniform in [0, 1), from its own generator: the global random state is not touched.
 
@@ -127,28 +156,39 @@ class GradientScore:
         self.sums = {}
 
 
+@score("taylor", source='Molchanov et al. 2019, "Importance Estimation", eq. 8 without the square')
 def taylor() -> GradientScore:
     """Sum over batches of abs(w g): what the loss would change by, to first order, without the weight."""
     return GradientScore("taylor", lambda w, g: (w * g).abs())
 
 
+@score("snip", source='Lee et al. 2019, "SNIP", eq. 4')
 def snip() -> GradientScore:
     """abs(w sum of g): SNIP's connection sensitivity (its normalisation does not change the order)."""
     return GradientScore("snip", lambda w, g: g, lambda w, total: (w * total).abs())
 
 
+@score("movement", source='Sanh et al. 2020, "Movement Pruning", eq. 5')
 def movement() -> GradientScore:
     """Minus the sum of w g over the whole training: weights that move towards zero go first (signed)."""
     return GradientScore("movement", lambda w, g: -(w * g.conj()).real, forget=False)
 
 
+@score("fisher", source='Theis et al. 2018, "Faster gaze prediction", eq. 6')
 def fisher() -> GradientScore:
     """Sum over batches of g^2 w^2: the diagonal of the empirical Fisher information."""
     return GradientScore("fisher", lambda w, g: (w * g).abs().square())
 
 
+@score(
+    "synflow",
+    source='Tanaka et al. 2020, "SynFlow", eq. 2 and algorithm 1',
+    call="sc.scores.synflow(model, example_inputs)",
+)
 class synflow:
-    """SynFlow: no data, only the shape of an input. Repeat it: prune in many small steps (`sc.geometric`).
+    """w dR/dw, without data: R is the sum of what the model puts out with abs(w) in place of each parameter w.
+
+    Only the shape of an input is needed. Repeat it: prune in many small steps (`sc.geometric`).
 
     The model itself is not run: a copy in double precision is, with abs(w) for each parameter, on inputs of ones and
     in eval() mode; its outputs are summed to R.
@@ -196,31 +236,28 @@ def _tensors(out: Any) -> list[Tensor]:
     return [tensor for part in out for tensor in _tensors(part)] if isinstance(out, (list, tuple)) else []
 
 
-_BY_NAME: dict[str, Callable[[], Score]] = {
-    "magnitude": lambda: magnitude,
-    "random": random,
-    "taylor": taylor,
-    "snip": snip,
-    "movement": movement,
-    "fisher": fisher,
-}
-
-
-def resolve(score: str | Score | Mapping[str, Tensor]) -> Score:
+def resolve(given_score: str | Score | Mapping[str, Tensor]) -> Score:
     """Turn what a user may pass as `score=` into a function."""
-    if isinstance(score, str):
-        if score == "synflow":
-            raise InputError("synflow needs an input's shape: score=sc.scores.synflow(model, example_inputs)")
-        if score not in _BY_NAME:
-            raise InputError(
-                f"no score named {score!r}: choose {', '.join(_BY_NAME)}, or give a function (name, weight)"
-            )
-        return _BY_NAME[score]()
-    if isinstance(score, Mapping):
-        return given(score)
-    if not callable(score):
-        raise InputTypeError(f"score is a {type(score).__name__}: give a name, a function (name, weight), or a dict")
-    return score
+    if isinstance(given_score, str):
+        found = SCORES.find(given_score)
+        score: Score = found() if _takes_nothing(found) else found
+        return score
+    if isinstance(given_score, Mapping):
+        return given(given_score)
+    if not callable(given_score):
+        raise InputTypeError(
+            f"score is a {type(given_score).__name__}: give a name, a function (name, weight), or a dict"
+        )
+    return given_score
+
+
+def _takes_nothing(made: Callable[..., Any]) -> bool:
+    """Whether something is called without arguments: it makes a score, and is none."""
+    try:
+        inspect.signature(made).bind()
+    except (TypeError, ValueError):  # it wants arguments, or is written in C and does not say
+        return False
+    return True
 
 
 def evaluate(score: Score, name: str, weight: Tensor) -> Tensor:
@@ -264,7 +301,7 @@ def accumulate(
         model: run as it stands (`train()` or `eval()`).
         batches: of data; each is passed on as it comes.
         loss: `loss(model, batch)` -> scalar Tensor. It gets the model inside a DDP.
-        score: "taylor", "snip", "movement" or "fisher", or a GradientScore to go on with.
+        score: the name of one made of gradients, such as "taylor", or a GradientScore to go on with.
         scope: tensors to score; by default `sc.weights(model)`.
         progress: draw a bar on stderr.
 
@@ -277,7 +314,8 @@ def accumulate(
     scope = scope if scope is not None else weights(model)
     gathered = resolve(score)
     if not isinstance(gathered, GradientScore):
-        raise InputError(f"the score {score!r} takes no gradients: choose taylor, snip, movement or fisher")
+        known = ", ".join(SCORES.written(lambda made: _takes_nothing(made) and isinstance(made(), GradientScore)))
+        raise InputError(f"the score {score!r} takes no gradients: choose {known}")
     trained = {name: weight for name, weight in scope.items() if weight.requires_grad}
     # DDP itself counts the backwards that it sees, and these go by it
     parallel = isinstance(model, nn.parallel.DistributedDataParallel)
@@ -314,6 +352,6 @@ def _average(score: GradientScore, scope: Mapping[str, Tensor], seen: int, group
 
 
 __all__: Sequence[str] = (
-    "GradientScore", "Score", "accumulate", "elementwise", "evaluate", "fisher", "given", "magnitude", "movement",
-    "random", "resolve", "snip", "synflow", "taylor",
+    "SCORES", "GradientScore", "Score", "accumulate", "elementwise", "evaluate", "fisher", "given", "magnitude",
+    "movement", "random", "resolve", "score", "snip", "synflow", "taylor",
 )  # fmt: skip
