@@ -52,3 +52,17 @@ def test_nearest():
     assert nearest("zzz", names) == "valid names are: " + ", ".join(names)
     assert nearest("zzz", map(str, range(9))) == "valid names are: 0, 1, 2, 3, 4 and 4 more"
     assert nearest("zzz", []) == "there are none to choose from"
+
+
+@pytest.mark.parametrize(
+    ("text", "want"),
+    [
+        ("layer.0 weight é 中", "layer.0 weight é 中"),
+        ("\x1b[31mred\x07", r"\x1b[31mred\x07"),
+        ("a\nb\r\tc\x85\u2028", r"a\nb\r\tc\x85\u2028"),
+        ("\u202ea\u2066b\u200f\ufeff", r"\u202ea\u2066b\u200f\ufeff"),
+        ("\ud800\U000e0001", r"\ud800\U000e0001"),
+    ],
+)
+def test_printable(text, want):
+    assert errors.printable(text) == want

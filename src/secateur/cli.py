@@ -1,8 +1,8 @@
 """The command line: `secateur demo | inspect | prune | pack | unpack | bench | doctor`.
 
 Every command has `--json`: one JSON object on stdout and nothing else. An error is one sentence on stderr,
-with `--json` too, and exit status 2, as for a usage error; Ctrl-C exits with 130. A person at a terminal gets
-rich tables, a pipe gets plain text. torch is imported inside the commands, so that `--help` is quick.
+with `--json` too, and exit status 2, as for a usage error; Ctrl-C exits with 130. A terminal gets tables
+that fit its width, a pipe gets one line a row. torch is imported inside the commands, so that `--help` is quick.
 """
 
 from __future__ import annotations
@@ -17,11 +17,9 @@ from typing import Annotated, Any, Protocol
 
 import typer
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table as RichTable
 from typer.core import TyperGroup
 
-from secateur.errors import SecateurError
+from secateur.errors import SecateurError, printable
 from secateur.support.tables import Table
 
 
@@ -38,12 +36,12 @@ class _Group(TyperGroup):
         except BrokenPipeError:  # `secateur inspect FILE | head`: typer ends quietly
             raise
         except (SecateurError, OSError) as error:
-            typer.echo("secateur: " + " ".join(str(error).split()), err=True)
+            typer.echo("secateur: " + printable(" ".join(str(error).split())), err=True)
             raise typer.Exit(2) from None
 
 
 def _warn(message: Warning | str, *_: Any, **__: Any) -> None:
-    typer.echo(f"secateur: warning: {message}", err=True)
+    typer.echo(f"secateur: warning: {printable(str(message))}", err=True)
 
 
 class _Result(Protocol):
@@ -269,24 +267,11 @@ def demo(
 
 
 def _show(result: _Result, as_json: bool) -> None:
-    console = Console()
     if as_json:
         _print_json(result.to_dict())
-    elif console.is_terminal:
-        _draw(result.table(), console)
-    else:  # a pipe has no width to fit into
-        typer.echo(result.table().text())
-
-
-def _draw(table: Table, console: Console) -> None:
-    drawn = RichTable(title=escape(table.title))
-    for i, name in enumerate(table.header):
-        drawn.add_column(escape(name), justify="right" if i else "left", overflow="fold")
-    for row in table.rows:
-        drawn.add_row(*map(escape, row))
-    console.print(drawn)
-    for note in table.notes:
-        console.print(note, markup=False, highlight=False)
+    else:
+        console = Console()  # a pipe has no width to fit into, and `grep` wants a row to be a line
+        typer.echo(result.table().text(console.width if console.is_terminal else None))
 
 
 def _print_json(result: dict[str, Any]) -> None:

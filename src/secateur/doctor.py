@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from secateur.support.machine import cpu_name, cpuinfo, first_of, secateur_version, version_of
-from secateur.support.tables import Table
+from secateur.support.tables import Printed, Table
 
 _EXTRAS = {"metrics": "torchmetrics", "plot": "matplotlib"}
 _FLAGS = (
@@ -76,7 +76,7 @@ class Finding:
 
 
 @dataclass(frozen=True)
-class Diagnosis:
+class Diagnosis(Printed):
     """Facts and findings; prints as a table with the findings below."""
 
     facts: Facts
@@ -90,13 +90,6 @@ class Diagnosis:
     def to_dict(self) -> dict[str, Any]:
         """The same as plain data, for JSON: facts, findings."""
         return asdict(self)
-
-    def markdown(self) -> str:
-        """The table as Markdown."""
-        return self.table().markdown()
-
-    def __str__(self) -> str:
-        return self.table().text()
 
 
 def diagnose() -> Diagnosis:

@@ -68,6 +68,18 @@ class SecateurWarning(UserWarning):
     """Something works, but not as one would hope."""
 
 
+def printable(text: str) -> str:
+    r"""Write a name that came from a file or a model so that nothing in it acts on a terminal or hides.
+
+    Control characters, escapes, line ends, bidi marks, invisible characters and lone surrogates become backslash
+    escapes; all other text stays as it is.
+
+    >>> printable("a\x1b[31mb\n\u202ec")
+    'a\\x1b[31mb\\n\\u202ec'
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def warn(message: str) -> None:
     """Issue a SecateurWarning that points at the first line outside this package."""
     level, frame = 1, sys._getframe()

@@ -14,7 +14,7 @@ from torch.nn.utils import parametrize
 from secateur import anatomy
 from secateur.anatomy import Layout
 from secateur.errors import InputError, InputTypeError, UnknownNameError, nearest
-from secateur.support.tables import Table, number
+from secateur.support.tables import Printed, Table, number
 
 Selector = str | type[nn.Module]
 
@@ -66,7 +66,7 @@ class Member:
         return self.parameter.numel() - len(self.protected)
 
 
-class Scope(Mapping[str, nn.Parameter]):
+class Scope(Printed, Mapping[str, nn.Parameter]):
     """The tensors that may be pruned, by name, in the model's own order; and why the others may not.
 
     Reads as `dict[str, Parameter]`; prints as a table of what is in and what was left out. Made by `weights`.
@@ -90,10 +90,14 @@ class Scope(Mapping[str, nn.Parameter]):
         """Weights that may be pruned, in all: the N of a budget."""
         return sum(member.free for member in self.members.values())
 
-    def __str__(self) -> str:
+    def table(self) -> Table:
+        """One row a tensor: what is in, then what is left out and why."""
         rows = [[m.name, "in", number(m.free), _remark(m)] for m in self.members.values()]
         rows += [[name, "out", "", reason] for name, reason in self.left_out.items()]
-        return Table(("tensor", "", "weights", "why"), rows, notes=[f"{self.size:,} weights in scope"]).text()
+        return Table(("tensor", "", "weights", "why"), rows, notes=[f"{self.size:,} weights in scope"])
+
+    def __repr__(self) -> str:
+        return f"Scope({len(self)} tensors, {self.size:,} weights; {len(self.left_out)} tensors left out)"
 
 
 def weights(

@@ -162,7 +162,7 @@ def test_a_note_on_torch_prune(tmp_path):
     (note,) = inspect(tmp_path / "m.pt").notes
     assert note.startswith("1 tensors")
     assert "secateur.from_torch_prune(model)" in note
-    assert note in str(inspect(tmp_path / "m.pt"))
+    assert note in inspect(tmp_path / "m.pt").table().text(width=None)
 
 
 class Bomb:

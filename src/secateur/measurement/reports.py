@@ -13,7 +13,7 @@ from secateur.masks import Masks
 from secateur.measurement.costs import file_bytes
 from secateur.scope import unwrap
 from secateur.support import bits
-from secateur.support.tables import Table, number, percent, size
+from secateur.support.tables import Printed, Table, number, percent, size
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Line:
 
 
 @dataclass(frozen=True)
-class Report:
+class Report(Printed):
     """The state of a pruned model; prints as a table.
 
     Attributes:
@@ -59,14 +59,8 @@ class Report:
         """Plain data, ready for JSON."""
         return {**asdict(self), "lines": [asdict(line) for line in self.lines], "asked": self.asked, "got": self.got}
 
-    def markdown(self) -> str:
-        """The table in Markdown."""
-        return self._table().markdown()
-
-    def __str__(self) -> str:
-        return self._table().text()
-
-    def _table(self) -> Table:
+    def table(self) -> Table:
+        """One row a tensor, then the total."""
         rows = [_row(line.name, line.weights, line.asked, line.got, line.dead_outputs) for line in self.lines]
         sums = (
             sum(getattr(line, field) for line in self.lines) for field in ("weights", "asked", "got", "dead_outputs")

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 from secateur.errors import InputError, InputTypeError
 from secateur.measurement.costs import devices, file_bytes, join, macs, peak_bytes, weight_facts
 from secateur.support.inputs import Arguments, arguments
-from secateur.support.tables import Table, number, percent, size
+from secateur.support.tables import Printed, Table, number, percent, size
 
 __all__ = ["Comparison", "Measurement", "compare", "measure"]
 
@@ -31,7 +31,7 @@ _Pair = tuple[float, float]
 
 
 @dataclass(frozen=True)
-class Measurement:
+class Measurement(Printed):
     """What one model costs; `str()` is a table.
 
     Attributes:
@@ -104,16 +104,13 @@ class Measurement:
         data = {**vars(self), **{name: getattr(self, name) for name in derived}}
         return {key: list(value) if isinstance(value, tuple) else value for key, value in data.items()}
 
-    def markdown(self) -> str:
-        """The table in Markdown."""
-        return _table({"model": self}).markdown()
-
-    def __str__(self) -> str:
-        return _table({"model": self}).text()
+    def table(self) -> Table:
+        """One row a quantity."""
+        return _table({"model": self})
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Comparison(Printed):
     """Models measured side by side, the first of them the baseline; `str()` is a table.
 
     Attributes:
@@ -189,13 +186,6 @@ class Comparison:
     def table(self) -> Table:
         """One row a quantity, one column a model; the summary is the notes."""
         return _table(self.measurements, self)
-
-    def markdown(self) -> str:
-        """The table in Markdown, the summary below."""
-        return self.table().markdown()
-
-    def __str__(self) -> str:
-        return self.table().text()
 
 
 def measure(model: nn.Module, inputs: Any, *, threads: int | None = None, seconds: float = 1.0) -> Measurement:
@@ -406,7 +396,7 @@ def _table(measurements: Mapping[str, Measurement], comparison: Comparison | Non
             ["speed", "baseline", *map(comparison.verdict, comparison.others)],
             ["  95 % interval", "", *(f"{least:.2f}x to {most:.2f}x" for least, most in intervals)],
         ]
-        notes.append(comparison.summary)
+        notes += comparison.summary.split("\n")
     return Table(["", *measurements], [row for row in rows if any(row[1:])], notes=notes)
 
 

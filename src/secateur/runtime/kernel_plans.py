@@ -8,7 +8,7 @@ from typing import Any
 
 from secateur.errors import FileError
 from secateur.measurement.timing import duration
-from secateur.support.tables import Table, percent
+from secateur.support.tables import Printed, Table, percent
 
 _VERSION = 1
 _CLASSES = range(48)
@@ -87,7 +87,7 @@ class Gain:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(Printed):
     """What `accelerate` decided; `str()` is a table.
 
     Attributes:
@@ -136,13 +136,6 @@ class Plan:
             raise FileError(
                 f"this is no plan of this version of secateur: {error!r}. Tune anew, without plan."
             ) from error
-
-    def markdown(self) -> str:
-        """The table in Markdown."""
-        return self.table().markdown()
-
-    def __str__(self) -> str:
-        return self.table().text()
 
     def table(self) -> Table:
         """One row a layer and row class; the notes tell of the whole model."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from secateur.storage.dtypes import name_of
 from secateur.storage.stored import Stored
-from secateur.support.tables import Table, number, percent, size
+from secateur.support.tables import Printed, Table, number, percent, size
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class TensorInfo:
 
 
 @dataclass(frozen=True)
-class Contents:
+class Contents(Printed):
     """What a checkpoint holds; prints as a table.
 
     Attributes:
@@ -89,13 +89,6 @@ class Contents:
         keys = "weights", "zeros", "sparsity", "bytes", "stored_bytes", "ratio"
         total = {key: getattr(self.total, key) for key in keys}
         return {"path": self.path, "tensors": tensors, "total": total, "notes": list(self.notes)}
-
-    def markdown(self) -> str:
-        """The table as Markdown."""
-        return self.table().markdown()
-
-    def __str__(self) -> str:
-        return self.table().text()
 
 
 def info(tensor: Stored, zeros: int, **written: Any) -> TensorInfo:

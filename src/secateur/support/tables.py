@@ -1,43 +1,138 @@
-"""A table that prints as text and as Markdown: what `report`, `measure` and `compare` show."""
+"""A table that prints as text, as Markdown and as HTML: what `report`, `measure`, `compare` and others show."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import html
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
+
+from secateur.errors import printable
+
+_NARROW = 16  # characters: no column is made narrower than this, so that numbers stay whole
+_Rows = list[Sequence[str]]  # of one table, the header first
 
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of ready-made strings under a header; the first column is aligned left, the others right."""
+    """Rows of ready-made strings under a header; the first column is aligned left, the others right.
+
+    Names are shown by `secateur.errors.printable`: what they hold acts on no terminal.
+    """
 
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
     title: str = ""
     notes: Sequence[str] = field(default=())
 
-    def text(self) -> str:
-        """Plain text, columns aligned, notes below."""
-        lines = [self._line(row, "  ") for row in (self.header, *self.rows)]
-        lines.insert(1, "  ".join("-" * width for width in self._widths()))
-        return "\n".join([*([self.title] if self.title else []), *lines, *self.notes])
+    def __post_init__(self) -> None:
+        for name in ("header", "notes"):
+            object.__setattr__(self, name, [printable(cell) for cell in getattr(self, name)])
+        object.__setattr__(self, "rows", [[printable(cell) for cell in row] for row in self.rows])
+        object.__setattr__(self, "title", printable(self.title))
+
+    def text(self, width: int | None = 80) -> str:
+        """Plain text, columns aligned, notes below; no line is longer than `width` characters (None: no limit).
+
+        A table that is too wide is folded, never cut: a long name stands on a line of its own above its row, other
+        long cells take several lines, and columns that still find no room follow in a further part.
+        """
+        parts = ["\n".join(_lines(rows, width)) for rows in _parts([self.header, *self.rows], width)]
+        folded = [line for note in self.notes for line in _fold(note, width)]
+        return "\n".join([*_fold(self.title, width), "\n\n".join(parts), *folded])
 
     def markdown(self) -> str:
         """A GitHub-flavoured Markdown table, notes below."""
-        rule = "|".join(["---", *["---:"] * (len(self.header) - 1)])
-        lines = ["| " + self._line(row, " | ", "\\|") + " |" for row in (self.header, *self.rows)]
-        lines.insert(1, f"|{rule}|")
+        rows = [[re.sub(r"[|<*`\[]", r"\\\g<0>", cell) for cell in row] for row in (self.header, *self.rows)]
+        lines = [f"| {' | '.join(_aligned(row, _widths(rows)))} |" for row in rows]
+        lines.insert(1, f"|{'|'.join(['---', *['---:'] * (len(self.header) - 1)])}|")
         title = [f"**{self.title}**", ""] if self.title else []
         notes = ["", *self.notes] if self.notes else []
         return "\n".join([*title, *lines, *notes])
 
-    def _widths(self) -> list[int]:
-        return [max(len(row[i]) for row in (self.header, *self.rows)) for i in range(len(self.header))]
+    def html(self) -> str:
+        """An HTML table, as notebooks show it: the title is its caption, the notes stand below."""
 
-    def _line(self, row: Sequence[str], gap: str, bar: str = "|") -> str:
-        cells = [cell.replace("|", bar) for cell in row]
-        widths = self._widths()
-        first = cells[0].ljust(widths[0])
-        return gap.join([first, *(c.rjust(w) for c, w in zip(cells[1:], widths[1:], strict=True))]).rstrip()
+        def row(cells: Sequence[str], tag: str) -> str:
+            styles = ["text-align: left; white-space: pre-wrap", *["text-align: right"] * (len(cells) - 1)]
+            pairs = zip(cells, styles, strict=True)
+            made = [f'<{tag} style="{style}">{html.escape(cell)}</{tag}>' for cell, style in pairs]
+            return f"<tr>{''.join(made)}</tr>"
+
+        caption = f"<caption>{html.escape(self.title)}</caption>" if self.title else ""
+        body = "\n".join(row(cells, "td") for cells in self.rows)
+        notes = "".join(f"\n<div>{html.escape(note)}</div>" for note in self.notes)
+        return f"<table>{caption}\n<thead>{row(self.header, 'th')}</thead>\n<tbody>\n{body}\n</tbody>\n</table>{notes}"
+
+
+class Printed(ABC):
+    """What prints as a table: as text by `str()`, as Markdown, and in notebooks by itself."""
+
+    @abstractmethod
+    def table(self) -> Table:
+        """The table that is printed."""
+
+    def markdown(self) -> str:
+        """The table in Markdown."""
+        return self.table().markdown()
+
+    def __str__(self) -> str:
+        return self.table().text()
+
+    def _repr_markdown_(self) -> str:
+        return self.markdown()
+
+    def _repr_html_(self) -> str:
+        return self.table().html()
+
+
+def _parts(rows: _Rows, width: int | None) -> Iterator[_Rows]:
+    """The table itself, or where it is too wide several, each with the first column and as many others as fit."""
+    least = [min(w, _NARROW) for w in _widths(rows)]
+    part = [0]
+    for column in range(1, len(least)):
+        together = sum(least[i] + 2 for i in [*part, column]) - 2
+        if width is not None and together > width and len(part) > 1:
+            yield [[row[i] for i in part] for row in rows]
+            part = [0]
+        part.append(column)
+    yield [[row[i] for i in part] for row in rows]
+
+
+def _lines(rows: _Rows, width: int | None) -> Iterator[str]:
+    widths = _widths(rows)
+    while width is not None and sum(w + 2 for w in widths) - 2 > width and max(widths) > _NARROW:
+        widths[widths.index(max(widths))] -= 1
+    folded = {i for i, w in enumerate(widths) if any(len(row[i]) > w for row in rows[1:])}
+    for number, (name, *cells) in enumerate(rows):
+        if len(name) > widths[0]:
+            yield from _fold(name, width)
+            name = ""
+        columns = [[name], *(_fold(cell, w) for cell, w in zip(cells, widths[1:], strict=True))]
+        for line in zip_longest(*columns, fillvalue=""):
+            yield "  ".join(_aligned(line, widths, folded)).rstrip()
+        if number == 0:
+            yield "  ".join("-" * w for w in widths)
+
+
+def _widths(rows: Sequence[Sequence[str]]) -> list[int]:
+    return [max(map(len, column)) for column in zip(*rows, strict=True)]
+
+
+def _aligned(row: Sequence[str], widths: Sequence[int], left: Collection[int] = ()) -> Iterator[str]:
+    """The cells, filled with blanks: the first column and those named to the left, the others to the right."""
+    for i, (cell, width) in enumerate(zip(row, widths, strict=True)):
+        yield cell.ljust(width) if i == 0 or i in left else cell.rjust(width)
+
+
+def _fold(text: str, width: int | None) -> list[str]:
+    """Lines of at most `width` characters, broken at blanks; in a name without blanks, after a dot or the like."""
+    if width is None or len(text) <= width:
+        return [text] if text else []
+    ends = r"\s" if " " in text else "[./_-]"
+    return [line.rstrip() for line in re.findall(rf".{{1,{width}}}(?:(?<={ends})|$)|.{{{width}}}", text)]
 
 
 def number(value: float) -> str:

@@ -14,6 +14,7 @@ from zoo import ZOO, Model, bits, linear, rest, untouched, vectors
 
 import secateur as sc
 from secateur.errors import InputTypeError, StateError
+from secateur.measurement.costs import peak_bytes
 
 find = sc.dropout.find
 IDS = [entry.name for entry in ZOO]
@@ -91,10 +92,9 @@ def test_shapes_lines_and_table():
 def test_what_is_out_of_reach_is_in_the_table_and_says_what_to_do():
     entry = next(entry for entry in ZOO if entry.name == "behind if self.training")
     found = find(*entry.build()[:2])
-    assert "out of reach" in str(found)
-    assert "if self.training" in str(found)
-    assert "functional.dropout(x, p, self.training)" in str(found)
-    assert "nn.Dropout" in str(found)
+    told = found.table().text(width=None)
+    for words in ("out of reach", "if self.training", "functional.dropout(x, p, self.training)", "nn.Dropout"):
+        assert words in told
 
 
 NOISE = {
@@ -272,7 +272,7 @@ def test_training_that_writes_into_the_model():
 def test_weights_are_not_copied():
     """Twice the memory of a large model would be too much."""
     model = nn.Sequential(nn.Linear(1000, 1000), nn.Dropout(0.2)).eval()
-    peak = sc.measurement.peak_bytes(_Finds(model), ((torch.randn(1, 1000),), {}))
+    peak = peak_bytes(_Finds(model), ((torch.randn(1, 1000),), {}))
     assert peak < 1000 * 1000 * 4 / 2
 
 
@@ -316,7 +316,7 @@ def test_scripted_and_traced_models_are_named(make):
     found = find(make(nn.Sequential(linear(), nn.Dropout(0.3)).eval()), X)
     assert not found.calls
     assert [one for one in named(found) if one[1] == "dropout"] == [("", "dropout")]  # once, not for each part too
-    assert "before torch.jit.script" in str(found)
+    assert "before torch.jit.script" in found.table().text(width=None)
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")

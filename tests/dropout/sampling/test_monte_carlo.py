@@ -29,6 +29,7 @@ from secateur.dropout.sampling.monte_carlo import _PLANS, _agree
 from secateur.dropout.sampling.passes import Run
 from secateur.dropout.sampling.prefix import Unsuitable
 from secateur.errors import InputError, InputTypeError, SecateurWarning, StateError
+from secateur.measurement.costs import peak_bytes
 from secateur.support.inputs import arguments
 
 # of few samples some outputs have none in which they were dropped
@@ -308,7 +309,7 @@ def test_the_peak_stays_within_the_room():
             return sample(model, x, n=40, max_memory=2**21).samples
 
     sample(model, x, n=40, max_memory=2**21)
-    assert sc.measurement.peak_bytes(Samples(), ((), {})) < 2 * 2**21 + 40 * 64 * 8 * 4 * 3
+    assert peak_bytes(Samples(), ((), {})) < 2 * 2**21 + 40 * 64 * 8 * 4 * 3
 
 
 @pytest.mark.parametrize("room", [2**30, 8_000])

@@ -19,7 +19,7 @@ from secateur.dropout.interception.handlers import Call, Lister, handling
 from secateur.dropout.interception.isolation import Buffers, at_rest, fresh, require_rest
 from secateur.measurement.costs import devices
 from secateur.support.inputs import Arguments, arguments
-from secateur.support.tables import Table
+from secateur.support.tables import Printed, Table
 
 __all__ = ["Found", "Unreached", "find"]
 
@@ -43,7 +43,7 @@ class Unreached:
 
 
 @dataclass(frozen=True)
-class Found:
+class Found(Printed):
     """The dropout of a model, as the inputs given make it run; `str()` is a table.
 
     Attributes:
@@ -76,9 +76,6 @@ class Found:
         notes = [f"{len(self.calls)} dropout calls" + (f", {self.off} more drop nothing" if self.off else "")]
         notes += [f"out of reach: {one}" for one in self.unreached]
         return Table(("where", "kind", "rate", "shape"), rows, notes=notes)
-
-    def __str__(self) -> str:
-        return self.table().text()
 
 
 def find(model: nn.Module, inputs: Any) -> Found:

@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from secateur.dropout import noise
 from secateur.errors import InputError, StateError
 from secateur.scope import unwrap
-from secateur.support.tables import Table
+from secateur.support.tables import Printed, Table
 
 __all__ = ["RecurrentDropout", "recurrent"]
 
@@ -81,7 +81,7 @@ def recurrent(
     return handle
 
 
-class RecurrentDropout:
+class RecurrentDropout(Printed):
     """The dropout that `recurrent` put into a model; `str()` is a table of where it is."""
 
     def __init__(self) -> None:
@@ -126,9 +126,9 @@ class RecurrentDropout:
                 module.register_forward_hook(_restore, always_call=True),
             ]
 
-    def __str__(self) -> str:
-        notes = [] if self._handles else ["removed"]
-        return Table(("module", "type", "dropped"), self._rows, notes=notes).text()
+    def table(self) -> Table:
+        """One row a module."""
+        return Table(("module", "type", "dropped"), self._rows, notes=[] if self._handles else ["removed"])
 
     def __repr__(self) -> str:
         on = f"on {len(self._rows)} modules" if self._handles else "removed"

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from secateur.errors import InputError, InputTypeError
-from secateur.support.tables import Table, number
+from secateur.support.tables import Printed, Table, number
 
 __all__ = ["Calibration", "RiskCoverage", "adaptive_ece", "brier", "calibration_curve", "coverage", "crps", "ece"]
 __all__ += ["nll", "risk_coverage"]
@@ -96,7 +96,7 @@ def adaptive_ece(probabilities: Tensor, labels: Tensor, *, bins: int = 15) -> fl
 
 
 @dataclass(frozen=True)
-class Calibration:
+class Calibration(Printed):
     """How often predictions of about the same confidence are right; `str()` is a table.
 
     Attributes:
@@ -120,9 +120,6 @@ class Calibration:
         parts = zip(self.confidence, self.accuracy, self.count, strict=True)
         rows = [[f"{sure:.4f}", f"{right:.4f}", number(count)] for sure, right, count in parts]
         return Table(["confidence", "accuracy", "count"], rows, notes=[f"mean gap: {self.error:.4f}"])
-
-    def __str__(self) -> str:
-        return self.table().text()
 
 
 def calibration_curve(probabilities: Tensor, labels: Tensor, *, bins: int = 15, adaptive: bool = False) -> Calibration:

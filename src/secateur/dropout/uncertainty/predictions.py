@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from secateur.errors import InputError, InputTypeError
-from secateur.support.tables import Table
+from secateur.support.tables import Printed, Table
 
 __all__ = ["Prediction"]
 
 
 @dataclass(frozen=True, eq=False)
-class Prediction:
+class Prediction(Printed):
     """Samples of a model's output, and what follows from them; `str()` is a table of the first rows.
 
     Everything is computed in float32, in float64 where the samples are float64. NaN in a sample stays NaN.
@@ -227,9 +227,6 @@ class Prediction:
         if self._has_classes or self.noise is not None:
             names += ["aleatoric", "epistemic"]
         return {"n": self.n, **{name: getattr(self, name).tolist() for name in names}}
-
-    def __str__(self) -> str:
-        return self.table().text()
 
     @property
     def _has_classes(self) -> bool:
