@@ -73,6 +73,12 @@ def test_forgotten_no_grad_is_forgiven(kind):
 def test_autocast_goes_dense_and_says_so_once(kind):
     model, fast, x = kind
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        try:
+            model(x)
+        except RuntimeError:  # oneDNN has no LSTM of bfloat16 for a processor without AVX-512
+            with pytest.warns(SecateurWarning, match="autocast is on"), pytest.raises(RuntimeError, match="primitive"):
+                fast(x)
+            return
         with pytest.warns(SecateurWarning, match="autocast is on"):
             got = tensor(fast(x))
         tensor(fast(x))  # warnings are errors
