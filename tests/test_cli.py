@@ -176,6 +176,17 @@ def test_help_and_version():
     assert result.stdout.startswith("secateur ")
 
 
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_the_shell_completes(shell):
+    typed = {"COMP_WORDS": "secateur ins", "COMP_CWORD": "1"}  # bash
+    typed |= {"_TYPER_COMPLETE_ARGS": "secateur ins", "_TYPER_COMPLETE_FISH_ACTION": "get-args"}  # the others
+    asked = ({"_SECATEUR_COMPLETE": f"{what}_{shell}", **typed} for what in ("source", "complete"))
+    script, completed = (CliRunner().invoke(app, [], env=one, prog_name="secateur").stdout for one in asked)
+    assert f"_SECATEUR_COMPLETE=complete_{shell}" in script
+    assert "inspect" in completed
+    assert "prune" not in completed
+
+
 def python(*arguments):
     environment = {**os.environ, "PYTHONPATH": str(SOURCE.parent)}
     return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=environment, timeout=120)

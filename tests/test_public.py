@@ -5,6 +5,7 @@ import doctest
 import importlib
 import inspect
 import pkgutil
+from importlib import metadata
 from pathlib import Path
 from types import ModuleType
 
@@ -58,7 +59,11 @@ def test_all_is_what_dir_publishes():
     rooms = {name for name in sc.__all__ if isinstance(getattr(sc, name), ModuleType)}
     assert shown | rooms == set(sc.__all__)
     assert rooms <= inner
-    assert len(sc.__all__) == len(set(sc.__all__)) <= 30
+    assert len(sc.__all__) == len(set(sc.__all__)) <= 36
+
+
+def test_the_version_is_that_of_the_distribution():
+    assert sc.__version__ == metadata.version("secateur")
 
 
 def test_no_room_bears_the_name_of_a_verb():

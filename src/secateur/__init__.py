@@ -22,7 +22,10 @@ from secateur.scope import weights
 from secateur.scores import accumulate
 from secateur.sparsity import Count
 from secateur.storage import load, load_pretrained, pack, save, save_pretrained, unpack
+from secateur.support.machine import secateur_version as _version
 from secateur.torch_prune import from_torch_prune, plain_state_dict
+
+__version__ = _version()
 
 __all__ = [
     "Count",

@@ -53,7 +53,6 @@ app = typer.Typer(
     cls=_Group,
     help="Precise pruning for PyTorch.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")]
