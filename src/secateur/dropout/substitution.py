@@ -1,46 +1,85 @@
-"""Other tensors in the place of parameters while a module runs, and the very parameters back afterwards."""
+"""Other tensors in the place of the weights of a module for one forward; only the thread that runs it sees them.
+
+Nothing is put into the module: a `TorchFunctionMode`, of which each thread has its own, gives the functions that the
+forward calls the other tensors. So the same module may run elsewhere at the same time, and `state_dict()` is its own.
+"""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 from typing import Any
 
-from torch import Tensor, nn
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode, _get_current_function_mode
 
-Stand = tuple[nn.Module, str, Tensor]
-"""A module, the name of its parameter, and the tensor that stands in for it."""
+Stand = tuple[Any, Any]
+"""A tensor of a module, or its list of them, and what stands in for it."""
 
 
-class Swap:
-    """What stands in for the parameters of one module during one forward.
+def begin(host: nn.Module, stands: Iterable[Stand]) -> None:
+    """Let `host` compute with other tensors; to be called by a forward pre-hook of it, which `end` follows."""
+    sweep()
+    frame = None if torch.compiler.is_compiling() else sys._getframe(2)  # dynamo knows no frames
+    _Substitution(host, stands, frame).__enter__()  # type: ignore[no-untyped-call]
 
-    Holds what must be put back. An interruption that no hook sees (a KeyboardInterrupt) leaves it to the next call.
+
+def end(host: nn.Module, *_: Any) -> None:
+    """End what `begin` began, if it did; a forward hook, to be called after an error too."""
+    mode = _top()
+    if isinstance(mode, _Substitution) and mode.host is host:
+        mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+
+
+def sweep() -> None:
+    """Take off what an interruption that no hook sees (a KeyboardInterrupt) has left on this thread."""
+    while isinstance(mode := _top(), _Substitution) and not mode.running:
+        mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+
+
+def _top() -> TorchFunctionMode | None:
+    """The mode of this thread that sees torch functions first."""
+    found: TorchFunctionMode | None = _get_current_function_mode()  # type: ignore[no-untyped-call]
+    return found
+
+
+class _Substitution(TorchFunctionMode):
+    """Gives torch functions other tensors than they are called with.
+
+    Args:
+        host: the module that runs.
+        stands: what is given for what.
+        frame: of the call of `host`. Once it has ended, by whatever, nothing is substituted any more.
     """
 
-    def __init__(self) -> None:
-        self._undo: list[tuple[Any, int | str, Any, Tensor]] = []
+    def __init__(self, host: nn.Module, stands: Iterable[Stand], frame: Any) -> None:
+        super().__init__()
+        self.host = host
+        self._stands = list(stands)  # holds what the ids are of
+        self._new = {id(old): new for old, new in self._stands}
+        self._frame = frame
 
-    def put(self, host: nn.Module, stands: Iterable[Stand]) -> None:
-        """Let `host` compute with these tensors; call `restore` first, so that they are made of the parameters."""
-        for module, attribute, tensor in stands:
-            if isinstance(host, nn.RNNBase):  # computes with a list of its weights, not with its attributes
-                self._place(host._flat_weights, host._flat_weights_names.index(attribute), tensor)
-            else:
-                self._place(module._parameters, attribute, tensor)
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if (self._meets(args) or self._meets(kwargs.values())) and self.running:
+            return func(*self._put(args), **{name: self._put(value) for name, value in kwargs.items()})
+        return func(*args, **kwargs)
 
-    def _place(self, target: Any, key: int | str, new: Tensor) -> None:
-        self._undo.append((target, key, target[key], new))
-        target[key] = new
+    @property
+    def running(self) -> bool:
+        """Whether the call of the module is on the stack of this thread."""
+        if self._frame is None:
+            return True
+        frame: Any = sys._getframe(1)
+        while frame is not None and frame is not self._frame:
+            frame = frame.f_back
+        return frame is not None
 
-    def restore(self) -> None:
-        """Put everything back, but for what somebody else has replaced meanwhile."""
-        for target, key, old, new in self._undo:
-            if target[key] is new:
-                target[key] = old
-        self._undo = []
+    def _meets(self, things: Iterable[Any]) -> bool:
+        return any(id(x) in self._new or (type(x) in (list, tuple) and self._meets(x)) for x in things)
 
-
-def refresh(host: nn.Module) -> None:
-    """Let a recurrent module see parameters that were replaced since its last forward, as it does itself."""
-    if isinstance(host, nn.RNNBase):
-        host._update_flat_weights()
+    def _put(self, x: Any) -> Any:
+        if id(x) in self._new:
+            return self._new[id(x)]
+        return type(x)(map(self._put, x)) if type(x) in (list, tuple) else x

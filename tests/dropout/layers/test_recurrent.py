@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.utils import parametrizations
-from torch.nn.utils.rnn import pack_sequence, pad_packed_sequence
+from torch.nn.utils.rnn import PackedSequence, pack_sequence, pad_packed_sequence
+from torch.overrides import TorchFunctionMode
 
 import secateur as sc
 from secateur.dropout import noise
@@ -78,15 +79,27 @@ def loop(rnn, x, hidden=None, inputs=None, weight=None):
     return x
 
 
-class Seen:
-    """The inputs and weights with which a recurrent layer computes."""
+class Seen(TorchFunctionMode):
+    """The inputs and weights with which the kernel of a recurrent layer is called."""
 
     def __init__(self, rnn):
-        rnn.register_forward_pre_hook(self)
+        super().__init__()
+        self.names = rnn._flat_weights_names
+        rnn.register_forward_pre_hook(self.enter, prepend=True)
+        rnn.register_forward_hook(self.leave)
 
-    def __call__(self, module, args):
-        self.x = args[0]
-        self.weights = dict(zip(module._flat_weights_names, module._flat_weights, strict=True))
+    def enter(self, module, args):
+        self.__enter__()
+
+    def leave(self, module, args, output):
+        self.__exit__(None, None, None)
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func in (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu):
+            self.x, packed = args[0], isinstance(args[3], (list, tuple))
+            self.sizes = args[1] if packed else None
+            self.weights = dict(zip(self.names, args[3 if packed else 2], strict=True))
+        return func(*args, **(kwargs or {}))
 
     def mask(self, rnn, name):
         return (self.weights[name] / getattr(rnn, name)).detach()
@@ -186,7 +199,8 @@ def test_inputs_of_all_shapes(batch_first):
     assert (seen.x == seen.x[0]).all()
     packed = pack_sequence([torch.ones(n, 40) for n in (2, 5, 3)], enforce_sorted=False)
     output, _ = rnn(packed)
-    padded, lengths = pad_packed_sequence(seen.x)
+    order = torch.tensor([1, 2, 0])  # the longest first
+    padded, lengths = pad_packed_sequence(PackedSequence(seen.x, seen.sizes, order, order.argsort()))
     assert lengths.tolist() == pad_packed_sequence(output)[1].tolist() == [2, 5, 3]
     for i, length in enumerate(lengths):
         assert (padded[:length, i] == padded[0, i]).all()
@@ -287,29 +301,17 @@ def test_copies_have_the_dropout_and_can_lose_it():
     assert RecurrentDropout.of(model) is handle
 
 
-class Stop(BaseException):
-    """As KeyboardInterrupt: torch calls no hook for it."""
-
-
-def test_weights_come_back_after_an_error():
+def test_an_error_leaves_nothing_behind():
     model = nn.LSTM(5, 6)
     recurrent(model, hidden=0.5)
     weights = model._flat_weights
     with pytest.raises(RuntimeError, match="input_size"):
         model(torch.ones(2, 3, 4))
     assert model._flat_weights is weights
-
-    def stop(module, args):
-        raise Stop
-
-    hook = model.register_forward_pre_hook(stop)
-    with pytest.raises(Stop):
-        model(torch.ones(2, 3, 5))
-    hook.remove()
     plain = nn.LSTM(5, 6)
     plain.load_state_dict(model.state_dict())
     assert torch.equal(model.eval()(torch.ones(2, 3, 5))[0], plain(torch.ones(2, 3, 5))[0])
-    assert model._flat_weights is weights
+    assert torch._C._len_torch_function_stack() == 0
 
 
 def test_parameters_may_be_replaced():

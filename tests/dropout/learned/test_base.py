@@ -21,7 +21,6 @@ from secateur.dropout.learned import (
     to_scores,
     variational,
 )
-from secateur.dropout.substitution import Swap
 from secateur.errors import InputError, InputTypeError, StateError
 from secateur.sparsity import fraction, half_up
 
@@ -140,49 +139,6 @@ def test_an_error_in_the_forward_leaves_the_parameters(method, model, x):
         model.lstm(torch.randn(2, 3, 5))
     with pytest.raises(AssertionError):
         model.attention(x, x, x)
-    assert face(model) == start
-
-
-def test_an_interruption_is_put_right_by_the_next_forward(model, x):
-    def interrupt(module, args):
-        raise KeyboardInterrupt
-
-    variational(model, n_data=100, warmup=5)
-    start = face(model)
-    handle = model.attention.register_forward_pre_hook(interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        model(x)
-    handle.remove()
-    model(x)
-    assert face(model) == start
-    handle = model.attention.register_forward_pre_hook(interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        model(x)
-    assert to_scores(model)["attention.in_proj_weight"].shape == (24, 8)
-    assert face(model) == start
-
-
-def test_what_somebody_else_replaced_meanwhile_stays():
-    model = nn.MultiheadAttention(4, 2)
-    swap, other = Swap(), nn.Parameter(torch.zeros(12, 4))
-    swap.put(model, [(model, "in_proj_weight", torch.ones(12, 4)), (model, "in_proj_bias", torch.ones(12))])
-    bias = swap._undo[1][2]
-    model.in_proj_weight = other
-    swap.restore()
-    assert model.in_proj_weight is other
-    assert model.in_proj_bias is bias
-
-
-def test_remove_puts_right_what_an_interruption_left(model, x):
-    def interrupt(module, args):
-        raise KeyboardInterrupt
-
-    start = face(model)
-    rates = variational(model, n_data=100, warmup=5)
-    model.attention.register_forward_pre_hook(interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        model(x)
-    rates.remove()
     assert face(model) == start
 
 

@@ -24,6 +24,7 @@ from secateur.dropout.interception.rules import HANDLED, RANDOM
 from secateur.dropout.noise import SAMPLING
 from secateur.dropout.sampling.prefix import Boundary, Prefix, Unsuitable
 from secateur.dropout.sampling.strategies import Alone, Combine, Folded, Mapped, Noise
+from secateur.dropout.substitution import sweep
 
 
 @dataclass(frozen=True)
@@ -221,7 +222,10 @@ def handling(handler: Handler) -> Iterator[None]:
     token = SAMPLING.set(True)
     try:
         with handler:
-            yield
+            try:
+                yield
+            finally:
+                sweep()
     finally:
         SAMPLING.reset(token)
 

@@ -11,6 +11,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils.hooks import RemovableHandle
 
 from secateur.dropout import noise
+from secateur.dropout.substitution import begin, end
 from secateur.errors import InputError, StateError
 from secateur.scope import unwrap
 from secateur.support.tables import Printed, Table
@@ -123,7 +124,7 @@ class RecurrentDropout(Printed):
         else:
             self._handles += [
                 module.register_forward_pre_hook(hook, with_kwargs=True),
-                module.register_forward_hook(_restore, always_call=True),
+                module.register_forward_hook(end, always_call=True),
             ]
 
     def table(self) -> Table:
@@ -143,14 +144,14 @@ class _Masks:
         self.weight, self.input, self.hidden = weight, input, hidden
 
     def __call__(self, module: nn.RNNBase, args: Any, kwargs: Any) -> Any:
-        _restore(module)  # a KeyboardInterrupt calls no hook
         if not noise.active(module.training):
             return None
-        module._update_flat_weights()  # as forward does, which would find ours changed
+        module._update_flat_weights()  # as forward does, if parameters have been replaced
         plain = module._flat_weights
         masked = self._masked(module)
-        if any(new is not old for new, old in zip(masked, plain, strict=True)):
-            module._flat_weights = _Stand(_compact(masked, plain), plain)
+        pairs = [(old, new) for old, new in zip(plain, masked, strict=True) if old is not new]
+        if pairs:
+            begin(module, [(plain, _compact(masked, plain)), *pairs])
         if not self.input:
             return None
         options: dict[str, Any] = {"kind": "recurrent_input", "batch_first": module.batch_first}
@@ -192,20 +193,6 @@ class _Words:
         numbers = noise.uniform(module.weight, (module.num_embeddings,), kind="embedding", rate=self.embedding)
         tokens = args[0] if args else kwargs["input"]
         return output * noise.mask_of(numbers, self.embedding, output.dtype)[tokens].unsqueeze(-1)
-
-
-class _Stand(list[Any]):
-    """Weights for one forward, and the list in whose place they stand."""
-
-    def __init__(self, weights: Sequence[Any], original: Any) -> None:
-        super().__init__(weights)
-        self.original = original
-
-
-def _restore(module: nn.RNNBase, *_: Any) -> None:
-    """Forward hook: let the module have its own list of weights again."""
-    if isinstance(module._flat_weights, _Stand):
-        module._flat_weights = module._flat_weights.original
 
 
 def _compact(weights: list[Any], plain: Sequence[Any]) -> list[Any]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from secateur.dropout.substitution import Stand, Swap, refresh
+from secateur.dropout.substitution import Stand, begin, end
 from secateur.errors import InputError, InputTypeError, StateError
 from secateur.scope import Member, Scope, unwrap, weights
 
@@ -118,21 +118,13 @@ class Place:
 
     def detach(self) -> None:
         """Take the hooks off."""
-        self.restore()
         for handle in self.handles:
             handle.remove()
         self.handles = []
 
-    def restore(self) -> None:
-        """Put right what an interrupted forward has left."""
 
-
-class SwapPlace(Place):
+class SubstitutePlace(Place):
     """A module that computes with other tensors than its parameters."""
-
-    def __init__(self, rates: LearnedRates, name: str, host: nn.Module) -> None:
-        super().__init__(rates, name, host)
-        self.swap = Swap()
 
     def attach(self) -> None:
         self.handles = [
@@ -140,26 +132,21 @@ class SwapPlace(Place):
             self.host.register_forward_hook(self.after, always_call=True),
         ]
 
-    def restore(self) -> None:
-        self.swap.restore()
-
     def before(self, module: nn.Module, args: Any) -> None:
-        """Put the stands where the parameters are."""
-        self.restore()
+        """Let other tensors stand for the parameters."""
         if self.wanted(module.training):
-            refresh(module)
-            self.swap.put(module, self.stands())
+            begin(module, self.stands())
 
     def after(self, module: nn.Module, args: Any, output: Any) -> None:
-        """Put the parameters back, also after an error."""
-        self.restore()
+        """End it, also after an error."""
+        end(module)
 
     def wanted(self, training: bool) -> bool:
         """Whether anything stands in now."""
         return True
 
     def stands(self) -> list[Stand]:
-        """Compute what stands in."""
+        """Compute what stands for which parameter."""
         raise NotImplementedError
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from secateur.dropout import noise
 from secateur.dropout.learned import base
-from secateur.dropout.learned.base import LearnedRates, SwapPlace
+from secateur.dropout.learned.base import LearnedRates, SubstitutePlace
 from secateur.dropout.substitution import Stand
 from secateur.errors import InputError
 from secateur.scope import Member
@@ -187,7 +187,7 @@ class _Rows:
         return numbers.view([-1 if d == self.dim else 1 for d in range(self.parameter.ndim)])
 
 
-class _Gated(SwapPlace):
+class _Gated(SubstitutePlace):
     """A module, or one layer of a recurrent one, whose units have gates."""
 
     def __init__(self, rates: LearnedRates, name: str, host: nn.Module, rows: Sequence[_Rows], units: int) -> None:
@@ -206,7 +206,7 @@ class _Gated(SwapPlace):
             gates = drawn(log_alpha, noise.uniform(log_alpha, log_alpha.shape, kind="hard_concrete"))
         else:
             gates = settled(log_alpha)
-        return [(rows.module, rows.attribute, rows.times(gates)) for rows in self.rows if rows.scaled]
+        return [(rows.parameter, rows.times(gates)) for rows in self.rows if rows.scaled]
 
 
 def _gated(rates: LearnedRates, members: list[Member], users: Mapping[int, nn.Module], *, named: bool) -> list[_Gated]:

@@ -111,9 +111,6 @@ def _required(model: nn.Module) -> list[LearnedRates]:
             "no learned rates are on this model: begin with secateur.dropout.learned.variational(model, n_data=..., "
             "warmup=...), concrete or hard_concrete, and ask before finish() or remove() takes them off"
         )
-    for rates in found:
-        for place in rates.places:
-            place.restore()
     return found
 
 

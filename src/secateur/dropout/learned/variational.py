@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from secateur.dropout import noise
 from secateur.dropout.learned import base
-from secateur.dropout.learned.base import LearnedRates, Place, SwapPlace
+from secateur.dropout.learned.base import LearnedRates, Place, SubstitutePlace
 from secateur.dropout.substitution import Stand
 from secateur.errors import InputError, InputTypeError
 from secateur.scope import Member
@@ -174,7 +174,7 @@ class _Local(Place):
         return output + (spread + _TINY).sqrt() * numbers
 
 
-class _Perturbed(SwapPlace):
+class _Perturbed(SubstitutePlace):
     """A module that computes with weights drawn anew at each forward."""
 
     def __init__(self, rates: LearnedRates, name: str, host: nn.Module, members: Sequence[Member]) -> None:
@@ -185,7 +185,7 @@ class _Perturbed(SwapPlace):
         return noise.active(training)
 
     def stands(self) -> list[Stand]:
-        return [(member.module, member.attribute, self._draw(member)) for member in self.members]
+        return [(member.parameter, self._draw(member)) for member in self.members]
 
     def _draw(self, member: Member) -> Tensor:
         weight = member.parameter
