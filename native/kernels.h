@@ -1,5 +1,5 @@
 // The kernels of one instruction set. Each works on a range and shares nothing, so that threads can divide the work;
-// dispatch.cpp chooses the set and does the dividing.
+// threads.h does the dividing, threads.cpp chooses the set.
 #pragma once
 #include "blob.h"
 

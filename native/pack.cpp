@@ -4,7 +4,8 @@
 #include <numeric>
 #include <vector>
 
-#include "kernels.h"
+#include "threads.h"
+#include "secateur.h"
 
 namespace secateur {
 namespace {
@@ -238,3 +239,9 @@ i64 pack(const float* weight, i64 rows, i64 columns, i64 groups, bool with_jagge
 }
 
 }  // namespace secateur
+
+using namespace secateur;
+
+int64_t secateur_pack(const float* weight, int64_t rows, int64_t columns, int64_t groups, int32_t half, void* blob) {
+    return pack(weight, rows, columns, groups, kernels->jagged, half != 0, blob);
+}

@@ -17,7 +17,7 @@
 extern "C" {
 #endif
 
-#define SECATEUR_ABI 3
+#define SECATEUR_ABI 4
 
 /* SECATEUR_ABI of the library. */
 SECATEUR_API int32_t secateur_abi(void);
@@ -69,6 +69,15 @@ SECATEUR_API int32_t secateur_recurrent(int32_t kind, const void* input, const f
                                         float* gates, const void* recurrent, const void* projection,
                                         const int64_t* sizes, int64_t steps, int64_t batch, const float* bias, float* h,
                                         float* c, float* out, int64_t out_stride, int32_t reverse, int32_t threads);
+
+/* Takes down what count floats are into watch, memory on 8 bytes, and returns the bytes needed. With watch == NULL only
+ * counts. */
+SECATEUR_API int64_t secateur_watch(const float* weight, int64_t count, void* watch);
+
+/* Whether one of the tensors is seen to differ from what its watch took down: 1, or 0. all != 0 reads every weight.
+ * Otherwise a call reads 8 non-zeros of each tensor, spread over it, and the next of its pieces: after 2048 calls every
+ * weight was read. A piece has a 2048th of the weights, at least 256. */
+SECATEUR_API int32_t secateur_changed(int32_t tensors, const float* const* weights, void* const* watches, int32_t all);
 
 #ifdef __cplusplus
 }

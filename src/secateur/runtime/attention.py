@@ -111,7 +111,7 @@ class SparseMultiheadAttention(Sparse, nn.MultiheadAttention):
         if torch.compiler.is_compiling():
             usable = all(self._traceable(x) for x in (query, key, value))
         else:
-            usable = self._ready(query) and (same or (self._ready(key) and self._ready(value)))
+            usable = self._ready(*((query,) if same else (query, key, value)))
             usable = usable and bool(self._choices >> products.bucket(self.rows(query)) & 1)
         if not usable or query.is_nested or (self.training and self.dropout) or not (same or self._apart):
             return False

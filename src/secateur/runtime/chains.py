@@ -18,6 +18,7 @@ from torch.nn.modules import module as everywhere
 from secateur.runtime import products
 from secateur.runtime.linears import SparseLinear
 from secateur.runtime.swapping import Swapped
+from secateur.runtime.weight_checks import Watch, pointers, seen_to_differ, version
 
 __all__: list[str] = []  # reached through secateur.accelerate alone
 
@@ -62,7 +63,11 @@ class Chain(Singly):
         self._blobs = self._biases = self._pointers()
         self._known: list[tuple[Any, ...]] = []
         self._tensors: list[Tensor] = []
+        self._weights: list[Tensor] = []
         self._addresses = [0]  # never those of no tensors
+        self._strides: list[tuple[int, ...]] = []
+        self._watches: list[Watch] = []
+        self._watched: tuple[Any, Any] = (None, None)
 
     def __repr__(self) -> str:
         return f"{self.modules} as {[layer._choices for layer in self.layers]}"
@@ -96,16 +101,20 @@ class Chain(Singly):
         if not self.layers[0]._takes_input(x):
             return False
         try:
-            for parameters, buffers, weight, version, bias, packed in self._known:
+            for parameters, buffers, weight, number, bias, packed in self._known:
                 if (
                     parameters["weight"] is not weight
-                    or weight._version != version
+                    or weight._version != number
                     or parameters["bias"] is not bias
                     or buffers["packed_weight"] is not packed
                 ):
                     break
             else:
-                if [*map(Tensor.data_ptr, self._tensors)] == self._addresses:
+                if (
+                    [*map(Tensor.data_ptr, self._tensors)] == self._addresses
+                    and [*map(Tensor.stride, self._weights)] == self._strides
+                    and not seen_to_differ(self._watches, self._watched)
+                ):
                     return True
         except (KeyError, RuntimeError):  # parameters gone, or made in inference mode
             pass
@@ -115,14 +124,19 @@ class Chain(Singly):
         """Take the addresses of all tensors as they are now; raises a StateError if weights have changed."""
         known: list[tuple[Any, ...]] = []
         for layer in self.layers:
-            layer._current()
+            layer.current()
             weight = layer.weight
-            version = None if weight.is_inference() else weight._version
-            known.append((layer._parameters, layer._buffers, weight, version, layer.bias, layer.packed_weight))
+            known.append((layer._parameters, layer._buffers, weight, version(weight), layer.bias, layer.packed_weight))
         self._blobs = self._pointers(*(packed.data_ptr() for *_, packed in known))
         self._biases = self._pointers(*(None if bias is None else bias.data_ptr() for *_, bias, _ in known))
         self._tensors = [tensor for _, _, weight, _, *rest in known for tensor in (weight, *rest) if tensor is not None]
         self._addresses = [tensor.data_ptr() for tensor in self._tensors]
+        self._weights = [weight for _, _, weight, *_ in known]
+        self._strides = [weight.stride() for weight in self._weights]
+        watched = [layer for layer in self.layers if layer._packed_from is not None and layer._packed_from.watches]
+        self._watches = [layer._packed_from.watches[0] for layer in watched]  # type: ignore[union-attr]
+        addresses = [layer.weight.data_ptr() for layer in watched]
+        self._watched = pointers(addresses), pointers([one.address for one in self._watches])
         self._known = known
         return True
 

@@ -17,14 +17,15 @@ from torch import Tensor
 
 from secateur.errors import InputError
 
-ABI = 3
+ABI = 4
 _P, _I64, _I32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
 _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
-    "secateur_abi": (_I32, []),
     "secateur_isa": (ctypes.c_char_p, []),
     "secateur_set_isa": (_I32, [ctypes.c_char_p]),
     "secateur_set_parallel": (None, [_P]),
     "secateur_pack": (_I64, [_P, _I64, _I64, _I64, _I32, _P]),
+    "secateur_watch": (_I64, [_P, _I64, _P]),
+    "secateur_changed": (_I32, [_I32, _P, _P, _I32]),
     "secateur_linear": (_I32, [_P, _P, _I64, _P, _P, _I32]),
     "secateur_chain": (_I32, [_I32, _P, _P, _P, _P, _I64, _P, _I32]),
     "secateur_conv2d": (_I32, [_P, _P, _P, _P, _P, _I32]),
@@ -38,11 +39,11 @@ def library() -> ctypes.CDLL | None:
     if (path := _path()) is None:
         return None
     lib = ctypes.CDLL(str(path))
+    if lib.secateur_abi() != ABI:
+        return None
     for name, (result, arguments) in _SIGNATURES.items():
         function = getattr(lib, name)
         function.restype, function.argtypes = result, arguments
-    if lib.secateur_abi() != ABI:
-        return None
     if (parallel := _openmp()) is not None:
         lib.secateur_set_parallel(parallel)
     return lib

@@ -80,8 +80,9 @@ class _SparseRecurrent(Sparse, nn.RNNBase):
         return torch.compiler.is_compiling()
 
     def _takes(self, x: Tensor, states: _States) -> bool:
-        check = self._traceable if self._compiling() else self._ready
-        return x.dim() in (2, 3) and all(check(tensor) for tensor in (x, *states))
+        if x.dim() not in (2, 3):
+            return False
+        return all(map(self._traceable, (x, *states))) if self._compiling() else self._ready(x, *states)
 
     def _widths(self) -> tuple[int, ...]:
         state = self.proj_size or self.hidden_size

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from secateur.errors import StateError, warn
 from secateur.runtime import products
+from secateur.runtime.weight_checks import Snapshot
 
 SPARSE_ENOUGH = 0.3
 """Share of zeros from which a sparse kernel is worth a try."""
@@ -53,8 +54,10 @@ class Sparse(Swapped):
     _form: str
     _half: bool
     """Whether packed values are rounded to float16."""
-    _stamp: tuple[tuple[str, int, int | None], ...] | None
-    """Address and version of each packed parameter; holds no tensor, as torch.export would replace it."""
+    _trusted: bool
+    """Whether nobody looks for edits of the weights that torch does not count."""
+    _packed_from: Snapshot | None
+    """What was packed; holds no tensor of the model, as torch.export would replace it. None where it has changed."""
 
     @classmethod
     def obstacle(cls, module: nn.Module) -> str:
@@ -82,7 +85,8 @@ class Sparse(Swapped):
 
     def prepare(self, place: str) -> None:
         """Start after the swap: dense for all inputs, nothing packed."""
-        self._choices, self._place, self._form, self._half, self._stamp = 0, place, products.form(), False, ()
+        self._choices, self._place, self._form, self._half = 0, place, products.form(), False
+        self._trusted, self._packed_from = False, Snapshot({})
 
     def pack(self, half: bool = False) -> None:
         """Pack the weights as they are now, rounded to float16 or not.
@@ -99,21 +103,17 @@ class Sparse(Swapped):
         """Take the weights as they are now for those that were packed."""
         found = self.sources()
         weights = {name: weight for name in self.watched() if (weight := found[name]) is not None}
-        self._stamp = tuple((name, weight.data_ptr(), _version(weight)) for name, weight in weights.items())
+        self._packed_from = Snapshot(weights, self._trusted)
 
     def fresh(self) -> bool:
-        """Whether the weights are those that were packed."""
-        found = self.sources()
-        return self._stamp is not None and all(
-            (weight := found.get(name)) is not None and (weight.data_ptr(), _version(weight)) == (address, version)
-            for name, address, version in self._stamp
-        )
+        """Whether each weight is the one that was packed."""
+        return self._packed_from is not None and self._packed_from.same(self.sources())
 
     def restore(self) -> None:
         """Be what it was, without packed weights."""
         for name in [name for name in self._buffers if name.startswith("packed_")]:
             delattr(self, name)
-        for name in ("_choices", "_place", "_form", "_half", "_stamp", *self._extras()):
+        for name in ("_choices", "_place", "_form", "_half", "_trusted", "_packed_from", *self._extras()):
             del self.__dict__[name]
         super().restore()
 
@@ -121,13 +121,13 @@ class Sparse(Swapped):
         """Further attributes that `restore` must delete."""
         return ()
 
-    def _ready(self, x: Tensor) -> bool:
-        """Whether the sparse kernels can take an input; if not, the plain class does.
+    def _ready(self, *inputs: Tensor) -> bool:
+        """Whether the sparse kernels can take these inputs; if not, the plain class does.
 
         Raises:
             StateError: gradients are asked for, or the weights are not those that were packed.
         """
-        return self._takes_input(x) and self._current()
+        return all(map(self._takes_input, inputs)) and self.current()
 
     def _takes_input(self, x: Tensor) -> bool:
         """Whether an input is one for the sparse kernels; raises a StateError if gradients are asked for."""
@@ -146,24 +146,20 @@ class Sparse(Swapped):
             return False
         return True
 
-    def _current(self) -> bool:
-        """True, as the weights are those that were packed; raises a StateError if they are not."""
-        try:
-            found = self.sources()
-            for name, address, version in self._stamp:  # type: ignore[union-attr]
-                weight = found[name]
-                if weight._version != version or weight.data_ptr() != address:  # type: ignore[union-attr]
-                    break
-            else:
-                return True
-        except (KeyError, AttributeError, TypeError, RuntimeError):  # parameters gone, or made in inference mode
-            pass
-        if self.fresh():
-            return True
-        raise StateError(
-            f"the weights of {self._place or 'the model'} have changed since they were packed, so its results would "
-            "be old ones. Accelerate the new weights: fast = sc.accelerate(sc.dense(fast), example_inputs)"
-        )
+    def current(self) -> bool:
+        """True, as the weights are those that were packed; raises a StateError if they are seen not to be."""
+        if self._packed_from is None or not self._packed_from.holds(self.sources()):
+            self.require_fresh()
+        return True
+
+    def require_fresh(self) -> None:
+        """Raise a StateError if a single weight is not the one that was packed."""
+        if not self.fresh():
+            raise StateError(
+                f"the weights of {self._place or 'the model'} have changed since they were packed, so its results "
+                "would be old ones. Accelerate the new weights: fast = sc.accelerate(sc.dense(fast), example_inputs)"
+            )
+        self.stamp()
 
     def _traceable(self, x: Tensor) -> bool:
         """Whether an operator of ours may stand for the layer in a graph."""
@@ -178,11 +174,12 @@ class Sparse(Swapped):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         made, given, state, *rest = super().__reduce_ex__(protocol)
-        return made, given, {**state, "_stamp": () if self.fresh() else None}, *rest
+        return made, given, {**state, "_packed_from": self.fresh()}, *rest
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        if self._stamp is None:  # stale before
+        if not self._packed_from:  # stale before
+            self._packed_from = None
             return
         packed = any(name.startswith("packed_") for name in self._buffers)
         if packed and self._form != products.form():  # from a machine with, or without, the native library
@@ -190,12 +187,9 @@ class Sparse(Swapped):
         self.stamp()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        found = self.sources()
-        before = {name: weight.detach() for name, *_ in self._stamp or () if (weight := found[name]) is not None}
         fresh = self.fresh()
         result = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        found = self.sources()
-        if fresh and all(_same(weight, found.get(name)) for name, weight in before.items()):
+        if fresh and self.fresh():
             self.stamp()
         return result
 
@@ -228,16 +222,6 @@ def worth_packing(weight: Tensor) -> bool:
 def _blank(mixin: type[Swapped], plain: type[nn.Module]) -> Swapped:
     made = swapped_class(mixin, plain)
     return made.__new__(made)
-
-
-def _version(tensor: Tensor | None) -> int | None:
-    return None if tensor is None or tensor.is_inference() else tensor._version
-
-
-def _same(before: Tensor, after: Tensor | None) -> bool:
-    if after is None or after.is_meta or after.dtype is not before.dtype or after.shape != before.shape:
-        return False
-    return after.data_ptr() == before.data_ptr() or torch.equal(before, after.detach().to(before.device))
 
 
 def _warn_once(message: str) -> None:

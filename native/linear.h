@@ -1,0 +1,19 @@
+// Products with packed matrices, as the parts of larger layers need them.
+#pragma once
+#include "threads.h"
+
+namespace secateur {
+
+// y[n][rows] = W x[n][columns] + (bias, or what y holds if accumulate); false if there is no memory for scratch.
+bool linear(Blob blob, const float* x, i64 n, const float* bias, float* y, bool accumulate, int threads);
+
+// All chunks of to[rows][width] = start + W panel, or to += W panel without start.
+void multiply(Blob blob, const float* panel, int width, const float* start, float* to);
+
+// Whether these bytes are a packed matrix of this version.
+inline bool valid(const void* blob) {
+    auto head = static_cast<const Header*>(blob);
+    return head && head->magic == kMagic && head->version == kVersion;
+}
+
+}  // namespace secateur
