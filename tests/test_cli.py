@@ -341,7 +341,10 @@ def test_usage_errors_of_the_verbs_on_files(weights, tmp_path, arguments):
         (["prune", "FILE", "--sparsity", "nan", "-o", "OUT"], "sparsity is nan: give the fraction"),
         (["prune", "FILE", "--sparsity", "0.5", "-o", "FILE"], "is the source, or lies in it"),
         (["prune", "FILE", "--sparsity", "0.5", "-o", "OUT", "--only", "x.*"], "'x.*' matches no tensor; "),
-        (["prune", "FILE", "--sparsity", "0.5", "-o", "OUT", "--pattern", "2"], "no pattern '2' for files: give N:M"),
+        (
+            ["prune", "FILE", "--sparsity", "0.5", "-o", "OUT", "--pattern", "2"],
+            "no pattern named '2' for files: choose free, 2:4, rows",
+        ),
         (["prune", "FILE", "--sparsity", "0.9", "-o", "OUT", "--pattern", "2:4"], "makes a sparsity of 0.5"),
         (["prune", "FILE", "--sparsity", "0.5", "-o", "OUT", "--allocation", "lamp"], "choose global, uniform, erk"),
         (["prune", "FILE", "--sparsity", "0.5", "-o", "OUT", "--pack", "zip"], "no level named 'zip'"),

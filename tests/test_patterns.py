@@ -283,8 +283,8 @@ def test_padding_rows_stay(chosen):
 
 
 def test_resolve_names_the_choices():
-    with pytest.raises(InputError, match=r"no pattern named '2:4': choose free, rows, columns, or sc\.n_m\(2, 4\)"):
-        sc.prune(make("Linear"), 0.5, pattern="2:4")
+    with pytest.raises(InputError, match=r"no pattern named '2/4': choose free, 2:4, 4x4, rows, columns, or an object"):
+        sc.prune(make("Linear"), 0.5, pattern="2/4")
     with pytest.raises(InputTypeError, match="pattern is a tuple"):
         sc.prune(make("Linear"), 0.5, pattern=(2, 4))
     assert sc.prune(make("Linear"), 0.5, pattern="free") == sc.prune(make("Linear"), 0.5)

@@ -155,7 +155,7 @@ BAD = {
     "allocation": {"sparsity": 0.5, "allocation": "fair"},
     "allocation function": {"sparsity": 0.5, "allocation": lambda w, n: {}},
     "pattern": {"sparsity": 0.5, "pattern": sc.n_m(2, 4)},
-    "pattern name": {"sparsity": 0.5, "pattern": "2:4"},
+    "pattern name": {"sparsity": 0.5, "pattern": "2to4"},
     "scope": {"sparsity": 0.5, "scope": ["0.weight"]},
     "scope name": {"sparsity": 0.5, "scope": {"9.weight": None}},
     "scope of another": {"sparsity": 0.5, "scope": sc.weights(net())},

@@ -114,11 +114,11 @@ def prune(
 
     With torchrun (torchrun --nproc-per-node 4 -m secateur prune ...) the processes share the work.
     """
-    from secateur.storage.pruning import Recipe, pattern_of, prune_checkpoint, work
+    from secateur.storage.pruning import Recipe, prune_checkpoint, work
 
     if (out is None) == (not dry_run):
         raise typer.BadParameter("give either --out or --dry-run")
-    recipe = Recipe(sparsity, allocation, pattern_of(pattern), tuple(only or ()), tuple(skip or ()))
+    recipe = Recipe(sparsity, allocation, pattern or None, tuple(only or ()), tuple(skip or ()))
     with _ranks() as processes, _progress("pruning", lambda: work(checkpoint, recipe)) as progress:
         result = prune_checkpoint(checkpoint, out, recipe, level=pack or None, progress=progress, processes=processes)
     if processes.rank == 0:

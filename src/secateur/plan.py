@@ -1,12 +1,16 @@
-"""What to prune, by which score, how much of it where: everything but when. Turns a model into masks."""
+"""What to prune, by which score, how much of it where: everything but when. Turns a model into masks.
+
+`budget` says how many weights go in each tensor, and `choose` which. Both work on names, numbers and streams of scores,
+so that a model and a checkpoint that is larger than memory go the same way (`storage.pruning`).
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,19 +18,22 @@ from torch import Tensor, nn
 from secateur import allocation as allocations
 from secateur import patterns, scores, selection
 from secateur.allocation import Allocation
-from secateur.errors import InputError, InputTypeError, warn
+from secateur.errors import InputError, InputTypeError, PatternError, warn
 from secateur.masks import Masks
-from secateur.patterns import Pattern
+from secateur.patterns import Joined, Pattern
 from secateur.scope import Member, Scope, unwrap, weights
 from secateur.scores import Score
-from secateur.selection import Stream
+from secateur.selection import Applied, Cut, Stream
 from secateur.sparsity import Count, Sparsity, explicit, fraction, half_up
 from secateur.support import bits
+from secateur.support.process_groups import ALONE, Total
+
+_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True)
 class Share:
-    """Tensors that share one budget: `half_up(sparsity * size)` of their weights go."""
+    """Tensors that share one sparsity: `half_up(sparsity * size)` of their weights go."""
 
     names: tuple[str, ...]
     sparsity: Fraction
@@ -35,6 +42,180 @@ class Share:
     def count(self, sparsity: Fraction) -> int:
         """Weights to prune at a sparsity (on the way to the final one)."""
         return half_up(sparsity * self.size)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Tensors that are ranked together, and how many of their weights go.
+
+    Attributes:
+        count: weights to prune in all.
+        told: what a pattern is told of each tensor: of a single one the count, of several the even share, rounded up.
+    """
+
+    count: int
+    told: Mapping[str, int]
+
+
+def shares(
+    sparsity: Sparsity, sizes: Mapping[str, int], pattern: Pattern | None, legal: Callable[[Sequence[str]], int]
+) -> tuple[Share, ...]:
+    """Read what a user asks for, as shares.
+
+    Args:
+        sparsity: a fraction, a `Count`, or `{glob: fraction}`: then each tensor has its own share.
+        sizes: weights that may be pruned, tensor by tensor.
+        pattern: None is free.
+        legal: the most weights of some tensors that may go under the pattern.
+
+    Raises:
+        InputError, InputTypeError: no sparsity, or none that the pattern allows. UnknownNameError: an unknown glob.
+    """
+    size, every = sum(sizes.values()), tuple(sizes)
+    wanted: dict[tuple[str, ...], Fraction]
+    if isinstance(sparsity, Mapping):
+        wanted = {(name,): value for name, value in explicit(sparsity, every).items()}
+    elif isinstance(sparsity, Count):
+        if sparsity.weights > size:
+            raise InputError(
+                f"Count({sparsity.weights:,}) is more than the {size:,} weights in scope: ask for fewer, or widen it"
+            )
+        wanted = {every: Fraction(sparsity.weights, size)}
+    else:
+        wanted = {every: fraction(sparsity)}
+    fixed = pattern.sparsity if pattern is not None else None
+    found = []
+    for names, value in wanted.items():
+        if fixed is None:
+            found.append(Share(names, value, Fraction(sum(sizes[name] for name in names))))
+        elif abs(value - fixed) > Fraction(1, 1000):
+            raise InputError(
+                f"the pattern {pattern} makes a sparsity of {float(fixed):g}; asked was {float(value):g}: "
+                f"ask for {float(fixed):g}, or choose another pattern"
+            )
+        else:
+            found.append(Share(names, value, legal(names) / value))
+    return tuple(found)
+
+
+def budget(
+    bounds: Mapping[str, tuple[int, int]],
+    count: int,
+    allocation: Allocation,
+    weights: Callable[[str], Tensor],
+    *,
+    pattern: Pattern | None = None,
+) -> list[Budget]:
+    """Say how many weights go in each tensor, or in all of them where the scores are to say that.
+
+    Args:
+        bounds: for each tensor the least that it loses (it is pruned already) and the most that it may.
+        count: weights to prune in all.
+        allocation: how to share them.
+        weights: a tensor by its name; an allocation by shapes takes anything that has one.
+        pattern: for the message only.
+
+    Raises:
+        InputError: `count` cannot be met; an allocation whose numbers mean nothing.
+    """
+    most = {name: most for name, (_, most) in bounds.items()}
+    possible = sum(most.values())
+    if count > possible:
+        spared = f"each tensor keeps {allocation.min_keep} at least"
+        spared += ", and the pattern spares some" if pattern is not None else ""
+        raise InputError(
+            f"{count:,} weights cannot go: {spared}, which leaves {possible:,}; ask for less, or insist with "
+            "allocation=sc.allocation.global_(allow_empty=True)"
+        )
+    if allocation.share is None or len(bounds) == 1:
+        return [Budget(count, {name: -(-count * n // max(possible, 1)) for name, n in most.items()})]
+    counts = allocations.shared(allocation, {name: weights(name) for name in bounds}, bounds, count)
+    return [Budget(n, {name: n}) for name, n in counts.items()]
+
+
+def choose(
+    budgets: Sequence[Budget],
+    stream: Callable[[str, int], Stream],
+    most: Mapping[str, int],
+    apply: Callable[[Sequence[Stream], Cut], Applied[_Result]],
+    total: Total = ALONE.total,
+) -> dict[str, _Result]:
+    """Say which weights go: the lowest of each budget.
+
+    Args:
+        budgets: from `budget`.
+        stream: the scores of a tensor, by its name and what its budget tells of it.
+        most: weights that each tensor may lose.
+        apply: how to apply a cut to some streams.
+        total: how processes that each read some of the streams add up; by default this one works alone.
+
+    Returns:
+        What `apply` gives for each tensor.
+    """
+    found: dict[str, _Result] = {}
+    for each in budgets:
+        streams = [stream(name, told) for name, told in each.told.items()]
+        found |= selection.together(streams, each.count, most, apply, total)
+    return found
+
+
+@dataclass(frozen=True)
+class _Sheet:
+    """What a pattern sees as one tensor [outputs, inputs, *kernel]: a single one, or several laid side by side.
+
+    Attributes:
+        along: for several, the dimension of each that counts the groups.
+    """
+
+    members: tuple[Member, ...]
+    along: tuple[int, ...]
+
+    @property
+    def name(self) -> str:
+        return " + ".join(member.name for member in self.members)
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.lay({m.name: torch.empty(m.parameter.shape, device="meta") for m in self.members}).shape
+
+    def lay(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Rearrange tensors that have the shapes of the members."""
+        laid = [member.layout.outputs_first(tensors[member.name]) for member in self.members]
+        if len(laid) == 1:
+            return laid[0]
+        return torch.cat([one.movedim(d, 0).flatten(1) for one, d in zip(laid, self.along, strict=True)], 1)
+
+    def unlay(self, laid: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """Undo `lay`: each tensor by its name, as it is stored."""
+        if len(self.members) == 1:
+            (member,) = self.members
+            yield member.name, member.layout.as_stored(laid, member.parameter.shape)
+            return
+        shapes = [member.layout.shape(member.parameter.shape) for member in self.members]
+        widths = [shape.numel() // max(shape[d], 1) for shape, d in zip(shapes, self.along, strict=True)]
+        for member, shape, d, part in zip(self.members, shapes, self.along, torch.split(laid, widths, 1), strict=True):
+            back = part.reshape(shape[d], *shape[:d], *shape[d + 1 :]).movedim(0, d)
+            yield member.name, member.layout.as_stored(back, member.parameter.shape)
+
+    def legal(self, pattern: Pattern | None) -> int:
+        """The most weights that may go."""
+        if pattern is None:
+            return sum(member.free for member in self.members)
+        rows, *rest = self.shape
+        padding = len(self.members) == 1 and self.members[0].padding_row is not None
+        return pattern.legal((rows - padding, *rest))
+
+    def group(self, pattern: Pattern | None) -> int:
+        """Weights in a group."""
+        return 1 if pattern is None else pattern.group(self.shape)
+
+    def weights(self) -> Tensor:
+        """The weights that count: all but a padding row."""
+        if len(self.members) > 1:
+            return self.lay({member.name: member.parameter.detach() for member in self.members})
+        (member,) = self.members
+        weight, row = member.parameter.detach(), member.padding_row
+        return weight if row is None else torch.cat([weight[:row], weight[row + 1 :]])
 
 
 @dataclass(frozen=True)
@@ -78,68 +259,78 @@ class Plan:
         prepare = getattr(self.score, "prepare", None)
         if prepare is not None:
             prepare()
-        kept: dict[str, Tensor] = {}
+        found: dict[str, Tensor] = {}
         for share, count in zip(self.shares, counts, strict=True):
-            members = {name: self.scope.members[name] for name in share.names}
-            streams = [self._stream(member, held) for member in members.values()]
-            kept.update(self._split(streams, count, held))
-        found = {name: self._expand(self.scope.members[name], kept[name]) for name in names}
-        masks = Masks.from_bits(found, {name: self.scope[name].shape for name in names})
+            found |= self._kept(_sheets(self.scope, share.names, self.pattern), count, held)
+        masks = Masks.from_bits({name: found[name] for name in names}, {name: self.scope[name].shape for name in names})
         masks = masks if held is None else masks & held
         if not self.allocation.allow_empty:
             warn_of_collapse(masks.counts(), {name: masks.shape(name).numel() for name in masks})
         return masks
 
-    def _stream(self, member: Member, held: Masks | None) -> Stream:
-        name, weight = member.name, member.parameter.detach()
-        packed = held.packed(name).to(weight.device) if held is not None and name in held else None
-        if self.pattern is None and getattr(self.score, "elementwise", False):
-            return Stream(name, weight, self.score, packed, member.protected)
-        values = selection.zeros_first(scores.evaluate(self.score, name, weight), weight)
-        if self.pattern is None:
-            return Stream(name, values, None, packed, member.protected)
-        values = values.float() if values.itemsize < 4 else values
-        if packed is not None:
-            values.masked_fill_(~bits.unpack(packed, values.numel()).view(values.shape), -math.inf)
-        if member.padding_row is not None:
-            values[member.padding_row] = math.inf
-        group = self.pattern.group(weight.shape)
-        return Stream(name, self.pattern.reduce(values, member.input_dim), group=group)
+    def _kept(self, sheets: Mapping[str, _Sheet], count: int, held: Masks | None) -> dict[str, Tensor]:
+        """Choose `count` weights of some sheets: for each tensor the bits of what it keeps."""
+        pruned = held.counts() if held is not None else {}
+        bounds, groups = {}, {}
+        for name, sheet in sheets.items():
+            least = sum(pruned.get(member.name, 0) for member in sheet.members)
+            most = min(sum(self.allocation.most(member.free) for member in sheet.members), sheet.legal(self.pattern))
+            group = sheet.group(self.pattern)
+            bounds[name] = least, most // group * group
 
-    def _expand(self, member: Member, kept: Tensor) -> Tensor:
+        def stream(name: str, told: int) -> Stream:
+            found = self._stream(sheets[name], told, held)
+            groups[name] = found.values.numel()
+            return found
+
+        budgets = budget(bounds, count, self.allocation, lambda name: sheets[name].weights(), pattern=self.pattern)
+        kept = choose(budgets, stream, {name: most for name, (_, most) in bounds.items()}, selection.keep_all)
         if self.pattern is None:
             return kept
-        shape = member.parameter.shape
-        groups = bits.unpack(kept, len(kept) * 8)
-        flat = groups[: self.pattern.reduce(torch.empty(shape, device="meta"), member.input_dim).numel()]
-        return bits.pack(self.pattern.expand(flat, shape, member.input_dim))
+        found: dict[str, Tensor] = {}
+        for name, sheet in sheets.items():
+            mask = self.pattern.expand(bits.unpack(kept[name], groups[name]), sheet.shape)
+            found |= {name: bits.pack(part) for name, part in sheet.unlay(mask)}
+        return found
 
-    def _split(self, streams: list[Stream], count: int, held: Masks | None) -> dict[str, Tensor]:
-        """Share `count` among the streams; give each one's kept bits."""
-        free = {s.name: self.scope.members[s.name].free for s in streams}
-        most = {s.name: self._most(self.scope.members[s.name]) // s.group * s.group for s in streams}
-        if count > sum(most.values()):
-            spared = f"each tensor keeps {self.allocation.min_keep} at least"
-            spared += ", and the pattern spares some" if self.pattern is not None else ""
-            raise InputError(
-                f"{count:,} of {sum(free.values()):,} weights cannot go: {spared}, leaving {sum(most.values()):,}; "
-                "ask for less, or insist with allocation=sc.allocation.global_(allow_empty=True)"
-            )
-        if self.allocation.share is None or len(streams) == 1:
-            return selection.together(streams, count, most, selection.keep_all)
-        least = held.counts() if held is not None else {}
-        bounds = {name: (least.get(name, 0), most[name]) for name in free}
-        counts = allocations.shared(self.allocation, {s.name: self._weights(s.name) for s in streams}, bounds, count)
-        return {s.name: selection.keep(s, selection.threshold([s], counts[s.name]))[0] for s in streams}
+    def _stream(self, sheet: _Sheet, told: int, held: Masks | None) -> Stream:
+        if self.pattern is not None:
+            values = self._reduced(sheet, self.pattern, told, held)
+            return Stream(sheet.name, values, group=sheet.group(self.pattern))
+        (member,) = sheet.members
+        name, weight = member.name, member.parameter.detach()
+        packed = held.packed(name).to(weight.device) if held is not None and name in held else None
+        if getattr(self.score, "elementwise", False):
+            return Stream(name, weight, self.score, packed, member.protected)
+        values = selection.zeros_first(scores.evaluate(self.score, name, weight), weight)
+        return Stream(name, values, None, packed, member.protected)
 
-    def _most(self, member: Member) -> int:
-        most = self.allocation.most(member.free)
-        return most if self.pattern is None else min(most, _legal(member, self.pattern))
-
-    def _weights(self, name: str) -> Tensor:
-        """The weights of a tensor that count: all but a padding row."""
-        weight, row = self.scope[name].detach(), self.scope.members[name].padding_row
-        return weight if row is None else torch.cat([weight[:row], weight[row + 1 :]])
+    def _reduced(self, sheet: _Sheet, pattern: Pattern, told: int, held: Masks | None) -> Tensor:
+        """The scores of groups: those pruned already come first, then those that are zero; +inf for what must stay."""
+        values, zero, gone = {}, {}, {}
+        for member in sheet.members:
+            name, weight = member.name, member.parameter.detach()
+            found = scores.evaluate(self.score, name, weight)
+            values[name] = found = found.float() if found.itemsize < 4 else found
+            zero[name] = weight == 0
+            if held is not None:
+                gone[name] = ~held[name].to(weight.device) if name in held else torch.zeros_like(zero[name])
+            if member.padding_row is not None:
+                values[name] = found = found.clone()
+                found[member.padding_row] = math.inf
+        laid = sheet.lay(values)
+        ranks = [(sheet.lay(gone), -math.inf)] if held is not None else []
+        if self.score is not scores.magnitude:  # by which zeros come first in any case
+            ranks.insert(0, (sheet.lay(zero), torch.finfo(laid.dtype).min))
+        if sheet.group(pattern) == 1:
+            for flags, value in ranks:
+                laid = laid.masked_fill(flags & (laid < math.inf), value)
+            return pattern.reduce(laid, told)
+        reduced = pattern.reduce(laid, told)
+        for flags, value in ranks:
+            whole = pattern.reduce((~flags).float(), told) == 0
+            reduced = reduced.masked_fill(whole & (reduced < math.inf), value)
+        return reduced
 
 
 def make(
@@ -158,20 +349,41 @@ def make(
     """
     chosen = _scope(model, scope)
     shape = patterns.resolve(pattern)
-    if shape is not None:
-        for member in chosen.members.values():
-            shape.check(member.name, member.parameter.shape, member.input_dim)
     shared = allocations.resolve(allocation)
-    if isinstance(sparsity, Mapping):
-        wanted = explicit(sparsity, list(chosen))
-        shares = [_share(chosen, (name,), value, shape) for name, value in wanted.items()]
-    elif isinstance(sparsity, Count):
-        if sparsity.weights > chosen.size:
-            raise InputError(f"Count({sparsity.weights:,}) is more than the {chosen.size:,} weights in scope")
-        shares = [_share(chosen, tuple(chosen), Fraction(sparsity.weights, chosen.size), shape)]
-    else:
-        shares = [_share(chosen, tuple(chosen), fraction(sparsity), shape)]
-    return Plan(chosen, tuple(shares), scores.resolve(score), shared, shape)
+
+    def legal(names: Sequence[str]) -> int:
+        return sum(sheet.legal(shape) for sheet in _sheets(chosen, names, shape).values())
+
+    if shape is not None:
+        for name in chosen:
+            shape.check(name, chosen.members[name].layout.shape(chosen[name].shape))
+    found = shares(sparsity, {name: member.free for name, member in chosen.members.items()}, shape, legal)
+    for share in found:
+        _sheets(chosen, share.names, shape)  # what cannot be laid out is refused now
+    return Plan(chosen, found, scores.resolve(score), shared, shape)
+
+
+def _sheets(scope: Scope, names: Sequence[str], pattern: Pattern | None) -> dict[str, _Sheet]:
+    """What the pattern sees of some tensors, by name; those that it does not join stand alone."""
+    joined: Sequence[Mapping[str, int]] = pattern.joined(names) if isinstance(pattern, Joined) else ()
+    found: dict[str, _Sheet] = {}
+    left = list(names)
+    for together in joined:
+        sizes = set()
+        for name, along in together.items():
+            if name not in left:
+                raise PatternError(
+                    f"the pattern {pattern} joins {name!r}, which has no part in this budget or was joined already: "
+                    "take it into the scope, and give all that is joined one sparsity"
+                )
+            left.remove(name)
+            sizes.add(scope.members[name].layout.shape(scope[name].shape)[along])
+        sheet = _Sheet(tuple(scope.members[name] for name in together), tuple(together.values()))
+        if len(sizes) > 1:
+            raise PatternError(f"the pattern {pattern} joins {sheet.name}, of {sorted(sizes)} slices: join equal ones")
+        found[sheet.name] = sheet
+    found |= {name: _Sheet((scope.members[name],), (0,)) for name in left}
+    return found
 
 
 def _scope(model: nn.Module, scope: Mapping[str, nn.Parameter] | None) -> Scope:
@@ -186,21 +398,6 @@ def _scope(model: nn.Module, scope: Mapping[str, nn.Parameter] | None) -> Scope:
         if own.get(name) is not parameter:
             raise InputError(f"the scope is of another model: {name} is not this model's; call sc.weights(model) anew")
     return scope
-
-
-def _share(scope: Scope, names: tuple[str, ...], sparsity: Fraction, pattern: Pattern | None) -> Share:
-    members = [scope.members[name] for name in names]
-    size = Fraction(sum(member.free for member in members))
-    if pattern is None or (fixed := pattern.sparsity) is None:
-        return Share(names, sparsity, size)
-    if abs(sparsity - fixed) > Fraction(1, 1000):
-        raise InputError(f"the pattern {pattern} makes a sparsity of {float(fixed):g}; asked was {float(sparsity):g}")
-    return Share(names, sparsity, sum(_legal(member, pattern) for member in members) / sparsity)
-
-
-def _legal(member: Member, pattern: Pattern) -> int:
-    rows, *rest = member.parameter.shape
-    return pattern.legal((rows - (member.padding_row is not None), *rest), member.input_dim)
 
 
 def _name(choice: object) -> str:

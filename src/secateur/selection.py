@@ -62,6 +62,7 @@ class Stream:
         protected: row-major indices that are never pruned; they rank above all others.
         group: weights that stand behind each score (more than 1 where a pattern prunes them together).
         here: whether this process reads it; False only where processes work together, and another one does.
+        legal: scores that are not +inf, where that is known without looking.
     """
 
     name: str
@@ -71,6 +72,7 @@ class Stream:
     protected: range = range(0)
     group: int = 1
     here: bool = True
+    legal: int | None = None
 
     def pieces(self, dtype: torch.dtype, *, check: bool = False) -> Iterator[Tensor]:
         """Yield the scores in row-major order, flat, as `dtype`; -inf where pruned, +inf where protected.
@@ -139,8 +141,10 @@ def threshold(streams: Sequence[Stream], count: int, *, total: Total = ALONE.tot
     dtype = torch.float64 if any(_wide(stream) for stream in streams) else torch.float32
     if count <= 0:
         return Cut(-math.inf, 0, dtype)
+    if count == sum(stream.legal or 0 for stream in streams):
+        return Cut(math.inf, 0, dtype)  # all that may go goes: there is nothing to rank
     if any(stream.group > 1 for stream in streams):
-        cut = _grouped(streams, count, dtype)
+        cut = _grouped(streams, count, dtype, total)
     else:
         cut = _exact(streams, count, dtype, total)
     if cut.value == math.inf:
@@ -328,9 +332,10 @@ def _float(key: int, dtype: torch.dtype) -> float:
     return float(np.where(signed < 0, signed ^ np.iinfo(signed.dtype).max, signed).view(_NUMPY[dtype])[0])
 
 
-def _grouped(streams: Sequence[Stream], count: int, dtype: torch.dtype) -> Cut:
+def _grouped(streams: Sequence[Stream], count: int, dtype: torch.dtype, total: Total) -> Cut:
     """Take whole groups, the lowest first, as long as that brings the weights pruned nearer to `count`."""
-    scores = torch.cat([piece.cpu() for stream in streams for piece in stream.pieces(dtype)])
+    parts = [piece.cpu() if s.here else torch.zeros_like(piece) for s in streams for piece in s.pieces(dtype)]
+    scores = torch.from_numpy(total(torch.cat(parts).numpy()))
     groups = torch.cat([torch.full((s.values.numel(),), s.group, dtype=torch.int64) for s in streams])
     scores, order = scores.sort(stable=True)
     weights = groups[order].cumsum(0)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from fractions import Fraction
 from functools import partial
 from pathlib import Path
 from typing import cast
@@ -18,14 +17,14 @@ import torch
 from torch import Tensor
 
 from secateur import allocation as allocations
-from secateur import selection
+from secateur import patterns, plan, selection
+from secateur.allocation import Allocation
 from secateur.errors import InputError, InputTypeError, UnknownNameError, nearest
-from secateur.patterns import n_m
-from secateur.plan import warn_of_collapse
+from secateur.patterns import Pattern
 from secateur.scope import PRUNABLE, matches
 from secateur.scores import magnitude
 from secateur.selection import Applied, Cut, Stream
-from secateur.sparsity import fraction, half_up
+from secateur.sparsity import Sparsity, explicit
 from secateur.storage.checkpoints import Checkpoint, Shard, opened
 from secateur.storage.coding import effort_of, level_of
 from secateur.storage.contents import Contents, TensorInfo, info
@@ -38,24 +37,25 @@ from secateur.support.files import StrPath
 from secateur.support.process_groups import ALONE, Processes
 from secateur.support.tables import percent
 
-_STREAMED = "global", "uniform", "erk"
-
 
 @dataclass(frozen=True)
 class Recipe:
     """What to prune, and how much of it, by magnitude.
 
     Attributes:
-        sparsity: fraction of the chosen weights that become zero, 0 <= s < 1, met to one weight.
-        allocation: "global" (all ranked together), "uniform" or "erk".
-        pattern: None, or `n_m(2, 4)`: at most n of every m weights along the second dimension stay.
+        sparsity: as for `secateur.prune`: a fraction of the chosen weights, met to one weight, 0 <= s < 1; or
+            `{glob: fraction}`, or `secateur.Count(n)`.
+        allocation: one that looks at shapes only, or its name: "global" (all ranked together), "uniform", "erk".
+        pattern: one that can be laid on some outputs at a time, or its name: "2:4" (at most 2 of every 4 weights along
+            the second dimension stay), "rows" (along the first); None is free. A file does not say which dimensions
+            are outputs: the first is taken to be.
         only, skip: globs on the names of tensors; by default each floating-point tensor of two or more dimensions
             is pruned. A name in full takes whatever it names, a bias too.
     """
 
-    sparsity: float
-    allocation: str = "global"
-    pattern: n_m | None = None
+    sparsity: Sparsity
+    allocation: str | Allocation = "global"
+    pattern: str | Pattern | None = None
     only: tuple[str, ...] = ()
     skip: tuple[str, ...] = ()
 
@@ -63,20 +63,6 @@ class Recipe:
         for name in ("only", "skip"):  # one glob may stand alone, as for `secateur.weights`
             globs = getattr(self, name)
             object.__setattr__(self, name, (globs,) if isinstance(globs, str) else tuple(globs))
-
-
-def pattern_of(text: str) -> n_m | None:
-    """Read "2:4" as `n_m(2, 4)`, and "" as no pattern.
-
-    Raises:
-        InputError: anything else.
-    """
-    if not text:
-        return None
-    n, colon, m = text.partition(":")
-    if not (colon and n.isdecimal() and m.isdecimal()):
-        raise InputError(f"no pattern {text!r} for files: give N:M, such as 2:4")
-    return n_m(int(n), int(m))
 
 
 def prune_checkpoint(
@@ -156,10 +142,7 @@ def work(src: StrPath, recipe: Recipe) -> int:
 
 def _chosen(checkpoint: Checkpoint, recipe: Recipe) -> tuple[dict[str, Stored], dict[str, str]]:
     """The tensors to prune, tied ones once, and why the others stay as they are."""
-    tensors = checkpoint.tensors
-    if recipe.pattern is not None and not isinstance(recipe.pattern, n_m):
-        kind = type(recipe.pattern).__name__
-        raise InputTypeError(f"pattern is a {kind}: give secateur.n_m(2, 4) or the like, the one that files take")
+    tensors, pattern = checkpoint.tensors, patterns.for_files(recipe.pattern)
     for glob in (*recipe.only, *recipe.skip):
         if not any(matches(glob, name) for name in tensors):
             raise UnknownNameError(f"{glob!r} matches no tensor; {nearest(glob, tensors)}")
@@ -169,13 +152,17 @@ def _chosen(checkpoint: Checkpoint, recipe: Recipe) -> tuple[dict[str, Stored], 
     reasons = {name: _reason_against(tensor, names.get(name, []), recipe) for name, tensor in tensors.items()}
     chosen = {name: tensor for name, tensor in tensors.items() if not reasons[name]}
     left = {name: reason for name, reason in reasons.items() if reason}
+    if chosen and isinstance(recipe.sparsity, Mapping):
+        wanted = explicit(recipe.sparsity, list(chosen))
+        left |= dict.fromkeys([name for name in chosen if name not in wanted], "no sparsity is given for them")
+        chosen = {name: chosen[name] for name in wanted}
     if not chosen:
         raise InputError("nothing to prune: " + "; ".join(f"{n}: {r}" for n, r in list(left.items())[:3]))
     for name, tensor in chosen.items():
         if tensor.dtype not in PRUNABLE:
             raise InputTypeError(f"{name} is {tensor.dtype}: only fp16, bf16, fp32, fp64 and complex can be pruned")
-        if recipe.pattern is not None:
-            recipe.pattern.check(name, tensor.shape, 1)
+        if pattern is not None:
+            pattern.check(name, tensor.shape)
     return chosen, left
 
 
@@ -204,44 +191,62 @@ def _pruned(
     processes: Processes,
 ) -> Mapping[str, _Pruned]:
     """Find what each tensor loses: nothing is written yet."""
-    asked = fraction(recipe.sparsity)
-    if recipe.pattern is not None:
-        return _patterned(chosen, recipe.pattern, asked, here, progress, processes)
-    if recipe.allocation not in _STREAMED:
-        raise InputError(f"no allocation named {recipe.allocation!r} for files: choose {', '.join(_STREAMED)}")
+    allocation, pattern = allocations.for_files(recipe.allocation), patterns.for_files(recipe.pattern)
     sizes = {name: tensor.numel() for name, tensor in chosen.items()}
-    allocation = allocations.resolve(recipe.allocation)
-    most = {name: allocation.most(size) for name, size in sizes.items()}
-    count = half_up(asked * sum(sizes.values()))
-    if count > sum(most.values()):
-        raise InputError(
-            f"{count:,} of {sum(sizes.values()):,} weights cannot go: each tensor keeps one at least, "
-            f"leaving {sum(most.values()):,}; ask for less"
-        )
-    streams = [Stream(name, _watched(t, progress), magnitude, here=name in here) for name, t in chosen.items()]
+    legal = sizes if pattern is None else {name: pattern.legal(tensor.shape) for name, tensor in chosen.items()}
+    group = {name: 1 if pattern is None else pattern.group(tensor.shape) for name, tensor in chosen.items()}
+    most = {name: min(allocation.most(sizes[name]), legal[name]) // group[name] * group[name] for name in sizes}
+    asked = plan.shares(recipe.sparsity, sizes, pattern, lambda names: sum(legal[name] for name in names))
+    budgets = []
+    for share in asked:
+        bounds = {name: (0, most[name]) for name in share.names}
+        # an allocation for files looks at shapes only, which a stored tensor has too
+        weights = cast(Callable[[str], Tensor], chosen.__getitem__)
+        budgets += plan.budget(bounds, share.count(share.sparsity), allocation, weights, pattern=pattern)
+    grouped = any(size > 1 for size in group.values())
+    for each in budgets:  # where the selection does not see that all are finite as it reads them
+        for name in each.told if (pattern is not None and not grouped) or not each.count else ():
+            if name in here:
+                selection.require_finite(name, _watched(chosen[name], progress))
+
+    def stream(name: str, told: int) -> Stream:
+        values, mine = _watched(chosen[name], progress), name in here
+        if pattern is None:
+            return Stream(name, values, magnitude, here=mine)
+        reduced = _Reduced(values, _Laid(pattern, told))
+        if not grouped:
+            return Stream(name, reduced, here=mine, legal=legal[name] if pattern.sparsity is not None else None)
+        scores = reduced.tensor() if mine else torch.zeros(reduced.shape, dtype=reduced.dtype)
+        if not bool(scores.isfinite().all()):
+            selection.require_finite(name, chosen[name])
+        return Stream(name, scores, group=group[name], here=mine)
+
     tally = partial(_tally, processes=processes)
-    if allocation.share is None:
-        cuts = selection.together(streams, count, most, tally, processes.total)
+    cuts = plan.choose(budgets, stream, most, tally, processes.total)
+    told = {name: n for each in budgets for name, n in each.told.items()}
+    if pattern is None:
+        found: dict[str, _Pruned] = {name: _Ranked(tensor, *cuts[name]) for name, tensor in chosen.items()}
     else:
-        bounds = {name: (0, most[name]) for name in sizes}
-        # an allocation that is streamed looks at shapes only
-        counts = allocations.shared(allocation, cast(Mapping[str, Tensor], chosen), bounds, count)
-        cuts = {}
-        for stream in streams:
-            if stream.here and not counts[stream.name]:  # for the others the threshold sees to that
-                selection.require_finite(stream.name, stream.values)
-            cut = selection.threshold([stream], counts[stream.name], total=processes.total)
-            cuts[stream.name] = tally([stream], cut)[stream.name][0]
-    if processes.rank == 0:
-        warn_of_collapse({name: lost for name, (lost, _, _) in cuts.items()}, sizes)
-    return {name: _Ranked(tensor, *cuts[name]) for name, tensor in chosen.items()}
+        laid = {
+            name: _Patterned(tensor, cuts[name][0] * group[name], 0, _Laid(pattern, told[name]), cuts[name][2])
+            for name, tensor in chosen.items()
+        }
+        zeros = np.array([_watched(t, progress).zeros() if n in here else 0 for n, t in laid.items()], np.int64)
+        for tensor, left in zip(laid.values(), processes.total(zeros).tolist(), strict=True):
+            tensor.zeros_left = left
+        found = {**laid}
+    if processes.rank == 0 and not allocation.allow_empty:
+        plan.warn_of_collapse({name: done.lost for name, done in found.items()}, sizes)
+    return found
 
 
 def _tally(streams: Sequence[Stream], cut: Cut, *, processes: Processes) -> Applied[tuple[int, int, Cut]]:
     """Apply a cut to streams in their order: what each loses, what is zero then, its cut with its share of the ties."""
     counts = np.zeros((len(streams), 3), np.int64)
     for row, stream in zip(counts, streams, strict=True):
-        if stream.here:
+        if stream.here and cut.value == math.inf and stream.legal is not None:
+            row[0] = stream.legal
+        elif stream.here:
             row[:] = selection.tally(stream, cut)
     ties = cut.ties
     found: Applied[tuple[int, int, Cut]] = {}
@@ -251,27 +256,6 @@ def _tally(streams: Sequence[Stream], cut: Cut, *, processes: Processes) -> Appl
         lost = below + taken
         found[stream.name] = (lost, max(lost, zero), replace(cut, ties=taken)), lost
     return found
-
-
-def _patterned(
-    chosen: Mapping[str, Stored],
-    pattern: n_m,
-    asked: Fraction,
-    here: Container[str],
-    progress: Progress | None,
-    processes: Processes,
-) -> Mapping[str, _Pruned]:
-    if abs(asked - pattern.sparsity) > Fraction(1, 1000):
-        raise InputError(
-            f"the pattern {pattern} makes a sparsity of {float(pattern.sparsity):g}; asked was {float(asked):g}"
-        )
-    zeros = np.zeros(len(chosen), np.int64)
-    for i, (name, tensor) in enumerate(chosen.items()):
-        if name in here:
-            selection.require_finite(name, _watched(tensor, progress))
-            zeros[i] = _Patterned(_watched(tensor, progress), pattern, 0).zeros()
-    counts = processes.total(zeros).tolist()
-    return {name: _Patterned(chosen[name], pattern, zero) for name, zero in zip(chosen, counts, strict=True)}
 
 
 def _without(tensor: Stored, pruned: Mapping[str, _Pruned]) -> Stored:
@@ -368,22 +352,59 @@ class _Ranked(_Pruned):
 
 
 class _Patterned(_Pruned):
-    """Pruned to a pattern, some rows at a time."""
+    """Pruned to a pattern, some outputs at a time."""
 
-    def __init__(self, of: Stored, pattern: n_m, zeros: int) -> None:
-        super().__init__(of, pattern.legal(of.shape, 1), zeros)
-        self._pattern = pattern
+    def __init__(self, of: Stored, lost: int, zeros: int, laid: _Laid, cut: Cut) -> None:
+        super().__init__(of, lost, zeros)
+        self._laid = laid
+        self._cut = cut
 
     def pieces(self, count: int) -> Iterator[Tensor]:
-        return regrouped(self._rows(), count)
+        return regrouped(self._blocks(), count)
 
-    def _rows(self) -> Iterator[Tensor]:
-        row = max(self.shape[1:].numel(), 1)
-        for piece in regrouped(self._of.pieces(bits.CHUNK), max(bits.CHUNK // row, 1) * row):
-            scores = piece.view(-1, *self.shape[1:]).abs()
-            kept = self._pattern.reduce(scores.float() if scores.itemsize < 4 else scores, 1) == math.inf
-            _zero(piece, kept.view(-1), piece)
-            yield piece
+    def _blocks(self) -> Iterator[Tensor]:
+        ties = self._cut.ties
+        for block, scores in self._laid.blocks(self._of):
+            kept, ties = selection.above(scores.flatten().to(self._cut.dtype), self._cut.value, ties)
+            flat = block.view(-1)
+            _zero(flat, self._laid.pattern.expand(kept, block.shape).reshape(-1), flat)
+            yield flat
+
+
+@dataclass(frozen=True)
+class _Laid:
+    """A pattern laid on a tensor that is read some outputs at a time.
+
+    Attributes:
+        told: what the pattern is told of the whole tensor.
+    """
+
+    pattern: Pattern
+    told: int
+
+    def blocks(self, of: Stored) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield some outputs of a tensor, and the scores of their groups; both last until the next."""
+        outputs, *rest = of.shape
+        row = max(math.prod(rest), 1)
+        for piece in regrouped(of.pieces(bits.CHUNK), max(bits.CHUNK // row, 1) * row):
+            block = piece.view(-1, *rest)
+            scores = block.abs()
+            scores = scores.float() if scores.itemsize < 4 else scores
+            yield block, self.pattern.reduce(scores, -(-self.told * len(block) // outputs))
+
+
+class _Reduced(Stored):
+    """The scores of the groups of a tensor, by magnitude."""
+
+    def __init__(self, of: Stored, laid: _Laid) -> None:
+        wide = of.dtype.to_real() is torch.float64
+        groups = of.numel() // laid.pattern.group(of.shape)
+        super().__init__(of.name, torch.float64 if wide else torch.float32, torch.Size([groups]))
+        self._of = of
+        self._laid = laid
+
+    def pieces(self, count: int) -> Iterator[Tensor]:
+        return regrouped((scores.flatten() for _, scores in self._laid.blocks(self._of)), count)
 
 
 def _zero(values: Tensor, kept: Tensor, out: Tensor) -> None:
