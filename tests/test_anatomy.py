@@ -9,6 +9,11 @@ from torch import nn
 from secateur import anatomy
 from secateur.anatomy import Layout
 
+
+def layout_of(module, attribute):
+    return anatomy.layout(module, attribute, module._parameters[attribute])
+
+
 LAYOUTS = {
     "Linear": (Layout(), (5, 3), (5, 3)),
     "convolution": (Layout(), (6, 2, 3, 3), (6, 2, 3, 3)),
@@ -49,7 +54,7 @@ LAYERS = {
 def test_an_output_of_the_layout_is_an_output_of_the_layer(kind):
     layer = LAYERS[kind]()
     nn.init.zeros_(layer.bias)
-    layout = anatomy.layout(layer, "weight")
+    layout = layout_of(layer, "weight")
     kernel = anatomy.of(layer).kernel
     x = torch.ones(1, 4, *[5] * kernel)
     outputs = layout.shape(layer.weight.shape)[0]
@@ -68,7 +73,7 @@ def test_gates(kind):
     layer = kind(3, 5)
     known = anatomy.of(layer)
     name = "weight_ih" if "Cell" in kind.__name__ else "weight_ih_l0"
-    assert anatomy.layout(layer, name) == Layout()
+    assert layout_of(layer, name) == Layout()
     assert layer.get_parameter(name).shape == (known.gates * 5, 3)
 
 
@@ -80,7 +85,7 @@ def test_a_subclass_is_what_it_is_derived_from():
         def forward(self, x):
             return x
 
-    assert anatomy.layout(Other(4, 6, 3, groups=2), "weight") == Layout("gio", 2)
+    assert layout_of(Other(4, 6, 3, groups=2), "weight") == Layout("gio", 2)
     assert not anatomy.has_own_forward(Own(1, 1, 1))
     assert anatomy.has_own_forward(Other(1, 1, 1))
     assert anatomy.of(nn.ReLU()) is None
@@ -95,11 +100,11 @@ def named(package, name, shapes, **attributes):
 
 
 def test_types_of_other_packages_go_by_their_names():
-    assert anatomy.layout(named("transformers", "Conv1D", {"weight": (2, 3)}), "weight") == Layout("io")
-    assert anatomy.layout(named("torch_geometric", "HeteroLinear", {"weight": (2, 3, 4)}), "weight") == Layout("gio")
+    assert layout_of(named("transformers", "Conv1D", {"weight": (2, 3)}), "weight") == Layout("io")
+    assert layout_of(named("torch_geometric", "HeteroLinear", {"weight": (2, 3, 4)}), "weight") == Layout("gio")
     dbrx = named("transformers", "DbrxExpertGLU", {"w1": (8, 3), "w2": (8, 3)}, moe_num_experts=2)
-    assert anatomy.layout(dbrx, "w1") == Layout()
-    assert anatomy.layout(dbrx, "w2").shape((8, 3)) == (6, 4)
+    assert layout_of(dbrx, "w1") == Layout()
+    assert layout_of(dbrx, "w2").shape((8, 3)) == (6, 4)
     assert anatomy.of(named("elsewhere", "Conv1D", {"weight": (2, 3)})) is None
 
 
@@ -112,7 +117,7 @@ def test_experts_go_by_their_shapes_unless_a_flag_says_it(turned, flag):
         "own", "Experts", {"gate_up_proj": up, "down_proj": down, "gate_up_proj_bias": (4, 10)}, **attributes
     )
     want = turned if flag is None else flag
-    assert anatomy.layout(experts, "gate_up_proj") == Layout("gio" if want else "goi")
+    assert layout_of(experts, "gate_up_proj") == Layout("gio" if want else "goi")
     assert anatomy.of(experts).dims("down_proj") == ("gio" if want else "goi")
     assert anatomy.of(experts).dims("gate_up_proj_bias") == ""
 
@@ -125,6 +130,6 @@ def test_readers():
 
 
 def test_a_lazy_layer_has_the_layout_it_will_have_when_it_has_a_shape():
-    assert anatomy.layout(nn.Linear(2, 2), "bias") == Layout("o")
+    assert layout_of(nn.Linear(2, 2), "bias") == Layout("o")
     for groups, kernel in itertools.product((1, 2), (1, 3)):
-        assert anatomy.layout(nn.ConvTranspose1d(2, 2, kernel, groups=groups), "weight") == Layout("gio", groups)
+        assert layout_of(nn.ConvTranspose1d(2, 2, kernel, groups=groups), "weight") == Layout("gio", groups)

@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
 import secateur as sc
+from secateur.anatomy import Layout
 from secateur.errors import InputError, InputTypeError, UnknownNameError
 from secateur.scope import unwrap
 
@@ -40,6 +41,7 @@ DEFAULT = [
     "attention.out_proj.weight",
     "joint.in_proj_weight",
     "joint.out_proj.weight",
+    "bilinear.weight",
     "head.weight",
 ]
 
@@ -155,18 +157,21 @@ def test_nothing_left():
 # tied and shared
 
 
-def test_tied_parameters_count_once_under_their_first_name():
-    model = nn.ModuleDict({"words": nn.Embedding(7, 4), "head": nn.Linear(4, 7, bias=False)})
+def test_a_head_tied_to_an_embedding_stays_dense_unless_it_is_named():
+    model = nn.ModuleDict({"words": nn.Embedding(7, 4), "head": nn.Linear(4, 7, bias=False), "body": nn.Linear(4, 4)})
     model["head"].weight = model["words"].weight
     scope = sc.weights(model)
-    assert list(scope) == ["words.weight"]
-    assert scope.size == 28
-    assert scope.members["words.weight"].aliases == ("head.weight",)
-    assert "tied to head.weight" in str(scope)
-    for selector in ("head", "words", nn.Embedding, nn.Linear, "head.weight"):
-        assert list(sc.weights(model, only=selector)) == ["words.weight"]
-        with pytest.raises(InputError, match="nothing to prune"):
-            sc.weights(model, skip=selector)
+    assert list(scope) == ["body.weight"]
+    assert scope.left_out["words.weight"] == "Embedding, tied to head.weight, is not pruned by default"
+    for selector in ("head", "words", nn.Embedding, "head.weight"):
+        chosen = sc.weights(model, only=selector)
+        assert list(chosen) == ["words.weight"]
+        assert chosen.size == 28
+        assert chosen.members["words.weight"].aliases == ("head.weight",)
+        assert "tied to head.weight" in str(chosen)
+        assert list(sc.weights(model, also=selector)) == ["words.weight", "body.weight"]
+        with pytest.raises(InputError, match=r"nothing to prune.*sc\.weights\(model, only=\[\.\.\.\]\)"):
+            sc.weights(model, only=["words", "head"], skip=selector)
 
 
 def test_a_tied_padding_row_is_protected_whichever_name_comes_first():
@@ -174,7 +179,7 @@ def test_a_tied_padding_row_is_protected_whichever_name_comes_first():
         modules = {"words": nn.Embedding(7, 4, padding_idx=3), "head": nn.Linear(4, 7, bias=False)}
         modules["head"].weight = modules["words"].weight
         model = nn.ModuleDict(sorted(modules.items(), key=lambda item: item[0] != first))
-        scope = sc.weights(model)
+        scope = sc.weights(model, only="head")
         assert list(scope) == [f"{first}.weight"]
         assert scope.size == 24
 
@@ -219,9 +224,12 @@ def test_an_embedding_without_padding():
 # dimensions
 
 
-def test_input_dimensions():
+def test_layouts():
     members = sc.weights(Net()).members
-    assert {name for name, member in members.items() if member.input_dim == 0} == {"turned.weight"}
+    assert {name: m.layout for name, m in members.items() if not m.layout.identity} == {
+        "turned.weight": Layout("gio", 1),
+        "bilinear.weight": Layout("oii"),
+    }
 
 
 # what cannot be pruned

@@ -2,7 +2,8 @@
 
 One table, by type of layer. A new layer type is one entry in `_BY_TYPE` (a type of torch) or in `_BY_NAME` (a type of
 another package, which is not imported for that); a subclass has the entry of the nearest class that has one. Fused
-experts of a mixture are recognised by their parameters.
+experts of a mixture are recognised by the shapes of their parameters, and a type that nobody named by the sizes it
+tells: `in_features` and `out_features`, for example.
 """
 
 from __future__ import annotations
@@ -16,7 +17,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
-Family = Literal["linear", "convolution", "transposed convolution", "recurrent", "cell", "attention", "embedding"]
+Family = Literal[
+    "linear",  # [..., inputs] to [..., outputs], as nn.Linear
+    "bilinear",
+    "convolution",
+    "transposed convolution",
+    "recurrent",  # computes with a list of its weights, not with its attributes
+    "cell",
+    "attention",
+    "embedding",
+    "experts",  # matrices side by side, each for some of the tokens
+    "custom",
+]
 
 
 @dataclass(frozen=True)
@@ -25,7 +37,7 @@ class Layout:
 
     Attributes:
         dims: one letter for each dimension: "o" outputs, "i" inputs, "g" matrices that stand side by side (groups,
-            experts); all further dimensions are a kernel's. A Linear is "oi", fused experts [E, in, out] are "gio".
+            experts), "k" a kernel's, as are all further ones. A Linear is "oi", fused experts [E, in, out] are "gio".
         groups: if not 0, the first dimension holds this many matrices one after another, and "g" stands for that
             split: a ConvTranspose2d [in, out / groups, height, width] is "gio" with its number of groups.
 
@@ -83,8 +95,8 @@ class Layer:
 
     Attributes:
         family: what it computes with its weights.
-        weights: the dimensions of its weights, as in `Layout.dims`, by a glob on their names in the module.
-        default: whether its weights are pruned when nothing else is said.
+        weights: the dimensions of its weights, as in `Layout.dims`, by a glob on their names in the module; "*io" has
+            as many "g" in front as the tensor has dimensions more.
         groups: the attribute of the module that counts the groups along the first dimension of a weight "g...".
         kernel: dimensions of a convolution's kernel: the last ones of its input.
         gates: gates of a recurrent layer: each takes `hidden_size` rows of its weights.
@@ -93,7 +105,6 @@ class Layer:
 
     family: Family
     weights: Mapping[str, str] = field(default_factory=lambda: {"weight": "oi"})
-    default: bool = True
     groups: str = ""
     kernel: int = 0
     gates: int = 1
@@ -110,7 +121,7 @@ def _recurrent(family: Family, gates: int) -> Layer:
 
 _BY_TYPE: dict[type[nn.Module], Layer] = {
     nn.Linear: Layer("linear"),
-    nn.Bilinear: Layer("linear", {"weight": "oii"}, default=False),
+    nn.Bilinear: Layer("bilinear", {"weight": "oii"}),
     nn.Conv1d: Layer("convolution", kernel=1),
     nn.Conv2d: Layer("convolution", kernel=2),
     nn.Conv3d: Layer("convolution", kernel=3),
@@ -124,43 +135,64 @@ _BY_TYPE: dict[type[nn.Module], Layer] = {
     nn.GRUCell: _recurrent("cell", 3),
     nn.RNNCellBase: _recurrent("cell", 1),
     nn.MultiheadAttention: Layer("attention", {"*weight": "oi"}, inner=("out_proj",)),
-    nn.Embedding: Layer("embedding", default=False),
-    nn.EmbeddingBag: Layer("embedding", default=False),
+    nn.Embedding: Layer("embedding"),
+    nn.EmbeddingBag: Layer("embedding"),
 }
 
-_BY_NAME: dict[str, Layer] = {  # package and class, wherever in the package it is written
+_BY_NAME: dict[str, Layer] = {  # package and class, wherever in the package it is written; or the whole path
     "transformers.Conv1D": Layer("linear", {"weight": "io"}),
-    "transformers.DbrxExpertGLU": Layer("linear", {"w1": "oi", "v1": "oi", "w2": "gio"}, groups="moe_num_experts"),
-    "transformers.CsmCodebooksHead": Layer("linear", {"weight": "gio"}),
-    "transformers.GroupedLinearLayer": Layer("linear", {"weight": "gio"}),
+    "transformers.DbrxExpertGLU": Layer("experts", {"w1": "oi", "v1": "oi", "w2": "gio"}, groups="moe_num_experts"),
+    "transformers.CsmCodebooksHead": Layer("experts", {"weight": "gio"}),
+    "transformers.GroupedLinearLayer": Layer("experts", {"weight": "gio"}),
+    "transformers.MoshiFlexibleLinear": Layer("experts", {"weight": "goi"}),
+    "transformers.KyutaiSpeechToTextFlexibleLinear": Layer("experts", {"weight": "goi"}),
+    "transformers.ZambaMambaMixer": Layer("custom", {"*_proj_weight": "goi"}),
+    "transformers.XLNetRelativeAttention": Layer("custom", {"[qkvr]": "ioo", "o": "oii"}),
     "torch_geometric.Linear": Layer("linear"),
-    "torch_geometric.HeteroLinear": Layer("linear", {"weight": "gio"}),
+    "torch_geometric.nn.conv.dna_conv.Linear": Layer("experts", {"weight": "gio"}),
+    "torch_geometric.HeteroLinear": Layer("experts", {"weight": "gio"}),
+    "torch_geometric.RGCNConv": Layer("custom", {"weight": "*io", "root": "io"}),
+    "torch_geometric.RGATConv": Layer("custom", {"weight": "*io"}),
+    "torch_geometric.GatedGraphConv": Layer("custom", {"weight": "gio"}),
+    "torch_geometric.GCN2Conv": Layer("custom", {"weight[12]": "io"}),
+    "torch_geometric.ARMAConv": Layer("custom", {"*weight": "*io"}),
+    "torch_geometric.SplineConv": Layer("custom", {"weight": "kio"}),
+    "torch_geometric.GMMConv": Layer("custom", {"g": "io"}),
 }
 
 
 def of(module: nn.Module) -> Layer | None:
-    """What is known of a module's type, or None."""
-    return known(type(module)) or _experts(module)
+    """What is known of a module: by its type, or by its parameters; or None."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return _BY_TYPE.get(getattr(nn, str(module.original_name), nn.Module))
+    return known(type(module)) or _experts(module) or _sized(module)
 
 
 def known(kind: type[nn.Module]) -> Layer | None:
     """What is known of a type: the entry of the nearest of its classes that has one, or None."""
+    return _entry(kind)[1]
+
+
+def _entry(kind: type[nn.Module]) -> tuple[type[nn.Module], Layer | None]:
     for one in kind.__mro__:
-        found = _BY_TYPE.get(one) or _BY_NAME.get(f"{one.__module__.partition('.')[0]}.{one.__name__}")
+        package = one.__module__.partition(".")[0]
+        names = f"{one.__module__}.{one.__name__}", f"{package}.{one.__name__}"
+        found = _BY_TYPE.get(one) or next((_BY_NAME[name] for name in names if name in _BY_NAME), None)
         if found is not None:
-            return found
-    return None
+            return one, found
+    return nn.Module, None
 
 
-def layout(module: nn.Module, attribute: str) -> Layout:
+def layout(module: nn.Module, attribute: str, parameter: Tensor) -> Layout:
     """Where the outputs and inputs of a parameter stand; of one that is unknown, outputs are taken to come first."""
-    layer, parameter = of(module), module._parameters[attribute]
-    assert parameter is not None
+    layer = of(module)
     dims = layer.dims(attribute) if layer is not None else ""
     count = layer.groups if layer is not None and dims.startswith("g") else ""
-    lazy = isinstance(parameter, UninitializedParameter)
-    if not lazy and parameter.ndim < max(len(dims) - bool(count), 2):
-        return Layout("oi"[: parameter.ndim])
+    if not isinstance(parameter, UninitializedParameter):
+        if dims.startswith("*"):
+            dims = dims[1:].rjust(parameter.ndim, "g")
+        if parameter.ndim < max(len(dims) - bool(count), 2):
+            return Layout("oi"[: parameter.ndim])
     return Layout(dims or "oi", int(getattr(module, count)) if count else 0)
 
 
@@ -175,29 +207,44 @@ def readers(model: nn.Module) -> dict[int, nn.Module]:
 
 def has_own_forward(module: nn.Module) -> bool:
     """Whether its class computes otherwise than the layer it is derived from: it may not use the weight as it is."""
-    for one in type(module).__mro__:
-        if one in _BY_TYPE:
-            return type(module).forward is not one.forward
-    return False
+    kind, layer = _entry(type(module))
+    return layer is not None and type(module).forward is not kind.forward
 
 
-_UP, _DOWN = ("gate_up_proj", "up_proj", "gate_proj", "w1"), ("down_proj", "w2")
+_UP, _DOWN = ("gate_up_proj", "up_proj", "gate_proj", "w1", "w13"), ("down_proj", "w2")
 
 
 def _experts(module: nn.Module) -> Layer | None:
-    """The experts of a mixture in one tensor [E, out, in] or [E, in, out]: which, their shapes or a flag tell."""
-    stacks = dict(_stacks(module))
+    """The experts of a mixture in one tensor [E, out, in] or [E, in, out]: a flag or their shapes tell which."""
+    stacks = {name: p for name, p in _shaped(module) if p.ndim == 3}
     up = next((stacks[name] for name in _UP if name in stacks), None)
     down = next((stacks[name] for name in _DOWN if name in stacks), None)
     if up is None or down is None:
         return None
     turned = getattr(module, "is_transposed", None)  # transformers says so where it is
-    if turned is None:  # gate and up side by side are wider than down: only one of the two fits
+    if turned is None:  # gate and up side by side are wider than down, so that only one of the two fits
         turned = up.shape[1] == down.shape[2] and up.shape[2] != down.shape[1]
-    return Layer("linear", dict.fromkeys(stacks, "gio" if turned else "goi"))
+    return Layer("experts", dict.fromkeys(stacks, "gio" if turned else "goi"))
 
 
-def _stacks(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+_SIZES = tuple((f"in_{kind}", f"out_{kind}") for kind in ("features", "channels", "dim")) + tuple(
+    (f"input_{kind}", f"output_{kind}") for kind in ("size", "dim")
+)
+
+
+def _sized(module: nn.Module) -> Layer | None:
+    """A type that tells its sizes: its `weight` is a matrix, or several side by side, of just these."""
+    weight = dict(_shaped(module)).get("weight")
+    if weight is None or weight.ndim not in (2, 3):
+        return None
+    for sizes in _SIZES:
+        inputs, outputs = (getattr(module, name, None) for name in sizes)
+        if sorted(weight.shape[-2:]) == sorted(n for n in (inputs, outputs) if isinstance(n, int)):
+            return Layer("custom", {"weight": "*oi" if weight.shape[-1] == inputs else "*io"})
+    return None
+
+
+def _shaped(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for name, parameter in module._parameters.items():
-        if parameter is not None and not isinstance(parameter, UninitializedParameter) and parameter.ndim == 3:
+        if parameter is not None and not isinstance(parameter, UninitializedParameter):
             yield name, parameter

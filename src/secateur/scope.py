@@ -1,10 +1,12 @@
-"""Which tensors may be pruned: by type, by name, by predicate; tied and shared tensors counted once."""
+"""Which tensors may be pruned, why the others not, and what share of the model that is; tied tensors count once."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -13,14 +15,11 @@ from torch.nn.utils import parametrize
 
 from secateur import anatomy
 from secateur.anatomy import Layout
-from secateur.errors import InputError, InputTypeError, UnknownNameError, nearest
-from secateur.support.tables import Printed, Table, number
+from secateur.errors import InputError, InputTypeError, UnknownNameError, nearest, warn
+from secateur.support.tables import Printed, Table, number, percent
 
 Selector = str | type[nn.Module]
 
-_CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-_BY_DEFAULT = (nn.Linear, *_CONV, *_TRANSPOSED, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)
 PRUNABLE = torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.complex64, torch.complex128
 """The dtypes of which weights can be pruned."""
 
@@ -72,9 +71,11 @@ class Scope(Printed, Mapping[str, nn.Parameter]):
     Reads as `dict[str, Parameter]`; prints as a table of what is in and what was left out. Made by `weights`.
     """
 
-    def __init__(self, members: Mapping[str, Member], left_out: Mapping[str, str]) -> None:
+    def __init__(self, members: Mapping[str, Member], left_out: Mapping[str, str], parameters: int) -> None:
         self.members = dict(members)
         self.left_out = dict(left_out)
+        self.parameters = parameters
+        """Numbers in all parameters of the model, tied ones once."""
 
     def __getitem__(self, name: str) -> nn.Parameter:
         return self.members[name].parameter
@@ -94,7 +95,9 @@ class Scope(Printed, Mapping[str, nn.Parameter]):
         """One row a tensor: what is in, then what is left out and why."""
         rows = [[m.name, "in", number(m.free), _remark(m)] for m in self.members.values()]
         rows += [[name, "out", "", reason] for name, reason in self.left_out.items()]
-        return Table(("tensor", "", "weights", "why"), rows, notes=[f"{self.size:,} weights in scope"])
+        share = percent(self.size / max(self.parameters, 1))
+        note = f"{self.size:,} weights in scope, {share} of the {self.parameters:,} parameters of the model"
+        return Table(("tensor", "", "weights", "why"), rows, notes=[note])
 
     def __repr__(self) -> str:
         return f"Scope({len(self)} tensors, {self.size:,} weights; {len(self.left_out)} tensors left out)"
@@ -104,27 +107,36 @@ def weights(
     model: nn.Module,
     *,
     only: Selector | Sequence[Selector] | None = None,
+    also: Selector | Sequence[Selector] = (),
     skip: Selector | Sequence[Selector] = (),
     where: Callable[[str, nn.Parameter], bool] | None = None,
 ) -> Scope:
     """Choose the tensors that may be pruned.
 
-    By default: each floating-point or complex weight of two or more dimensions of Linear, Conv1d to 3d and their
-    transposes, RNN, LSTM, GRU and their cells, and MultiheadAttention. Biases, norms and embeddings are left out.
+    By default: each floating-point or complex weight of two or more dimensions of the layers that secateur knows.
+    These are Linear, Conv1d to 3d and their transposes, RNN, LSTM, GRU and their cells, MultiheadAttention; the
+    `Conv1D` of transformers, fused experts of a mixture, the layers of PyTorch Geometric; a `weight` of a module that
+    tells its sizes as `in_features` and `out_features`; what a weight drop keeps as `weight_raw`. Biases, norms,
+    embeddings (also those tied to a head) and adapters of PEFT are left out.
 
     Args:
-        model: the model; wrappers (`torch.compile`, DDP, AveragedModel) are looked through.
+        model: the model; wrappers (`torch.compile`, DDP, AveragedModel, Fabric, DeepSpeed) are looked through.
         only: choose these instead: globs on the names of tensors or of modules (`"lstm*"`, `"encoder.*"`), module
             types (`nn.Embedding`), or full names of parameters. Globs and types take tensors of two or more
             dimensions; a full name takes whatever it names, a bias too.
+        also: choose these beside the default ones, written as for `only`.
         skip: leave these out, written as for `only`; a tied tensor goes by any of its names.
         where: a last word on each tensor: `where(name, parameter)`.
 
+    Warns:
+        SecateurWarning: none of `only`, `also`, `skip`, `where` is given, and of the weights of two or more dimensions
+            (embeddings and adapters aside) more than 5 % stay dense, because their modules are unknown.
+
     Raises:
         UnknownNameError: a name or glob that matches nothing.
-        InputTypeError: a chosen tensor of integers or fp8.
-        InputError: a chosen tensor that is lazy, on the meta device or sharded, or is computed by a
-            parametrization or by `torch.nn.utils.prune`; or nothing is left to prune.
+        InputTypeError: a chosen tensor of integers or fp8; a scripted model, which does not tell its types.
+        InputError: a chosen tensor that is lazy, on the meta device or sharded, is computed by a parametrization or
+            by `torch.nn.utils.prune`, or shares some of its memory with another; or nothing is left to prune.
 
     >>> print(weights(nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))))
     tensor         weights                                       why
@@ -133,60 +145,175 @@ def weights(
     0.bias    out                a bias or of one dimension (Linear)
     1.weight  out           a bias or of one dimension (BatchNorm1d)
     1.bias    out           a bias or of one dimension (BatchNorm1d)
-    12 weights in scope
+    12 weights in scope, 57.14 % of the 21 parameters of the model
     """
     model = unwrap(model)
-    chosen, left_out_types = _selectors(only), _selectors(skip)
+    _refuse_model(model)
+    default = only is None and where is None and not also and not skip
+    wanted = _Wanted(None if only is None else _selectors(only), _selectors(also), _selectors(skip), where)
     holders = _holders(model)
-    names = [name for found in holders.values() for name, _, _ in found]
-    for selector in (*chosen, *left_out_types):
+    names = [name for found in holders for name, _, _ in found]
+    for selector in (*(wanted.only or ()), *wanted.also, *wanted.skip):
         _require_match(selector, model, names)
+    apart = _apart(model)
     members: dict[str, Member] = {}
     left_out: dict[str, str] = {}
-    for found in holders.values():
-        name = found[0][0]
-        reason = _reason_against(found, chosen, left_out_types, where)
-        if reason:
-            left_out[name] = reason
+    dense: dict[str, Member] = {}  # would count as weights, but are of unknown modules
+    for found in holders:
+        member = _member(found)
+        reason = _reason_against(found, wanted, apart)
+        if not reason:
+            members[member.name] = member
         else:
-            members[name] = _member(found)
-    _refuse_computed(model, chosen, left_out_types)
+            left_out[member.name] = reason
+            if not any(n in apart for n, _, _ in found) and _is_matrix(model, member):
+                dense[member.name] = member
+    _refuse_computed(model, wanted)
     for member in members.values():
         _require_prunable(member)
+    _refuse_overlaps(holders, members)
     if not members:
-        raise InputError("nothing to prune: " + _why_empty(only, left_out))
-    return Scope(members, left_out)
+        raise InputError("nothing to prune: " + _why_empty(left_out))
+    if default:
+        _warn_of_dense(dense, sum(member.parameter.numel() for member in members.values()))
+    everything = (_parameter(found[0]) for found in holders)
+    return Scope(members, left_out, sum(p.numel() for p in everything if not _is_lazy(p)))
+
+
+_WRAPPERS = {  # package and class: where the model is
+    "torch.DataParallel": "module",
+    "torch.DistributedDataParallel": "module",
+    "torch.AveragedModel": "module",
+    "torch.OptimizedModule": "_orig_mod",
+    "lightning._FabricModule": "_original_module",
+    "lightning_fabric._FabricModule": "_original_module",
+    "deepspeed.DeepSpeedEngine": "module",
+    "opacus.GradSampleModule": "_module",
+}
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """Return the plain model inside `torch.compile`, DataParallel, DDP or AveragedModel, so that names stay its own."""
+    """Return the plain model inside `torch.compile`, DDP, AveragedModel and their like, so that names stay its own."""
     if not isinstance(model, nn.Module):
         raise InputTypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
     while True:
-        inner = model._modules.get("module" if isinstance(model, _wrappers()) else "_orig_mod")
+        places = (_WRAPPERS.get(f"{_package(kind)}.{kind.__name__}", "") for kind in type(model).__mro__)
+        place = next(filter(None, places), None)
+        inner = model._modules.get(place) if place is not None else None
         if inner is None:
             return model
         model = inner
 
 
-def _wrappers() -> tuple[type[nn.Module], ...]:
-    from torch.optim.swa_utils import AveragedModel
+def _package(kind: type) -> str:
+    return kind.__module__.partition(".")[0]
 
-    return nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel
+
+def _refuse_model(model: nn.Module) -> None:
+    """Refuse models of which the tensors cannot be read or told apart."""
+    if isinstance(model, torch.jit.ScriptModule):
+        raise InputTypeError(
+            "a scripted or traced model does not tell the types of its layers: prune the model it was made of and "
+            "script or trace it again, or set the same weights to zero here, with masks.apply(model)"
+        )
+    for name, module in model.named_modules():
+        if any(kind.__name__ == "FullyShardedDataParallel" for kind in type(module).__mro__):
+            raise InputError(
+                f"{name or 'the model'} is wrapped by FullyShardedDataParallel, so that each process holds flat pieces "
+                "of its weights: prune before wrapping"
+            )
 
 
 _Holder = tuple[str, nn.Module, str]  # full name, module, attribute
 
 
-def _holders(model: nn.Module) -> dict[int, list[_Holder]]:
-    """All names of each parameter, in the model's order; a tied or shared one has several."""
-    found: dict[int, list[_Holder]] = {}
+def _parameter(holder: _Holder) -> nn.Parameter:
+    parameter = holder[1]._parameters[holder[2]]
+    assert parameter is not None
+    return parameter
+
+
+def _holders(model: nn.Module) -> list[list[_Holder]]:
+    """All names of each parameter, in the model's order; one that is tied, shared or in the same memory has several."""
+    found: dict[object, list[_Holder]] = {}
     for prefix, module in model.named_modules(remove_duplicate=False):
         for attribute, parameter in module._parameters.items():
             if parameter is not None:
                 full = f"{prefix}.{attribute}" if prefix else attribute
-                found.setdefault(id(parameter), []).append((full, module, attribute))
-    return found
+                found.setdefault(_identity(parameter), []).append((full, module, attribute))
+    return list(found.values())
+
+
+def _identity(parameter: Tensor) -> object:
+    """Equal for Parameters that are the same numbers: tied, or (also transposed) in the same piece of memory."""
+    if not _has_memory(parameter) or not _is_gapless(parameter):
+        return id(parameter)
+    return parameter.device, parameter.dtype, parameter.data_ptr(), parameter.numel()
+
+
+def _has_memory(parameter: Tensor) -> bool:
+    plain = not _is_lazy(parameter) and type(parameter.data) is Tensor and parameter.layout is torch.strided
+    return plain and not parameter.is_meta and parameter.numel() > 0
+
+
+def _is_lazy(parameter: object) -> bool:
+    return isinstance(parameter, UninitializedParameter)
+
+
+def _is_gapless(tensor: Tensor) -> bool:
+    """Whether the numbers of a tensor fill a piece of memory, each once, in whatever order."""
+    expected = 1
+    for stride, length in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if length != 1:
+            if stride != expected:
+                return False
+            expected *= length
+    return True
+
+
+def _refuse_overlaps(holders: Sequence[Sequence[_Holder]], members: Mapping[str, Member]) -> None:
+    """Refuse a tensor in scope that shares some of its numbers with another, or holds one of them twice."""
+    spans: dict[object, list[tuple[int, int, str, Tensor]]] = {}
+    for found in holders:
+        name, parameter = found[0][0], _parameter(found[0])
+        if _has_memory(parameter):
+            start = parameter.data_ptr()
+            reach = sum(
+                (length - 1) * stride for length, stride in zip(parameter.shape, parameter.stride(), strict=True)
+            )
+            spans.setdefault(parameter.device, []).append(
+                (start, start + (reach + 1) * parameter.itemsize, name, parameter)
+            )
+    for here in spans.values():
+        for one, other in pairwise(sorted(here, key=lambda span: span[:2])):
+            if other[0] < one[1] and {one[2], other[2]} & members.keys() and _share_numbers(one[3], other[3]):
+                raise InputError(
+                    f"{other[2]} shares some of its numbers in memory with {one[2]}, so their zeros cannot be counted "
+                    f"apart: give one its own, module.weight = nn.Parameter(module.weight.detach().clone()), or leave "
+                    f"both out: sc.weights(model, skip=[{one[2]!r}, {other[2]!r}])"
+                )
+
+
+def _share_numbers(one: Tensor, other: Tensor) -> bool:
+    if one.dtype != other.dtype:
+        return True
+    storage = torch.zeros(one.untyped_storage().nbytes() // one.itemsize, dtype=torch.bool)
+    storage.as_strided(one.shape, one.stride(), one.storage_offset()).fill_(True)
+    return bool(storage.as_strided(other.shape, other.stride(), other.storage_offset()).any())
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    only: tuple[Selector, ...] | None
+    also: tuple[Selector, ...]
+    skip: tuple[Selector, ...]
+    where: Callable[[str, nn.Parameter], bool] | None
+
+
+def is_weight(module: nn.Module, attribute: str) -> bool:
+    """Whether a parameter is a weight that is pruned by default, as far as its module is concerned."""
+    layer = anatomy.of(module)
+    return layer is not None and layer.family != "embedding" and bool(layer.dims(attribute))
 
 
 def _selectors(given: Selector | Sequence[Selector] | None) -> tuple[Selector, ...]:
@@ -220,48 +347,131 @@ def _require_match(selector: Selector, model: nn.Module, names: list[str]) -> No
         raise UnknownNameError(f"{selector!r} matches no tensor and no module; {nearest(selector, names)}")
 
 
-def _reason_against(
-    found: list[_Holder],
-    only: tuple[Selector, ...],
-    skip: tuple[Selector, ...],
-    where: Callable[[str, nn.Parameter], bool] | None,
-) -> str:
+_THROUGH = "base_model", "model", "lora_model", "base_layer", "modules_to_save"  # to the layers of a model under PEFT
+
+
+def _apart(model: nn.Module) -> dict[str, str]:
+    """Why single parameters are no weights of the model, whatever their modules: adapters, and what is replaced."""
+    roots: dict[str, str] = {}
+    reasons: dict[str, str] = {}
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        dot = f"{prefix}." if prefix else ""
+        above, _, leaf = prefix.rpartition(".")
+        if above in roots:
+            roots[prefix] = roots[above]
+        elif leaf.startswith("lora_"):
+            roots[prefix] = "an adapter"
+        peft = any(_package(kind) == "peft" for kind in type(module).__mro__)
+        for child in module._modules if peft else ():
+            if child not in _THROUGH:
+                roots[dot + child] = "replaced by its adapter" if child == "original_module" else "an adapter"
+        for attribute in module._parameters:
+            if prefix in roots:
+                reasons[dot + attribute] = roots[prefix]
+            elif peft or attribute.startswith("lora_"):
+                reasons[dot + attribute] = "an adapter"
+            elif attribute.endswith("_raw"):
+                for place, owner in ((prefix, module), *((dot + n, m) for n, m in module.named_children())):
+                    used = f"{place}.{attribute[:-4]}".removeprefix(".")
+                    if is_weight(owner, attribute[:-4]):
+                        reasons[used] = f"computed from {dot}{attribute}"
+    return reasons
+
+
+def _user_of(module: nn.Module, attribute: str) -> tuple[nn.Module, str]:
+    """The layer that computes with a parameter, and the name there: a weight drop keeps `weight_raw` outside it."""
+    if attribute.endswith("_raw"):
+        for owner in (module, *module.children()):
+            if is_weight(owner, attribute[:-4]):
+                return owner, attribute[:-4]
+    return module, attribute
+
+
+def _reason_against(found: list[_Holder], wanted: _Wanted, apart: Mapping[str, str]) -> str:
     """Why a tensor is left out, or an empty string; any one of its names is enough to choose or to skip it."""
-    name, module, attribute = found[0]
-    parameter = module._parameters[attribute]
-    assert parameter is not None
-    if any(_selects(s, n, m) for s in skip for n, m, _ in found):
+    (name, module, _), parameter = found[0], _parameter(found[0])
+    if any(_selects(s, n, m) for s in wanted.skip for n, m, _ in found):
         return "skipped"
-    named_in_full = any(n in only for n, _, _ in found)
-    flat = not isinstance(parameter, UninitializedParameter) and parameter.ndim < 2
-    if (flat or all(a.startswith("bias") for _, _, a in found)) and not named_in_full:
+    listed = (*(wanted.only or ()), *wanted.also)
+    selected = any(_selects(s, n, m) for s in listed for n, m, _ in found)
+    replaced = next((apart[n] for n, _, _ in found if n in apart), "")
+    if replaced and not selected and wanted.only is None:
+        return replaced
+    flat = not _is_lazy(parameter) and parameter.ndim < 2
+    if (flat or all(_is_bias(a) for _, _, a in found)) and not any(n in listed for n, _, _ in found):
         return f"a bias or of one dimension ({type(module).__name__})"
-    if only and not any(_selects(s, n, m) for s in only for n, m, _ in found):
-        return "not chosen"
-    if not only and not any(_default(m, a) for _, m, a in found):
-        return f"{type(module).__name__} is not pruned by default"
-    if where is not None and not where(name, parameter):
+    if not selected:
+        if wanted.only is not None:
+            return "not chosen"
+        if embedded := _embedded(found):
+            return f"{embedded} is not pruned by default"
+        if not any(is_weight(*_user_of(m, a)) for _, m, a in found):
+            return f"{type(module).__name__} is not pruned by default"
+    if wanted.where is not None and not wanted.where(name, parameter):
         return "where() said no"
     return ""
 
 
-def _default(module: nn.Module, attribute: str) -> bool:
-    if isinstance(module, nn.MultiheadAttention):  # its bias_k and bias_v have three dimensions
-        return attribute.endswith("weight")
-    return isinstance(module, _BY_DEFAULT) and "weight" in attribute
+def _is_bias(attribute: str) -> bool:
+    return attribute.startswith("bias") or attribute.endswith("bias")
+
+
+def _embedded(found: Sequence[_Holder]) -> str:
+    """The embedding that a tensor belongs to, and what is tied to it; or an empty string."""
+    kinds = [type(m).__name__ for _, m, _ in found if _family(m) == "embedding"]
+    tied = [n for n, m, _ in found if _family(m) != "embedding"]
+    return kinds[0] + (f", tied to {', '.join(tied)}," if tied else "") if kinds else ""
 
 
 def _member(found: list[_Holder]) -> Member:
-    padding = [m.padding_idx for _, m, a in found if isinstance(m, (nn.Embedding, nn.EmbeddingBag)) and a == "weight"]
-    name, module, attribute = found[0]
+    (name, module, attribute), parameter = found[0], _parameter(found[0])
+    user, used = _user_of(module, attribute)
+    padding = (getattr(m, "padding_idx", None) for _, m, _ in found if _family(m) == "embedding")
     return Member(
         name=name,
         module=module,
         attribute=attribute,
         aliases=tuple(n for n, _, _ in found[1:]),
-        layout=anatomy.layout(module, attribute),
+        layout=anatomy.layout(user, used, parameter),
         padding_row=next((row for row in padding if row is not None), None),
     )
+
+
+def _family(module: nn.Module) -> str:
+    layer = anatomy.of(module)
+    return layer.family if layer is not None else ""
+
+
+_ASIDE = re.compile(r"embed|token|position|pos_|query|queries|prompt|norm")
+"""What is looked up, learned as an input or a norm, by the names of a module's type and of the Parameter in it."""
+_MOST_DENSE = 0.05
+
+
+def _is_matrix(model: nn.Module, member: Member) -> bool:
+    """Whether people would count a tensor among the weights: a matrix, and no embedding, norm or learned input."""
+    parameter = member.parameter
+    path = member.name.rpartition(".")[0].split(".")
+    owner = model.get_submodule(
+        ".".join(path[: path.index("parametrizations")] if "parametrizations" in path else path)
+    )
+    if _is_lazy(parameter) or sum(length > 1 for length in parameter.shape) < 2 or _is_bias(member.attribute):
+        return False
+    aside = _ASIDE.search(f"{type(owner).__name__}.{member.attribute}".lower())
+    return not aside and _family(owner) != "embedding"
+
+
+def _warn_of_dense(dense: Mapping[str, Member], pruned: int) -> None:
+    sizes = {name: member.parameter.numel() for name, member in dense.items()}
+    left = sum(sizes.values())
+    if left > _MOST_DENSE * (left + pruned):
+        largest = sorted(sizes, key=sizes.__getitem__, reverse=True)[:3]
+        listed = ", ".join(f"{n} ({type(dense[n].module).__name__}, {number(sizes[n])} weights)" for n in largest)
+        more = f" and {len(sizes) - len(largest)} more" if len(sizes) > len(largest) else ""
+        warn(
+            f"{percent(left / (left + pruned))} of the model's weights stay dense and do not count in the sparsity, "
+            f"because secateur does not know their modules: {listed}{more}. Take them in with "
+            f"scope=sc.weights(model, also={largest[:1]!r}), or say that they stay dense with skip={largest[:1]!r}"
+        )
 
 
 def _require_prunable(member: Member) -> None:
@@ -281,6 +491,11 @@ def _require_prunable(member: Member) -> None:
         raise InputError(
             f"{name} is a {type(parameter.data).__name__}, not a plain tensor: prune before sharding or quantizing"
         )
+    if any(not stride and length > 1 for stride, length in zip(parameter.stride(), parameter.shape, strict=True)):
+        raise InputError(
+            f"{name} holds each of its numbers several times (it was expanded), so that no single weight can be zero: "
+            "give it memory of its own, parameter.data = parameter.data.contiguous()"
+        )
     if parameter.dtype not in PRUNABLE:
         raise InputTypeError(
             f"{name} is {parameter.dtype}: only fp16, bf16, fp32, fp64 and complex weights can be pruned; "
@@ -288,11 +503,12 @@ def _require_prunable(member: Member) -> None:
         )
 
 
-def _refuse_computed(model: nn.Module, only: tuple[Selector, ...], skip: tuple[Selector, ...]) -> None:
+def _refuse_computed(model: nn.Module, wanted: _Wanted) -> None:
     """Refuse a weight that is recomputed at each forward: zeros written into it would not last."""
     for prefix, module in model.named_modules():
-        chosen = any(_selects(s, f"{prefix}.weight", module) for s in only) if only else isinstance(module, _BY_DEFAULT)
-        if not chosen or any(_selects(s, f"{prefix}.weight", module) for s in skip):
+        listed = any(_selects(s, f"{prefix}.weight", module) for s in (*(wanted.only or ()), *wanted.also))
+        by_default = wanted.only is None and _family(module) not in ("", "embedding")
+        if not (listed or by_default) or any(_selects(s, f"{prefix}.weight", module) for s in wanted.skip):
             continue
         place = prefix or "the model"
         if any(name.endswith("_mask") and f"{name[:-5]}_orig" in module._parameters for name in module._buffers):
@@ -311,7 +527,7 @@ def _computed(module: nn.Module, place: str) -> Iterator[tuple[str, str, str]]:
     """Name each weight of a module that is computed from others, what computes it, and how to make it plain."""
     if parametrize.is_parametrized(module):
         for name in module.parametrizations:  # type: ignore[union-attr]
-            if "weight" in name:
+            if "weight" in name or is_weight(module, name):
                 remedy = f"parametrize.remove_parametrizations({place}, {name!r})"
                 yield name, "a parametrization (weight_norm and its like)", remedy
     for attribute in module._parameters:
@@ -327,12 +543,17 @@ def _remark(member: Member) -> str:
         remarks.append("tied to " + ", ".join(member.aliases))
     if member.padding_row is not None:
         remarks.append(f"row {member.padding_row} is padding")
+    if member.attribute.endswith("_raw"):
+        remarks.append("a weight is computed from it")
+    if anatomy.has_own_forward(member.module):
+        remarks.append("has a forward of its own, which may not use its zeros as they are")
     return "; ".join(remarks)
 
 
-def _why_empty(only: object, left_out: Mapping[str, str]) -> str:
+def _why_empty(left_out: Mapping[str, str]) -> str:
     if not left_out:
         return "the model has no parameters"
     name, reason = next(iter(left_out.items()))
     remedy = "name the tensors in full: sc.weights(model, only=[...])"
-    return f"{name}: {reason}" + (f", and {len(left_out) - 1} more were left out" if left_out else "") + f"; {remedy}"
+    more = f", and {len(left_out) - 1} more were left out" if len(left_out) > 1 else ""
+    return f"{name}: {reason}{more}; {remedy}"

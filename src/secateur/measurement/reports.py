@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from secateur import anatomy
 from secateur.masks import Masks
 from secateur.measurement.costs import file_bytes
 from secateur.scope import unwrap
@@ -89,10 +90,12 @@ def report(model: nn.Module, masks: Masks) -> Report:
     """
     asked = masks.counts()
     plain = unwrap(model)
+    modules = dict(plain.named_modules(remove_duplicate=False))
     lines = []
     for name, tensor in masks.match(plain).items():
-        module = plain.get_submodule(name.rpartition(".")[0])
-        lines.append(_line(name, tensor.detach(), asked[name], _outputs_first(tensor.detach(), module)))
+        place, _, attribute = name.rpartition(".")
+        layout = anatomy.layout(modules[place], attribute, tensor)
+        lines.append(_line(name, tensor.detach(), asked[name], layout.outputs_first(tensor.detach())))
     parameters = dict(plain.named_parameters())
     return Report(tuple(lines), sum(p.numel() for p in parameters.values()), _alive(parameters), file_bytes(model))
 
@@ -101,13 +104,6 @@ def _line(name: str, tensor: Tensor, asked: int, by_output: Tensor) -> Line:
     outputs = len(by_output) if tensor.ndim > 1 else 0
     used = sum(int((by_output[i : i + 1024] != 0).flatten(1).any(1).sum()) for i in range(0, outputs, 1024))
     return Line(name, tensor.numel(), asked, tensor.numel() - _alive({name: tensor}), outputs, outputs - used)
-
-
-def _outputs_first(tensor: Tensor, module: nn.Module) -> Tensor:
-    """A transposed convolution stores [inputs, outputs of a group, ...]; all others have the outputs first."""
-    if not isinstance(module, nn.modules.conv._ConvTransposeNd) or tensor.ndim < 2:
-        return tensor
-    return torch.cat([group.transpose(0, 1) for group in tensor.chunk(module.groups)])
 
 
 def _alive(tensors: Mapping[str, Tensor]) -> int:
