@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
-from torch.utils.hooks import RemovableHandle
 
-from secateur import plan, schedules
+from secateur import optimizers as following
+from secateur import plan, schedules, scores
 from secateur.allocation import Allocation
-from secateur.errors import InputError, InputTypeError, MaskError, StateError
+from secateur.errors import InputError, InputTypeError, MaskError, StateError, warn
 from secateur.masks import Masks, check
 from secateur.patterns import Pattern
 from secateur.schedules import Schedule
+from secateur.scope import Scope, gone, unwrap, weights
 from secateur.scores import GradientScore, Score
 from secateur.sparsity import Sparsity, fraction
 from secateur.support import bits
+
+_MANY = 0.01  # of the weights in scope: more zeros than that are no chance
 
 
 def prune(
@@ -31,7 +35,7 @@ def prune(
     allocation: str | Allocation | Callable[[Mapping[str, Tensor], int], Mapping[str, int]] = "global",
     pattern: str | Pattern | None = None,
     scope: Mapping[str, nn.Parameter] | None = None,
-    optimizer: Optimizer | Iterable[Optimizer] = (),
+    optimizer: Any = (),
 ) -> Masks:
     """Prune a model once, in place: exactly `floor(sparsity * N + 1/2)` of the N weights in scope become +0.0.
 
@@ -43,7 +47,7 @@ def prune(
         allocation: how the budget is shared among tensors; see `secateur.allocation`.
         pattern: `sc.n_m(2, 4)`, `sc.blocks(4, 4)`, "rows", "columns"; None is free.
         scope: which tensors, from `sc.weights(model, ...)`; by default all its weight matrices.
-        optimizer: one or several whose momenta of pruned weights are cleared.
+        optimizer: one or several whose momenta of pruned weights are cleared; what holds an optimizer will do.
 
     Returns:
         The masks: which weights are kept.
@@ -58,15 +62,14 @@ def prune(
     >>> masks.pruned, masks.size
     (90, 100)
     """
-    chosen = plan.make(model, sparsity, score=score, allocation=allocation, pattern=pattern, scope=scope)
-    optimizers = (
-        [optimizer] if isinstance(optimizer, Optimizer) or not isinstance(optimizer, Iterable) else [*optimizer]
-    )
-    _require_held(optimizers, chosen.scope)
+    chosen = _make(model, sparsity, score=score, allocation=allocation, pattern=pattern, scope=scope)
+    several = isinstance(optimizer, Iterable) and not isinstance(optimizer, str)
+    found = following.resolve([*optimizer] if several else [optimizer], chosen.scope)
     masks = chosen.masks(chosen.counts())
+    forgetting = following.forgetting(found, chosen.scope, masks, bits.Zeroer())
     masks.apply(chosen.scope)
-    for one in optimizers:
-        _clear_state(one, chosen.scope, masks, bits.Zeroer())
+    for forget in forgetting:
+        forget()
     return masks
 
 
@@ -77,12 +80,14 @@ class Pruner:
     `step` after each optimizer step. What is pruned stays pruned. One bit a weight is kept.
 
     Args:
-        model, sparsity, score, allocation, pattern, scope: as for `prune`.
+        model, score, allocation, pattern, scope: as for `prune`.
+        sparsity: as for `prune`; or masks to hold, while fine-tuning: `sc.Pruner(model, masks)`. They say all, so that
+            the other arguments stay as they are.
         schedule: when; a `Schedule` such as `sc.cubic(start=500, stop=4000, every=100)`, "one_shot" (at once), or a
             function `step -> sparsity` that never falls.
 
     Raises:
-        As `prune`; the model is as it was.
+        As `prune`; UnknownNameError, MaskError: masks of another model. The model is as it was.
 
     >>> model = nn.Linear(10, 10)
     >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -99,7 +104,7 @@ class Pruner:
     def __init__(
         self,
         model: nn.Module,
-        sparsity: Sparsity,
+        sparsity: Sparsity | Masks,
         *,
         schedule: str | Schedule | Callable[[int], float] = "one_shot",
         score: str | Score | Mapping[str, Tensor] = "magnitude",
@@ -107,18 +112,31 @@ class Pruner:
         pattern: str | Pattern | None = None,
         scope: Mapping[str, nn.Parameter] | None = None,
     ) -> None:
-        self._plan = plan.make(model, sparsity, score=score, allocation=allocation, pattern=pattern, scope=scope)
+        self._model = unwrap(model)
+        self._plan = _make(model, sparsity, score=score, allocation=allocation, pattern=pattern, scope=scope)
         self._schedule = _schedule(schedule, self._plan)
         self._steps = 0
-        self._counts = tuple(0 for _ in self._plan.shares)
+        self._counts = tuple(0 for _ in self._plan.counts())
         self._masks = _all_kept(self._plan)
         self._zero = bits.Zeroer()
         self._originals: dict[str, Tensor] = {}
         self._beginning: dict[str, Any] = {}
-        self._optimizers: list[Optimizer] = []
-        self._hooks: list[RemovableHandle] = []
+        self._hooks: following.Hooks | None = None
+        self._followed: dict[int, list[Any]] = {}  # optimizers by their ids, each with those inside it
+        self._given = False  # they were given to attach(), which otherwise follows any
         self._waiting: set[str] = set()  # trainable tensors whose optimizer has not stepped in this round
-        self._clock: Optimizer | None = None  # counts the steps where nothing in scope is trained
+        self._clock: list[Any] = []  # count the steps where nothing in scope is trained
+        self._parameters: list[int] = []  # their ids when the optimizers were last looked at
+        self._idle = False  # the step being made trains nothing
+        self._found: int | None = _loose_zeros(self._plan.scope, self._masks)  # told of at the first step
+        self._told: set[str] = set()  # warnings given
+
+    def __repr__(self) -> str:
+        asked = sum(self._plan.counts()) / self._plan.scope.size
+        return (
+            f"Pruner(sparsity={asked:.4g}, schedule={self._schedule_words()}, steps={self._steps}, "
+            f"now={self.sparsity:.4g})"
+        )
 
     @property
     def masks(self) -> Masks:
@@ -135,112 +153,120 @@ class Pruner:
         """Fraction of the weights in scope that is pruned at this moment."""
         return self._masks.pruned / self._plan.scope.size
 
-    def attach(self, *optimizers: Optimizer) -> None:
+    def attach(self, *optimizers: Any) -> None:
         """Follow these optimizers: after each of their steps pruned weights are zero again and the schedule advances.
 
-        With several, a step is complete when each that holds pruned weights has stepped. With none given, follow
-        every optimizer of the process that holds pruned weights, also one that is made later or steps inside
-        backward; a weight in scope that gets no gradient then holds the schedule back. A schedule that begins at step
-        0 prunes now.
+        What holds an optimizer in `.optimizer` will do (accelerate, Lightning, a Trainer), and optimizers inside others
+        are followed with them (SAM, Lookahead, ZeRO-1): a step inside a step counts once. With several, a step is
+        complete when each that holds pruned weights has stepped. With none given, follow every optimizer of the process
+        that holds pruned weights, also one that is made later or steps inside backward; a weight in scope that gets no
+        gradient then holds the schedule back. A schedule that begins at step 0 prunes now.
 
         Raises:
-            InputTypeError: not a torch Optimizer. InputError: trainable weights in scope that none of them holds.
-            StateError: attached already.
+            InputTypeError: no torch Optimizer. InputError: trainable weights in scope that none of them holds; what an
+                optimizer remembers is in a code that cannot be set to zero by value.
+            StateError: attached already; another Pruner follows these weights.
         """
-        if self._hooks:
+        if self._hooks is not None:
             raise StateError("this pruner is attached already: give all optimizers in one call, or detach() first")
-        _require_held(optimizers, self._plan.scope)
-        self._optimizers = list(optimizers)
-        self._waiting = _trained(self._plan.scope)
-        self._clock = optimizers[0] if optimizers and not self._waiting else None
+        scope = self._live()
+        found = following.resolve(optimizers, scope)
+        for one in found or [None]:
+            self._require_alone(one)
+        following.forgetting(found, scope, self._masks, self._zero)  # can it be done?
+        self._followed = {id(one): following.family(one) for one in found}
+        self._given, self._parameters = bool(found), [id(weight) for weight in scope.values()]
+        self._waiting = following.trained(scope)
+        self._clock = following.family(optimizers[0]) if optimizers and not self._waiting else []
         self._update()
-        disable: Callable[[Any], Any] = torch.compiler.disable  # a compiled step calls the hooks as they are
-        before, after = disable(self._before_step), disable(self._after_step)
-        if optimizers:
-            self._hooks = [optimizer.register_step_post_hook(after) for optimizer in optimizers]
-            self._hooks += [optimizer.register_step_pre_hook(before) for optimizer in optimizers]
-        else:
-            self._hooks = [register_optimizer_step_post_hook(after), register_optimizer_step_pre_hook(before)]
+        self._found = None
+        self._hooks = following.Hooks(found, self, self._before_step, self._after_step, self._settle)
 
     def detach(self) -> None:
         """Follow the optimizers no longer."""
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = []
+        if self._hooks is not None:
+            self._hooks.remove()
+        self._hooks = None
 
     def step(self) -> None:
         """Count one step: advance the schedule, and set pruned weights to zero again. For loops without `attach`.
 
         Raises:
-            StateError: attached, so that steps would be counted twice.
+            StateError: attached, so that steps would be counted twice; a tensor that is no longer the model's.
             InputError: NaN or inf in a weight at a change of the masks; masks and weights are as they were.
         """
-        if self._hooks:
+        if self._hooks is not None:
             raise StateError("this pruner is attached and counts the optimizer's steps itself: do not call step() too")
-        self._steps += 1
-        if not self._update():
-            self._remask(self._plan.scope)
+        self._warn_of_troubles()
+        self._advance(self._plan.scope)
+        self._tell_of_zeros()
 
     def observe(self) -> None:
         """Show a score the gradients, after backward and before `optimizer.step()`; for loops without `attach`."""
         if isinstance(self._plan.score, GradientScore):
-            self._plan.score.observe(self._plan.scope)
+            self._plan.score.observe(self._live())
 
     def mask_gradients(self) -> None:
         """Set the gradients of pruned weights to zero, so that they do not count when gradients are clipped."""
-        for name, weight in self._plan.scope.items():
+        for name, weight in self._live().items():
             if weight.grad is not None and not weight.grad.is_sparse:
                 self._zero(weight.grad, self._masks.packed(name))
 
     def finish(self, *, lift_denormals: bool = False) -> Masks:
         """End the pruning: check that the sparsity is the one asked for, and follow the optimizers no longer.
 
-        Args:
-            lift_denormals: also replace subnormal weights, with which some CPUs compute a hundred times slower, by the
-                smallest normal number of their sign; the zeros stay as they are.
+        The zeros are counted in the model as it is now. An average of the weights (EMA, SWA) that is put in their place
+        afterwards has zeros of its own: `sc.remask(average, masks)`.
 
-        Returns:
-            The final masks.
+        Args:
+            lift_denormals: also replace numbers too small for full precision, which slow a CPU down, by the smallest
+                normal ones.
 
         Raises:
-            StateError: the schedule has not come to its end. MaskError: zeros came back; the tensors are named.
+            StateError: the schedule has not come to its end; a tensor in scope is no longer the model's.
+            MaskError: pruned weights of the model are not zero.
         """
+        scope = self._live()
         if self._counts != self._plan.counts():
-            raise StateError(
-                f"after {self._steps} steps {sum(self._counts):,} weights are pruned, of the "
-                f"{sum(self._plan.counts()):,} asked for: the schedule {self._schedule} has not come to its end; "
-                "go on training, or give it an earlier stop"
-            )
-        back = check(self._plan.scope, self._masks)
+            raise StateError(self._unfinished())
+        back = check(scope, self._masks)
         if back:
             listed = ", ".join(f"{name} ({count:,})" for name, count in back.items())
             raise MaskError(
                 f"pruned weights are no longer zero: {listed}; something moved them after the last step of the pruner "
-                "(an optimizer it does not follow, load_state_dict): attach() that optimizer, or call "
-                "sc.remask(model, pruner.masks) and finish() again"
+                "(an optimizer it does not follow, load_state_dict, an average of the weights swapped in): attach() "
+                "that optimizer, or call sc.remask(model, pruner.masks) and finish() again"
+            )
+        loose = _loose_zeros(scope, self._masks)
+        if loose:
+            warn(
+                f"{loose:,} weights outside the masks are zero too, so that the sparsity is "
+                f"{(self._masks.pruned + loose) / scope.size:.3g} and not {self.sparsity:.3g}: they were zero before, "
+                "or another pruner holds the model (detach() it)"
             )
         if lift_denormals:
-            for weight in self._plan.scope.values():
+            for weight in scope.values():
                 bits.lift_subnormals(weight)
         self.detach()
         return self._masks
 
     def snapshot(self) -> None:
         """Keep a copy of the weights in scope, so that `undo` can bring them back (their size in memory once more)."""
-        self._originals = {name: weight.detach().clone() for name, weight in self._plan.scope.items()}
+        self._originals = {name: weight.detach().clone() for name, weight in self._live().items()}
         self._beginning = self.state_dict()
 
     def undo(self) -> None:
         """Bring back the weights of the last `snapshot`, bit for bit, and go back to its step, detached.
 
         Raises:
-            StateError: there is no snapshot.
+            StateError: there is no snapshot, or a tensor in scope is no longer the model's.
         """
         if not self._originals:
             raise StateError("nothing to go back to: call snapshot() before pruning (it keeps a copy of the weights)")
+        scope = self._live()
         self.detach()
         with torch.no_grad():
-            for name, weight in self._plan.scope.items():
+            for name, weight in scope.items():
                 weight.copy_(self._originals[name])
         self.load_state_dict(self._beginning)
 
@@ -265,39 +291,146 @@ class Pruner:
         """Go on where another Pruner stopped; the model and the optimizer load their own state.
 
         Raises:
-            InputError: no state of a Pruner, or of one with another scope, sparsity or schedule.
+            InputError: no state of a Pruner, a damaged one, or one of another scope, sparsity, schedule, score,
+                allocation or pattern; nothing was changed.
         """
-        if state.get("version") != 1 or "bits" not in state:
-            raise InputError("this is no state_dict of a Pruner of version 1")
-        shapes = {name: list(weight.shape) for name, weight in self._plan.scope.items()}
-        if state["shapes"] != shapes:
-            theirs = set(state["shapes"])
-            differ = sorted(theirs ^ set(shapes)) or [n for n in shapes if shapes[n] != state["shapes"][n]]
+        scope = self._live()
+        if not isinstance(state, Mapping) or state.get("version") != 1:
+            raise InputError("this is no state_dict of a Pruner of version 1: give what Pruner.state_dict() returned")
+        for key in ("settings", "steps", "counts", "shapes", "bits"):
+            if key not in state:
+                raise InputError(
+                    f"this is no state_dict of a Pruner, it has no {key!r}: give what state_dict() returned"
+                )
+        shapes = {name: list(weight.shape) for name, weight in scope.items()}
+        self._require_shapes(state["shapes"], shapes)
+        self._require_settings(state["settings"])
+        masks = _read_masks(state["bits"], scope)
+        counts = _read_numbers(state, masks, self._plan)
+        score = self._plan.score
+        sums = _read_sums(state, scope) if isinstance(score, GradientScore) else {}
+        generator = getattr(score, "generator", None)
+        if generator is not None:
+            _require_generator(state, generator)
+            generator.set_state(state["generator"].cpu())
+        if isinstance(score, GradientScore):
+            score.sums = sums
+        self._masks, self._steps, self._counts = masks, state["steps"], counts
+        self._waiting = following.trained(scope)
+        self._found = 0
+
+    def _require_shapes(self, theirs: object, mine: dict[str, list[int]]) -> None:
+        if not isinstance(theirs, Mapping):
+            raise _damaged(f"its shapes are a {type(theirs).__name__}")
+        differ = sorted(map(str, set(theirs) ^ set(mine))) or [name for name in mine if theirs[name] != mine[name]]
+        if differ:
             raise InputError(
                 f"the saved pruner has another scope ({', '.join(differ[:3])}{', ...' if len(differ) > 3 else ''}): "
                 "build this one with the scope it had"
             )
-        if state["settings"] != self._settings():
-            raise InputError(
-                f"the saved pruner was built with {state['settings']}, this one with {self._settings()}: build it alike"
-            )
-        devices = {name: weight.device for name, weight in self._plan.scope.items()}
-        packed = {name: tensor.clone().to(devices[name]) for name, tensor in state["bits"].items()}
-        self._masks = Masks.from_bits(packed, {name: torch.Size(shapes[name]) for name in packed})
-        self._steps, self._counts = state["steps"], tuple(state["counts"])
-        self._waiting = _trained(self._plan.scope)
-        score = self._plan.score
-        if isinstance(score, GradientScore):
-            score.sums = {name: total.clone().to(devices[name]) for name, total in state["sums"].items()}
-        if "generator" in state:
-            score.generator.set_state(state["generator"])  # type: ignore[attr-defined]
 
-    def _settings(self) -> str:
-        """What two runs must have in common, in words."""
+    def _require_settings(self, theirs: object) -> None:
+        mine: object = self._settings()
+        if isinstance(theirs, str):  # as the first versions wrote them
+            mine = self._words()
+        differ = list(_differences("", theirs, mine))
+        if differ:
+            raise InputError(f"the saved pruner was built otherwise: {'; '.join(differ[:3])}; build this one alike")
+
+    def _settings(self) -> dict[str, Any]:
+        """What two runs must have in common, as plain data."""
+        schedule = vars(self._schedule) if isinstance(self._schedule, Schedule) else "a function"
+        return {**self._plan.settings(), "schedule": schedule}
+
+    def _words(self) -> str:
+        """The settings as states of before July 2026 tell them."""
         shares = ", ".join(f"{float(share.sparsity)!r} of {share.size}" for share in self._plan.shares)
-        schedule = self._schedule if isinstance(self._schedule, Schedule) else "a function"
         score = getattr(self._plan.score, "__name__", type(self._plan.score).__name__)
-        return f"sparsity {shares}; schedule {schedule}; score {score}; pattern {self._plan.pattern}"
+        return f"sparsity {shares}; schedule {self._schedule_words()}; score {score}; pattern {self._plan.pattern}"
+
+    def _schedule_words(self) -> str:
+        return str(self._schedule) if isinstance(self._schedule, Schedule) else "a function"
+
+    # ---- the model that is there -------------------------------------------------------------------------------------
+
+    def _live(self) -> Scope:
+        """The tensors in scope, seen to be the model's still."""
+        for trouble in self._troubles():
+            raise StateError(trouble)
+        return self._plan.scope
+
+    def _warn_of_troubles(self) -> None:
+        """Warn, once, of tensors that are no longer the model's: a long run goes on, and `finish` refuses."""
+        for trouble in self._troubles():
+            if len(self._here()) < len(self._plan.scope):
+                raise StateError(trouble)  # a weight is computed now, so that nothing can be written into it
+            if trouble not in self._told:
+                self._told.add(trouble)
+                warn(trouble)
+
+    def _troubles(self) -> Iterator[str]:
+        yield from gone(self._model, self._plan.scope)
+        for name, weight in self._here().items():
+            if weight.shape != self._masks.shape(name):
+                raise StateError(
+                    f"{name} has shape {tuple(weight.shape)} now, and its mask {tuple(self._masks.shape(name))}: make "
+                    "a new Pruner, and a new optimizer, when the model is whole"
+                )
+
+    def _here(self) -> dict[str, nn.Parameter]:
+        """The Parameters of the layers in scope; one that is computed now is left out."""
+        found = {name: m.module._parameters.get(m.attribute) for name, m in self._plan.scope.members.items()}
+        return {name: parameter for name, parameter in found.items() if parameter is not None}
+
+    def _require_alone(self, optimizer: object) -> None:
+        mine = {id(parameter): name for name, parameter in self._here().items()}
+        for other in following.owners(optimizer):
+            both = [mine[id(p)] for p in other._here().values() if id(p) in mine] if other is not self else []
+            if both:
+                raise StateError(
+                    f"another pruner, {other!r}, still holds {', '.join(both[:3])}{', ...' if len(both) > 3 else ''}: "
+                    "call its finish() or detach() first; if its name is lost, as in a notebook cell that ran twice, "
+                    "make the optimizer anew"
+                )
+
+    def _tell_of_zeros(self) -> None:
+        """Warn, before the first step, of zeros that nothing holds: those of a pruned checkpoint, most likely."""
+        if self._found is None:
+            loose, self._found = _loose_zeros(self._plan.scope, self._masks), 0
+        else:
+            loose, self._found = self._found - self._masks.pruned, 0
+        if loose > _MANY * self._plan.scope.size:
+            warn(
+                f"{loose:,} of {self._plan.scope.size:,} weights in scope are zero and not held by this pruner: "
+                "they grow back. To go on with the run that pruned them, load the state of its pruner "
+                "(pruner.load_state_dict); to hold these zeros, use sc.Pruner(model, masks) with "
+                "masks = sc.Masks.from_zeros(sc.weights(model))"
+            )
+
+    def _unfinished(self) -> str:
+        pruned, asked = sum(self._counts), sum(self._plan.counts())
+        so_far = f"after {self._steps} steps {pruned:,} weights are pruned, of the {asked:,} asked for"
+        if self._steps == 0 and self._hooks is None:
+            return f"{so_far}: attach(optimizer) before the loop, or call step() after each step of the optimizer"
+        if self._steps == 0:
+            missing = sorted(self._waiting)
+            still = f" of {', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}" if missing else ""
+            return (
+                f"{so_far}: the optimizer{still} never stepped; the loop may step another object than the one attached "
+                "(made later, or a copy), or GradScaler skipped every step (inf or NaN in the gradients); attach what "
+                "the loop steps, or attach() without arguments, which follows any"
+            )
+        return (
+            f"{so_far}: the schedule {self._schedule_words()} has not come to its end; go on training, or give it an "
+            "earlier stop"
+        )
+
+    # ---- steps -------------------------------------------------------------------------------------------------------
+
+    def _advance(self, names: Iterable[str]) -> None:
+        self._steps += 1
+        if not self._update():
+            self._settle(names)
 
     def _update(self) -> bool:
         """Choose new masks if the schedule wants another number of zeros; say whether it did."""
@@ -310,10 +443,12 @@ class Pruner:
                 f"{sum(counts):,}: what is pruned stays pruned, so it must never fall"
             )
         masks = self._plan.masks(counts, self._masks)
+        every = [one for found in self._followed.values() for one in found]
+        forgetting = following.forgetting(every, self._plan.scope, masks, self._zero)
         self._masks, self._counts = masks, counts
-        self._remask(self._plan.scope)
-        for optimizer in self._optimizers:
-            _clear_state(optimizer, self._plan.scope, masks, self._zero)
+        self._settle()
+        for forget in forgetting:
+            forget()
         score = self._plan.score
         if isinstance(score, GradientScore) and score.forget:
             score.clear()
@@ -324,19 +459,51 @@ class Pruner:
             return self._schedule.sparsity(self._steps, final)
         return fraction(self._schedule(self._steps))
 
-    def _remask(self, names: Iterable[str]) -> None:
+    def _settle(self, names: Iterable[str] | None = None) -> None:
+        """Set pruned weights to zero again, and what an optimizer remembers that may put it in their place."""
         if any(self._counts):
-            for name in names:
-                self._zero(self._plan.scope[name], self._masks.packed(name))
+            scope = self._plan.scope
+            for name in scope if names is None else names:
+                self._zero(scope[name], self._masks.packed(name))
+            restless = [one for found in self._followed.values() for one in found if following.moves_outside_step(one)]
+            following.forget(restless, scope, self._masks, self._zero)
+
+    def _follows(self, optimizer: Optimizer) -> set[str] | None:
+        """The tensors in scope that an optimizer steps; None for one that is of no concern."""
+        found = self._followed.get(id(optimizer), [optimizer])
+        held = following.held(found, self._here())
+        return held if held or any(optimizer is one for one in self._clock) else None
+
+    def _inner(self, optimizer: Optimizer) -> bool:
+        """Whether this is a step inside the step of another optimizer that counts."""
+        return any(self._follows(outer) is not None for outer in following.enclosing(optimizer))
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
-        """Show the gradients to a score that needs them: those there are, or those that a closure will make."""
-        score = self._plan.score
-        held = _held(optimizer, self._plan.scope)
-        if not isinstance(score, GradientScore) or not held or _overflown(optimizer):
+        """See that all is well, and show a score the gradients: those there are, or those that a closure will make."""
+        held = self._follows(optimizer)
+        if held is None and not self._given:
             return None
-        seen = {name: self._plan.scope[name] for name in held}
-        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)  # args[0] is the optimizer
+        self._warn_of_troubles()
+        scope = self._plan.scope
+        if id(optimizer) not in self._followed:
+            self._require_alone(optimizer)
+            self._followed[id(optimizer)] = following.family(optimizer)
+        parameters = [id(weight) for weight in scope.values()]
+        if self._given and parameters != self._parameters:  # renewed: does an optimizer step the new ones?
+            self._parameters = parameters
+            try:
+                following.resolve([found[0] for found in self._followed.values()], scope)
+            except InputError as error:
+                warn(str(error))
+        if held is None or self._inner(optimizer):
+            return None
+        self._tell_of_zeros()
+        self._idle = following.trains_nothing(optimizer, args, kwargs)
+        score = self._plan.score
+        if not isinstance(score, GradientScore) or self._idle or following.overflown(optimizer):
+            return None
+        seen = {name: scope[name] for name in held}
+        closure = following.closure_of(args, kwargs)
         if closure is None:
             score.observe(seen)
             return None
@@ -349,22 +516,67 @@ class Pruner:
         return (args[0], watched, *args[2:]), {key: value for key, value in kwargs.items() if key != "closure"}
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        held = _held(optimizer, self._plan.scope)
-        if (not held and optimizer is not self._clock) or _overflown(optimizer):
+        held = self._follows(optimizer)
+        if held is None or following.overflown(optimizer):
             return
-        if optimizer not in self._optimizers:
-            self._optimizers.append(optimizer)
-        self._waiting -= held
-        if self._waiting:
-            self._remask(held)
+        if not self._idle:
+            self._waiting -= held
+        if self._idle or self._waiting or self._inner(optimizer):
+            self._settle(held)
             return
-        self._waiting = _trained(self._plan.scope)
-        self._steps += 1
-        if not self._update():
-            self._remask(held)
+        self._waiting = following.trained(self._plan.scope)
+        self._advance(held)
 
 
-def _schedule(given: str | Schedule | Callable[[int], float], chosen: plan.Plan) -> Schedule | Callable[[int], float]:
+@dataclass(frozen=True)
+class _Held:
+    """A plan whose masks are given."""
+
+    scope: Scope
+    given: Masks
+    score: Score = scores.magnitude
+    shares: tuple[plan.Share, ...] = ()
+    pattern: Pattern | None = None
+
+    def counts(self, at: Callable[[Fraction], Fraction] = lambda final: final) -> tuple[int, ...]:
+        return tuple(self.given.counts().values())
+
+    def masks(self, counts: Sequence[int], held: Masks | None = None) -> Masks:
+        return self.given
+
+    def settings(self) -> dict[str, Any]:
+        kept = hashlib.sha256()
+        for name in self.scope:
+            kept.update(self.given.packed(name).cpu().numpy().tobytes())
+        return {"masks": kept.hexdigest()}
+
+
+def _make(model: nn.Module, sparsity: Sparsity | Masks, **options: Any) -> plan.Plan | _Held:
+    """A plan, or, where masks are given in place of a sparsity, those."""
+    masks: Any = sparsity
+    if isinstance(masks, Mapping) and masks and all(isinstance(mask, Tensor) and mask.ndim for mask in masks.values()):
+        masks = masks if isinstance(masks, Masks) else Masks(masks)
+    if not isinstance(masks, Masks):
+        return plan.make(model, masks, **options)
+    if set(map(repr, options.values())) - {"'magnitude'", "'global'", "None"}:
+        raise InputError("given masks say which weights go: leave score, allocation, pattern and scope as they are")
+    masks.match(unwrap(model))
+    scope = weights(model, only=list(masks))
+    names = {name: name for name in scope} | {
+        name: alias for name, member in scope.members.items() for alias in member.aliases if name not in masks
+    }
+    twice = set(masks) - set(names.values())
+    if twice:
+        raise MaskError(f"{min(twice)} is a second name of a tied tensor that has a mask already: leave it out")
+    packed = {name: masks.packed(found) for name, found in names.items()}
+    return _Held(scope, Masks.from_bits(packed, {name: masks.shape(found) for name, found in names.items()}))
+
+
+def _schedule(
+    given: str | Schedule | Callable[[int], float], chosen: plan.Plan | _Held
+) -> Schedule | Callable[[int], float]:
+    if isinstance(chosen, _Held) and given != "one_shot":
+        raise InputError("given masks are held from the start: leave schedule as it is")
     found = schedules.resolve(given)
     if not isinstance(found, Schedule) and len(chosen.shares) > 1:
         raise InputError(
@@ -373,47 +585,91 @@ def _schedule(given: str | Schedule | Callable[[int], float], chosen: plan.Plan)
     return found
 
 
-def _all_kept(chosen: plan.Plan) -> Masks:
+def _all_kept(chosen: plan.Plan | _Held) -> Masks:
     return Masks({name: torch.ones_like(weight, dtype=torch.bool) for name, weight in chosen.scope.items()})
 
 
-def _require_held(optimizers: Sequence[object], scope: Mapping[str, nn.Parameter]) -> None:
-    """See that these are optimizers, and that together they hold what is trained (nothing to see if there are none)."""
-    held: set[str] = set()
-    for optimizer in optimizers:
-        if not isinstance(optimizer, Optimizer) or "_optimizer_step_post_hooks" not in vars(optimizer):
-            raise InputTypeError(
-                f"{type(optimizer).__name__} is no torch.optim.Optimizer that takes step hooks: give the optimizer it "
-                "wraps, or train with a Pruner and call pruner.step() after each of its steps"
+def _loose_zeros(scope: Scope, masks: Masks) -> int:
+    """Count the weights that are zero though the masks keep them. Tensors that are all zeros were begun so."""
+    pruned, total = masks.counts(), 0
+    for name, member in scope.members.items():
+        weight, row = member.parameter.detach(), member.padding_row
+        zeros = weight.numel() - int(weight.count_nonzero())
+        if zeros < weight.numel():
+            padding = weight[row].numel() - int(weight[row].count_nonzero()) if row is not None else 0
+            total += zeros - padding - pruned[name]
+    return total if total > _MANY * scope.size else 0
+
+
+# ---- states that were saved --------------------------------------------------------------------------------------
+
+
+def _damaged(what: str) -> InputError:
+    return InputError(f"the saved pruner is damaged: {what}; load an earlier checkpoint")
+
+
+def _differences(place: str, theirs: object, mine: object) -> Iterator[str]:
+    if isinstance(theirs, Mapping) and isinstance(mine, Mapping):
+        for key in {**mine, **theirs}:
+            yield from _differences(
+                f"{place}.{key}".lstrip("."), theirs.get(key, "not there"), mine.get(key, "not there")
             )
-        held |= _held(optimizer, scope)
-    missing = _trained(scope) - held
-    if optimizers and missing:
-        raise InputError(
-            f"{', '.join(sorted(missing)[:3])}{', ...' if len(missing) > 3 else ''} is in scope and trainable, but in "
-            "none of these optimizers: give every optimizer of the model in one call, freeze it with "
-            "requires_grad_(False), or leave it out of the scope"
-        )
+    elif type(theirs) is not type(mine) or theirs != mine:
+        yield f"{place or 'settings'} {theirs!r} there, {mine!r} here"
 
 
-def _trained(scope: Mapping[str, nn.Parameter]) -> set[str]:
-    return {name for name, weight in scope.items() if weight.requires_grad}
-
-
-def _overflown(optimizer: Optimizer) -> bool:
-    """Whether this step is skipped, as GradScaler tells an optimizer that unscales by itself (a fused one)."""
-    found = getattr(optimizer, "found_inf", None)
-    return found is not None and bool(found)
-
-
-def _held(optimizer: Optimizer, scope: Mapping[str, nn.Parameter]) -> set[str]:
-    ids = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    return {name for name, weight in scope.items() if id(weight) in ids}
-
-
-def _clear_state(optimizer: Optimizer, scope: Mapping[str, nn.Parameter], masks: Masks, zero: bits.Zeroer) -> None:
-    """Set what the optimizer remembers of pruned weights (momentum, Adam's moments) to zero."""
+def _read_masks(packed: object, scope: Scope) -> Masks:
+    if not isinstance(packed, Mapping) or set(packed) != set(scope):
+        raise _damaged(f"its bits are {type(packed).__name__} of other names than those in scope")
+    found = {}
     for name, weight in scope.items():
-        for remembered in optimizer.state.get(weight, {}).values():
-            if isinstance(remembered, Tensor) and remembered.shape == weight.shape and name in masks:
-                zero(remembered, masks.packed(name))
+        kept, (whole, spare) = packed[name], divmod(weight.numel(), 8)
+        if not isinstance(kept, Tensor) or kept.is_meta or kept.dtype != torch.uint8:
+            raise _damaged(f"the bits of {name} are {_told(kept)}, not uint8")
+        if kept.shape != (whole + bool(spare),) or (spare and int(kept[-1]) >> spare):
+            raise _damaged(f"the bits of {name} are {_told(kept)}, not those of {weight.numel():,} weights")
+        found[name] = kept.clone().to(weight.device)
+    return Masks.from_bits(found, {name: weight.shape for name, weight in scope.items()})
+
+
+def _read_numbers(state: Mapping[str, Any], masks: Masks, chosen: plan.Plan | _Held) -> tuple[int, ...]:
+    steps, counts, most = state["steps"], state["counts"], chosen.counts()
+    if type(steps) is not int or steps < 0:
+        raise _damaged(f"its steps are {steps!r}, not a whole number of 0 or more")
+    if not isinstance(counts, (list, tuple)) or len(counts) != len(most) or any(type(n) is not int for n in counts):
+        raise _damaged(f"its counts are {counts!r}, not {len(most)} whole numbers")
+    if any(not 0 <= count <= limit for count, limit in zip(counts, most, strict=True)):
+        raise _damaged(f"its counts are {list(counts)}, not between 0 and {list(most)}")
+    if chosen.pattern is None and sum(counts) != masks.pruned:  # a pattern may prune a few less
+        raise _damaged(f"its counts add up to {sum(counts):,}, its bits prune {masks.pruned:,}")
+    return tuple(counts)
+
+
+def _read_sums(state: Mapping[str, Any], scope: Scope) -> dict[str, Tensor]:
+    sums = state.get("sums")
+    if not isinstance(sums, Mapping) or not set(sums) <= set(scope):
+        raise _damaged("its sums of gradients are missing, or of other names than those in scope")
+    for name, total in sums.items():
+        weight = scope[name]
+        number = isinstance(total, Tensor) and (
+            total.is_floating_point() or (total.is_complex() and weight.is_complex())
+        )
+        if not number or total.is_meta or total.shape != weight.shape or not bool(total.isfinite().all()):
+            raise _damaged(
+                f"its sum of gradients of {name} is {_told(total)}, not {tuple(weight.shape)} finite numbers"
+            )
+    return {name: total.clone().to(scope[name].device) for name, total in sums.items()}
+
+
+def _require_generator(state: Mapping[str, Any], generator: torch.Generator) -> None:
+    saved = state.get("generator")
+    try:
+        torch.Generator(generator.device).set_state(saved.cpu())  # type: ignore[union-attr]
+    except (AttributeError, TypeError, RuntimeError) as error:
+        raise _damaged(f"its generator is {_told(saved)}, not the state of one") from error
+
+
+def _told(thing: object) -> str:
+    if isinstance(thing, Tensor):
+        return f"{thing.dtype} {tuple(thing.shape)} on {thing.device}"
+    return f"a {type(thing).__name__}" if thing is not None else "missing"

@@ -205,6 +205,67 @@ def unwrap(model: nn.Module) -> nn.Module:
         model = inner
 
 
+def gone(model: nn.Module, scope: Scope) -> Iterator[str]:
+    """Tell of each tensor in scope that the model no longer uses as it did, and what to do; no weight is read.
+
+    A layer was replaced or removed, a weight is computed from others now, a tie was cut. A renewed Parameter of the
+    same layer is fine, and so is a layer that was wrapped or moved.
+
+    Raises:
+        InputError, InputTypeError: a weight that was sharded, quantized or moved to the meta device.
+    """
+    for name, member in scope.members.items():
+        parameter = member.module._parameters.get(member.attribute)
+        if parameter is None or (_at(model, name) is not parameter and not _elsewhere(model, member, parameter)):
+            yield _why_gone(name, member)
+            continue
+        if type(parameter) is not nn.Parameter:
+            _require_prunable(member)
+        for other in (name, *member.aliases):
+            if (found := _at(model, other)) is not None and found is not parameter:
+                yield (
+                    f"{other} was one Parameter with {name} when the Pruner was made, and is another now "
+                    "(load_state_dict(assign=True) unties): tie them again, or make a new Pruner"
+                )
+
+
+def _at(model: nn.Module, name: str) -> nn.Parameter | None:
+    *path, attribute = name.split(".")
+    module: nn.Module | None = model
+    for part in path:
+        module = module._modules.get(part) if module is not None else None
+    return module._parameters.get(attribute) if module is not None else None
+
+
+def _elsewhere(model: nn.Module, member: Member, parameter: nn.Parameter) -> bool:
+    """Whether a layer that was wrapped or moved still uses this Parameter as it did."""
+    return any(
+        attribute == member.attribute and not isinstance(module, parametrize.ParametrizationList)
+        for _, module, attribute in _holders(model).get(id(parameter), [])
+    )
+
+
+def _why_gone(name: str, member: Member) -> str:
+    layer, _, _ = name.rpartition(".")
+    place = f"model.{layer}" if layer else "model"
+    since = "since the Pruner was made, so its zeros would not last"
+    if f"{member.attribute}_mask" in member.module._buffers:
+        return (
+            f"{name} is computed by torch.nn.utils.prune {since}: call torch.nn.utils.prune.remove({place}, "
+            f"{member.attribute!r}), then make a new Pruner"
+        )
+    for weight, norm, remedy in _computed(member.module, place):
+        if weight == member.attribute:
+            return (
+                f"{name} is computed by {norm} {since}: call torch.nn.utils.{remedy}, then make a new Pruner; or leave "
+                f"it out: sc.weights(model, skip=[{layer or name!r}])"
+            )
+    return (
+        f"{name} is no longer the model's: its {type(member.module).__name__} was replaced or removed since the Pruner "
+        "was made; make a new Pruner, and a new optimizer, when the model is whole"
+    )
+
+
 def _package(kind: type) -> str:
     return kind.__module__.partition(".")[0]
 
