@@ -63,7 +63,6 @@ LEFT_LONG = {
     "dropout/sampling/test_monte_carlo",
     "dropout/zoo",
     "storage/test_pruning",
-    "test_pruner",
 }
 LEFT_BARE = {
     "acceptance/test_counts",
@@ -86,7 +85,6 @@ LEFT_BARE = {
     "test_masks",
     "test_patterns",
     "test_plan",
-    "test_pruner",
     "test_scope",
     "test_scores",
     "test_sparsity",

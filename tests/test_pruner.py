@@ -1,9 +1,7 @@
 """secateur.pruner: masks through a training loop that stays as it is."""
 
 import copy
-import io
 import math
-import warnings
 
 import pytest
 import torch
@@ -11,45 +9,9 @@ from torch import nn
 
 import secateur as sc
 from secateur.errors import InputError, InputTypeError, MaskError, StateError
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Tiny models: threads only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
+from tiny import batch, net, raw, same, train
 
 SCORES = ["magnitude", "random", "taylor", "snip", "movement", "fisher"]
-
-
-def net(seed=0):
-    torch.manual_seed(seed)
-    return nn.Sequential(nn.Linear(6, 10), nn.Tanh(), nn.Linear(10, 3))
-
-
-def batch(step):
-    g = torch.Generator().manual_seed(1000 + step)
-    return torch.randn(8, 6, generator=g), torch.randint(0, 3, (8,), generator=g)
-
-
-def train(model, optimizer, steps, each=lambda step: None):
-    for step in steps:
-        x, y = batch(step)
-        optimizer.zero_grad()
-        nn.functional.cross_entropy(model(x), y).backward()
-        optimizer.step()
-        each(step)
-
-
-def raw(model):
-    return [p.detach().clone().view(torch.int32) for p in model.parameters()]
-
-
-def same(one, other):
-    return all(torch.equal(a, b) for a, b in zip(raw(one), raw(other), strict=True))
 
 
 def at(schedule, step, model, final=0.8):
@@ -248,37 +210,6 @@ def test_attach_wants_optimizers_that_hold_the_weights():
     sc.Pruner(model, 0.5).attach(torch.optim.SGD(model[0].parameters(), lr=0.1))
 
 
-def test_with_several_optimizers_a_step_is_one_of_each():
-    model = net()
-    first, second = (torch.optim.SGD(model[i].parameters(), lr=0.1, momentum=0.9) for i in (0, 2))
-    pruner = sc.Pruner(model, 0.5, schedule=sc.linear(0, 4))
-    pruner.attach(first, second)
-    for step in range(4):
-        x, y = batch(step)
-        nn.functional.cross_entropy(model(x), y).backward()
-        first.step()
-        assert pruner.steps == step
-        assert sc.check(model, pruner.masks) == {}
-        second.step()
-        assert pruner.steps == step + 1
-    assert pruner.finish().pruned == 45
-
-
-def test_attached_to_no_optimizer_it_follows_those_of_the_model_only():
-    model, other = net(), net(1)
-    pruner = sc.Pruner(model, 0.5, schedule=sc.linear(0, 3))
-    pruner.attach()
-    try:
-        foreign = torch.optim.SGD(other.parameters(), lr=0.1)
-        train(other, foreign, range(3))
-        assert pruner.steps == 0
-        optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
-        train(model, optimizer, range(3))
-        assert pruner.finish().pruned == 45
-    finally:
-        pruner.detach()
-
-
 def test_finish_early():
     model = net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -403,202 +334,6 @@ def test_taylor_forgets_at_a_change_and_movement_does_not():
         train(model, optimizer, range(3))
         sums[score] = len(chosen.sums)
     assert sums == {"taylor": 0, "movement": 2}
-
-
-# optimizer state and gradients
-
-
-@pytest.mark.parametrize("make", [lambda p: torch.optim.Adam(p, lr=0.05), lambda p: torch.optim.SGD(p, 0.1, 0.9)])
-def test_what_the_optimizer_remembers_is_cleared_where_masks_change(make):
-    model = net()
-    optimizer = make(model.parameters())
-    pruner = sc.Pruner(model, 0.6, schedule=sc.linear(4, 9, 2))
-    pruner.attach(optimizer)
-
-    def each(step):
-        for name, weight in sc.weights(model).items():
-            kept = pruner.masks[name]
-            for key, value in optimizer.state[weight].items():
-                if isinstance(value, torch.Tensor) and value.shape == weight.shape:
-                    assert value[kept].any()
-                    if step + 1 in (6, 8, 9):
-                        assert not value[~kept].any(), key
-
-    train(model, optimizer, range(9), each)
-    assert pruner.finish().pruned == 54
-
-
-def test_prune_clears_what_optimizers_remember():
-    model = net()
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
-    train(model, optimizer, range(3))
-    masks = sc.prune(model, 0.5, optimizer=optimizer)
-    for name, weight in sc.weights(model).items():
-        for key in ("exp_avg", "exp_avg_sq"):
-            assert not optimizer.state[weight][key][~masks[name]].any()
-            assert optimizer.state[weight][key][masks[name]].all()
-    assert optimizer.state[model[0].bias]["exp_avg"].all()
-
-
-@pytest.mark.parametrize("bad", [5, "adam", [None], [nn.Linear(1, 1)]], ids=repr)
-def test_prune_checks_its_optimizers_before_anything_changes(bad):
-    model = net()
-    before = copy.deepcopy(model)
-    with pytest.raises(InputTypeError):
-        sc.prune(model, 0.5, optimizer=bad)
-    assert same(model, before)
-
-
-def test_prune_with_an_optimizer_of_another_model():
-    model = net()
-    before = copy.deepcopy(model)
-    with pytest.raises(InputError, match=r"0\.weight"):
-        sc.prune(model, 0.5, optimizer=torch.optim.SGD(net().parameters(), lr=0.1))
-    assert same(model, before)
-
-
-def test_mask_gradients():
-    model = net()
-    pruner = sc.Pruner(model, 0.5)
-    pruner.mask_gradients()  # no gradients yet
-    pruner.step()
-    x, y = batch(0)
-    nn.functional.cross_entropy(model(x), y).backward()
-    bias = model[0].bias.grad.clone()
-    kept = [model[i].weight.grad[pruner.masks[f"{i}.weight"]].clone() for i in (0, 2)]
-    pruner.mask_gradients()
-    for i, want in zip((0, 2), kept, strict=True):
-        mask = pruner.masks[f"{i}.weight"]
-        assert not model[i].weight.grad[~mask].any()
-        assert torch.equal(model[i].weight.grad[mask], want)
-    assert torch.equal(model[0].bias.grad, bias)
-
-
-# resume
-
-
-def build(score, kind="Adam"):
-    model = net()
-    optimizer = getattr(torch.optim, kind)(model.parameters(), lr=0.05)
-    pruner = sc.Pruner(model, 0.8, schedule=sc.cubic(3, 23, 4), score=score)
-    return model, optimizer, pruner
-
-
-@pytest.mark.parametrize("stop", [2, 11, 23])
-@pytest.mark.parametrize("score", SCORES)
-def test_resume_in_the_middle_is_bit_exact(score, stop):
-    model, optimizer, pruner = build(score)
-    pruner.attach(optimizer)
-    train(model, optimizer, range(30))
-    whole = pruner.finish()
-
-    first, one, before = build(score)
-    before.attach(one)
-    train(first, one, range(stop))
-    file = io.BytesIO()
-    torch.save([first.state_dict(), one.state_dict(), before.state_dict()], file)
-    train(first, one, range(stop, 30))  # what was saved is a copy
-
-    file.seek(0)
-    saved = torch.load(file, weights_only=True)
-    second, two, after = build(score)
-    for thing, state in zip((second, two, after), saved, strict=True):
-        thing.load_state_dict(state)
-    assert after.steps == stop
-    after.attach(two)
-    train(second, two, range(stop, 30))
-    assert after.finish() == whole == before.finish()
-    assert same(second, model)
-    assert same(first, model)
-
-
-def test_state_dict_is_a_copy():
-    _, _, pruner = build("magnitude")
-    state = pruner.state_dict()
-    for packed in state["bits"].values():
-        packed.zero_()
-    assert pruner.masks.pruned == 0
-    pruner.load_state_dict(pruner.state_dict())
-    assert pruner.masks.pruned == 0
-
-
-def test_resume_with_another_scope_sparsity_or_schedule():
-    state = sc.Pruner(net(), 0.5, schedule=sc.linear(0, 9)).state_dict()
-    others = {
-        r"another scope \(2\.weight\)": sc.Pruner(
-            m := net(), 0.5, schedule=sc.linear(0, 9), scope=sc.weights(m, skip="2")
-        ),
-        r"sparsity\.0\.weight 0\.5 there, 0\.6 here.*build this one alike": sc.Pruner(
-            net(), 0.6, schedule=sc.linear(0, 9)
-        ),
-        r"schedule\.kind 'linear' there, 'cubic' here": sc.Pruner(net(), 0.5, schedule=sc.cubic(0, 9)),
-        r"schedule\.stop 9 there, 10 here": sc.Pruner(net(), 0.5, schedule=sc.linear(0, 10)),
-    }
-    for message, other in others.items():
-        other.step()
-        masks = other.masks
-        with pytest.raises(InputError, match=message):
-            other.load_state_dict(state)
-        assert other.masks == masks
-        assert other.steps == 1
-
-
-def test_resume_with_a_sparsity_that_differs_in_the_eighth_digit():
-    state = sc.Pruner(net(), 0.12345678).state_dict()
-    with pytest.raises(InputError, match=r"0\.12345678 there.*build this one alike"):
-        sc.Pruner(net(), 0.12345679).load_state_dict(state)
-
-
-@pytest.mark.parametrize(
-    ("saved", "loaded"), [("random", "magnitude"), ("magnitude", "random"), ("taylor", "magnitude")]
-)
-def test_resume_with_another_score(saved, loaded):
-    """A resume would go on with other masks: an error that says so, before anything has changed."""
-    _, _, before = build(saved)
-    _, _, after = build(loaded)
-    state = before.state_dict()
-    state["steps"] = 3
-    with pytest.raises(InputError, match=r"score|magnitude"):
-        after.load_state_dict(state)
-    assert after.steps == 0
-
-
-@pytest.mark.parametrize("bad", [{}, {"version": 2}, {"version": 1}, {"0.weight": torch.ones(2)}])
-def test_no_state_of_a_pruner(bad):
-    with pytest.raises(InputError, match="no state_dict of a Pruner"):
-        sc.Pruner(net(), 0.5).load_state_dict(bad)
-
-
-def test_weights_assigned_in_between():
-    model = net()
-    pruner = sc.Pruner(model, 0.8, schedule=sc.linear(0, 4))
-    for _ in range(2):
-        pruner.step()
-    masks = pruner.masks
-    model.load_state_dict({n: v.clone() for n, v in net(5).state_dict().items()}, assign=True)
-    assert sc.check(model, masks)
-    for _ in range(2):
-        pruner.step()
-    assert pruner.masks & masks == pruner.masks
-    assert pruner.finish().pruned == 72
-    assert sc.check(model, pruner.masks) == {}
-
-
-def test_weights_assigned_while_attached_are_not_lost_in_silence():
-    """The optimizer now moves parameters that the model no longer has: a warning, an error, or still zeros."""
-    model = net()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    pruner = sc.Pruner(model, 0.5)
-    pruner.attach(optimizer)
-    model.load_state_dict({n: v.clone() for n, v in net(5).state_dict().items()}, assign=True)
-    try:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            train(model, optimizer, range(1))
-            pruner.finish()
-    except (StateError, MaskError, InputError):
-        return
-    assert caught or sc.check(model, pruner.masks) == {}
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])

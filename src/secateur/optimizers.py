@@ -45,10 +45,11 @@ def _steps(thing: object) -> bool:
 
 
 def _inside(thing: object) -> list[object]:
-    held = [getattr(thing, "optimizer", None)]
+    held: list[object] = []
     for value in vars(thing).values() if _steps(thing) and hasattr(thing, "__dict__") else ():
         held += value if isinstance(value, (list, tuple)) else [value]
-    return [value for value in held if _steps(value)]
+    wrapped = getattr(thing, "optimizer", None)
+    return [value for value in held if _steps(value)] + ([wrapped] if wrapped is not None else [])
 
 
 def takes_hooks(optimizer: object) -> bool:

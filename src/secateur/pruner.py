@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from secateur import optimizers as following
 from secateur import plan, schedules, scores
 from secateur.allocation import Allocation
-from secateur.errors import InputError, InputTypeError, MaskError, StateError, warn
+from secateur.errors import InputError, MaskError, StateError, warn
 from secateur.masks import Masks, check
 from secateur.patterns import Pattern
 from secateur.schedules import Schedule

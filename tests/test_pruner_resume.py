@@ -1,0 +1,104 @@
+"""secateur.pruner: states saved, loaded, of other settings, and damaged."""
+
+import io
+
+import pytest
+import torch
+
+import secateur as sc
+from secateur.errors import InputError
+from tiny import net, same, train
+
+SCORES = ["magnitude", "random", "taylor", "snip", "movement", "fisher"]
+
+
+def build(score, kind="Adam"):
+    model = net()
+    optimizer = getattr(torch.optim, kind)(model.parameters(), lr=0.05)
+    pruner = sc.Pruner(model, 0.8, schedule=sc.cubic(3, 23, 4), score=score)
+    return model, optimizer, pruner
+
+
+@pytest.mark.parametrize("stop", [2, 11, 23])
+@pytest.mark.parametrize("score", SCORES)
+def test_resume_in_the_middle_is_bit_exact(score, stop):
+    model, optimizer, pruner = build(score)
+    pruner.attach(optimizer)
+    train(model, optimizer, range(30))
+    whole = pruner.finish()
+
+    first, one, before = build(score)
+    before.attach(one)
+    train(first, one, range(stop))
+    file = io.BytesIO()
+    torch.save([first.state_dict(), one.state_dict(), before.state_dict()], file)
+    train(first, one, range(stop, 30))  # what was saved is a copy
+
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    second, two, after = build(score)
+    for thing, state in zip((second, two, after), saved, strict=True):
+        thing.load_state_dict(state)
+    assert after.steps == stop
+    after.attach(two)
+    train(second, two, range(stop, 30))
+    assert after.finish() == whole == before.finish()
+    assert same(second, model)
+    assert same(first, model)
+
+
+def test_state_dict_is_a_copy():
+    _, _, pruner = build("magnitude")
+    state = pruner.state_dict()
+    for packed in state["bits"].values():
+        packed.zero_()
+    assert pruner.masks.pruned == 0
+    pruner.load_state_dict(pruner.state_dict())
+    assert pruner.masks.pruned == 0
+
+
+def test_resume_with_another_scope_sparsity_or_schedule():
+    state = sc.Pruner(net(), 0.5, schedule=sc.linear(0, 9)).state_dict()
+    others = {
+        r"another scope \(2\.weight\)": sc.Pruner(
+            m := net(), 0.5, schedule=sc.linear(0, 9), scope=sc.weights(m, skip="2")
+        ),
+        r"sparsity\.0\.weight 0\.5 there, 0\.6 here.*build this one alike": sc.Pruner(
+            net(), 0.6, schedule=sc.linear(0, 9)
+        ),
+        r"schedule\.kind 'linear' there, 'cubic' here": sc.Pruner(net(), 0.5, schedule=sc.cubic(0, 9)),
+        r"schedule\.stop 9 there, 10 here": sc.Pruner(net(), 0.5, schedule=sc.linear(0, 10)),
+    }
+    for message, other in others.items():
+        other.step()
+        masks = other.masks
+        with pytest.raises(InputError, match=message):
+            other.load_state_dict(state)
+        assert other.masks == masks
+        assert other.steps == 1
+
+
+def test_resume_with_a_sparsity_that_differs_in_the_eighth_digit():
+    state = sc.Pruner(net(), 0.12345678).state_dict()
+    with pytest.raises(InputError, match=r"0\.12345678 there.*build this one alike"):
+        sc.Pruner(net(), 0.12345679).load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    ("saved", "loaded"), [("random", "magnitude"), ("magnitude", "random"), ("taylor", "magnitude")]
+)
+def test_resume_with_another_score(saved, loaded):
+    """A resume would go on with other masks: an error that says so, before anything has changed."""
+    _, _, before = build(saved)
+    _, _, after = build(loaded)
+    state = before.state_dict()
+    state["steps"] = 3
+    with pytest.raises(InputError, match=r"score|magnitude"):
+        after.load_state_dict(state)
+    assert after.steps == 0
+
+
+@pytest.mark.parametrize("bad", [{}, {"version": 2}, {"version": 1}, {"0.weight": torch.ones(2)}])
+def test_no_state_of_a_pruner(bad):
+    with pytest.raises(InputError, match="no state_dict of a Pruner"):
+        sc.Pruner(net(), 0.5).load_state_dict(bad)

@@ -1,0 +1,31 @@
+"""A tiny classifier, its data, and a loop, for tests of the Pruner."""
+
+import torch
+from torch import nn
+
+
+def net(seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(6, 10), nn.Tanh(), nn.Linear(10, 3))
+
+
+def batch(step):
+    g = torch.Generator().manual_seed(1000 + step)
+    return torch.randn(8, 6, generator=g), torch.randint(0, 3, (8,), generator=g)
+
+
+def train(model, optimizer, steps, each=lambda step: None):
+    for step in steps:
+        x, y = batch(step)
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+        each(step)
+
+
+def raw(model):
+    return [p.detach().clone().view(torch.int32) for p in model.parameters()]
+
+
+def same(one, other):
+    return all(torch.equal(a, b) for a, b in zip(raw(one), raw(other), strict=True))
