@@ -240,8 +240,11 @@ def _at(model: nn.Module, name: str) -> nn.Parameter | None:
 def _elsewhere(model: nn.Module, member: Member, parameter: nn.Parameter) -> bool:
     """Whether a layer that was wrapped or moved still uses this Parameter as it did."""
     return any(
-        attribute == member.attribute and not isinstance(module, parametrize.ParametrizationList)
-        for _, module, attribute in _holders(model).get(id(parameter), [])
+        module._parameters[attribute] is parameter
+        and attribute == member.attribute
+        and not isinstance(module, parametrize.ParametrizationList)
+        for found in _holders(model)
+        for _, module, attribute in found
     )
 
 
