@@ -57,12 +57,10 @@ LEFT_WITHOUT_TESTS = {
     "storage/contents",
     "storage/dtypes",
     "storage/stored",
-    "support/registry",
 }
 LEFT_LONG = {
     "dropout/sampling/test_monte_carlo",
     "dropout/zoo",
-    "storage/test_pruning",
 }
 LEFT_BARE = {
     "acceptance/test_counts",

@@ -163,8 +163,17 @@ def for_files(given: str | Allocation) -> Allocation:
     """
     found = resolve(given) if not isinstance(given, str) or given in ALLOCATIONS else None
     if found is None or not found.shapes_only:
-        raise ALLOCATIONS.unknown(str(given), " for files", lambda make: make().shapes_only)
+        raise ALLOCATIONS.unknown(str(given), " for files", _serves_files)
     return found
+
+
+def names_for_files() -> list[str]:
+    """The allocations that files take."""
+    return ALLOCATIONS.written(_serves_files)
+
+
+def _serves_files(make: _MakesAllocation) -> bool:
+    return make().shapes_only
 
 
 def shared(

@@ -17,7 +17,7 @@ from typing import Annotated, Any, Protocol
 
 import typer
 from rich.console import Console
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from secateur.errors import SecateurError, printable
 from secateur.support.tables import Table
@@ -95,15 +95,28 @@ Output = Annotated[Path, typer.Argument(help="A .safetensors file, or a folder i
 Level = Annotated[str, typer.Option(help="lossless, fp16, bf16, or steps of near, small or tiny size (lossy).")]
 
 
-@app.command()
+class _Prune(TyperCommand):
+    """Lists in its help the choices that are registered, which takes torch: `secateur --help` does without."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        from secateur import allocation, patterns
+
+        choices = {"allocation": allocation.names_for_files(), "pattern": patterns.names_for_files()}
+        for option in self.params:
+            if option.name in choices:
+                option.help = f"{', '.join(choices[option.name])}. {getattr(option, 'help', '')}"  # type: ignore[attr-defined]
+        super().format_help(ctx, formatter)
+
+
+@app.command(cls=_Prune)
 def prune(
     checkpoint: Source,
     sparsity: Annotated[float, typer.Option(help="Fraction of the chosen weights that become zero, 0 <= s < 1.")],
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="A .safetensors file, or a folder for a folder.")
     ] = None,
-    allocation: Annotated[str, typer.Option(help="global, uniform or erk.")] = "global",
-    pattern: Annotated[str, typer.Option(help="N:M, such as 2:4: at most N of every M inputs stay.")] = "",
+    allocation: Annotated[str, typer.Option(help="How the zeros are shared among tensors.")] = "global",
+    pattern: Annotated[str, typer.Option(help="N:M: at most N of every M inputs stay.")] = "",
     only: Annotated[list[str] | None, typer.Option(help="Prune what this glob names; may be given again.")] = None,
     skip: Annotated[list[str] | None, typer.Option(help="Leave out what this glob names; may be given again.")] = None,
     pack: Annotated[str, typer.Option(help="Pack what is written, at this level: lossless, fp16, ...")] = "",

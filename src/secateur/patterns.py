@@ -303,6 +303,11 @@ def for_files(given: str | Pattern | None) -> Pattern | None:
     return found
 
 
+def names_for_files() -> list[str]:
+    """The patterns that files take."""
+    return PATTERNS.written(_rowwise)
+
+
 def _rowwise(made: Any) -> bool:
     return made is None or bool(getattr(made, "rowwise", False))
 
