@@ -5,7 +5,7 @@ import json
 import pytest
 
 from secateur.errors import FileError
-from secateur.runtime.kernel_plans import Gain, LayerPlan, Plan, Timing, without
+from secateur.runtime.kernel_plans import Gain, KernelPlan, LayerPlan, Timing, without
 
 
 def layer(*chosen, reason=""):
@@ -13,7 +13,7 @@ def layer(*chosen, reason=""):
     return LayerPlan("encoder.0", "Linear", (64, 32), 0.9, "cafe", timings, reason)
 
 
-PLAN = Plan("cpu", "avx2", 1, (layer((0, True), (7, False)), layer(reason="too dense")), (Gain(2.0, 1.9, 2.1),))
+PLAN = KernelPlan("cpu", "avx2", 1, (layer((0, True), (7, False)), layer(reason="too dense")), (Gain(2.0, 1.9, 2.1),))
 
 
 def chosen(plan):
@@ -38,8 +38,8 @@ def test_without():
 
 
 def test_round_trips_through_json():
-    assert Plan.from_dict(PLAN.to_dict()) == PLAN
-    assert Plan.from_dict(json.loads(json.dumps(PLAN.to_dict()))) == PLAN
+    assert KernelPlan.from_dict(PLAN.to_dict()) == PLAN
+    assert KernelPlan.from_dict(json.loads(json.dumps(PLAN.to_dict()))) == PLAN
     assert PLAN.sparse == ("encoder.0",)
 
 
@@ -49,7 +49,7 @@ def test_what_is_no_plan_is_refused(spoil):
     if spoil == {"cpu": None}:
         del data["cpu"]
     with pytest.raises(FileError, match="Tune anew, without plan"):
-        Plan.from_dict(data)
+        KernelPlan.from_dict(data)
 
 
 def test_prints_what_was_chosen_and_why():
@@ -78,8 +78,8 @@ def test_prints_what_was_chosen_and_why():
 
 
 def test_says_that_nothing_was_gained():
-    assert "no faster, all of it dense" in str(Plan("cpu", None, 1, (layer(reason="not faster"),)))
-    assert "no native library: torch's CSR" in str(Plan("cpu", None, 1, ()))
+    assert "no faster, all of it dense" in str(KernelPlan("cpu", None, 1, (layer(reason="not faster"),)))
+    assert "no native library: torch's CSR" in str(KernelPlan("cpu", None, 1, ()))
     assert str(Gain(1.0, 0.9, 1.1)) == "no faster (1.00x, 95 % interval 0.90x to 1.10x): left dense"
     assert not Gain(1.0, 0.9, 1.1).faster
     assert Gain(1.2, 1.1, 1.3).faster

@@ -27,6 +27,9 @@ __all__ = ["Comparison", "Measurement", "compare", "measure"]
 
 _BLOCKS = 50  # the time is cut into about as many blocks, so that a stall of the machine spoils few of them
 _FEWEST = 6  # blocks whose smallest and largest enclose the median in 95 % of cases
+NO_DIFFERENCE = 0.1
+"""Models whose speeds differ by less, for all that the interval of the ratio says, count as equally fast."""
+
 _Pair = tuple[float, float]
 
 
@@ -136,10 +139,12 @@ class Comparison(Printed):
         return quantile(ratios, 0.5), interval(ratios)
 
     def verdict(self, name: str) -> str:
-        """Say "1.85x faster", "1.30x slower", "no difference" or "no verdict".
+        """Say "1.85x faster", "1.30x slower", "no difference", "cannot tell" or "no verdict".
 
         A difference is one that both intervals show: that of the ratio leaves out 1, and those of the two
-        times do not overlap. There is no verdict on times that subnormal weights may have spoiled.
+        times do not overlap. There is none if the interval of the ratio lies within a tenth of 1. In between nobody
+        can tell, as the times vary too much: measure longer (`seconds=`), or when the machine is less busy. There is
+        no verdict on times that subnormal weights may have spoiled.
         """
         base, model = self.measurements[self.baseline], self.measurements[name]
         if not (base.trusted and model.trusted):
@@ -149,7 +154,7 @@ class Comparison(Printed):
             return f"{ratio:.2f}x faster"
         if most < 1 and base.interval_seconds[1] < model.interval_seconds[0]:
             return f"{1 / ratio:.2f}x slower"
-        return "no difference"
+        return "no difference" if least >= 1 - NO_DIFFERENCE and most <= 1 + NO_DIFFERENCE else "cannot tell"
 
     @property
     def summary(self) -> str:
@@ -158,8 +163,10 @@ class Comparison(Printed):
 
     def _gain(self, name: str) -> str:
         base, model = self.measurements[self.baseline], self.measurements[name]
-        verdict = self.verdict(name)
-        parts = [{"no difference": "no faster", "no verdict": "speed unknown (subnormals)"}.get(verdict, verdict)]
+        verdict, (least, most) = self.verdict(name), self.speedup(name)[1]
+        unclear = f"cannot tell ({least:.2f}x to {most:.2f}x): the machine is busy, so measure longer (seconds=)"
+        words = {"no difference": "no faster", "cannot tell": unclear, "no verdict": "speed unknown (subnormals)"}
+        parts = [words.get(verdict, verdict)]
         if ("slower" in verdict or verdict == "no difference") and model.zero_share > base.zero_share:
             share = percent(model.zero_share)
             parts[0] += f" although {share} of its MACs meet a zero weight (dense kernels do not skip zeros)"

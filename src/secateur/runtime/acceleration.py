@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,22 +13,20 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from secateur.errors import InputError, StateError
-from secateur.runtime import native, tuning
-from secateur.runtime.candidates import enclose, make_sparse, matrices, survey, zeros_of
-from secateur.runtime.chains import Chain, Span, SparseSequential, runs
-from secateur.runtime.kernel_plans import Gain, LayerPlan, Plan, Timing, without
-from secateur.runtime.swapping import Sparse, Swapped, swap
+from secateur.runtime.chains import SparseSequential
+from secateur.runtime.kernel_plans import KernelPlan
+from secateur.runtime.swapping import Sparse, Swapped
+from secateur.runtime.tuner import Tuning
 from secateur.scope import unwrap
 from secateur.support.inputs import Arguments, arguments
-
-_Run = tuple[nn.Sequential, Span]
+from secateur.support.progress import progress_bar
 
 
 @dataclass(frozen=True)
 class _Trace:
     """What an accelerated model carries besides its sparse layers."""
 
-    plan: Plan
+    plan: KernelPlan
     trained: frozenset[str]
     """Parameters that require gradients in the plain model."""
 
@@ -38,8 +36,10 @@ def accelerate(
     example_inputs: Any,
     *,
     threads: int | None = None,
-    plan: Plan | Mapping[str, Any] | None = None,
+    plan: KernelPlan | Mapping[str, Any] | None = None,
     values: torch.dtype = torch.float32,
+    check_inputs: bool = False,
+    progress: bool = False,
 ) -> nn.Module:
     """Copy a model for inference in which every layer runs the faster of its dense and its sparse kernel.
 
@@ -63,6 +63,10 @@ def accelerate(
         threads: CPU threads to tune for; by default as many as torch has now.
         values: dtype of the packed weights. `torch.float16` rounds them (a relative error of 0.0005 at most), which
             makes layers that have to be read from memory faster still; inputs and sums stay float32.
+        check_inputs: have inputs with a NaN or an infinity go dense, layer by layer, so that the result is what the
+            plain model gives. Costs a sum over the inputs of each layer, and runs of Linear are not fused. Without it
+            only outputs whose kept weights meet such an input feel it, as pruned weights are skipped.
+        progress: show on stderr how far the tuning has come.
         plan: `fast.plan`, or its `to_dict()`, of an earlier run for the same weights and machine: nothing is timed.
 
     Returns:
@@ -82,12 +86,16 @@ def accelerate(
     """
     model = unwrap(model)
     calls = [arguments(one) for one in (example_inputs if isinstance(example_inputs, list) else [example_inputs])]
-    given = plan if plan is None or isinstance(plan, Plan) else Plan.from_dict(plan)
+    given = plan if plan is None or isinstance(plan, KernelPlan) else KernelPlan.from_dict(plan)
     _check(model, calls, threads, values)
     with _threads(threads), torch.inference_mode(False):
         fast, trained = _copy(model)
-        tuned = _Tuning(model, fast, calls, values is torch.float16)
-        tuned.take(given) if given is not None else tuned.measure()
+        tuned = Tuning(model, fast, calls, half=values is torch.float16, checked=check_inputs)
+        if given is not None:
+            tuned.take(given)
+        else:
+            with progress_bar("accelerating", tuned.steps, shown=progress) as done:
+                tuned.measure(done)
         found = tuned.found()
     if not hasattr(fast, "plan"):
         fast.__dict__["plan"] = found
@@ -95,7 +103,7 @@ def accelerate(
     return fast
 
 
-def explain(fast: nn.Module) -> Plan:
+def explain(fast: nn.Module) -> KernelPlan:
     """Tell which kernel each layer of an accelerated model runs, for how many rows, and why.
 
     Returns:
@@ -112,9 +120,9 @@ def explain(fast: nn.Module) -> Plan:
     if trace is None:
         raise StateError(
             f"this {type(fast).__name__} was not accelerated, so there is nothing to explain. "
-            "Arguments fast = sc.accelerate(model, example_inputs), then sc.explain(fast)."
+            "Call fast = sc.accelerate(model, example_inputs), then sc.explain(fast)."
         )
-    plan: Plan = trace.plan
+    plan: KernelPlan = trace.plan
     return plan
 
 
@@ -196,138 +204,6 @@ def _sparse_layers(fast: nn.Module) -> list[Sparse]:
     return [module for module in fast.modules() if isinstance(module, Sparse)]
 
 
-class _Tuning:
-    """The copy on its way: layers swapped, tried and, where they do not gain, put back."""
-
-    def __init__(self, model: nn.Module, fast: nn.Module, calls: Sequence[Arguments], half: bool) -> None:
-        self.model, self.fast, self.calls, self.half = model, fast, calls, half
-        self.values = "float16" if half else "float32"
-        self.plans = {layer.name: layer for layer in survey(fast)}
-        self.gains: tuple[Gain, ...] = ()
-        modules = dict(fast.named_modules())
-        self.layers = {name: make_sparse(modules[name], name) for name, layer in self.plans.items() if not layer.reason}
-        enclose(fast)
-        with tuning.recording(self.layers) as recorders, torch.inference_mode():
-            self.seen = [tuning.look(fast, recorders, call) for call in calls]
-        for name, layer in self.layers.items():
-            self._pack(name, layer)
-        self.runs = dict(_runs(fast)) if native.library() is not None else {}
-        self.plans.update({name: _run_plan(name, *run) for name, run in self.runs.items()})
-
-    def _pack(self, name: str, layer: Sparse) -> None:
-        if not any(name in seen for seen in self.seen):
-            self.plans[name] = replace(self.plans[name], reason="the example does not reach it")
-            return
-        try:
-            layer.pack(self.half)
-        except InputError as error:
-            self.plans[name] = replace(self.plans[name], reason=str(error))
-            return
-        self.plans[name] = replace(self.plans[name], pattern=tuning.pattern(matrices(layer), self.half))
-
-    def measure(self) -> None:
-        """Time all layers, then the runs of them that could be fused, then the model, and keep what is faster."""
-        self._time({name: layer for name, layer in self.layers.items() if not self.plans[name].reason})
-        for name, layer in self.layers.items():
-            layer._choices = self.plans[name].choices
-        self._time(self._reached())
-        self._settle()
-        if any(layer.choices for layer in self.plans.values()):
-            self.gains = tuple(tuning.gain(self.model, self.fast, call) for call in self.calls)
-            self._reject()
-            self._settle()
-
-    def _time(self, tried: Mapping[str, Sparse | Chain]) -> None:
-        """Time layers or runs, and plan to have those sparse, or fused, that are faster so."""
-        found: dict[str, dict[int, Timing]] = {name: {} for name in tried}
-        patterns = {name: self.plans[name].pattern for name in tried}
-        with tuning.recording(tried) as recorders, torch.inference_mode():
-            for call, seen in zip(self.calls, self.seen, strict=True):
-                for name, timings in tuning.choose(self.fast, recorders, call, seen, patterns).items():
-                    found[name].update({timing.bucket: timing for timing in timings})
-        for name in tried:
-            measured = tuple(found[name][b] for b in sorted(found[name]))
-            self.plans[name] = without(replace(self.plans[name], timings=measured), set(), "not faster")
-
-    def _reached(self) -> dict[str, Chain]:
-        """The runs that the examples lead to, in place, and how many rows they have."""
-        found = self._fuse(dict.fromkeys(self.runs, 0))
-        with tuning.recording(found) as recorders, torch.inference_mode():
-            for call, seen in zip(self.calls if found else (), self.seen, strict=False):
-                seen.update(tuning.look(self.fast, recorders, call))
-        for name in found:
-            if not any(name in seen for seen in self.seen):
-                self.plans[name] = replace(self.plans[name], reason="the example does not reach it")
-        return {name: chain for name, chain in found.items() if not self.plans[name].reason}
-
-    def found(self) -> Plan:
-        """All that was chosen, and where."""
-        layers = tuple(self.plans.values())
-        return Plan(tuning.cpu(), native.isa(), torch.get_num_threads(), layers, self.gains, self.values)
-
-    def take(self, plan: Plan) -> None:
-        """Choose as an earlier run did.
-
-        Raises:
-            InputError: it was for other weights, or measured elsewhere.
-        """
-        here = (tuning.cpu(), native.isa(), torch.get_num_threads())
-        if (plan.cpu, plan.isa, plan.threads) != here:
-            raise InputError(
-                f"the plan was measured on {plan.cpu} with {plan.isa} kernels and {plan.threads} threads, and this is "
-                f"{here[0]}, {here[1]}, {here[2]}. Leave plan out, and the model is tuned here."
-            )
-        if plan.values != self.values:
-            raise InputError(f"the plan is for values=torch.{plan.values}, and this call is for torch.{self.values}")
-        planned = {layer.name: layer for layer in plan.layers}
-        for name in [*planned, *self.plans]:
-            old, new = planned.get(name), self.plans.get(name)
-            if old is None or new is None or _identity(old) != _identity(new):
-                raise InputError(
-                    f"the plan is for another model: {name!r} is {_words(new)} here, and {_words(old)} in the plan. "
-                    "Leave plan out, and the model is tuned anew."
-                )
-        self.plans, self.gains = planned, plan.gains
-        self._settle()
-
-    def _reject(self) -> None:
-        """Put back to dense the row classes of each example that did not get faster as a whole."""
-        kept = [seen for seen, gain in zip(self.seen, self.gains, strict=True) if gain.faster]
-        lost = [seen for seen, gain in zip(self.seen, self.gains, strict=True) if not gain.faster]
-        for name, layer in self.plans.items():
-            saved = {b for seen in kept for b in seen.get(name, ())}
-            buckets = {b for seen in lost for b in seen.get(name, ())} - saved
-            if layer.timings:
-                self.plans[name] = without(layer, buckets, "the whole model was not faster")
-
-    def _settle(self) -> None:
-        """Give the layers and runs their choices, and put those back that are always dense."""
-        choices = {name: self.plans[name].choices for name in self.runs}
-        fused = {id(m) for name, run in self.runs.items() if choices[name] for m in _modules(*run)}
-        for name, layer in self.layers.items():
-            if not isinstance(layer, Sparse):
-                continue
-            layer._choices = self.plans[name].choices
-            if not layer._choices and id(layer) not in fused:
-                layer.restore()
-        self._fuse({name: chosen for name, chosen in choices.items() if chosen})
-        enclose(self.fast)
-
-    def _fuse(self, choices: Mapping[str, int]) -> dict[str, Chain]:
-        """Fuse these runs for these row classes and no others."""
-        found: dict[str, Chain] = {}
-        for module in {id(module): module for module, _ in self.runs.values()}.values():
-            spans = {name: span for name, (m, span) in self.runs.items() if m is module and name in choices}
-            if isinstance(module, Swapped):
-                module.restore()
-            if spans:
-                swap(module, SparseSequential)
-                assert isinstance(module, SparseSequential)
-                fused = module.fuse({span: choices[name] for name, span in spans.items()})
-                found.update(zip(spans, fused, strict=True))
-        return found
-
-
 def _check(model: nn.Module, calls: Sequence[Arguments], threads: int | None, values: torch.dtype) -> None:
     if not calls:
         raise InputError("example_inputs is an empty list: give at least one example to tune for")
@@ -339,7 +215,7 @@ def _check(model: nn.Module, calls: Sequence[Arguments], threads: int | None, va
         if is_lazy(tensor) or tensor.is_meta:
             raise InputError(
                 f"{name!r} has no data (it is lazy or on the meta device), so the model cannot run. "
-                "Arguments it once, or use `to_empty` and `load_state_dict`, before you accelerate."
+                "Call it once, or use `to_empty` and `load_state_dict`, before you accelerate."
             )
     if _accelerated(model):
         raise StateError("the model is accelerated already. To tune it anew: sc.accelerate(sc.dense(model), ...)")
@@ -374,33 +250,3 @@ def _copy(model: nn.Module) -> tuple[nn.Module, frozenset[str]]:
     for parameter in fast.parameters():
         parameter.requires_grad_(False)
     return fast, trained
-
-
-def _runs(model: nn.Module) -> Iterator[tuple[str, _Run]]:
-    """What could be fused: by a name as Python spells it, the Sequential and where in it."""
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward:
-            for a, b in runs([*module._modules.values()]):
-                yield f"{name}[{a}:{b}]", (module, (a, b))
-
-
-def _modules(module: nn.Sequential, span: Span) -> list[nn.Module]:
-    return [*module._modules.values()][slice(*span)]
-
-
-def _run_plan(name: str, module: nn.Sequential, span: Span) -> LayerPlan:
-    chain = Chain(_modules(module, span))
-    weights = [layer.weight for layer in chain.layers]
-    return LayerPlan(
-        name, "Sequential", chain.widths, zeros_of(weights), tuning.pattern(weights, chain.layers[0]._half)
-    )
-
-
-def _identity(layer: LayerPlan) -> tuple[Any, ...]:
-    return layer.kind, layer.shape, layer.pattern
-
-
-def _words(layer: LayerPlan | None) -> str:
-    if layer is None:
-        return "missing"
-    return f"{layer.kind} {' x '.join(map(str, layer.shape))} with zeros {layer.pattern[:8] or '(not tried)'}"

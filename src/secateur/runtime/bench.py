@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from secateur.errors import InputError, InputTypeError, UnknownNameError, nearest
 from secateur.measurement.timing import Comparison, compare
 from secateur.runtime.acceleration import accelerate, explain
-from secateur.runtime.kernel_plans import Plan
+from secateur.runtime.kernel_plans import KernelPlan
 from secateur.storage import load
 from secateur.support.files import StrPath
 
@@ -36,7 +36,7 @@ _SPELLING = "give sizes such as 1x784, or with a dtype 1x128:int64, or with a bo
 class Trial:
     """What became of each layer, and the model before and after, measured side by side."""
 
-    explanation: Plan
+    explanation: KernelPlan
     comparison: Comparison
 
     def to_dict(self) -> dict[str, Any]:

@@ -47,7 +47,7 @@ class Chain(Singly):
 
     def __init__(self, modules: Sequence[nn.Module], choices: int = 0) -> None:
         super().__init__(modules)
-        self._choices = choices
+        self.choose(choices)
         self._own = [module.__dict__ for module in modules]
         self.layers = [module for module in modules if isinstance(module, SparseLinear)]
         self.widths = (self.layers[0].in_features, *(layer.out_features for layer in self.layers))
@@ -74,6 +74,10 @@ class Chain(Singly):
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.forward(x)
+
+    def choose(self, choices: int) -> None:
+        """Be one call for these row classes."""
+        self._choices = choices
 
     def rows(self, x: Tensor) -> int:
         """As those of its first layer."""

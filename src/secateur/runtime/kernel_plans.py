@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from secateur.errors import FileError
-from secateur.measurement.timing import duration
+from secateur.measurement.timing import NO_DIFFERENCE, duration
 from secateur.support.tables import Printed, Table, percent
 
 _VERSION = 1
@@ -81,13 +81,20 @@ class Gain:
         """Whether the interval leaves no doubt."""
         return self.least > 1
 
+    @property
+    def clear(self) -> bool:
+        """Whether the times tell: faster, or not by more than a tenth."""
+        return self.faster or self.most <= 1 + NO_DIFFERENCE
+
     def __str__(self) -> str:
         spread = f"{self.speedup:.2f}x, 95 % interval {self.least:.2f}x to {self.most:.2f}x"
-        return f"faster: {spread}" if self.faster else f"no faster ({spread}): left dense"
+        if self.faster:
+            return f"faster: {spread}"
+        return f"{'no faster' if self.clear else 'cannot tell, as the times vary too much'} ({spread}): left dense"
 
 
 @dataclass(frozen=True)
-class Plan(Printed):
+class KernelPlan(Printed):
     """What `accelerate` decided; `str()` is a table.
 
     Attributes:
@@ -116,14 +123,14 @@ class Plan(Printed):
         return {"version": _VERSION, **asdict(self)}
 
     @staticmethod
-    def from_dict(data: Mapping[str, Any]) -> Plan:
+    def from_dict(data: Mapping[str, Any]) -> KernelPlan:
         """A plan from `to_dict()`, also after JSON.
 
         Raises:
             FileError: it is none, or of another version.
 
-        >>> plan = Plan("cpu", "avx2", 1, (LayerPlan("0", "Linear", (4, 4), 0.5, reason="too dense"),))
-        >>> Plan.from_dict(plan.to_dict()) == plan
+        >>> plan = KernelPlan("cpu", "avx2", 1, (LayerPlan("0", "Linear", (4, 4), 0.5, reason="too dense"),))
+        >>> KernelPlan.from_dict(plan.to_dict()) == plan
         True
         """
         try:
@@ -131,7 +138,7 @@ class Plan(Printed):
                 raise ValueError(f"version {data['version']}")
             layers = tuple(_layer(layer) for layer in data["layers"])
             gains = tuple(Gain(**gain) for gain in data["gains"])
-            return Plan(data["cpu"], data["isa"], data["threads"], layers, gains, data["values"])
+            return KernelPlan(data["cpu"], data["isa"], data["threads"], layers, gains, data["values"])
         except (KeyError, TypeError, ValueError) as error:
             raise FileError(
                 f"this is no plan of this version of secateur: {error!r}. Tune anew, without plan."

@@ -2,7 +2,7 @@
 
 A matrix is packed once into a `uint8` blob. Each product also gets the dense weight and `choices`, whose bit `b`
 says whether inputs of row class `b` (`bucket`) take the sparse kernel; all others take torch's dense one, as do
-inputs that have no memory of their own (under vmap).
+inputs that have no memory of their own (under vmap). With the bit `CHECKED` so do inputs that are not finite.
 """
 
 from __future__ import annotations
@@ -27,8 +27,11 @@ __all__: list[str] = []  # reached through secateur.accelerate alone
 LSTM, GRU = 0, 1
 """Kinds of recurrent layers, as the native library counts them."""
 
-ALL = (1 << 62) - 1
+ALL = (1 << 61) - 1
 """Sparse for every number of rows."""
+
+CHECKED = 1 << 61
+"""Beside choices: inputs with a NaN or an infinity go dense, as a sparse kernel skips 0 times NaN."""
 
 _CSR = b"csr-0001"  # how a blob begins that torch can read
 _HALF_END = 65520.0  # from here on float16 is infinite
@@ -99,7 +102,7 @@ def chain(
         choices: as for `linear`.
     """
     columns, rows = widths
-    if (found := _matrix(x, columns, choices)) is None:
+    if choices & CHECKED or (found := _matrix(x, columns, choices)) is None:  # each layer looks at its own input
         return None
     x, n, source = found
     if (lib := native.library()) is None:
@@ -117,11 +120,18 @@ def _matrix(x: Tensor, columns: int, choices: int) -> tuple[Tensor, int, int] | 
         n = x.numel() // columns
         if n == 0 or x.shape[-1] != columns or not choices >> (n - 1).bit_length() & 1:
             return None
+        if choices & CHECKED and not _finite(x):
+            return None
         if not x.is_contiguous():
             x = x.contiguous()
         return x, n, x.data_ptr()
     except (RuntimeError, IndexError):  # under vmap, nested, not strided, or of no dimension
         return None
+
+
+def _finite(*tensors: Tensor) -> bool:
+    """Whether no value is NaN or infinite; False, too, if the sum of all is beyond float32."""
+    return all(math.isfinite(float(tensor.sum())) for tensor in tensors)
 
 
 def _result(x: Tensor, n: int, rows: int) -> Tensor:
@@ -150,7 +160,10 @@ def conv2d(
     x = x.contiguous()
     try:
         source = x.data_ptr()
+        fits = not choices & CHECKED or _finite(x)
     except RuntimeError:  # under vmap
+        fits = False
+    if not fits:
         return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
     out = x.new_empty(sizes[0], weight.shape[0], out_h, out_w)
     offset = None if bias is None else bias.data_ptr()
@@ -217,8 +230,11 @@ def recurrent(
         All states [steps, batch, directions * state] (or [rows, ...]), last states, last cells (empty for a GRU).
     """
     lib = native.library()
+    dense = functools.partial(_dense_recurrent, x, sizes, h, c, weights, bidirectional)
     if lib is None or not x.numel() or not choices >> bucket(h.shape[1]) & 1:
-        return _dense_recurrent(x, sizes, h, c, weights, bidirectional)
+        return dense()
+    if choices & CHECKED and not _finite(x, h, *(() if c is None else (c,))):
+        return dense()
     layers, directions = h.shape[0], 2 if bidirectional else 1
     per, batch, state = len(weights) // layers, h.shape[1], h.shape[2]
     steps = x.shape[0] if sizes is None else sizes.shape[0]
@@ -258,6 +274,8 @@ def recurrent(
             if failed:
                 raise _failure(failed)
         rows = out
+    if choices & CHECKED and not _finite(rows, h, *(() if c is None else (c,))):  # gates beyond float32
+        return dense()
     return rows.view(*shape, -1), h, h.new_empty(0) if c is None else c
 
 

@@ -54,6 +54,8 @@ class Sparse(Swapped):
     _form: str
     _half: bool
     """Whether packed values are rounded to float16."""
+    _checked: bool
+    """Whether inputs that are not finite go dense."""
     _trusted: bool
     """Whether nobody looks for edits of the weights that torch does not count."""
     _packed_from: Snapshot | None
@@ -86,7 +88,7 @@ class Sparse(Swapped):
     def prepare(self, place: str) -> None:
         """Start after the swap: dense for all inputs, nothing packed."""
         self._choices, self._place, self._form, self._half = 0, place, products.form(), False
-        self._trusted, self._packed_from = False, Snapshot({})
+        self._checked, self._trusted, self._packed_from = False, False, Snapshot({})
 
     def pack(self, half: bool = False) -> None:
         """Pack the weights as they are now, rounded to float16 or not.
@@ -98,6 +100,10 @@ class Sparse(Swapped):
             self.register_buffer(f"packed_{name}", products.pack(matrix, groups, half), persistent=False)
         self._form, self._half = products.form(), half
         self.stamp()
+
+    def choose(self, choices: int) -> None:
+        """Be sparse for these row classes."""
+        self._choices = choices | products.CHECKED if choices and self._checked else choices
 
     def stamp(self) -> None:
         """Take the weights as they are now for those that were packed."""
@@ -113,7 +119,7 @@ class Sparse(Swapped):
         """Be what it was, without packed weights."""
         for name in [name for name in self._buffers if name.startswith("packed_")]:
             delattr(self, name)
-        for name in ("_choices", "_place", "_form", "_half", "_trusted", "_packed_from", *self._extras()):
+        for name in ("_choices", "_place", "_form", "_half", "_checked", "_trusted", "_packed_from", *self._extras()):
             del self.__dict__[name]
         super().restore()
 

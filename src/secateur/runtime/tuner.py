@@ -1,0 +1,202 @@
+"""The copy of a model on its way: layers swapped, tried and, where they do not gain, put back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from secateur.errors import InputError
+from secateur.runtime import native, tuning
+from secateur.runtime.candidates import enclose, make_sparse, matrices, survey, zeros_of
+from secateur.runtime.chains import Chain, Span, SparseSequential, runs
+from secateur.runtime.kernel_plans import Gain, KernelPlan, LayerPlan, Timing, without
+from secateur.runtime.swapping import Sparse, Swapped, swap
+from secateur.support.inputs import Arguments
+
+__all__: list[str] = []  # reached through secateur.accelerate alone
+
+_Run = tuple[nn.Sequential, Span]
+
+
+class Tuning:
+    """The copy on its way: layers swapped, tried and, where they do not gain, put back."""
+
+    def __init__(
+        self, model: nn.Module, fast: nn.Module, calls: Sequence[Arguments], *, half: bool, checked: bool
+    ) -> None:
+        self.model, self.fast, self.calls, self.half, self.checked = model, fast, calls, half, checked
+        self.values = "float16" if half else "float32"
+        self.plans = {layer.name: layer for layer in survey(fast)}
+        self.gains: tuple[Gain, ...] = ()
+        modules = dict(fast.named_modules())
+        self.layers = {name: make_sparse(modules[name], name) for name, layer in self.plans.items() if not layer.reason}
+        enclose(fast)
+        with tuning.recording(self.layers) as recorders, torch.inference_mode():
+            self.seen = [tuning.look(fast, recorders, call) for call in calls]
+        for name, layer in self.layers.items():
+            self._pack(name, layer)
+        self.runs = dict(_runs(fast)) if native.library() is not None else {}
+        self.plans.update({name: _run_plan(name, *run) for name, run in self.runs.items()})
+        if self.checked:
+            for name in self.runs:
+                self.plans[name] = replace(self.plans[name], reason="each layer looks at its inputs")
+
+    @property
+    def steps(self) -> int:
+        """Of what `measure` does: an example's layers, its runs, and the whole model."""
+        return 3 * len(self.calls)
+
+    def _pack(self, name: str, layer: Sparse) -> None:
+        if not any(name in seen for seen in self.seen):
+            self.plans[name] = replace(self.plans[name], reason="the example does not reach it")
+            return
+        layer._checked = self.checked
+        try:
+            layer.pack(self.half)
+        except InputError as error:
+            self.plans[name] = replace(self.plans[name], reason=str(error))
+            return
+        self.plans[name] = replace(self.plans[name], pattern=tuning.pattern(matrices(layer), self.half))
+
+    def measure(self, done: Callable[[float], None]) -> None:
+        """Time all layers, then the runs of them that could be fused, then the model, and keep what is faster.
+
+        Args:
+            done: is told of each of the `steps`.
+        """
+        self._time({name: layer for name, layer in self.layers.items() if not self.plans[name].reason}, done)
+        for name, layer in self.layers.items():
+            layer.choose(self.plans[name].choices)
+        self._time(self._reached(), done)
+        self._settle()
+        if any(layer.choices for layer in self.plans.values()):
+            for call in self.calls:
+                self.gains += (tuning.gain(self.model, self.fast, call),)
+                done(1)
+            self._reject()
+            self._settle()
+
+    def _time(self, tried: Mapping[str, Sparse | Chain], done: Callable[[float], None]) -> None:
+        """Time layers or runs, and plan to have those sparse, or fused, that are faster so."""
+        found: dict[str, dict[int, Timing]] = {name: {} for name in tried}
+        patterns = {name: self.plans[name].pattern for name in tried}
+        with tuning.recording(tried) as recorders, torch.inference_mode():
+            for call, seen in zip(self.calls, self.seen, strict=True):
+                for name, timings in tuning.choose(self.fast, recorders, call, seen, patterns).items():
+                    found[name].update({timing.bucket: timing for timing in timings})
+                done(1)
+        for name in tried:
+            measured = tuple(found[name][b] for b in sorted(found[name]))
+            self.plans[name] = without(replace(self.plans[name], timings=measured), set(), "not faster")
+
+    def _reached(self) -> dict[str, Chain]:
+        """The runs that the examples lead to, in place, and how many rows they have."""
+        found = self._fuse({name: 0 for name in self.runs if not self.plans[name].reason})
+        with tuning.recording(found) as recorders, torch.inference_mode():
+            for call, seen in zip(self.calls if found else (), self.seen, strict=False):
+                seen.update(tuning.look(self.fast, recorders, call))
+        for name in found:
+            if not any(name in seen for seen in self.seen):
+                self.plans[name] = replace(self.plans[name], reason="the example does not reach it")
+        return {name: chain for name, chain in found.items() if not self.plans[name].reason}
+
+    def found(self) -> KernelPlan:
+        """All that was chosen, and where."""
+        layers = tuple(self.plans.values())
+        return KernelPlan(tuning.cpu(), native.isa(), torch.get_num_threads(), layers, self.gains, self.values)
+
+    def take(self, plan: KernelPlan) -> None:
+        """Choose as an earlier run did.
+
+        Raises:
+            InputError: it was for other weights, or measured elsewhere.
+        """
+        here = (tuning.cpu(), native.isa(), torch.get_num_threads())
+        if (plan.cpu, plan.isa, plan.threads) != here:
+            raise InputError(
+                f"the plan was measured on {plan.cpu} with {plan.isa} kernels and {plan.threads} threads, and this is "
+                f"{here[0]}, {here[1]}, {here[2]}. Leave plan out, and the model is tuned here."
+            )
+        if plan.values != self.values:
+            raise InputError(f"the plan is for values=torch.{plan.values}, and this call is for torch.{self.values}")
+        planned = {layer.name: layer for layer in plan.layers}
+        for name in [*planned, *self.plans]:
+            old, new = planned.get(name), self.plans.get(name)
+            if old is None or new is None or _identity(old) != _identity(new):
+                raise InputError(
+                    f"the plan is for another model: {name!r} is {_words(new)} here, and {_words(old)} in the plan. "
+                    "Leave plan out, and the model is tuned anew."
+                )
+        self.plans, self.gains = planned, plan.gains
+        self._settle()
+
+    def _reject(self) -> None:
+        """Put back to dense the row classes of each example that did not get faster as a whole."""
+        kept = [seen for seen, gain in zip(self.seen, self.gains, strict=True) if gain.faster]
+        lost = [seen for seen, gain in zip(self.seen, self.gains, strict=True) if not gain.faster]
+        for name, layer in self.plans.items():
+            saved = {b for seen in kept for b in seen.get(name, ())}
+            buckets = {b for seen in lost for b in seen.get(name, ())} - saved
+            if layer.timings:
+                self.plans[name] = without(layer, buckets, "the whole model was not faster")
+
+    def _settle(self) -> None:
+        """Give the layers and runs their choices, and put those back that are always dense."""
+        choices = {name: self.plans[name].choices for name in self.runs}
+        fused = {id(m) for name, run in self.runs.items() if choices[name] for m in _modules(*run)}
+        for name, layer in self.layers.items():
+            if not isinstance(layer, Sparse):
+                continue
+            layer.choose(self.plans[name].choices)
+            if not layer._choices and id(layer) not in fused:
+                layer.restore()
+        self._fuse({name: chosen for name, chosen in choices.items() if chosen})
+        enclose(self.fast)
+
+    def _fuse(self, choices: Mapping[str, int]) -> dict[str, Chain]:
+        """Fuse these runs for these row classes and no others."""
+        found: dict[str, Chain] = {}
+        for module in {id(module): module for module, _ in self.runs.values()}.values():
+            spans = {name: span for name, (m, span) in self.runs.items() if m is module and name in choices}
+            if isinstance(module, Swapped):
+                module.restore()
+            if spans:
+                swap(module, SparseSequential)
+                assert isinstance(module, SparseSequential)
+                fused = module.fuse({span: choices[name] for name, span in spans.items()})
+                found.update(zip(spans, fused, strict=True))
+        return found
+
+
+def _runs(model: nn.Module) -> Iterator[tuple[str, _Run]]:
+    """What could be fused: by a name as Python spells it, the Sequential and where in it."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward:
+            for a, b in runs([*module._modules.values()]):
+                yield f"{name}[{a}:{b}]", (module, (a, b))
+
+
+def _modules(module: nn.Sequential, span: Span) -> list[nn.Module]:
+    return [*module._modules.values()][slice(*span)]
+
+
+def _run_plan(name: str, module: nn.Sequential, span: Span) -> LayerPlan:
+    chain = Chain(_modules(module, span))
+    weights = [layer.weight for layer in chain.layers]
+    return LayerPlan(
+        name, "Sequential", chain.widths, zeros_of(weights), tuning.pattern(weights, chain.layers[0]._half)
+    )
+
+
+def _identity(layer: LayerPlan) -> tuple[Any, ...]:
+    return layer.kind, layer.shape, layer.pattern
+
+
+def _words(layer: LayerPlan | None) -> str:
+    if layer is None:
+        return "missing"
+    return f"{layer.kind} {' x '.join(map(str, layer.shape))} with zeros {layer.pattern[:8] or '(not tried)'}"
