@@ -49,7 +49,6 @@ LEFT_WITHOUT_TESTS = {
     "dropout/sampling/prefix",
     "dropout/sampling/strategies",
     "dropout/substitution",
-    "measurement/costs",
     "runtime/bench",
     "runtime/candidates",
     "runtime/native",

@@ -372,7 +372,8 @@ VERDICTS = {
     "itself": (STEADY, "no difference"),
     "shuffled": (STEADY[::-1], "no difference"),
     "a hair faster, each time": ([t * 0.999 for t in STEADY], "no difference"),  # the times overlap
-    "one lucky block": ([0.1, *STEADY[1:]], "no difference"),
+    "one lucky block": ([0.1, *STEADY[1:]], "cannot tell"),
+    "wild": ([t * f for t, f in zip(STEADY, [0.5, 2, 1, 0.6, 1.8, 1, 0.7, 1.5], strict=True)], "cannot tell"),
 }
 
 
@@ -385,18 +386,26 @@ def test_verdict(case):
     assert verdict in str(result)
 
 
-def test_no_difference_if_only_the_times_are_apart():
+def test_nobody_can_tell_if_only_the_times_are_apart():
     quicker, slower = made_up(9.0, *[1.0] * 8), made_up(2.0, 0.1, *[2.0] * 7)  # two rounds say the opposite
     assert quicker.interval_seconds[1] < slower.interval_seconds[0]
-    assert Comparison({"a": quicker, "b": slower}).verdict("b") == "no difference"
-    assert Comparison({"a": slower, "b": quicker}).verdict("b") == "no difference"
+    assert Comparison({"a": quicker, "b": slower}).verdict("b") == "cannot tell"
+    assert Comparison({"a": slower, "b": quicker}).verdict("b") == "cannot tell"
+
+
+def test_the_summary_tells_no_faster_from_cannot_tell():
+    steady, wild = made_up(*STEADY), made_up(*[t * f for t, f in zip(STEADY, [0.5, 2] * 4, strict=True)])
+    found = Comparison({"a": steady, "same": steady, "wild": wild})
+    same, unclear = found.summary.splitlines()
+    assert same.startswith("same: no faster")
+    assert unclear.startswith("wild: cannot tell (0.50x to 2.00x): the machine is busy, so measure longer (seconds=)")
 
 
 def test_speedup_is_paired_so_a_drift_of_the_machine_cancels():
     drift = [1.0, 2.0, 4.0, 8.0, 16.0, 32.0]
     result = Comparison({"dense": made_up(*drift), "fast": made_up(*[t / 2 for t in drift])})
     assert result.speedup("fast") == (2.0, (2.0, 2.0))
-    assert result.verdict("fast") == "no difference"  # the ratio is certain, but the times overlap
+    assert result.verdict("fast") == "cannot tell"  # the ratio is certain, but the times overlap
 
 
 @pytest.mark.parametrize("spoiled", ["dense", "pruned"])

@@ -13,8 +13,7 @@ import secateur as sc
 from models import MODELS, Mlp, build, example
 from secateur.errors import FileError, InputError, InputTypeError, StateError
 from secateur.runtime import native, swapping, tuning
-from secateur.runtime.kernel_plans import Gain
-from sparse_models import fake_times, off, thin
+from sparse_models import off, thin
 
 
 def mlp():
@@ -89,46 +88,10 @@ def test_tied_and_shared_stay_so(backend, sparse_wins):
     assert off(fast(X), model(X).detach()) <= 1e-5
 
 
-def test_choices_by_example(backend, monkeypatch):
-    fake_times(monkeypatch, lambda name, bucket: (2.0, 1.0) if bucket < 3 else (1.0, 2.0))
-    monkeypatch.setattr(tuning, "gain", lambda *_: Gain(2.0, 1.9, 2.1))
-    fast = sc.accelerate(mlp(), [torch.randn(1, 12), (torch.randn(64, 12),), {"x": torch.randn(256, 12)}])
-    first = fast.plan.layers[0]
-    assert [(t.bucket, t.sparse) for t in first.timings] == [(0, True), (6, False), (8, False)]
-    assert [b for b in range(10) if fast.first._choices >> b & 1] == [0, 1, 2]
-    assert len(fast.plan.gains) == 3
-
-
-def test_a_layer_that_is_slower_stays_dense_and_is_reported(backend, monkeypatch):
-    fake_times(monkeypatch, lambda name, bucket: (2.0, 1.0) if name == "first" else (1.0, 1.0))
-    monkeypatch.setattr(tuning, "gain", lambda *_: Gain(2.0, 1.9, 2.1))
-    fast = sc.accelerate(mlp(), X)
-    assert kinds(fast) == ["Mlp", "SparseLinear", "Linear"]
-    assert [layer.reason for layer in fast.plan.layers] == ["", "not faster"]
-    assert "dense: not faster" in str(sc.explain(fast))
-
-
-def test_a_model_that_is_no_faster_is_dense_again(backend, sparse_wins, monkeypatch):
-    monkeypatch.setattr(tuning, "gain", lambda *_: Gain(1.1, 0.99, 1.2))
-    model = thin(nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 1), 0.7)
-    fast = sc.accelerate(model, torch.randn(2, 3, 16))
-    assert kinds(fast) == kinds(model)
-    assert {layer.reason for layer in fast.plan.layers} == {"the whole model was not faster"}
-    assert "no faster (1.10x" in str(fast.plan)
-    sc.dense(fast)
-
-
-def test_only_the_sizes_that_gain_stay_sparse(backend, sparse_wins, monkeypatch):
-    gains = iter([Gain(2.0, 1.9, 2.1), Gain(0.9, 0.8, 1.0)])
-    monkeypatch.setattr(tuning, "gain", lambda *_: next(gains))
-    fast = sc.accelerate(mlp(), [torch.randn(1, 12), torch.randn(64, 12)])
-    assert [(t.bucket, t.sparse) for t in fast.plan.layers[0].timings] == [(0, True), (6, False)]
-
-
 def test_the_real_clock(backend, monkeypatch):
     monkeypatch.setattr(tuning, "_CACHE_BYTES", 1 << 20)
     monkeypatch.setattr(tuning, "_SECONDS", 0.01)
-    monkeypatch.setattr(tuning, "_GAIN_SECONDS", 0.01)
+    monkeypatch.setattr(tuning, "_GAIN_SECONDS", (0.01,))
     model = thin(nn.Sequential(nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 256)))
     fast = sc.accelerate(model, [torch.randn(1, 256), torch.randn(16, 256)])
     assert all(len(layer.timings) == 2 for layer in fast.plan.layers)

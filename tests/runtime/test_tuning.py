@@ -107,7 +107,7 @@ def test_patterns_are_of_zeros_alone():
 
 
 def test_gain_is_measured_in_evaluation_mode_and_puts_flags_back(monkeypatch):
-    monkeypatch.setattr(tuning, "_GAIN_SECONDS", 0.001)
+    monkeypatch.setattr(tuning, "_GAIN_SECONDS", (0.001,))
     plain, fast = nn.Linear(4, 4).train(), nn.Linear(4, 4).eval()
     gain = tuning.gain(plain, fast, ((torch.zeros(1, 4),), {}))
     assert gain.least <= gain.speedup <= gain.most

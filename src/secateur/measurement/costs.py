@@ -10,11 +10,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
 from secateur.support import bits
 from secateur.support.inputs import Arguments
+
+_NO_WEIGHTS = (type(None), bool, int, float, str, torch.dtype, torch.device, torch.Size)
 
 
 def devices(model: nn.Module) -> set[torch.device]:
@@ -29,15 +31,47 @@ def join(things: set[Any]) -> str:
 
 def weight_facts(model: nn.Module) -> dict[str, Any]:
     """The fields of a Measurement that can be read off the parameters."""
-    weights = list(model.parameters())
+    weights, hidden = list(model.parameters()), hides_weights(model)
     return {
         "device": join(devices(model)) or "cpu",
         "dtype": join({w.dtype for w in weights if w.is_floating_point()}) or "none",
-        "parameters": sum(w.numel() for w in weights),
-        "nonzeros": sum(int(w.count_nonzero()) for w in weights),
+        "parameters": None if hidden else sum(w.numel() for w in weights),
+        "nonzeros": None if hidden else sum(int(w.count_nonzero()) for w in weights),
         "denormals": sum(int(bits.subnormal(w.detach()).sum()) for w in weights if w.is_floating_point()),
         "flushed": _flushed(),
     }
+
+
+def hides_weights(model: nn.Module) -> bool:
+    """Whether some weights are no plain tensors: quantized, sparse, packed by a library, or constants of a script."""
+    entries = [*model.state_dict().values(), *model.parameters()]
+    beside = tree_leaves([entry for entry in entries if not isinstance(entry, Tensor)])
+    return (
+        not all(_is_plain(entry) for entry in entries if isinstance(entry, Tensor))
+        or not all(isinstance(leaf, _NO_WEIGHTS) for leaf in beside)
+        or any(_has_constants(module) for module in model.modules() if isinstance(module, torch.jit.ScriptModule))
+    )
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor has one number for each place."""
+    wrapped = is_traceable_wrapper_subclass(tensor) or getattr(tensor, "quant_state", None) is not None
+    return tensor.layout is torch.strided and not tensor.is_quantized and not wrapped
+
+
+def _has_constants(module: torch.jit.ScriptModule) -> bool:
+    """Whether a script computes with tensors, or packed weights, that its state_dict does not have."""
+    graph = getattr(module, "inlined_graph", None)  # none without a forward
+    if graph is None:
+        return False
+    frozen = any(
+        node.kindOf("value") == "t" and node.t("value").numel() > 1
+        for node in graph.findAllNodes("prim::Constant")
+        if node.hasAttribute("value")
+    )
+    return frozen or any(
+        str(node.output().type()).startswith("__torch__.torch.classes") for node in graph.findAllNodes("prim::GetAttr")
+    )
 
 
 def _flushed() -> bool:
@@ -114,14 +148,17 @@ def _storage(tensor: Tensor) -> int:
 
 
 def file_bytes(model: nn.Module) -> int | None:
-    """Size of the state_dict as a dense .safetensors file, tied tensors once; it is built in memory to be counted."""
+    """Size of the state_dict as a dense .safetensors file, tied tensors once; it is built in memory to be counted.
+
+    None if the model `hides_weights`, as such a file cannot hold them. Other entries that are no tensors are left out.
+    """
     from safetensors.torch import save
 
+    if hides_weights(model):
+        return None
     tensors: dict[Any, tuple[str, Tensor]] = {}
     for name, tensor in model.state_dict().items():
         if isinstance(tensor, Tensor):  # an `_extra_state` need not be one
-            if tensor.layout is not torch.strided or tensor.is_quantized:
-                return None
             same = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
             tensors.setdefault(same if tensor.numel() else name, (name, tensor.contiguous()))
     return len(save(dict(tensors.values())))

@@ -44,8 +44,9 @@ class Measurement(Printed):
         threads: CPU threads that torch was given.
         device: devices of parameters and buffers, joined by "+".
         dtype: dtypes of the floating-point parameters, joined by "+".
-        parameters: how many weights; tied ones count once.
-        nonzeros: how many of them are not zero.
+        parameters: how many weights; tied ones count once. None if some are no plain tensors: quantized, sparse,
+            packed by a library, or constants of a frozen script.
+        nonzeros: how many of them are not zero. None if `parameters` is.
         denormals: how many are subnormal, which makes products up to a hundred times slower on many CPUs.
         flushed: whether the computing threads take subnormals for zero (`torch.set_flush_denormal`).
         macs: multiply-accumulates of a call in matrix products, convolutions and attention, recurrent
@@ -53,8 +54,8 @@ class Measurement(Printed):
             not counted. None after a quantized or custom operator, of which torch cannot tell.
         zero_macs: those of the MACs that meet a zero weight: a parameter, a buffer, or what is computed from
             these alone. None if `macs` is.
-        file_bytes: size of the state_dict as a dense .safetensors file, tied tensors once. None if a tensor
-            cannot be stored so (sparse, quantized).
+        file_bytes: size of the state_dict as a dense .safetensors file, tied tensors once. None if `parameters` is,
+            as such a file cannot hold these weights.
         peak_bytes: the most that torch's allocator held above the start of a call, output included; weights,
             inputs and what kernel libraries allocate by themselves are not in it. None but on CPU or CUDA.
         metric: what the given `metric` returned, or None.
@@ -66,8 +67,8 @@ class Measurement(Printed):
     threads: int
     device: str
     dtype: str
-    parameters: int
-    nonzeros: int
+    parameters: int | None
+    nonzeros: int | None
     denormals: int
     flushed: bool
     macs: int | None
@@ -301,7 +302,8 @@ def _naming(name: str) -> Iterator[None]:
 @contextmanager
 def evaluating(models: Mapping[str, nn.Module], threads: int) -> Iterator[None]:
     """Evaluation mode, no gradients, `threads` threads; they and the random state are put back."""
-    flags = [(module, module.training) for model in models.values() for module in model.modules()]
+    modules = (module for model in models.values() for module in model.modules())
+    flags = [(module, module.training) for module in modules if hasattr(module, "training")]  # a frozen script has none
     cuda = {device for model in models.values() for device in devices(model) if device.type == "cuda"}
     before = torch.get_num_threads()
     try:
@@ -379,8 +381,8 @@ def _table(measurements: Mapping[str, Measurement], comparison: Comparison | Non
         "  quartiles": lambda m: " to ".join(map(duration, m.quartile_seconds)),
         "blocks x calls": lambda m: f"{len(m.block_seconds)} x {m.calls}",
         "first call (apart)": lambda m: duration(m.first_call_seconds),
-        "parameters": lambda m: number(m.parameters),
-        "  not zero": lambda m: f"{number(m.nonzeros)} ({percent(m.nonzeros / max(m.parameters, 1))})",
+        "parameters": lambda m: "unknown" if m.parameters is None else number(m.parameters),
+        "  not zero": _nonzeros,
         "  denormal": lambda m: number(m.denormals),
         "MACs": lambda m: "unknown" if m.macs is None else number(m.macs),
         "  meeting a zero": lambda m: "unknown" if m.macs is None else percent(m.zero_share),
@@ -405,6 +407,12 @@ def _table(measurements: Mapping[str, Measurement], comparison: Comparison | Non
         ]
         notes += comparison.summary.split("\n")
     return Table(["", *measurements], [row for row in rows if any(row[1:])], notes=notes)
+
+
+def _nonzeros(m: Measurement) -> str:
+    if m.nonzeros is None or m.parameters is None:
+        return "unknown"
+    return f"{number(m.nonzeros)} ({percent(m.nonzeros / max(m.parameters, 1))})"
 
 
 def duration(seconds: float) -> str:

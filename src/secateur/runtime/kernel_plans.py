@@ -90,7 +90,8 @@ class Gain:
         spread = f"{self.speedup:.2f}x, 95 % interval {self.least:.2f}x to {self.most:.2f}x"
         if self.faster:
             return f"faster: {spread}"
-        return f"{'no faster' if self.clear else 'cannot tell, as the times vary too much'} ({spread}): left dense"
+        unclear = "cannot tell faster from no faster, as the times vary too much"
+        return f"{'no faster' if self.clear else unclear} ({spread}): left dense"
 
 
 @dataclass(frozen=True)

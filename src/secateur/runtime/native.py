@@ -83,13 +83,12 @@ def pack(weight: Tensor, groups: int = 1, half: bool = False) -> Tensor:
 
 
 def _path() -> Path | None:
-    import secateur.runtime
-
     names = {"win32": "secateur_native.dll", "darwin": "libsecateur_native.dylib"}
     name = names.get(sys.platform, "libsecateur_native.so")
     if (given := os.environ.get("SECATEUR_LIBRARY")) is not None:
         return Path(given) if given else None
-    places = (Path(folder) / name for folder in secateur.runtime.__path__)
+    assert __package__ is not None
+    places = (Path(folder) / name for folder in sys.modules[__package__].__path__)
     return next((path for path in places if path.exists()), None)
 
 
