@@ -109,6 +109,22 @@ def test_a_single_weight_is_noticed_within_2048_calls(library):
         assert kept.same({"w": weight})
 
 
+def test_a_single_weight_of_a_chain(library, sparse_wins):
+    fast, x = (
+        sc.accelerate(thin(nn.Sequential(nn.Linear(64, 96), nn.Linear(96, 64))), torch.randn(1, 64)),
+        torch.randn(1, 64),
+    )
+    fast(x)
+    fast[1].weight.data[5, 7] += 1
+
+    def often():
+        for _ in range(24):  # pieces of 256
+            fast(x)
+
+    with pytest.raises(StateError, match=CHANGED):
+        often()
+
+
 def test_check_weights_finds_one_at_once(library):
     fast, _ = made("Linear")
     fast.__dict__["_secateur"] = None

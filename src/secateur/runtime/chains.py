@@ -114,11 +114,12 @@ class Chain(Singly):
                 ):
                     break
             else:
-                if (
-                    [*map(Tensor.data_ptr, self._tensors)] == self._addresses
-                    and [*map(Tensor.stride, self._weights)] == self._strides
-                    and not seen_to_differ(self._watches, self._watched)
-                ):
+                if [*map(Tensor.data_ptr, self._tensors)] == self._addresses and [
+                    *map(Tensor.stride, self._weights)
+                ] == self._strides:
+                    if seen_to_differ(self._watches, self._watched):
+                        for layer in self.layers:  # to say which it is
+                            layer.require_fresh()
                     return True
         except (KeyError, RuntimeError):  # parameters gone, or made in inference mode
             pass
