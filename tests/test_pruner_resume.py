@@ -4,6 +4,7 @@ import io
 
 import pytest
 import torch
+from torch import nn
 
 import secateur as sc
 from secateur.errors import InputError
@@ -102,3 +103,84 @@ def test_resume_with_another_score(saved, loaded):
 def test_no_state_of_a_pruner(bad):
     with pytest.raises(InputError, match="no state_dict of a Pruner"):
         sc.Pruner(net(), 0.5).load_state_dict(bad)
+
+
+# damaged states
+
+
+def gradients():
+    model = net()
+    pruner = sc.Pruner(model, 0.8, schedule=sc.linear(0, 9), score="taylor")
+    nn.functional.cross_entropy(model(torch.ones(2, 6)), torch.tensor([0, 1])).backward()
+    pruner.observe()
+    pruner.step()
+    pruner.observe()
+    return pruner
+
+
+def drawn():
+    pruner = sc.Pruner(net(), 0.8, schedule=sc.linear(0, 9), score="random")
+    pruner.step()
+    return pruner
+
+
+JUNK = [None, -1, 5, 1.5, True, "x", [], [1], [-1], ["x"], [10**9], {}, {"0.weight": None}, {"other": torch.ones(3)}]
+JUNK += [
+    {"0.weight": tensor, "2.weight": torch.zeros(4, dtype=torch.uint8)}
+    for tensor in (
+        torch.zeros(8),  # of another dtype
+        torch.zeros(7, dtype=torch.uint8),  # too short
+        torch.zeros(8, 1, dtype=torch.uint8),
+        torch.full((8,), 255, dtype=torch.uint8),  # with bits beyond the last weight
+        torch.zeros(8, dtype=torch.uint8),  # sound, but not what the counts say
+        torch.zeros(8, dtype=torch.uint8, device="meta"),
+        torch.full((10, 6), float("nan")),
+        torch.full((10, 6), float("inf")),
+        torch.zeros(10, 6, dtype=torch.int64),
+        torch.zeros(6, 10),
+        torch.zeros(10, 6, device="meta"),
+        torch.zeros(10, 6, dtype=torch.complex64),
+    )
+]
+KEYS = ("version", "settings", "steps", "counts", "shapes", "bits", "sums", "generator")
+
+
+@pytest.mark.parametrize("make", [gradients, drawn])
+@pytest.mark.parametrize("key", KEYS)
+def test_a_damaged_state_is_an_input_error_and_changes_nothing(make, key):
+    state = make().state_dict()
+    if key not in state:
+        return
+    broken = [{**state, key: value} for value in [*JUNK, torch.zeros(3), torch.zeros(3, dtype=torch.uint8)]]
+    broken += [{name: value for name, value in state.items() if name != key}]
+    for one in broken:
+        if (key, repr(one.get(key))) in (("steps", "5"), ("sums", "{}")):  # sound, though another's
+            continue
+        pruner = make()
+        before = pruner.state_dict()
+        with pytest.raises(InputError, match=r"give what|load an earlier checkpoint|build this one"):
+            pruner.load_state_dict(one)
+        after = pruner.state_dict()
+        assert repr(after) == repr(before)
+    for one in (None, 5, [], "state"):
+        with pytest.raises(InputError, match="give what"):
+            make().load_state_dict(one)
+
+
+@pytest.mark.parametrize("allocation", ["erk", "lamp", "global", sc.allocation.uniform(min_keep=0.1)], ids=repr)
+def test_resume_with_another_allocation(allocation):
+    state = sc.Pruner(net(), 0.5, allocation="uniform").state_dict()
+    with pytest.raises(InputError, match=r"allocation\.(share|min_keep) .* there, .* here; build this one alike"):
+        sc.Pruner(net(), 0.5, allocation=allocation).load_state_dict(state)
+
+
+def test_states_of_the_first_versions_load():
+    """Their settings were a sentence, which did not name the allocation."""
+    pruner = sc.Pruner(net(), 0.5, schedule=sc.linear(0, 9))
+    pruner.step()
+    words = "sparsity 0.5 of 90; schedule linear(start=0, stop=9, every=1); score magnitude; pattern None"
+    again = sc.Pruner(net(), 0.5, schedule=sc.linear(0, 9))
+    again.load_state_dict({**pruner.state_dict(), "settings": words})
+    assert (again.steps, again.masks) == (1, pruner.masks)
+    with pytest.raises(InputError, match=r"sparsity 0\.5 of 90.* there, .*sparsity 0\.6 of 90.* here; build this one"):
+        sc.Pruner(net(), 0.6, schedule=sc.linear(0, 9)).load_state_dict({**pruner.state_dict(), "settings": words})

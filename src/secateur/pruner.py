@@ -295,7 +295,8 @@ class Pruner:
                 allocation or pattern; nothing was changed.
         """
         scope = self._live()
-        if not isinstance(state, Mapping) or state.get("version") != 1:
+        version = state.get("version") if isinstance(state, Mapping) else None
+        if type(version) is not int or version != 1:
             raise InputError("this is no state_dict of a Pruner of version 1: give what Pruner.state_dict() returned")
         for key in ("settings", "steps", "counts", "shapes", "bits"):
             if key not in state:
@@ -322,7 +323,9 @@ class Pruner:
     def _require_shapes(self, theirs: object, mine: dict[str, list[int]]) -> None:
         if not isinstance(theirs, Mapping):
             raise _damaged(f"its shapes are a {type(theirs).__name__}")
-        differ = sorted(map(str, set(theirs) ^ set(mine))) or [name for name in mine if theirs[name] != mine[name]]
+        differ = sorted(map(str, set(theirs) ^ set(mine))) or [
+            name for name in mine if _differs(theirs[name], mine[name])
+        ]
         if differ:
             raise InputError(
                 f"the saved pruner has another scope ({', '.join(differ[:3])}{', ...' if len(differ) > 3 else ''}): "
@@ -419,6 +422,13 @@ class Pruner:
                 f"{so_far}: the optimizer{still} never stepped; the loop may step another object than the one attached "
                 "(made later, or a copy), or GradScaler skipped every step (inf or NaN in the gradients); attach what "
                 "the loop steps, or attach() without arguments, which follows any"
+            )
+        if self._hooks is not None and self._waiting and self._waiting < following.trained(self._plan.scope):
+            missing = sorted(self._waiting)
+            return (
+                f"{so_far}: {', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''} was not stepped since; "
+                "a step is complete when each trainable tensor in scope was stepped: detach(), and attach() every "
+                "optimizer, made from the parameters that the model has now"
             )
         return (
             f"{so_far}: the schedule {self._schedule_words()} has not come to its end; go on training, or give it an "
@@ -608,13 +618,17 @@ def _damaged(what: str) -> InputError:
     return InputError(f"the saved pruner is damaged: {what}; load an earlier checkpoint")
 
 
+def _differs(theirs: object, mine: object) -> bool:
+    return type(theirs) is not type(mine) or theirs != mine
+
+
 def _differences(place: str, theirs: object, mine: object) -> Iterator[str]:
     if isinstance(theirs, Mapping) and isinstance(mine, Mapping):
         for key in {**mine, **theirs}:
             yield from _differences(
                 f"{place}.{key}".lstrip("."), theirs.get(key, "not there"), mine.get(key, "not there")
             )
-    elif type(theirs) is not type(mine) or theirs != mine:
+    elif _differs(theirs, mine):
         yield f"{place or 'settings'} {theirs!r} there, {mine!r} here"
 
 

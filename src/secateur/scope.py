@@ -222,7 +222,8 @@ def gone(model: nn.Module, scope: Scope) -> Iterator[str]:
         if type(parameter) is not nn.Parameter:
             _require_prunable(member)
         for other in (name, *member.aliases):
-            if (found := _at(model, other)) is not None and found is not parameter:
+            found = _at(model, other)
+            if found is not None and found is not parameter and _identity(found) != _identity(parameter):
                 yield (
                     f"{other} was one Parameter with {name} when the Pruner was made, and is another now "
                     "(load_state_dict(assign=True) unties): tie them again, or make a new Pruner"
