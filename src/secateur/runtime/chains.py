@@ -104,6 +104,15 @@ class Chain(Singly):
             return False
         if not self.layers[0]._takes_input(x):
             return False
+        if not self._in_place():
+            return self._renew()
+        if seen_to_differ(self._watches, self._watched):
+            for layer in self.layers:  # to say which it is
+                layer.require_fresh()
+        return True
+
+    def _in_place(self) -> bool:
+        """Whether all tensors are where they were, and none was written to as far as torch counts."""
         try:
             for parameters, buffers, weight, number, bias, packed in self._known:
                 if (
@@ -112,18 +121,11 @@ class Chain(Singly):
                     or parameters["bias"] is not bias
                     or buffers["packed_weight"] is not packed
                 ):
-                    break
-            else:
-                if [*map(Tensor.data_ptr, self._tensors)] == self._addresses and [
-                    *map(Tensor.stride, self._weights)
-                ] == self._strides:
-                    if seen_to_differ(self._watches, self._watched):
-                        for layer in self.layers:  # to say which it is
-                            layer.require_fresh()
-                    return True
+                    return False
         except (KeyError, RuntimeError):  # parameters gone, or made in inference mode
-            pass
-        return self._renew()
+            return False
+        at = [*map(Tensor.data_ptr, self._tensors)]
+        return at == self._addresses and [*map(Tensor.stride, self._weights)] == self._strides
 
     def _renew(self) -> bool:
         """Take the addresses of all tensors as they are now; raises a StateError if weights have changed."""
