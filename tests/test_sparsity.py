@@ -12,7 +12,7 @@ from torch import nn
 
 import secateur as sc
 from secateur.errors import InputError, InputTypeError, UnknownNameError
-from secateur.sparsity import fraction, half_up
+from secateur.sparsity import explicit, fraction, half_up
 
 
 def net(*shapes, seed=0):
@@ -114,6 +114,12 @@ def test_explicit_leaves_the_others_dense():
     masks = sc.prune(model, {"l0.weight": 0.5})
     assert list(masks) == ["l0.weight"]
     assert model.l1.weight.count_nonzero() == 100
+
+
+def test_explicit_knows_the_other_names_of_a_tied_tensor():
+    names, aliases = ["embed.weight", "body.weight"], {"embed.weight": ["lm_head.weight"]}
+    for glob in ("lm_head", "lm_head.weight", "*head*", "embed"):
+        assert explicit({glob: 0.5}, names, aliases) == {"embed.weight": Fraction(1, 2)}
 
 
 def test_explicit_is_checked():

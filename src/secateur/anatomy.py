@@ -193,7 +193,7 @@ def layout(module: nn.Module, attribute: str, parameter: Tensor) -> Layout:
             dims = dims[1:].rjust(parameter.ndim, "g")
         if parameter.ndim < max(len(dims) - bool(count), 2):
             return Layout("oi"[: parameter.ndim])
-    return Layout(dims or "oi", int(getattr(module, count)) if count else 0)
+    return Layout(dims or "oi", int(getattr(module, count, 1)) if count else 0)
 
 
 def readers(model: nn.Module) -> dict[int, nn.Module]:

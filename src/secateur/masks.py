@@ -12,7 +12,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from secateur.errors import InputTypeError, MaskError, UnknownNameError, nearest
-from secateur.scope import unwrap
+from secateur.scope import effective, unwrap
 from secateur.support import bits
 from secateur.support.files import replacing
 
@@ -139,7 +139,13 @@ class Masks(Mapping[str, Tensor]):
             UnknownNameError, MaskError: the masks are for another model; nothing was changed.
         """
         zero = bits.Zeroer()
-        for name, tensor in self.match(model).items():
+        matched = self.match(model)
+        for name, tensor in matched.items():
+            if bits.is_quantized(tensor):
+                raise InputTypeError(
+                    f"{name} is quantized, and no weight of it can be set by itself: prune before quantizing"
+                )
+        for name, tensor in matched.items():
             zero(tensor, self._bits[name])
 
     def match(self, model: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -148,9 +154,28 @@ class Masks(Mapping[str, Tensor]):
         Raises:
             UnknownNameError: a name that is not there; MaskError: a shape that differs.
         """
-        found = _tensors(model)
+        plain = unwrap(model) if isinstance(model, nn.Module) else model
+        return self._match(
+            dict(plain.named_parameters(remove_duplicate=False)) if isinstance(plain, nn.Module) else plain
+        )
+
+    def read(self, model: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """As `match`, but each tensor is what the model computes with, to be read only.
+
+        So it also finds weights that are quantized, and those under masks of `torch.nn.utils.prune`.
+        """
+        if isinstance(model, nn.Module):
+            return self._match(effective(unwrap(model)))
+        return {name: bits.plain(tensor) for name, tensor in self._match(model).items()}
+
+    def _match(self, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
         matched = {}
         for name, shape in self._shapes.items():
+            if f"{name}_orig" in found:
+                raise UnknownNameError(
+                    f"{name} is under a mask of torch.nn.utils.prune, which renames it: make the model plain first "
+                    "with sc.from_torch_prune(model), or the state_dict with sc.plain_state_dict(state_dict)"
+                )
             if name not in found:
                 raise UnknownNameError(f"these masks are for another model: it has no {name}; {nearest(name, found)}")
             if found[name].shape != shape:
@@ -197,12 +222,12 @@ class Masks(Mapping[str, Tensor]):
 def check(model: nn.Module | Mapping[str, Tensor], masks: Masks) -> dict[str, int]:
     """Name the tensors whose zeros came back, each with the number of pruned weights that are not zero.
 
-    An empty dict means that every pruned weight is zero.
+    An empty dict means that every pruned weight is zero. Quantized weights count as the numbers they stand for.
 
     Raises:
         UnknownNameError, MaskError: the masks are for another model.
     """
-    tensors = masks.match(model)
+    tensors = masks.read(model)
     found = {name: bits.alive(tensor, masks.packed(name).to(tensor.device)) for name, tensor in tensors.items()}
     return {name: count for name, count in found.items() if count}
 
@@ -227,9 +252,3 @@ def remask(model: nn.Module | Mapping[str, Tensor], masks: Masks) -> dict[str, f
         removed[name] = (gone / whole) ** 0.5 if whole else 0.0
     masks.apply(model)
     return removed
-
-
-def _tensors(model: nn.Module | Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    if isinstance(model, nn.Module):
-        return dict(unwrap(model).named_parameters(remove_duplicate=False))
-    return model

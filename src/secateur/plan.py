@@ -58,7 +58,12 @@ class Budget:
 
 
 def shares(
-    sparsity: Sparsity, sizes: Mapping[str, int], pattern: Pattern | None, legal: Callable[[Sequence[str]], int]
+    sparsity: Sparsity,
+    sizes: Mapping[str, int],
+    pattern: Pattern | None,
+    legal: Callable[[Sequence[str]], int],
+    *,
+    aliases: Mapping[str, Sequence[str]] | None = None,
 ) -> tuple[Share, ...]:
     """Read what a user asks for, as shares.
 
@@ -67,6 +72,7 @@ def shares(
         sizes: weights that may be pruned, tensor by tensor.
         pattern: None is free.
         legal: the most weights of some tensors that may go under the pattern.
+        aliases: other names of a tied tensor, by which `{glob: fraction}` may name it.
 
     Raises:
         InputError, InputTypeError: no sparsity, or none that the pattern allows. UnknownNameError: an unknown glob.
@@ -74,7 +80,7 @@ def shares(
     size, every = sum(sizes.values()), tuple(sizes)
     wanted: dict[tuple[str, ...], Fraction]
     if isinstance(sparsity, Mapping):
-        wanted = {(name,): value for name, value in explicit(sparsity, every).items()}
+        wanted = {(name,): value for name, value in explicit(sparsity, every, aliases).items()}
     elif isinstance(sparsity, Count):
         if sparsity.weights > size:
             raise InputError(
@@ -357,7 +363,9 @@ def make(
     if shape is not None:
         for name in chosen:
             shape.check(name, chosen.members[name].layout.shape(chosen[name].shape))
-    found = shares(sparsity, {name: member.free for name, member in chosen.members.items()}, shape, legal)
+    sizes = {name: member.free for name, member in chosen.members.items()}
+    aliases = {name: member.aliases for name, member in chosen.members.items()}
+    found = shares(sparsity, sizes, shape, legal, aliases=aliases)
     for share in found:
         _sheets(chosen, share.names, shape)  # what cannot be laid out is refused now
     return Plan(chosen, found, scores.resolve(score), shared, shape)

@@ -16,6 +16,7 @@ from torch.nn.utils import parametrize
 from secateur import anatomy
 from secateur.anatomy import Layout
 from secateur.errors import InputError, InputTypeError, UnknownNameError, nearest, warn
+from secateur.support import bits
 from secateur.support.tables import Printed, Table, number, percent
 
 Selector = str | type[nn.Module]
@@ -44,12 +45,6 @@ class Member:
         parameter = self.module._parameters[self.attribute]
         assert parameter is not None
         return parameter
-
-    @property
-    def input_dim(self) -> int:
-        """The dimension along which inputs are summed."""
-        dims = self.layout.dims.removeprefix("g" if self.layout.groups else "")
-        return dims.index("i") if "i" in dims else 1
 
     @property
     def protected(self) -> range:
@@ -375,6 +370,47 @@ class _Wanted:
     where: Callable[[str, nn.Parameter], bool] | None
 
 
+def distinct(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Each tensor under its first name: tied ones, and those in one piece of memory, once."""
+    found: dict[object, tuple[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        found.setdefault(_identity(tensor), (name, tensor))
+    return dict(found.values())
+
+
+def weights_as_used(model: nn.Module) -> dict[str, Tensor]:
+    """Those of `effective` that are pruned by default, or would be if they were plain: to be read only."""
+    tensors, apart = effective(model), _apart(model)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    modules = dict(model.named_modules(remove_duplicate=False))
+    places = {name: (modules[name.rpartition(".")[0]], name.rpartition(".")[2]) for name in tensors}
+    out = {_identity(t) for name, t in tensors.items() if name in apart or _family(places[name][0]) == "embedding"}
+    return {
+        name: tensor
+        for name, tensor in distinct(tensors).items()
+        if tensor.ndim > 1 and _identity(tensor) not in out
+        if is_weight(*_user_of(*places[name])) or name not in parameters
+    }
+
+
+def effective(model: nn.Module) -> dict[str, Tensor]:
+    """Every tensor as the model computes with it, to be read only: all names of its parameters, and more.
+
+    A weight that `torch.nn.utils.prune` masks is there under its own name, as is that of a quantized module of torch;
+    quantized tensors are there as the numbers they stand for.
+    """
+    found: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        dot = f"{prefix}." if prefix else ""
+        for buffer, mask in module.named_buffers(recurse=False):
+            name = buffer.removesuffix("_mask")
+            if name != buffer and f"{dot}{name}_orig" in found:
+                found[dot + name] = found.pop(f"{dot}{name}_orig").detach().masked_fill(mask == 0, 0)
+        if type(module).__module__.startswith("torch.ao.nn.") and callable(getattr(module, "weight", None)):
+            found[dot + "weight"] = module.weight()
+    return {name: bits.plain(tensor) for name, tensor in found.items()}
+
+
 def is_weight(module: nn.Module, attribute: str) -> bool:
     """Whether a parameter is a weight that is pruned by default, as far as its module is concerned."""
     layer = anatomy.of(module)
@@ -427,10 +463,10 @@ def _apart(model: nn.Module) -> dict[str, str]:
         elif leaf.startswith("lora_"):
             roots[prefix] = "an adapter"
         peft = any(_package(kind) == "peft" for kind in type(module).__mro__)
-        for child in module._modules if peft else ():
+        for child, _ in module._modules.items() if peft else ():
             if child not in _THROUGH:
                 roots[dot + child] = "replaced by its adapter" if child == "original_module" else "an adapter"
-        for attribute in module._parameters:
+        for attribute, _ in module._parameters.items():  # of a scripted module no dict
             if prefix in roots:
                 reasons[dot + attribute] = roots[prefix]
             elif peft or attribute.startswith("lora_"):

@@ -71,15 +71,27 @@ def half_up(value: Fraction) -> int:
     return math.floor(value + Fraction(1, 2))
 
 
-def explicit(sparsities: Mapping[str, object], names: Sequence[str]) -> dict[str, Fraction]:
+def explicit(
+    sparsities: Mapping[str, object], names: Sequence[str], aliases: Mapping[str, Sequence[str]] | None = None
+) -> dict[str, Fraction]:
     """Give each name the sparsity of the last glob that matches it; names that none matches are left out.
+
+    Args:
+        sparsities: by glob.
+        names: of the tensors in scope.
+        aliases: the other names of a tied tensor, by which it may go too.
 
     Raises:
         UnknownNameError: a glob that matches no tensor in scope.
     """
     found: dict[str, Fraction] = {}
+    every = {name: (name, *(aliases or {}).get(name, ())) for name in names}
     for pattern, sparsity in sparsities.items():
-        matched = [name for name in names if fnmatchcase(name, pattern) or name.startswith(f"{pattern}.")]
+        matched = [
+            name
+            for name, known in every.items()
+            if any(fnmatchcase(one, pattern) or one.startswith(f"{pattern}.") for one in known)
+        ]
         if not matched:
             raise UnknownNameError(f"{pattern!r} matches no tensor in scope; {nearest(pattern, names)}")
         found.update(dict.fromkeys(matched, fraction(sparsity)))

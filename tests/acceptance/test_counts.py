@@ -443,10 +443,10 @@ def test_a57_every_group_through_training(kind, n, m):
     masks = pruner.finish()
     assert masks.pruned == sparsity * masks.size
     for name, weight in scope.items():
-        dim = scope.members[name].input_dim
-        groups = (weight == 0).movedim(dim, -1).reshape(-1, m).sum(-1)
+        rows = scope.members[name].layout.outputs_first(weight.detach())
+        groups = (rows == 0).movedim(1, -1).reshape(-1, m).sum(-1)
         assert bool((groups == m - n).all()), name
-        moved = weight.detach().movedim(dim, -1).reshape(-1, m)
+        moved = rows.movedim(1, -1).reshape(-1, m)
         assert bool((moved.count_nonzero(-1) == n).all()), name
 
 

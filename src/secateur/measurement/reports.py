@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from fractions import Fraction
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from secateur import anatomy
+from secateur.errors import InputTypeError
 from secateur.masks import Masks
 from secateur.measurement.costs import file_bytes
-from secateur.scope import unwrap
+from secateur.scope import distinct, effective, unwrap, weights_as_used
+from secateur.sparsity import half_up
 from secateur.support import bits
 from secateur.support.tables import Printed, Table, number, percent, size
 
@@ -23,7 +26,8 @@ class Line:
 
     name: str
     weights: int
-    asked: int
+    asked: int | None
+    """None where there is no mask."""
     got: int
     outputs: int
     dead_outputs: int
@@ -35,7 +39,7 @@ class Report(Printed):
     """The state of a pruned model; prints as a table.
 
     Attributes:
-        lines: one for each masked tensor.
+        lines: one for each masked tensor; without masks, one for each weight that is pruned by default.
         parameters: numbers in all parameters of the model, tied ones once.
         effective_parameters: those that are not zero.
         file_bytes: of the state_dict as a dense .safetensors file; zeros take as much room as other numbers.
@@ -47,60 +51,105 @@ class Report(Printed):
     file_bytes: int | None
 
     @property
-    def asked(self) -> float:
-        """Sparsity that the masks ask for, over all masked tensors."""
-        return sum(line.asked for line in self.lines) / max(sum(line.weights for line in self.lines), 1)
+    def asked(self) -> float | None:
+        """Sparsity that the masks ask for, over all masked tensors, as it was written: 0.9, not 0.900000053."""
+        counts = [line.asked for line in self.lines if line.asked is not None]
+        if len(counts) < len(self.lines):
+            return None
+        return _as_asked(sum(counts), sum(line.weights for line in self.lines))
 
     @property
     def got(self) -> float:
-        """Fraction of zeros that is there, over all masked tensors."""
+        """Fraction of zeros that is there, over all tensors of the report."""
         return sum(line.got for line in self.lines) / max(sum(line.weights for line in self.lines), 1)
+
+    @property
+    def of_model(self) -> float:
+        """Fraction of zeros over all parameters of the model, those that the report does not list included."""
+        return (self.parameters - self.effective_parameters) / max(self.parameters, 1)
+
+    @property
+    def hardest_hit(self) -> Line | None:
+        """The tensor with the largest share of dead outputs; of equals, the one that keeps the smallest share.
+
+        None where nothing is zero, or no tensor has outputs.
+        """
+        hit = [line for line in self.lines if line.got and line.outputs]
+        return max(hit, key=lambda line: (line.dead_outputs / line.outputs, line.got / line.weights), default=None)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, ready for JSON."""
-        return {**asdict(self), "lines": [asdict(line) for line in self.lines], "asked": self.asked, "got": self.got}
+        worst = self.hardest_hit
+        shares = {"asked": self.asked, "got": self.got, "of_model": self.of_model}
+        return {**asdict(self), **shares, "hardest_hit": None if worst is None else worst.name}
 
     def table(self) -> Table:
         """One row a tensor, then the total."""
+        asked = self.asked is not None
+        sums = [sum(getattr(line, field) or 0 for line in self.lines) for field in ("weights", "asked", "got")]
+        dead = sum(line.dead_outputs for line in self.lines)
         rows = [_row(line.name, line.weights, line.asked, line.got, line.dead_outputs) for line in self.lines]
-        sums = (
-            sum(getattr(line, field) for line in self.lines) for field in ("weights", "asked", "got", "dead_outputs")
-        )
-        rows.append(_row("total", *sums))
-        note = f"{self.effective_parameters:,} of {self.parameters:,} parameters of the model are not zero"
-        note += "" if self.file_bytes is None else f"; {size(self.file_bytes)} as a dense file"
-        return Table(
-            ("tensor", "weights", "zeros asked", "asked", "zeros got", "got", "dead outputs"), rows, notes=[note]
-        )
+        rows.append(_row("total", sums[0], sums[1] if asked else None, sums[2], dead))
+        header = ["tensor", "weights", *(("zeros asked", "asked") if asked else ()), "zeros got", "got", "dead outputs"]
+        packed = "" if self.file_bytes is None else f"; {size(self.file_bytes)} as a dense file"
+        notes = [
+            f"{self.effective_parameters:,} of {self.parameters:,} parameters of the model are not zero{packed}",
+            f"{percent(self.of_model)} of the whole model is zero",
+        ]
+        if (worst := self.hardest_hit) is not None and len(self.lines) > 1:
+            notes.append(
+                f"hardest hit: {worst.name}, with {worst.dead_outputs:,} of {worst.outputs:,} outputs dead and "
+                f"{percent(1 - worst.got / worst.weights)} of its weights kept"
+            )
+        return Table(header, rows, notes=notes)
 
 
-def report(model: nn.Module, masks: Masks) -> Report:
-    """Compare what masks ask for with the zeros that a model has.
+def report(model: nn.Module, masks: Masks | None = None) -> Report:
+    """Compare what masks ask for with the zeros that a model has; without masks, tell the zeros.
 
-    More zeros than asked were there before; fewer came back: `sc.check` says where, `sc.remask` repairs it.
+    More zeros than asked were there before; fewer came back: `sc.check` says where, `sc.remask` repairs it. Weights
+    under masks of `torch.nn.utils.prune` and quantized weights count as the model computes with them.
+
+    Args:
+        model: only read.
+        masks: by default none: the report is of the weights that would be pruned by default.
 
     Raises:
-        UnknownNameError, MaskError: the masks are for another model.
+        UnknownNameError, MaskError: the masks are for another model. InputTypeError: no Masks.
 
     >>> model = nn.Linear(8, 2)
     >>> import secateur as sc
     >>> result = report(model, sc.prune(model, 0.5))
     >>> result.asked, result.got, result.parameters, result.effective_parameters
     (0.5, 0.5, 18, 10)
+    >>> report(model).got
+    0.5
     """
-    asked = masks.counts()
+    if masks is not None and not isinstance(masks, Masks):
+        raise InputTypeError(f"masks is a {type(masks).__name__}: give what sc.prune returned, or leave it out")
     plain = unwrap(model)
     modules = dict(plain.named_modules(remove_duplicate=False))
+    asked = {} if masks is None else masks.counts()
     lines = []
-    for name, tensor in masks.match(plain).items():
+    for name, tensor in (weights_as_used(plain) if masks is None else masks.read(plain)).items():
         place, _, attribute = name.rpartition(".")
         layout = anatomy.layout(modules[place], attribute, tensor)
-        lines.append(_line(name, tensor.detach(), asked[name], layout.outputs_first(tensor.detach())))
-    parameters = dict(plain.named_parameters())
-    return Report(tuple(lines), sum(p.numel() for p in parameters.values()), _alive(parameters), file_bytes(model))
+        lines.append(_line(name, tensor.detach(), asked.get(name), layout.outputs_first(tensor.detach())))
+    everything = distinct(effective(plain))
+    return Report(tuple(lines), sum(t.numel() for t in everything.values()), _alive(everything), file_bytes(model))
 
 
-def _line(name: str, tensor: Tensor, asked: int, by_output: Tensor) -> Line:
+def _as_asked(count: int, size: int) -> float:
+    """The share of `count` in `size`: 0.9 and not 0.900000053 where 0.9 of so many weights is just this count."""
+    share = count / max(size, 1)
+    for digits in range(1, 6):
+        short = round(share, digits)
+        if abs(short - share) < 1e-5 and half_up(Fraction(str(short)) * size) == count:
+            return short
+    return share
+
+
+def _line(name: str, tensor: Tensor, asked: int | None, by_output: Tensor) -> Line:
     outputs = len(by_output) if tensor.ndim > 1 else 0
     used = sum(int((by_output[i : i + 1024] != 0).flatten(1).any(1).sum()) for i in range(0, outputs, 1024))
     return Line(name, tensor.numel(), asked, tensor.numel() - _alive({name: tensor}), outputs, outputs - used)
@@ -112,14 +161,7 @@ def _alive(tensors: Mapping[str, Tensor]) -> int:
     )
 
 
-def _row(name: str, weights: int, asked: int, got: int, dead: int) -> list[str]:
+def _row(name: str, weights: int, asked: int | None, got: int, dead: int) -> list[str]:
     whole = max(weights, 1)
-    return [
-        name,
-        number(weights),
-        number(asked),
-        percent(asked / whole),
-        number(got),
-        percent(got / whole),
-        number(dead),
-    ]
+    told = [] if asked is None else [number(asked), percent(asked / whole)]
+    return [name, number(weights), *told, number(got), percent(got / whole), number(dead)]

@@ -32,6 +32,17 @@ def on_cpu(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu"
 
 
+def is_quantized(tensor: Tensor) -> bool:
+    """Whether a tensor holds codes, and not the numbers they stand for: torch's own kinds, and those of torchao."""
+    return tensor.is_quantized or type(tensor.data).dequantize is not Tensor.dequantize
+
+
+def plain(tensor: Tensor) -> Tensor:
+    """The numbers that a tensor stands for: itself, or of a quantized one what it is dequantized to."""
+    numbers: Tensor = tensor.detach().dequantize() if is_quantized(tensor) else tensor
+    return numbers
+
+
 def chunks(tensor: Tensor) -> Iterator[tuple[int, Tensor]]:
     """Yield `(index of the first weight, flat piece)` in row-major order; the pieces are views where they can be."""
     for start, piece in _slices(tensor):
