@@ -18,12 +18,6 @@ from secateur.support.registry import Registry
 REGISTRIES = [scores.SCORES, allocation.ALLOCATIONS, patterns.PATTERNS, schedules.SCHEDULES]
 
 
-@pytest.fixture(autouse=True)
-def as_before(monkeypatch):
-    for registry in REGISTRIES:
-        monkeypatch.setattr(registry, "_choices", dict(registry._choices))
-
-
 @pytest.mark.parametrize("registry", REGISTRIES, ids=lambda registry: registry.kind)
 def test_the_table_of_the_docs_is_that_of_the_registry(registry):
     page = (Path(__file__).parents[2] / "docs" / "pruning.md").read_text()
