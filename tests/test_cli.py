@@ -43,7 +43,7 @@ def demo(monkeypatch):
     def run(*, epochs=20, sparsity=0.9, seed=0, out=Path("secateur-demo"), console):
         calls.append({"epochs": epochs, "sparsity": sparsity, "seed": seed, "out": out})
         if not 0 <= sparsity < 1:
-            raise InputError(f"sparsity is {sparsity}:\n  give 0 <= s < 1")
+            raise InputError(f"sparsity is {sparsity}: give 0 <= s < 1")
         if console is not None:
             console.print("drawn by the demo")
         return {"sparsity": sparsity, "out": out}
@@ -107,7 +107,7 @@ def test_every_command_prints_json_and_nothing_else(command, file, demo):
     assert (
         found.keys()
         == {
-            "inspect": {"path", "tensors", "total", "notes"},
+            "inspect": {"path", "tensors", "total", "file", "notes"},
             "doctor": {"facts", "findings"},
             "demo": {"sparsity", "out"},
         }[command]
@@ -240,7 +240,7 @@ def test_prune_prints_json_and_nothing_else(weights, tmp_path):
     result = call("prune", weights, "--sparsity", 0.5, "--out", tmp_path / "out.safetensors", "--json")
     assert (result.exit_code, result.stderr) == (0, "")
     found = json.loads(result.stdout)
-    assert found.keys() == {"path", "tensors", "total", "notes"}
+    assert found.keys() == {"path", "tensors", "total", "file", "notes"}
     assert found["total"]["zeros"] == 1200
     assert [t["name"] for t in found["tensors"]] == ["enc.a", "enc.b", "head"]
 

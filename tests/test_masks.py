@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import secateur as sc
-from secateur.errors import InputTypeError, MaskError, UnknownNameError
+from secateur.errors import InputError, InputTypeError, MaskError, UnknownNameError
 from secateur.masks import Masks
 
 NAMES = ["a.weight", "b.weight", "c"]
@@ -113,7 +113,7 @@ def test_saving_replaces_the_old_file_and_a_failure_leaves_it(tmp_path, monkeypa
         raise OSError("disk full")
 
     with monkeypatch.context() as patch:
-        patch.setattr("secateur.masks.save", fail)
+        patch.setattr("secateur.support.files._flush", fail)
         with pytest.raises(OSError, match="disk full"):
             second.save(path)
     assert Masks.load(path) == first
@@ -176,7 +176,7 @@ def test_truncated_and_foreign_files(tmp_path):
         path.write_bytes(whole[:length])
         with pytest.raises(MaskError, match="cannot be read as masks"):
             Masks.load(path)
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(InputError, match=r"missing cannot be read .*: give a file that is there"):
         Masks.load(tmp_path / "missing")
 
 
@@ -295,3 +295,69 @@ def test_a_tied_tensor_answers_to_any_of_its_names():
     model[1].weight = model[0].weight
     Masks({"1.weight": torch.zeros(3, 3, dtype=torch.bool)}).apply(model)
     assert not model[0].weight.any()
+
+
+# ---- files ------------------------------------------------------------------------------------------------------
+
+
+def test_the_same_masks_give_the_same_bytes(tmp_path):
+    kept = {name: torch.rand(3, 7) > 0.5 for name in ("b", "a.weight", "ä", "c\n")}
+    for name, order in (("one", kept), ("two", reversed(kept))):
+        Masks({key: kept[key] for key in order}).save(tmp_path / name)
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
+    assert Masks.load(tmp_path / "one") == Masks(kept)
+
+
+def forged(file, **metadata):
+    tensors = {"w": torch.zeros(2, dtype=torch.uint8)}
+    save_file(tensors, file, {"format": "secateur.masks", "version": "1", **metadata})
+    return file
+
+
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        *('{"w": [17]}', '{"w": [1099511627776]}', '{"w": [4294967296, 4294967296]}', '{"w": [-4, -4]}'),
+        *('{"w": [9223372036854775808, 0]}', '{"w": [1e400]}', '{"w": 16}', '{"v": [16]}', '["w"]', "16", "", "{"),
+        *(
+            '{"w": [16.5]}',
+            '{"w": [[16]]}',
+            '{"w": ["16"]}',
+            "[" * 100_000 + "]" * 100_000,
+            '{"w": [%s]}' % ("9" * 5000),
+        ),
+    ],
+    ids=lambda text: text[:30],
+)
+def test_shapes_that_the_bits_do_not_have(tmp_path, shapes):
+    with pytest.raises(MaskError, match=r"m\.safetensors (is damaged|cannot be read as masks)"):
+        Masks.load(forged(tmp_path / "m.safetensors", shapes=shapes))
+
+
+def test_what_is_no_file_of_masks(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "empty").touch()
+    (tmp_path / "garbage").write_bytes(os.urandom(1000))
+    for place, error, remedy in [
+        ("pipe", InputError, "a pipe or a device: copy what it gives to a file first"),
+        ("none", InputError, "cannot be read .*: give a file that is there"),
+        (".", InputError, "is a folder: give a file in it"),
+        ("empty", MaskError, "give a file that Masks.save wrote"),
+        ("garbage", MaskError, "give a file that Masks.save wrote"),
+    ]:
+        with pytest.raises(error, match=remedy):
+            Masks.load(tmp_path / place)
+
+
+def test_masks_are_no_weights_to_load(tmp_path):
+    Masks({"w": torch.ones(3, dtype=torch.bool)}).save(tmp_path / "m.safetensors")
+    with pytest.raises(
+        InputError, match=r"m\.safetensors holds masks, not weights: read it with secateur\.Masks\.load"
+    ):
+        sc.load(tmp_path / "m.safetensors")
+
+
+def test_a_name_that_no_file_holds(tmp_path):
+    with pytest.raises(InputError, match=r"whose name has '\\ud800': rename it"):
+        Masks({"\ud800": torch.ones(3, dtype=torch.bool)}).save(tmp_path / "m.safetensors")
+    assert list(tmp_path.iterdir()) == []

@@ -35,6 +35,9 @@ class _Group(TyperGroup):
             raise typer.Exit(130) from None
         except BrokenPipeError:  # `secateur inspect FILE | head`: typer ends quietly
             raise
+        except MemoryError:
+            typer.echo("secateur: there is not enough memory for this: use a machine that has more", err=True)
+            raise typer.Exit(2) from None
         except (SecateurError, OSError) as error:
             typer.echo("secateur: " + printable(" ".join(str(error).split())), err=True)
             raise typer.Exit(2) from None
@@ -56,6 +59,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")]
+Key = Annotated[
+    str | None, typer.Option(help="Of a training checkpoint with several states, the one to take: --key ema.")
+]
 
 
 def _version(wanted: bool) -> None:
@@ -78,18 +84,20 @@ def _options(
 @app.command()
 def inspect(
     file: Annotated[
-        Path, typer.Argument(help="A .safetensors, .pt, .pth or .bin file, or a sharded index or its folder.")
+        Path, typer.Argument(help="A .safetensors, .pt, .pth, .bin or .ckpt file, or a sharded index or its folder.")
     ],
+    key: Key = None,
     as_json: Json = False,
 ) -> None:
     """Count the zeros of every tensor of a checkpoint, and say how it is packed; runs no pickled code."""
     from secateur.storage.checkpoints import inspect as inspect_file
+    from secateur.storage.checkpoints import opened
 
-    _show(inspect_file(file), as_json)
+    _show(inspect_file(opened(file, key)), as_json)
 
 
 Source = Annotated[
-    Path, typer.Argument(help="A .safetensors, .pt, .pth or .bin file, or a folder of shards with their index.")
+    Path, typer.Argument(help="A .safetensors, .pt, .pth, .bin or .ckpt file, or a folder of shards with their index.")
 ]
 Output = Annotated[Path, typer.Argument(help="A .safetensors file, or a folder if the source is one.")]
 Level = Annotated[str, typer.Option(help="lossless, fp16, bf16, or steps of near, small or tiny size (lossy).")]
@@ -120,6 +128,7 @@ def prune(
     only: Annotated[list[str] | None, typer.Option(help="Prune what this glob names; may be given again.")] = None,
     skip: Annotated[list[str] | None, typer.Option(help="Leave out what this glob names; may be given again.")] = None,
     pack: Annotated[str, typer.Option(help="Pack what is written, at this level: lossless, fp16, ...")] = "",
+    key: Key = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be pruned; write nothing.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -127,13 +136,15 @@ def prune(
 
     With torchrun (torchrun --nproc-per-node 4 -m secateur prune ...) the processes share the work.
     """
+    from secateur.storage.checkpoints import opened
     from secateur.storage.pruning import Recipe, prune_checkpoint, work
 
     if (out is None) == (not dry_run):
         raise typer.BadParameter("give either --out or --dry-run")
     recipe = Recipe(sparsity, allocation, pattern or None, tuple(only or ()), tuple(skip or ()))
-    with _ranks() as processes, _progress("pruning", lambda: work(checkpoint, recipe)) as progress:
-        result = prune_checkpoint(checkpoint, out, recipe, level=pack or None, progress=progress, processes=processes)
+    source = opened(checkpoint, key)
+    with _ranks() as processes, _progress("pruning", lambda: work(source, recipe)) as progress:
+        result = prune_checkpoint(source, out, recipe, level=pack or None, progress=progress, processes=processes)
     if processes.rank == 0:
         _show(result, as_json)
 
@@ -145,24 +156,24 @@ def pack(
     level: Level = "lossless",
     step: Annotated[float | None, typer.Option(help="A step of your own, relative to the rms of the weights.")] = None,
     effort: Annotated[str, typer.Option(help="fast, normal or best.")] = "normal",
+    key: Key = None,
     as_json: Json = False,
 ) -> None:
     """Pack a checkpoint into files near the entropy of its weights; lossless unless you choose a lossy level."""
+    from secateur.storage.checkpoints import opened
     from secateur.storage.conversion import pack as pack_file
 
-    with _progress("packing", lambda: _bytes_of(checkpoint)) as progress:
-        result = pack_file(checkpoint, out, level=level, step=step, effort=effort, progress=progress)
-    _show(result, as_json)
+    source, progress = opened(checkpoint, key), Console(stderr=True).is_terminal
+    _show(pack_file(source, out, level=level, step=step, effort=effort, progress=progress), as_json)
 
 
 @app.command()
-def unpack(checkpoint: Source, out: Output, as_json: Json = False) -> None:
+def unpack(checkpoint: Source, out: Output, key: Key = None, as_json: Json = False) -> None:
     """Turn packed files into plain .safetensors files, verified to hold what was saved."""
+    from secateur.storage.checkpoints import opened
     from secateur.storage.conversion import unpack as unpack_file
 
-    with _progress("unpacking", lambda: _bytes_of(checkpoint)) as progress:
-        result = unpack_file(checkpoint, out, progress=progress)
-    _show(result, as_json)
+    _show(unpack_file(opened(checkpoint, key), out, progress=Console(stderr=True).is_terminal), as_json)
 
 
 @app.command()
@@ -197,25 +208,16 @@ def bench(
     _show(result.comparison, as_json)
 
 
-def _bytes_of(checkpoint: Path) -> int:
-    from secateur.storage.checkpoints import opened
-
-    return sum(tensor.nbytes for tensor in opened(checkpoint).tensors.values())
-
-
 @contextmanager
 def _progress(what: str, total: Callable[[], int]) -> Iterator[Callable[[int], None] | None]:
     """A bar with bytes and time left, on stderr if that is a terminal."""
-    console = Console(stderr=True)
-    if not console.is_terminal:
+    if not Console(stderr=True).is_terminal:
         yield None
         return
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+    from secateur.support.progress import progress_bar
 
-    columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task(what, total=total())
-        yield lambda done: bar.advance(task, done)
+    with progress_bar(what, total(), shown=True, in_bytes=True) as advance:
+        yield advance
 
 
 @contextmanager

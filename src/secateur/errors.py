@@ -26,7 +26,10 @@ from collections.abc import Iterable
 
 
 class SecateurError(Exception):
-    """The root of every error that secateur raises on purpose."""
+    """The root of every error that secateur raises on purpose; the names in its message act on no terminal."""
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*(printable(arg) if isinstance(arg, str) else arg for arg in args))
 
 
 class InputError(SecateurError, ValueError):

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 
-from secateur.errors import InputTypeError, MaskError, UnknownNameError, nearest
+from secateur.errors import InputError, InputTypeError, MaskError, UnknownNameError, nearest
 from secateur.scope import effective, unwrap
 from secateur.support import bits
-from secateur.support.files import replacing
+from secateur.support.files import replacing, require_file
 
-_FORMAT = "secateur.masks"
+FORMAT = "secateur.masks"
+"""What the metadata of a file of masks says of its format."""
 
 
 class Masks(Mapping[str, Tensor]):
@@ -187,33 +189,53 @@ class Masks(Mapping[str, Tensor]):
         return matched
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a `.safetensors` file of one bit a weight; an old file stays until the new one is whole."""
-        shapes = json.dumps({name: list(shape) for name, shape in self._shapes.items()})
-        tensors = {name: packed.cpu().contiguous() for name, packed in self._bits.items()}
-        with replacing(path) as temporary:
-            temporary.write_bytes(save(tensors, {"format": _FORMAT, "version": "1", "shapes": shapes}))
+        """Write a `.safetensors` file of one bit a weight; an old file stays until the new one is whole.
+
+        The same masks give the same bytes, in whatever order they were made.
+
+        Raises:
+            InputError: a name that no file can hold. WriteError: the system refuses to write.
+        """
+        names = sorted(self._bits)
+        shapes = json.dumps({name: list(self._shapes[name]) for name in names})
+        header: dict[str, Any] = {"__metadata__": {"format": FORMAT, "version": "1", "shapes": shapes}}
+        stop = 0
+        for name in names:
+            start, stop = stop, stop + self._bits[name].numel()
+            header[name] = {"dtype": "U8", "shape": [stop - start], "data_offsets": [start, stop]}
+        try:
+            text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+        except UnicodeEncodeError as error:
+            raise InputError(f"no file holds a mask whose name has {error.object[error.start]!r}: rename it") from error
+        text = text.ljust(-(-len(text) // 8) * 8)
+        with replacing(path) as temporary, open(temporary, "wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            for name in names:
+                file.write(self._bits[name].cpu().contiguous().numpy().data)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Masks:
         """Read what `save` wrote.
 
         Raises:
-            MaskError: the file is not one of masks, or is damaged.
+            InputError: there is no such file. MaskError: it is not one of masks, or is damaged.
         """
+        require_file(path)
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
-                if metadata.get("format") != _FORMAT or metadata.get("version") != "1":
+                if metadata.get("format") != FORMAT or metadata.get("version") != "1":
                     raise MaskError(f"{path} holds no masks of version 1: give a file that Masks.save wrote")
                 shapes = {name: torch.Size(shape) for name, shape in json.loads(metadata["shapes"]).items()}
                 packed = {name: file.get_tensor(name) for name in shapes}
-        except (SafetensorError, KeyError, ValueError, TypeError, AttributeError) as error:
+        except (SafetensorError, KeyError, ValueError, TypeError, AttributeError, RuntimeError, OverflowError) as error:
             if isinstance(error, MaskError):
                 raise
             raise MaskError(f"{path} cannot be read as masks ({error}): give a file that Masks.save wrote") from error
         for name, shape in shapes.items():
-            whole, spare = divmod(shape.numel(), 8)
-            fits = packed[name].dtype == torch.uint8 and packed[name].shape == (whole + bool(spare),)
+            whole, spare = divmod(math.prod(shape), 8)
+            fits = min(shape, default=0) >= 0 and math.prod(max(n, 1) for n in shape) < 2**63
+            fits = fits and packed[name].dtype == torch.uint8 and packed[name].shape == (whole + bool(spare),)
             if not fits or (spare and int(packed[name][-1]) >> spare):
                 raise MaskError(f"{path} is damaged: {name} does not hold the bits of shape {tuple(shape)}")
         return cls.from_bits(packed, shapes)

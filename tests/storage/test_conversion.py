@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import os
 import shutil
+import stat
 
 import pytest
 import torch
@@ -314,7 +316,12 @@ def test_where_it_is_written(file, folder, tmp_path, verb):
         (folder, folder, InputError, "is the source"),
         (folder, folder / "more", InputError, "is the source, or lies in it"),
         (folder, file, WriteError, "is a file: give the name of a folder"),
-        (file, tmp_path / "out.pt", InputError, r"a \.safetensors file, so let its name end so"),
+        (
+            file,
+            tmp_path / "out.pt",
+            InputError,
+            r"writes \.safetensors files, so let its name end so: out",
+        ),
         (file, tmp_path / "none" / "out.safetensors", WriteError, "make its folder first"),
         (folder, tmp_path / "none" / "out", WriteError, "make its folder first"),
         (tmp_path / "m.safetensor", tmp_path / "out.safetensors", InputError, "no such file; .*m.safetensors"),
@@ -369,3 +376,93 @@ def test_names():
     for plain, packed in names.items():
         assert packed_file_name(plain) == packed_file_name(packed) == packed
         assert plain_file_name(plain) == plain_file_name(packed) == plain
+
+
+# ---- what is copied, and how open it is --------------------------------------------------------------------------
+
+
+def mode(path):
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+def test_nothing_outside_a_folder_is_copied(folder, tmp_path):
+    (tmp_path / "secret").write_text("mine")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "key").write_text("mine")
+    (folder / "tokenizer.json").symlink_to(tmp_path / "secret")
+    (folder / "more" / "far").symlink_to("../../elsewhere")
+    (folder / "inside.json").symlink_to("config.json")
+    (folder / "gone.json").symlink_to("nowhere")
+    os.mkfifo(folder / "pipe")
+    notes = sc.pack(folder, tmp_path / "out").notes
+    assert "left out: tokenizer.json (links that lead out of the folder)" in notes
+    assert "left out: gone.json, more/far, pipe (not ordinary files)" in notes
+    assert "mine" not in [p.read_text(errors="replace") for p in (tmp_path / "out").rglob("*") if p.is_file()]
+    assert (tmp_path / "out" / "inside.json").read_text() == "{}"
+    assert not (tmp_path / "out" / "inside.json").is_symlink()
+
+
+@pytest.mark.parametrize("verb", [sc.pack, sc.unpack])
+def test_weights_that_a_folder_only_links_to(folder, tmp_path, verb):
+    (folder / "model-1.safetensors").rename(tmp_path / "far.safetensors")
+    (folder / "model-1.safetensors").symlink_to(tmp_path / "far.safetensors")
+    with pytest.raises(InputError, match=r"model-1\.safetensors leads out of its folder: copy the file there in place"):
+        verb(folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert "w0" in sc.load(folder)
+
+
+def test_a_snapshot_of_the_hugging_face_cache(folder, tmp_path):
+    blobs, snapshot = tmp_path / "models--x" / "blobs", tmp_path / "models--x" / "snapshots" / "abc"
+    blobs.mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    shutil.copy(folder / "model-1.safetensors", blobs / "1")
+    (blobs / "2").write_text("{}")
+    (snapshot / "model.safetensors").symlink_to("../../blobs/1")
+    (snapshot / "config.json").symlink_to("../../blobs/2")
+    sc.pack(snapshot, tmp_path / "out")
+    assert sorted(bytes_of(tmp_path / "out")) == ["config.json", "model.packed.safetensors"]
+
+
+def test_two_files_that_would_become_one(folder, tmp_path):
+    index = json.loads((folder / INDEX).read_text())
+    shutil.copy(folder / "model-1.safetensors", folder / "model-1.packed.safetensors")
+    index["weight_map"]["b0"] = "model-1.packed.safetensors"
+    (folder / INDEX).write_text(json.dumps(index))
+    with pytest.raises(InputError, match=r"model-1(\.packed)?\.safetensors and .* would both become .*: rename one of"):
+        sc.pack(folder, tmp_path / "out")
+
+
+def test_what_is_written_is_no_more_open_than_what_it_was_made_of(file, folder, tmp_path):
+    file.chmod(0o600)
+    folder.chmod(0o700)
+    (folder / "model-1.safetensors").chmod(0o640)
+    sc.pack(file, tmp_path / "out.safetensors")
+    sc.pack(folder, tmp_path / "out")
+    assert mode(tmp_path / "out.safetensors") == 0o600
+    assert mode(tmp_path / "out") == 0o700
+    assert mode(tmp_path / "out" / "model-1.packed.safetensors") & 0o007 == 0
+    (tmp_path / "out.safetensors").chmod(0o644)  # whoever opened it up finds it so
+    sc.pack(file, tmp_path / "out.safetensors")
+    assert mode(tmp_path / "out.safetensors") == 0o644
+
+
+@pytest.mark.parametrize("verb", [sc.pack, sc.unpack])
+def test_a_bar_or_a_function_is_told_of_the_bytes(file, tmp_path, capsys, verb):
+    done = []
+    total = verb(file, tmp_path / "out.safetensors", progress=done.append).total.bytes
+    assert sum(done) == total
+    assert capsys.readouterr() == ("", "")
+    verb(file, tmp_path / "out.safetensors", progress=True)
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert f"{verb.__name__}ing" in err
+
+
+def test_an_index_with_a_name_twice_and_a_shard_with_one_more(folder, tmp_path):
+    text = (folder / INDEX).read_text()
+    save_file({"w0": torch.ones(3), "b0": torch.ones(3), "extra": torch.ones(1)}, folder / "model-1.safetensors")
+    assert "left extra, which the index does not name" in sc.pack(folder, tmp_path / "out").notes
+    (folder / INDEX).write_text(text.replace('"b0"', '"w0"'))
+    with pytest.raises(InputError, match=r"index\.json names w0 twice: leave one of them out"):
+        sc.load(folder)

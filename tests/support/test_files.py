@@ -3,7 +3,7 @@
 import contextlib
 import gc
 import os
-import socket
+import stat
 import subprocess
 import sys
 import threading
@@ -11,9 +11,9 @@ import warnings
 
 import pytest
 
-from secateur.errors import WriteError
+from secateur.errors import InputError, WriteError
 from secateur.support import files
-from secateur.support.files import Reader, replacing, replacing_folder
+from secateur.support.files import Reader, replacing, replacing_folder, require_file
 
 
 def test_a_new_file_replaces_the_old_one(tmp_path):
@@ -126,49 +126,62 @@ def test_names_of_all_kinds(tmp_path, verb, name):
 
 # ---- what a killed process left ---------------------------------------------------------------------------------
 
+KILLED = """
+import os, signal, sys
+from secateur.support import files
+verb, path, text = getattr(files, sys.argv[1]), sys.argv[2], sys.argv[3]
+if text == "halfway":  # between the two renames of a system that cannot exchange
+    files.exchange = lambda *_: False
+    rename = os.replace
+    def then_die(old, new):
+        rename(old, new)
+        os.kill(os.getpid(), signal.SIGKILL)
+    os.replace = then_die
+with verb(path) as unfinished:
+    (unfinished / "inside" if unfinished.is_dir() else unfinished).write_text(text)
+    if text == "held":
+        print("writing", flush=True)
+        sys.stdin.read()
+    elif text != "halfway":
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
 
-@pytest.fixture(scope="module")
-def dead():
-    """The number of a process that is no more."""
-    process = subprocess.Popen([sys.executable, "-c", ""])
-    process.wait()
-    return process.pid
 
-
-def left_by(pid, target, host=None):
-    return target.with_name(f".{target.name}.{host or socket.gethostname()}-{pid}.tmp")
+def writer(verb, path, text, **how):
+    command = [sys.executable, "-c", KILLED, verb.__name__, str(path), text]
+    return subprocess.Popen(command, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, **how)
 
 
 @VERBS
-def test_the_leftovers_of_the_dead_go(tmp_path, verb, dead):
-    left_by(dead, tmp_path / "x").write_text("half")
-    left_by(10**9, tmp_path / "x").mkdir()
-    (left_by(10**9, tmp_path / "x") / "half").write_text("half")
+def test_the_leftovers_of_the_dead_go(tmp_path, verb):
+    writer(verb, tmp_path / "x", "killed").communicate()
+    assert len(list(tmp_path.iterdir())) == 1
+    (tmp_path / ".x.00000000.tmp").mkdir()  # one that died sooner still
     written(verb, tmp_path / "x")
     assert [path.name for path in tmp_path.iterdir()] == ["x"]
 
 
 @VERBS
-def test_those_of_the_living_and_of_others_stay(tmp_path, verb, dead):
-    others = [
-        left_by(os.getppid(), tmp_path / "x"),
-        left_by(dead, tmp_path / "x", "another-machine"),
-        left_by(dead, tmp_path / "xx"),
-        left_by(f"{dead}x", tmp_path / "x"),
-        left_by(dead, tmp_path / "x").with_suffix(".txt"),
-    ]
-    for other in others:
-        other.write_text("half")
-    written(verb, tmp_path / "x")
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["x", *(other.name for other in others)])
+def test_those_of_the_living_and_of_others_stay(tmp_path, verb):
+    with writer(verb, tmp_path / "x", "held") as process:
+        assert process.stdout.readline() == "writing\n"
+        others = {path.name for path in tmp_path.iterdir()}
+        for name in (".xx.00000000.tmp", ".x.0000000.tmp", ".x.00000000.txt", ".x.y.00000000.tmp", ".x.1111111a.tmp"):
+            (tmp_path / name).mkdir()
+            (tmp_path / name / "mine").write_text("")
+            others.add(name)
+        written(verb, tmp_path / "x")
+        assert {path.name for path in tmp_path.iterdir()} == {"x", *others}
+        process.communicate("")
+    assert len(list(tmp_path.iterdir())) == 6
+    assert "held" in ((tmp_path / "x" / "inside") if verb is replacing_folder else tmp_path / "x").read_text()
 
 
-def test_a_folder_whose_writer_was_killed_between_the_two_renames(tmp_path, dead):
-    """It had been put aside, and its successor was not in its place yet: one whole version is found again."""
-    aside = left_by(dead, tmp_path / "x").with_suffix(".old")
-    aside.mkdir()
-    fill(aside, "old")
-    left_by(dead, tmp_path / "x").mkdir()
+def test_a_folder_whose_writer_was_killed_between_two_renames(tmp_path):
+    """Elsewhere than on Linux the old folder is put aside first: the next write finds it again."""
+    written(replacing_folder, tmp_path / "x", "old")
+    writer(replacing_folder, tmp_path / "x", "halfway").communicate()
+    assert not (tmp_path / "x").exists()
 
     def fail():
         with replacing_folder(tmp_path / "x"):
@@ -183,14 +196,103 @@ def test_a_folder_whose_writer_was_killed_between_the_two_renames(tmp_path, dead
     assert (tmp_path / "x" / "inside").read_text() == "new"
 
 
-def test_what_a_killed_process_had_put_aside_goes_once_there_is_a_new_one(tmp_path, dead):
-    aside = left_by(dead, tmp_path / "x").with_suffix(".old")
-    for folder in (aside, tmp_path / "x"):
-        folder.mkdir()
-        fill(folder, "old")
-    written(replacing_folder, tmp_path / "x")
-    assert names(tmp_path) == ["x", "x/inside"]
+def test_without_locks_nothing_is_swept(tmp_path, monkeypatch):
+    writer(replacing, tmp_path / "x", "killed").communicate()
+    monkeypatch.setattr(files, "_lock", lambda descriptor: False)
+    written(replacing, tmp_path / "x")
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+# ---- one step, on the disk, as private as before ----------------------------------------------------------------
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="renameat2 is a call of Linux")
+def test_a_folder_is_exchanged_in_one_step(tmp_path, monkeypatch):
+    written(replacing_folder, tmp_path / "x", "old")
+
+    def refuse(*_):
+        raise AssertionError("a folder was renamed, so that for a moment there is none")
+
+    monkeypatch.setattr(files.os, "replace", refuse)
+    written(replacing_folder, tmp_path / "x", "new")
     assert (tmp_path / "x" / "inside").read_text() == "new"
+    assert names(tmp_path) == ["x", "x/inside"]
+
+
+@pytest.mark.parametrize("there", [False, True])
+@pytest.mark.parametrize("exchanges", [False, True])
+@VERBS
+def test_all_is_on_the_disk_before_it_has_its_name_and_the_name_after(tmp_path, monkeypatch, verb, there, exchanges):
+    if there:
+        written(verb, tmp_path / "x", "old")
+    done, fsync, rename, swap = [], os.fsync, os.replace, files.exchange
+
+    def flushed(descriptor):
+        done.append(os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}")))
+        fsync(descriptor)
+
+    def exchanged(*paths):
+        done.append("exchange")
+        return exchanges and swap(*paths)
+
+    monkeypatch.setattr(files.os, "fsync", flushed)
+    monkeypatch.setattr(files.os, "replace", lambda old, new: (done.append("rename"), rename(old, new)))
+    monkeypatch.setattr(files, "exchange", exchanged)
+    written(verb, tmp_path / "x")
+    if verb is replacing:
+        assert done == ["new", "rename", tmp_path.name]
+    else:
+        names_it = ["rename"] if not there else ["exchange"] if exchanges else ["exchange", "rename", "rename"]
+        assert done == ["inside", "new", *names_it, tmp_path.name]
+
+
+def mode(path):
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+@pytest.mark.parametrize("wanted", [0o600, 0o640, 0o604, 0o400, 0o666, 0o755])
+def test_a_file_keeps_its_mode(tmp_path, wanted):
+    (tmp_path / "x").write_text("old")
+    (tmp_path / "x").chmod(wanted)
+    with replacing(tmp_path / "x") as unfinished:
+        unfinished.write_text("new")
+        assert mode(unfinished.parent) == 0o700  # nobody else looks in before it is done
+    assert (mode(tmp_path / "x"), (tmp_path / "x").read_text()) == (wanted, "new")
+
+
+def test_a_new_file_has_the_mode_of_new_files_or_less(tmp_path):
+    (tmp_path / "plain").write_text("")
+    (tmp_path / "private").write_text("")
+    (tmp_path / "private").chmod(0o600)
+    written(replacing, tmp_path / "x")
+    assert mode(tmp_path / "x") == mode(tmp_path / "plain")
+    with replacing(tmp_path / "y", like=tmp_path / "private") as unfinished:
+        unfinished.write_text("new")
+    assert mode(tmp_path / "y") == 0o600
+
+
+def test_a_folder_keeps_its_modes_and_those_of_its_files(tmp_path):
+    written(replacing_folder, tmp_path / "x")
+    (tmp_path / "x").chmod(0o750)
+    (tmp_path / "x" / "inside").chmod(0o600)
+    with replacing_folder(tmp_path / "x") as unfinished:
+        fill(unfinished)
+        (unfinished / "more").write_text("")
+    (tmp_path / "plain").write_text("")
+    assert (mode(tmp_path / "x"), mode(tmp_path / "x" / "inside")) == (0o750, 0o600)
+    assert mode(tmp_path / "x" / "more") == mode(tmp_path / "plain")
+
+
+def test_a_file_whose_group_cannot_be_kept_is_closed_to_groups(tmp_path, monkeypatch):
+    (tmp_path / "x").write_text("old")
+    (tmp_path / "x").chmod(0o664)
+    with contextlib.suppress(OSError):
+        os.chown(tmp_path / "x", -1, 12345)
+    if (tmp_path / "x").stat().st_gid != 12345:
+        pytest.skip("only root may give a file to any group")
+    monkeypatch.setattr(files.os, "chown", lambda *_: None)
+    written(replacing, tmp_path / "x")
+    assert mode(tmp_path / "x") == 0o604
 
 
 # ---- folders ----------------------------------------------------------------------------------------------------
@@ -230,13 +332,48 @@ def test_an_empty_folder_gives_way(tmp_path):
 
 
 @VERBS
-def test_a_link_leaves_nothing_behind(tmp_path, verb):
-    written(verb, tmp_path / "real", "old")
-    (tmp_path / "link").symlink_to("real")
+@pytest.mark.parametrize("there", [False, True])
+def test_a_link_is_written_through(tmp_path, verb, there):
+    (tmp_path / "far").mkdir()
+    if there:
+        written(verb, tmp_path / "far" / "real", "old")
+    (tmp_path / "link").symlink_to("far/real")
     written(verb, tmp_path / "link")
-    place = tmp_path / "link"
+    place = tmp_path / "far" / "real"
     assert (place / "inside" if verb is replacing_folder else place).read_text() == "new"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "real"]
+    assert os.readlink(tmp_path / "link") == "far/real"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["far", "link"]
+    assert [path.name for path in (tmp_path / "far").iterdir()] == ["real"]
+
+
+@VERBS
+def test_links_in_a_circle(tmp_path, verb):
+    (tmp_path / "a").symlink_to("b")
+    (tmp_path / "b").symlink_to("a")
+    with pytest.raises(WriteError, match="leads back to itself: give another name"):
+        written(verb, tmp_path / "a")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
+
+
+def test_a_link_in_a_folder_is_something_to_lose(tmp_path):
+    written(replacing_folder, tmp_path / "x")
+    (tmp_path / "x" / "inside").rename(tmp_path / "far")
+    (tmp_path / "x" / "inside").symlink_to(tmp_path / "far")
+    with pytest.raises(WriteError, match="x holds inside, which would be lost: give a new folder, or move it away"):
+        written(replacing_folder, tmp_path / "x")
+    assert (tmp_path / "x" / "inside").is_symlink()
+
+
+@VERBS
+def test_a_pipe_or_a_device_stays_what_it_is(tmp_path, verb):
+    os.mkfifo(tmp_path / "pipe")
+    for place in (tmp_path / "pipe", "/dev/null"):
+        with pytest.raises(
+            WriteError, match=r"(a pipe or a device: give the name of a file|give the name of a folder)"
+        ):
+            written(verb, place)
+    assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
+    assert stat.S_ISCHR(os.stat("/dev/null").st_mode)
 
 
 def test_a_folder_that_cannot_take_its_place(tmp_path, monkeypatch):
@@ -244,10 +381,11 @@ def test_a_folder_that_cannot_take_its_place(tmp_path, monkeypatch):
     replace = os.replace
 
     def refuse(old, new):
-        if str(new) == str(tmp_path / "x") and str(old).endswith(".tmp"):
+        if str(new) == str(tmp_path / "x") and str(old).endswith("new"):
             raise PermissionError(13, "Permission denied")
         replace(old, new)
 
+    monkeypatch.setattr(files, "exchange", lambda *_: False)
     monkeypatch.setattr(files.os, "replace", refuse)
     with pytest.raises(WriteError, match=r"\(Permission denied\), and what was there is intact: see to room and perm"):
         written(replacing_folder, tmp_path / "x")
@@ -295,3 +433,16 @@ def test_a_file_is_closed_when_nobody_has_it(tmp_path):
     assert len(os.listdir("/proc/self/fd")) == before
     with pytest.raises(FileNotFoundError):
         Reader(tmp_path / "none")
+
+
+def test_what_is_no_ordinary_file_is_not_opened(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for place, remedy in [
+        (tmp_path / "pipe", "pipe or a device: copy what it gives to a file first"),
+        ("/dev/zero", "pipe or a device: copy what it gives"),
+        (tmp_path, "is a folder: give a file in it"),
+        (tmp_path / "none", "cannot be read .*: give a file that is there"),
+    ]:
+        with pytest.raises(InputError, match=remedy) as caught:
+            require_file(place)
+        assert str(place) in str(caught.value)

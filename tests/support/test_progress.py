@@ -16,6 +16,12 @@ def test_a_bar_on_stderr(total, capsys):
     assert f"3/{3 if total else '?'}" in err
 
 
+def test_bytes_are_written_as_bytes(capsys):
+    with progress_bar("packing", 3_000_000, shown=True, in_bytes=True) as advance:
+        advance(1_000_000)
+    assert "1.0/3.0 MB" in capsys.readouterr().err
+
+
 def test_nothing_unless_it_is_asked_for(capsys):
     with progress_bar("sampling", 3, shown=False) as advance:
         advance(3)

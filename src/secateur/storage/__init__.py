@@ -6,7 +6,8 @@
 | `conversion` | `pack` and `unpack` checkpoints, file by file, folder by folder |
 | `pretrained` | the same for folders of Hugging Face models |
 | `pruning` | prune a checkpoint larger than memory |
-| `checkpoints` | what a checkpoint holds, of whatever form; `inspect` |
+| `checkpoints`, `torch_files` | what a checkpoint holds, of whatever form; `inspect` |
+| `sharing` | how several processes share a checkpoint |
 | `reading`, `writing`, `state_hash` | the packed format: the file read and written, the identity of what it holds |
 | `container`, `coding` | the safetensors around it, the blocks within |
 | `stored`, `dtypes`, `contents` | a tensor that lies in a file; what its numbers are made of; what is said of it |

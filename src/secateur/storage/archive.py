@@ -13,16 +13,19 @@ import torch
 from torch import Tensor, nn
 
 from secateur.errors import InputError, InputTypeError, UnknownNameError, nearest
+from secateur.masks import FORMAT
 from secateur.scope import unwrap
 from secateur.storage.checkpoints import Checkpoint, opened
 from secateur.storage.coding import BLOCK, Decoder, effort_of, level_of
-from secateur.storage.contents import Contents
+from secateur.storage.contents import Contents, notes
 from secateur.storage.dtypes import kind_of
 from secateur.storage.reading import SUFFIX
 from secateur.storage.state_hash import StateHash
 from secateur.storage.stored import Alias, Stored, stored_of
 from secateur.storage.writing import write_packed
-from secateur.support.files import StrPath
+from secateur.support.files import StrPath, replacing
+from secateur.support.machine import free_memory
+from secateur.support.tables import size
 
 _WORTH_THREADS = 1 << 22  # elements: for fewer, starting threads and passing Python's lock around costs more
 
@@ -69,12 +72,18 @@ def save(
     chosen, coder = level_of(level, step), effort_of(effort)
     target = packed_name(path)
     tensors = _tensors_of(model)
-    written = write_packed(target, tensors, level=chosen, effort=coder, metadata={"format": "pt"})
-    return Contents(str(path), tuple(written), target.stat().st_size)
+    with replacing(target) as temporary:
+        written = write_packed(temporary, tensors, level=chosen, effort=coder, metadata={"format": "pt"})
+    return Contents(str(path), tuple(written), target.stat().st_size, notes([tensor.name for tensor in tensors]))
 
 
 def load(
-    path: StrPath, *, into: nn.Module | None = None, strict: bool = True, verify: bool = False
+    path: StrPath | Checkpoint,
+    *,
+    into: nn.Module | None = None,
+    strict: bool = True,
+    verify: bool = False,
+    key: str | None = None,
 ) -> dict[str, Tensor]:
     """Read a packed file, or any other checkpoint, as a state_dict or into a module.
 
@@ -87,6 +96,7 @@ def load(
         strict: whether names that only the file or only the module has are an error.
         verify: decode twice, the first time to compare with the SHA-256 of what was saved. Checksums of the stored
             bytes are compared in any case.
+        key: of a file of `torch.save` with several states ("model", "ema"), the one to take.
 
     Returns:
         The state_dict, in its order, on the CPU; with `into`, those tensors of the module that were filled. Tensors
@@ -94,19 +104,38 @@ def load(
 
     Raises:
         FileError: the file is damaged or of another version; it names the tensor.
-        UnknownNameError: (strict) names that differ. InputError: a shape that differs. Nothing was changed.
+        UnknownNameError: (strict) names that differ; no such key. InputError: a shape that differs; a file of masks;
+            more than the memory that is free. Nothing was changed.
     """
-    checkpoint = opened(path)
+    checkpoint = opened(path, key)
     tensors = checkpoint.tensors
-    targets = {} if into is None else _targets(unwrap(into), tensors, Path(path), strict)
+    if any(shard.metadata.get("format") == FORMAT for shard in checkpoint.shards):
+        raise InputError(f"{checkpoint.path} holds masks, not weights: read it with secateur.Masks.load")
+    targets = {} if into is None else _targets(unwrap(into), tensors, checkpoint.path, strict)
     _in_threads([partial(_check, t) for t in tensors.values()], sum(t.numel() for t in tensors.values()))
     if verify:
         _verify(checkpoint)
     sources = {name: t.of if isinstance(t, Alias) else t for name, t in tensors.items()}
     if into is None:
-        targets = {source.name: [torch.empty(source.shape, dtype=source.dtype)] for source in sources.values()}
+        own = {source.name: source for source in sources.values()}
+        _require_memory(checkpoint, sum(source.nbytes for source in own.values()))
+        targets = {name: [source.room()] for name, source in own.items()}
     _fill(targets, {source.name: source for source in sources.values()})
     return {name: targets[source.name][0] for name, source in sources.items() if source.name in targets}
+
+
+def _require_memory(checkpoint: Checkpoint, needed: int) -> None:
+    """See that there is memory for all tensors: blocks of zeros take a hundred thousand times what they are stored in.
+
+    Raises:
+        InputError: there is not.
+    """
+    free = free_memory()
+    if free is not None and needed > free:
+        raise InputError(
+            f"{checkpoint.path} takes {size(needed)} of memory, and {size(free)} are free: load it into a model that "
+            "is there (into=), or read it tensor by tensor with secateur.storage.checkpoints.iter_tensors"
+        )
 
 
 def _verify(checkpoint: Checkpoint) -> None:
@@ -125,14 +154,15 @@ def _verify(checkpoint: Checkpoint) -> None:
 
 
 def packed_name(path: StrPath) -> Path:
-    """Return a path to write a packed file to.
+    """Return a path to write a file to.
 
     Raises:
         InputError: it does not end in `.safetensors`.
     """
     target = Path(path)
     if target.suffix != ".safetensors":
-        raise InputError(f"{target}: a packed file is a .safetensors file, so let its name end so")
+        better = f"{target.stem or 'model'}.safetensors"
+        raise InputError(f"{target}: secateur writes .safetensors files, so let its name end so: {better}")
     return target
 
 

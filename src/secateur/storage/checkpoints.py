@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
-import warnings
-import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field, replace
@@ -15,17 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from secateur.errors import FileError, InputError, nearest
-from secateur.storage.container import damaged, read_header, torch_form
+from secateur.errors import FileError, InputError, InputTypeError, nearest
+from secateur.storage.container import read_header, torch_form
 from secateur.storage.contents import Contents, info, notes
 from secateur.storage.reading import SUFFIX, is_packed, read_packed
 from secateur.storage.stored import Alias, InFile, Stored, stored_of
-from secateur.support.files import StrPath
+from secateur.storage.torch_files import SUFFIXES, read_states
+from secateur.support.files import StrPath, require_file
 
 INDEX = ".safetensors.index.json"
-TORCH = ".pt", ".pth", ".bin"
-_ENVELOPES = "state_dict", "model_state_dict", "model", "module", "params"
-_DEEPEST = 8  # dictionaries within dictionaries; more is no checkpoint
 
 
 @dataclass(frozen=True)
@@ -47,15 +42,19 @@ class Checkpoint:
     """A file, or an index and the files that it names.
 
     Attributes:
+        path: as it was given: a file, an index or a folder.
         tensors: all of them by name, in the order of the file (of its bytes) or of the index.
+        notes: what else one should know: what was taken of it, and what was left.
     """
 
+    path: Path
     shards: tuple[Shard, ...]
     tensors: dict[str, Stored]
     index: Path | None = None
+    notes: tuple[str, ...] = ()
 
 
-def inspect(path: StrPath) -> Contents:
+def inspect(path: StrPath | Checkpoint) -> Contents:
     """Count the zeros of every tensor of a checkpoint; of one that is packed, say how and how small.
 
     Args:
@@ -77,10 +76,10 @@ def inspect(path: StrPath) -> Contents:
         tensor.check()
     tensors = tuple(info(tensor, tensor.zeros()) for tensor in checkpoint.tensors.values())
     file_bytes = sum(shard.file.stat().st_size for shard in checkpoint.shards)
-    return Contents(str(path), tensors, file_bytes, notes(list(checkpoint.tensors)))
+    return Contents(str(checkpoint.path), tensors, file_bytes, checkpoint.notes)
 
 
-def iter_tensors(path: StrPath) -> Iterator[tuple[str, Tensor]]:
+def iter_tensors(path: StrPath | Checkpoint) -> Iterator[tuple[str, Tensor]]:
     """Yield the name and tensor (on the CPU) of everything a checkpoint holds, one in memory at a time.
 
     Args:
@@ -93,31 +92,54 @@ def iter_tensors(path: StrPath) -> Iterator[tuple[str, Tensor]]:
     return ((tensor.name, tensor.tensor()) for shard in checkpoint.shards for tensor in shard.tensors)
 
 
-def opened(path: StrPath) -> Checkpoint:
-    """Find the tensors of a checkpoint; no weights are read.
+def opened(path: StrPath | Checkpoint, key: str | None = None) -> Checkpoint:
+    """Find the tensors of a checkpoint; no weights are read. One that is open already is returned.
 
     Args:
         path: a `.safetensors` file, packed or not; a sharded checkpoint (`*.safetensors.index.json`), or a folder that
-            holds one or a single `.safetensors` file; or a file of `torch.save` (`.pt`, `.pth`, `.bin`), read with
-            `weights_only=True`. Of nested dictionaries the one under `state_dict`, `model_state_dict`, `model`,
+            holds one or a single `.safetensors` file; or a file of `torch.save` (`.pt`, `.pth`, `.bin`, `.ckpt`), read
+            with `weights_only=True`. Of nested dictionaries the one under `state_dict`, `model_state_dict`, `model`,
             `module` or `params` is entered; if there is none, all but the optimizer's, their names joined by dots.
+        key: of a file of `torch.save` that holds several states, the one to take: "ema", or "states.ema" for one
+            within another.
 
     Raises:
-        InputError: the file is missing, damaged, of another kind, needs pickled code, or holds no tensor.
+        InputError: the file is missing, damaged, of another kind, needs pickled code, or holds no tensor; or there is
+            no such state. UnknownNameError: there is no such key.
     """
-    path = Path(path)
+    if isinstance(path, Checkpoint):
+        return path
+    given = path = Path(path)
     if not path.exists():
         there = [p.name for p in path.parent.glob("*")]
         raise InputError(f"{path}: no such file; in that folder {nearest(path.name, there)}")
     if path.is_dir():
         path = _main_file(path)
+    require_file(path)
+    if key is not None and path.suffix not in SUFFIXES:
+        raise InputError(f"{path} holds one state, not several to choose from: leave out the key {key!r}")
     if path.name.endswith(INDEX):
-        return _sharded(path)
-    if path.suffix == ".safetensors":
-        return _of_one(_shard(path))
-    if path.suffix in TORCH:
-        return _of_one(Shard(path, tuple(stored_of(_read_torch(path))), {"format": "pt"}))
-    raise InputError(f"{path}: unknown suffix {path.suffix!r}: give .safetensors, *{INDEX}, .pt, .pth or .bin")
+        shards, order, said = _sharded(path)
+    elif path.suffix == ".safetensors":
+        shards, said = (_shard(path),), ()
+        order = [tensor.name for tensor in shards[0].tensors]
+    elif path.suffix in SUFFIXES:
+        state, said = read_states(path, key)
+        shards, order = (Shard(path, _stored(path, state), {"format": "pt"}),), list(state)
+    else:
+        raise InputError(f"{path}: unknown suffix {path.suffix!r}: give .safetensors, *{INDEX}, {', '.join(SUFFIXES)}")
+    if not order:
+        raise InputError(f"{path} holds no tensor: give a file that holds a state_dict")
+    tensors = {tensor.name: tensor for shard in shards for tensor in shard.tensors}
+    index = path if path.name.endswith(INDEX) else None
+    return Checkpoint(given, shards, {name: tensors[name] for name in order}, index, (*notes(order), *said))
+
+
+def _stored(file: Path, state: Mapping[str, Tensor]) -> tuple[Stored, ...]:
+    try:
+        return tuple(stored_of(state))
+    except (InputError, InputTypeError) as error:
+        raise type(error)(f"{file}: {error}") from error
 
 
 def _main_file(folder: Path) -> Path:
@@ -127,16 +149,18 @@ def _main_file(folder: Path) -> Path:
     alone = sorted(folder.glob("*.safetensors"))
     if found or len(alone) == 1:
         return (found or alone)[0]
-    files = sorted(p.name for p in folder.iterdir() if p.suffix in (".safetensors", *TORCH))
+    files = sorted(p.name for p in folder.iterdir() if p.suffix in (".safetensors", *SUFFIXES))
     raise InputError(f"{folder} is a folder without an index (*{INDEX}): give a file; {nearest('', files)}")
 
 
-def _sharded(index: Path) -> Checkpoint:
-    """Every shard is there, and has the tensors that the index gives it, in the order of the index."""
+def _sharded(index: Path) -> tuple[tuple[Shard, ...], list[str], tuple[str, ...]]:
+    """Every shard is there, and has the tensors that the index gives it; the names in the order of the index."""
     try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        pairs = [(str(name), Path(shard)) for name, shard in weight_map.items()]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        read = json.loads(index.read_text(encoding="utf-8"), object_pairs_hook=_once)
+        pairs = [(str(name), Path(shard)) for name, shard in read["weight_map"].items()]
+    except _TwiceError as error:
+        raise InputError(f"{index} names {error} twice: leave one of them out") from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(
             f'{index} is no index of shards: its JSON must hold {{"weight_map": {{name: file}}}}'
         ) from error
@@ -145,17 +169,27 @@ def _sharded(index: Path) -> Checkpoint:
         if place.is_absolute() or ".." in place.parts or not (index.parent / place).is_file():
             raise InputError(f"{index} names {place} (for {name}), which is not beside it: copy it there")
         names.setdefault(index.parent / place, []).append(name)
-    shards = []
+    shards, unnamed = [], list[str]()
     for file, wanted in names.items():
         shard = _shard(file)
         there = {tensor.name for tensor in shard.tensors}
         if lost := set(wanted) - there:
             raise InputError(f"{file} lacks {min(lost)}, which {index.name} promises: copy both from one save")
         shards.append(_part(shard, wanted))
-    if not shards:
-        raise InputError(_empty(index))
-    every = {tensor.name: tensor for shard in shards for tensor in shard.tensors}
-    return Checkpoint(tuple(shards), {name: every[name] for name, _ in pairs}, index)
+        unnamed += sorted(there - set(wanted))
+    said = (f"left {', '.join(unnamed[:3])}{', ...' if len(unnamed) > 3 else ''}, which the index does not name",)
+    return tuple(shards), [name for name, _ in pairs], said if unnamed else ()
+
+
+class _TwiceError(Exception):
+    """A key that JSON has twice."""
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    names = [name for name, _ in pairs]
+    if len(set(names)) < len(names):
+        raise _TwiceError(next(name for name in names if names.count(name) > 1))
+    return dict(pairs)
 
 
 def _part(shard: Shard, wanted: Sequence[str]) -> Shard:
@@ -194,52 +228,3 @@ def _shard(file: Path) -> Shard:
             raise InputError(f"{file}: {slot.name} is {what}, which torch cannot hold: leave it out of the file")
         tensors.append(InFile(slot.name, form[0], torch.Size(form[1]), file, slot.start))
     return Shard(file, tuple(tensors), header.metadata)
-
-
-def _of_one(shard: Shard) -> Checkpoint:
-    if not shard.tensors:
-        raise InputError(_empty(shard.file))
-    return Checkpoint((shard,), {tensor.name: tensor for tensor in shard.tensors})
-
-
-def _read_torch(file: Path) -> dict[str, Tensor]:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # a TorchScript archive is refused below, in our own words
-            # files of torch < 1.6 are no zip archives, and cannot be mapped
-            saved = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-    except OSError:
-        raise
-    except Exception as error:  # the unpickler of damaged bytes raises whatever it stumbles over
-        code = re.search(r"GLOBAL ([\w.]+)|TorchScript", str(error))
-        if not code:
-            raise FileError(damaged(file, str(error) or type(error).__name__)) from error
-        raise InputError(
-            f"{file} needs pickled code ({code[1] or code[0]}), and secateur runs none: if you trust it, "
-            "load it in its own program and torch.save(model.state_dict(), ...)"
-        ) from error
-    tensors = _tensors_in(saved)
-    if not tensors:
-        raise InputError(_empty(file))
-    return tensors
-
-
-def _tensors_in(saved: Any, depth: int = 0) -> dict[str, Tensor]:
-    if isinstance(saved, Tensor):
-        return {"tensor": saved}
-    if not isinstance(saved, Mapping) or depth > _DEEPEST:
-        return {}
-    for envelope in _ENVELOPES:
-        if isinstance(saved.get(envelope), Mapping) and (inside := _tensors_in(saved[envelope], depth + 1)):
-            return inside
-    found: dict[str, Tensor] = {}
-    for key, value in saved.items():
-        if isinstance(value, Tensor):
-            found[str(key)] = value
-        elif isinstance(value, Mapping) and "optim" not in str(key):
-            found.update((f"{key}.{name}", tensor) for name, tensor in _tensors_in(value, depth + 1).items())
-    return found
-
-
-def _empty(file: Path) -> str:
-    return f"{file} holds no tensor: give a file that holds a state_dict"

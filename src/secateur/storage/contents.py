@@ -54,24 +54,30 @@ class Contents(Printed):
         tensors: one by one.
         file_bytes: of the file, or of all shards together, headers included.
         notes: what else one should know.
+        dense_bytes: that all tensors of the file take in memory, where more are in it than are listed here.
     """
 
     path: str
     tensors: tuple[TensorInfo, ...]
     file_bytes: int
     notes: tuple[str, ...] = ()
+    dense_bytes: int = 0
 
     @property
     def total(self) -> TensorInfo:
-        """All tensors together, the headers too; one that is stored under two names counts twice."""
-        weights, zeros, bytes_ = (sum(getattr(t, key) for t in self.tensors) for key in ("weights", "zeros", "bytes"))
-        name = f"total ({len(self.tensors)} tensors)"
-        return TensorInfo(name, "", (), weights, zeros, bytes_, "", self.file_bytes)
+        """All tensors together; one that is stored under two names counts twice. If they are the whole file, its
+        headers too.
+        """
+        keys = "weights", "zeros", "bytes", "stored_bytes"
+        weights, zeros, bytes_, stored = (sum(getattr(t, key) for t in self.tensors) for key in keys)
+        stored = stored if self.dense_bytes > bytes_ else self.file_bytes
+        return TensorInfo(f"total ({len(self.tensors)} tensors)", "", (), weights, zeros, bytes_, "", stored)
 
     @property
     def ratio(self) -> float:
-        """Bytes of the file over those of all tensors in memory."""
-        return self.total.ratio
+        """Bytes of the file over those of all its tensors in memory, also those that are not listed."""
+        dense = max(self.dense_bytes, self.total.bytes)
+        return self.file_bytes / dense if dense else 1.0
 
     def table(self) -> Table:
         """One row a tensor, then the total; how and how small where something is packed, what was lost where it is."""
@@ -79,16 +85,21 @@ class Contents(Printed):
         lossy = any(t.error is not None for t in self.tensors)
         header = ["tensor", "dtype", "shape", "weights", "zeros", "sparsity", "size"]
         header += ["coding", "stored", "ratio"] * packed + ["error"] * lossy
-        return Table(header, [_row(t, packed, lossy) for t in (*self.tensors, self.total)], self.path, self.notes)
+        rows, notes = [_row(t, packed, lossy) for t in (*self.tensors, self.total)], self.notes
+        if packed and self.dense_bytes > self.total.bytes:
+            of = f"{self.ratio:.2f} of the {size(self.dense_bytes)} of all its tensors"
+            notes = (f"the file takes {size(self.file_bytes)}, {of}", *notes)
+        return Table(header, rows, self.path, notes)
 
     def to_dict(self) -> dict[str, Any]:
-        """The same as plain data, for JSON: path, tensors, total, notes."""
+        """The same as plain data, for JSON: path, tensors, total, file, notes."""
         tensors = [
             {**asdict(t), "shape": list(t.shape), "sparsity": t.sparsity, "ratio": t.ratio} for t in self.tensors
         ]
         keys = "weights", "zeros", "sparsity", "bytes", "stored_bytes", "ratio"
         total = {key: getattr(self.total, key) for key in keys}
-        return {"path": self.path, "tensors": tensors, "total": total, "notes": list(self.notes)}
+        file = {"bytes": max(self.dense_bytes, self.total.bytes), "stored_bytes": self.file_bytes, "ratio": self.ratio}
+        return {"path": self.path, "tensors": tensors, "total": total, "file": file, "notes": list(self.notes)}
 
 
 def info(tensor: Stored, zeros: int, **written: Any) -> TensorInfo:

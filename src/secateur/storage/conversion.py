@@ -9,21 +9,22 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from secateur.errors import InputError
 from secateur.storage.archive import packed_name, refuse_names
-from secateur.storage.checkpoints import INDEX, TORCH, Checkpoint, Shard, opened
+from secateur.storage.checkpoints import INDEX, Checkpoint, Shard, opened
 from secateur.storage.coding import effort_of, level_of
 from secateur.storage.container import Slot, Writer, file_form, room_for
-from secateur.storage.contents import Contents, TensorInfo, info, notes
+from secateur.storage.contents import Contents, TensorInfo, info
 from secateur.storage.dtypes import name_of, words_of
+from secateur.storage.sharing import mine, shared_folder, wait
 from secateur.storage.state_hash import StateHash
 from secateur.storage.stored import Stored
+from secateur.storage.torch_files import SUFFIXES
 from secateur.storage.writing import Progress, write_packed
 from secateur.support import bits
-from secateur.support.files import StrPath, replacing, replacing_folder, require_covered
+from secateur.support.files import StrPath, narrow, replacing, require_covered
 from secateur.support.process_groups import ALONE, Processes
+from secateur.support.progress import progress_bar
 
 _ENDING, _PACKED_ENDING = ".safetensors", ".packed.safetensors"
 
@@ -32,13 +33,13 @@ Write = Callable[[Path, Shard], Sequence[TensorInfo]]
 
 
 def pack(
-    src: StrPath,
+    src: StrPath | Checkpoint,
     dst: StrPath,
     *,
     level: str = "lossless",
     step: float | None = None,
     effort: str = "normal",
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
 ) -> Contents:
     """Pack a checkpoint, tensor by tensor, whatever its size.
 
@@ -49,7 +50,7 @@ def pack(
         src: a file, or a folder of shards with their index, as `secateur inspect` reads.
         dst: a `.safetensors` file, or a folder if `src` is one.
         level, step, effort: as for `save`.
-        progress: called with the bytes of tensors done since the last call.
+        progress: True draws a bar on stderr; a function is called with the bytes of tensors done since the last call.
 
     Raises:
         InputError: an unknown level or effort, or a source that cannot be read.
@@ -57,32 +58,48 @@ def pack(
     """
     chosen, coder = level_of(level, step), effort_of(effort)
     checkpoint = opened(src)
-    refuse_names(checkpoint.tensors)
 
-    def write(path: Path, shard: Shard) -> Sequence[TensorInfo]:
-        return write_packed(path, shard.tensors, level=chosen, effort=coder, metadata=shard.metadata, progress=progress)
+    with watching(progress, "packing", checkpoint) as watch:
 
-    return rewrite(checkpoint, src, dst, packed_file_name, write)
+        def write(path: Path, shard: Shard) -> Sequence[TensorInfo]:
+            return write_packed(
+                path, shard.tensors, level=chosen, effort=coder, metadata=shard.metadata, progress=watch
+            )
+
+        return rewrite(checkpoint, dst, packed_file_name, write)
 
 
-def unpack(src: StrPath, dst: StrPath, *, progress: Progress | None = None) -> Contents:
+def unpack(src: StrPath | Checkpoint, dst: StrPath, *, progress: Progress | bool | None = None) -> Contents:
     """Turn a packed checkpoint into plain `.safetensors` files, and see that they hold what was saved.
 
     Args:
         src: a packed file, or a folder of them; plain ones among them are copied.
         dst: a `.safetensors` file, or a folder if `src` is one. Tied tensors are written under each name.
-        progress: called with the bytes of tensors done since the last call.
+        progress: True draws a bar on stderr; a function is called with the bytes of tensors done since the last call.
 
     Raises:
         FileError: the source is damaged, or does not decode to what was saved. WriteError: the system refuses to write.
     """
     checkpoint = opened(src)
 
-    def write(path: Path, shard: Shard) -> Sequence[TensorInfo]:
-        write_plain(path, shard, progress)
-        return [info(tensor, tensor.zeros(), coding="plain", stored_bytes=tensor.nbytes) for tensor in shard.tensors]
+    with watching(progress, "unpacking", checkpoint) as watch:
 
-    return rewrite(checkpoint, src, dst, plain_file_name, write)
+        def write(path: Path, shard: Shard) -> Sequence[TensorInfo]:
+            write_plain(path, shard, watch)
+            return [info(t, t.zeros(), coding="plain", stored_bytes=t.nbytes) for t in shard.tensors]
+
+        return rewrite(checkpoint, dst, plain_file_name, write)
+
+
+@contextmanager
+def watching(progress: Progress | bool | None, what: str, checkpoint: Checkpoint) -> Iterator[Progress | None]:
+    """Yield what is to be called with the bytes done: a bar's, if `progress` is True, or the function it is."""
+    if progress is True:
+        total = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
+        with progress_bar(what, total, shown=True, in_bytes=True) as advance:
+            yield advance
+    else:
+        yield progress or None
 
 
 def packed_file_name(name: str) -> str:
@@ -100,7 +117,7 @@ def write_plain(path: Path, shard: Shard, progress: Progress | None = None) -> N
 
     Raises:
         InputError: a dtype that such a file cannot hold. FileError: a packed shard that does not decode to what was
-            saved. Nothing was written.
+            saved: what was written is to be thrown away.
     """
     # as safetensors itself does: so each tensor starts at a multiple of its element's size
     tensors = sorted(shard.tensors, key=lambda tensor: -tensor.dtype.itemsize)
@@ -108,7 +125,7 @@ def write_plain(path: Path, shard: Shard, progress: Progress | None = None) -> N
     for tensor in tensors:
         slots.append(_slot(tensor, end))
         end = slots[-1].stop
-    with replacing(path) as temporary, open(temporary, "wb") as file:
+    with open(path, "wb") as file:
         writer = Writer(file, room_for(slots, shard.metadata))
         state = None if shard.sha256 is None else StateHash()
         for tensor, slot in zip(tensors, slots, strict=True):
@@ -135,7 +152,6 @@ def _slot(tensor: Stored, start: int) -> Slot:
 
 def rewrite(
     checkpoint: Checkpoint,
-    src: StrPath,
     dst: StrPath,
     rename: Callable[[str], str],
     write: Write,
@@ -143,75 +159,66 @@ def rewrite(
 ) -> Contents:
     """Write each shard of a checkpoint anew: a file to a file, a folder to a folder with all that lies beside.
 
-    Of several processes each writes its own shards, as `mine` says, and the first one the rest. The folder appears
-    under its name when it is whole.
+    Of several processes each writes its own shards, as `mine` says, and the first one the rest. What is written appears
+    under its name when it is whole. Files that a folder only links to, outside of it, are not copied.
 
     Raises:
-        InputError: `dst` is the source, or lies in it, or is a file where a folder is due. WriteError: the system
-            refuses to write, or would have to remove files of which there is no new version.
+        InputError: `dst` is the source, or lies in it, or is a file where a folder is due; a name that no file can
+            hold; weights that lie outside the folder. WriteError: the system refuses to write, or would have to remove
+            files of which there is no new version.
     """
-    source, target = Path(src), Path(dst)
-    said = notes(list(checkpoint.tensors))
+    source, target, first = checkpoint.path, Path(dst), checkpoint.shards[0]
+    refuse_names(checkpoint.tensors)
+    folder = first.file.parent if checkpoint.index is None else checkpoint.index.parent
+    if checkpoint.index is not None or source.is_dir():
+        for shard in checkpoint.shards:
+            if not _inside(shard.file, folder):
+                raise InputError(f"{shard.file} leads out of its folder: copy the file there in place of the link")
     if checkpoint.index is None and not (source.is_dir() and target.suffix != _ENDING):
         target = packed_name(target)
-        _refuse_same(checkpoint.shards[0].file, target)
-        written = list(write(target, checkpoint.shards[0])) if processes.rank == 0 else []
-        _wait(processes)
-        return Contents(str(dst), tuple(written), target.stat().st_size, said)
+        _refuse_same(first.file, target)
+        written: Sequence[TensorInfo] = ()
+        if processes.rank == 0:
+            with replacing(target, like=first.file) as temporary:
+                written = write(temporary, first)
+        wait(processes)
+        return _contents(checkpoint, dst, written, target.stat().st_size)
     if target.suffix == _ENDING and not target.is_file():  # what is one is refused below
         raise InputError(f"{target}: the source is a folder of several files, so give the name of a folder")
-    folder = checkpoint.shards[0].file.parent if checkpoint.index is None else checkpoint.index.parent
     _refuse_same(folder, target)
     beside, left_out = _beside(folder, checkpoint)
-    said += (f"left out: {', '.join(map(str, left_out))} (other weights)",) if left_out else ()
-    made = [shard.file for shard in checkpoint.shards] + [checkpoint.index or checkpoint.shards[0].file]
-    made = [path.relative_to(folder).with_name(rename(path.name)) for path in made]
+    sources = [*(shard.file for shard in checkpoint.shards), *filter(None, [checkpoint.index])]
+    made: dict[Path, Path] = {}
+    for path in (file.relative_to(folder) for file in sources):
+        other = made.setdefault(path.with_name(rename(path.name)), path)
+        if other != path:
+            raise InputError(f"{folder}: {other} and {path} would both become {rename(path.name)}: rename one of them")
     require_covered(target, [*beside, *made])
     infos: dict[str, TensorInfo] = {}
-    with _shared_folder(target, processes) as temporary:
+    with shared_folder(target, processes) as temporary:
         for shard in mine(checkpoint, processes):
             place = shard.file.relative_to(folder)
             path = temporary / place.with_name(rename(place.name))
             path.parent.mkdir(parents=True, exist_ok=True)
             infos |= {done.name: done for done in write(path, shard)}
+            narrow(path, shard.file)
         if processes.rank == 0:
             for path in beside:
                 (temporary / path).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy2(folder / path, temporary / path)
             if checkpoint.index is not None:
                 _write_index(checkpoint.index, temporary, rename)
+            narrow(temporary, folder)
     size = sum(p.stat().st_size for p in target.rglob("*.safetensors"))
-    return Contents(str(dst), tuple(infos[name] for name in checkpoint.tensors if name in infos), size, said)
+    tensors = [infos[name] for name in checkpoint.tensors if name in infos]
+    return _contents(checkpoint, dst, tensors, size, left_out)
 
 
-def mine(checkpoint: Checkpoint, processes: Processes) -> list[Shard]:
-    """Return the shards that this process reads and writes: the largest first, each to whom has least so far."""
-    load = [0] * processes.size
-    own = []
-    for shard in sorted(checkpoint.shards, key=lambda shard: -sum(t.nbytes for t in shard.tensors)):
-        least = load.index(min(load))
-        load[least] += sum(tensor.nbytes for tensor in shard.tensors)
-        if least == processes.rank:
-            own.append(shard)
-    return own
-
-
-def _wait(processes: Processes) -> None:
-    processes.total(np.zeros(1))
-
-
-@contextmanager
-def _shared_folder(target: Path, processes: Processes) -> Iterator[Path]:
-    """As `replacing_folder`, for all processes together: the first one makes the folder, and gives it its name."""
-    if processes.rank == 0:
-        with replacing_folder(target) as temporary:
-            processes.from_first(str(temporary))
-            yield temporary
-            _wait(processes)
-    else:
-        yield Path(processes.from_first(""))
-        _wait(processes)
-    _wait(processes)
+def _contents(
+    checkpoint: Checkpoint, dst: StrPath, tensors: Sequence[TensorInfo], size: int, left_out: Sequence[str] = ()
+) -> Contents:
+    said = (*checkpoint.notes, *left_out)
+    return Contents(str(dst), tuple(tensors), size, said, sum(t.nbytes for t in checkpoint.tensors.values()))
 
 
 def _refuse_same(source: Path, target: Path) -> None:
@@ -220,18 +227,33 @@ def _refuse_same(source: Path, target: Path) -> None:
         raise InputError(f"{target} is the source, or lies in it, and the source is never touched: give another place")
 
 
-def _beside(folder: Path, checkpoint: Checkpoint) -> tuple[list[Path], list[Path]]:
-    """What lies beside the weights and is copied (configuration, tokenizer), and other weights, which are not."""
+def _beside(folder: Path, checkpoint: Checkpoint) -> tuple[list[Path], list[str]]:
+    """What lies beside the weights and is copied (configuration, tokenizer), and what is not, in words."""
     done = {shard.file for shard in checkpoint.shards} | {checkpoint.index}
     copied: list[Path] = []
-    left_out: list[Path] = []
+    left_out: dict[str, list[str]] = {}
     for path in sorted(folder.rglob("*")):
         place = path.relative_to(folder)
-        if path in done or path.is_dir() or any(part.startswith(".") for part in place.parts):
+        if path in done or any(part.startswith(".") for part in place.parts):
             continue
-        weights = path.suffix in (*TORCH, _ENDING) or path.name.endswith(INDEX)
-        (left_out if weights else copied).append(place)
-    return copied, left_out
+        if path.is_dir() and not path.is_symlink():
+            continue
+        if path.suffix in (*SUFFIXES, _ENDING) or path.name.endswith(INDEX):
+            left_out.setdefault("other weights", []).append(str(place))
+        elif not path.is_file():
+            left_out.setdefault("not ordinary files", []).append(str(place))
+        elif not _inside(path, folder):
+            left_out.setdefault("links that lead out of the folder", []).append(str(place))
+        else:
+            copied.append(place)
+    return copied, [f"left out: {', '.join(names)} ({why})" for why, names in left_out.items()]
+
+
+def _inside(path: Path, folder: Path) -> bool:
+    """Tell whether a file lies in a folder; those that a snapshot of the Hugging Face cache links to count as in it."""
+    real, folder = path.resolve(), folder.resolve()
+    cached = folder.parent.name == "snapshots" and folder.parent.parent / "blobs" in real.parents
+    return cached or folder in real.parents
 
 
 def _write_index(index: Path, temporary: Path, rename: Callable[[str], str]) -> None:
@@ -240,4 +262,6 @@ def _write_index(index: Path, temporary: Path, rename: Callable[[str], str]) -> 
     written["weight_map"] = {
         name: str(Path(file).with_name(rename(Path(file).name))) for name, file in weight_map.items()
     }
-    (temporary / rename(index.name)).write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
+    path = temporary / rename(index.name)
+    path.write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
+    narrow(path, index)

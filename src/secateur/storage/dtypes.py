@@ -84,18 +84,31 @@ def kind_of(name: str, tensor: Tensor) -> Kind:
     """Return how a tensor is stored.
 
     Raises:
-        InputTypeError: it is sparse, quantized, sharded, on the meta device, or of a dtype that no file holds.
+        InputTypeError: it is sparse, or `require_values` refuses it.
+    """
+    require_values(name, tensor)
+    if tensor.layout is not torch.strided:
+        raise InputTypeError(f"{name} is {tensor.layout}, which no .safetensors file holds: save tensor.to_dense()")
+    return KINDS[tensor.dtype]
+
+
+def require_values(name: str, tensor: Tensor) -> None:
+    """See that a tensor is made of plain numbers; it may be sparse.
+
+    Raises:
+        InputTypeError: it is nested, quantized, sharded, on the meta device, or of a dtype that no file holds.
     """
     if is_lazy(tensor):
         raise InputTypeError(f"{name} is lazy: run one batch through the model first, so that its shape is known")
+    if tensor.is_nested:
+        raise InputTypeError(f"{name} is a nested tensor, of rows of several sizes: save each of tensor.unbind()")
     if type(tensor.detach()) not in (Tensor, torch.nn.Parameter):
         raise InputTypeError(f"{name} is a {type(tensor).__name__}, not a plain tensor: save what it stands for")
     if tensor.is_meta:
         raise InputTypeError(f"{name} is on the meta device and holds no values: materialise it first")
-    if tensor.layout is not torch.strided or tensor.is_quantized or tensor.dtype not in KINDS:
-        what = tensor.dtype if tensor.layout is torch.strided else tensor.layout
-        raise InputTypeError(f"{name} is {what}, which no .safetensors file holds: save tensor.to_dense() or the like")
-    return KINDS[tensor.dtype]
+    if tensor.is_quantized or tensor.dtype not in KINDS:
+        remedy = "tensor.dequantize()" if tensor.is_quantized else "it as another dtype"
+        raise InputTypeError(f"{name} is {tensor.dtype}, which no .safetensors file holds: save {remedy}")
 
 
 def words_of(flat: Tensor) -> npt.NDArray[Any]:

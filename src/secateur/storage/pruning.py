@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -28,8 +27,9 @@ from secateur.sparsity import Sparsity, explicit
 from secateur.storage.checkpoints import Checkpoint, Shard, opened
 from secateur.storage.coding import effort_of, level_of
 from secateur.storage.contents import Contents, TensorInfo, info
-from secateur.storage.conversion import mine, packed_file_name, plain_file_name, rewrite, write_plain
+from secateur.storage.conversion import packed_file_name, plain_file_name, rewrite, write_plain
 from secateur.storage.dtypes import name_of, words_of
+from secateur.storage.sharing import mine
 from secateur.storage.stored import Alias, Stored, parts, regrouped
 from secateur.storage.writing import Progress, write_packed
 from secateur.support import bits
@@ -66,7 +66,7 @@ class Recipe:
 
 
 def prune_checkpoint(
-    src: StrPath,
+    src: StrPath | Checkpoint,
     dst: StrPath | None,
     recipe: Recipe,
     *,
@@ -105,7 +105,8 @@ def prune_checkpoint(
     said = (_said(pruned), *_untouched(left))
     if dst is None:
         infos = [info(of, done.zeros_left) for of, done in zip(chosen.values(), pruned.values(), strict=True)]
-        return Contents(os.fspath(src), tuple(infos), sum(t.stored_bytes for t in infos), said)
+        said = (*said, *checkpoint.notes)
+        return Contents(str(checkpoint.path), tuple(infos), sum(t.stored_bytes for t in infos), said)
 
     def write(path: Path, shard: Shard) -> Sequence[TensorInfo]:
         tensors = [_without(tensor, pruned) for tensor in shard.tensors]
@@ -117,7 +118,7 @@ def prune_checkpoint(
         return [info(tensor, 0, stored_bytes=tensor.nbytes) for tensor in tensors]
 
     rename = packed_file_name if packing is not None else plain_file_name
-    written = rewrite(checkpoint, src, dst, rename, write, processes)
+    written = rewrite(checkpoint, dst, rename, write, processes)
     tensors = _gathered(written, pruned, ("plain", "lossless", str(packing)), processes)
     return replace(written, tensors=tensors, notes=(*said, *written.notes))
 
@@ -133,7 +134,7 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def work(src: StrPath, recipe: Recipe) -> int:
+def work(src: StrPath | Checkpoint, recipe: Recipe) -> int:
     """Return the bytes of tensors that `prune_checkpoint` will read or write: what its `progress` adds up to."""
     checkpoint = opened(src)
     chosen, _ = _chosen(checkpoint, recipe)

@@ -14,12 +14,15 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from secateur.errors import InputError
 from secateur.storage.coding import Decoder
-from secateur.storage.dtypes import kind_of, name_of
+from secateur.storage.dtypes import kind_of, name_of, require_values
 from secateur.support import bits
 from secateur.support.files import Reader
+from secateur.support.tables import size
 
 _WINDOW = 1 << 24  # bytes of a file that are mapped at a time
+_SPREAD = 1 << 28  # bytes of a state that may be there only by its strides
 
 
 class Stored(ABC):
@@ -101,10 +104,23 @@ class Stored(ABC):
         """Return jobs that fill a flat CPU tensor together, in any order, on any threads, each with its decoder."""
         return [lambda _: self.read_into(flat)]
 
+    def room(self) -> Tensor:
+        """Return memory for the whole tensor, its values arbitrary.
+
+        Raises:
+            InputError: there is not enough of it.
+        """
+        try:
+            return torch.empty(self.shape, dtype=self.dtype)
+        except RuntimeError as error:
+            raise InputError(
+                f"{self.name} takes {size(self.nbytes)} of memory, more than there is: use a machine that has it"
+            ) from error
+
     def tensor(self) -> Tensor:
         """Return the whole tensor, in memory."""
         self.check()
-        whole, decoder = torch.empty(self.shape, dtype=self.dtype), Decoder()
+        whole, decoder = self.room(), Decoder()
         for fill in self.fillers(whole.view(-1)):
             fill(decoder)
         return whole
@@ -190,12 +206,25 @@ class InFile(Stored):
 
 
 def stored_of(state: Mapping[str, Tensor]) -> list[Stored]:
-    """Return the tensors of a state_dict; those that are the same memory, seen alike, as aliases of the first."""
+    """Return the tensors of a state_dict; those that are the same memory, seen alike, as aliases of the first.
+
+    Raises:
+        InputTypeError: one is not made of plain numbers. InputError: strides make one far larger than what it holds.
+    """
     firsts: dict[Any, Stored] = {}
     found: list[Stored] = []
+    spread = 0
     for name, tensor in state.items():
+        require_values(name, tensor)
         place: Any = name
-        if tensor.layout is torch.strided and tensor.numel() and not tensor.is_meta:
+        if tensor.layout is torch.strided and tensor.numel():
+            held = tensor.untyped_storage().nbytes()
+            spread += max(tensor.nbytes - held, 0)
+            if spread > _SPREAD:
+                raise InputError(
+                    f"{name} is {size(tensor.nbytes)} of which {size(held)} are there, its elements share memory: "
+                    "save what it is made of, or make it whole with .clone() first"
+                )
             place = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
             place += (tensor.is_conj(), tensor.is_neg())
         own = InMemory(name, tensor)

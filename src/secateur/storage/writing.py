@@ -25,7 +25,7 @@ from secateur.storage.dtypes import KINDS, words_of
 from secateur.storage.reading import MANIFEST, SEAL, SUFFIX, VERSION, Entry, crc32_of
 from secateur.storage.state_hash import StateHash
 from secateur.storage.stored import Alias, Stored, count_zeros
-from secateur.support.files import StrPath, replacing
+from secateur.support.files import StrPath
 
 _SMALL = 256  # elements: a smaller tensor is not worth a blob
 
@@ -42,11 +42,7 @@ def write_packed(
     metadata: Mapping[str, str],
     progress: Progress | None = None,
 ) -> list[TensorInfo]:
-    """Write a packed file of tensors (the aliases among them by name only); an old file stays until it is whole.
-
-    Raises:
-        WriteError: the system refuses to write.
-    """
+    """Write a packed file of tensors, the aliases among them by name only."""
     own = [tensor for tensor in tensors if not isinstance(tensor, Alias)]
     # so each plain tensor starts at a multiple of its element's size: blobs are of a multiple of 8 bytes
     own.sort(key=lambda tensor: -tensor.dtype.itemsize)
@@ -60,7 +56,7 @@ def write_packed(
         },
     }
     state, infos = StateHash(), dict[str, TensorInfo]()
-    with replacing(path) as temporary, open(temporary, "wb") as file:
+    with open(path, "wb") as file:
         writer = Writer(file, room_for(_longest(own), _sealed(manifest)))
         with closing(_Coder(file, effort)) as coder:
             for tensor in own:

@@ -34,6 +34,15 @@ def cpuinfo(file: Path = Path("/proc/cpuinfo")) -> list[dict[str, str]]:
     return [{key.strip(): value.strip() for key, _, value in block} for block in pairs]
 
 
+def free_memory(file: Path = Path("/proc/meminfo")) -> int | None:
+    """Return the bytes of memory that programs may still take, swap included; None where the system does not say."""
+    if not file.exists():
+        return None
+    fields = dict(line.split(":", 1) for line in file.read_text(errors="replace").splitlines() if ":" in line)
+    found = [fields[name].split()[0] for name in ("MemAvailable", "SwapFree") if name in fields]
+    return 1024 * sum(map(int, found)) if len(found) == 2 else None
+
+
 def first_of(cpu: list[dict[str, str]], key: str) -> str | None:
     """What the first processor that has this entry says, None if none has it."""
     return next((processor[key] for processor in cpu if key in processor), None)
