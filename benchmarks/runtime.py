@@ -1,7 +1,7 @@
 """The numbers of the runtime: how fast a pruned model runs, against torch and against what else there is.
 
     python benchmarks/runtime.py [linear] [conv] [models] [recurrent] [sparsity] [floor] [threads] [avx2] [packed]
-                                 [peers] [all]
+                                 [checks] [peers] [all]
                                  [--json FILE] [--rounds N] [--only TEXT] [--kernel] [--quick]
                                  [--environments FOLDER] [--scratch FOLDER]
 
@@ -50,7 +50,7 @@ from torch import Tensor, nn
 import runtime_cases as cases
 import secateur as sc
 from runtime_cases import Case, Encoder, Side, flat, in_turn, ratios, relative_error, yardstick
-from secateur.runtime import native
+from secateur.runtime import native, trust_weights
 from secateur.support.machine import cpu_name
 from secateur.support.tables import Table
 
@@ -332,6 +332,26 @@ def packed() -> list[Row]:
     return rows
 
 
+def checks() -> list[Row]:
+    """What the search for edited weights costs: accelerated models that look, over copies that trust, in turn."""
+    rows: list[Row] = []
+    for count in (1, 24):
+        case = cases.linear(1024, 1024, 1, count, {})
+        x = case.example()
+        fast = sc.accelerate(pruned(case), x, threads=1)
+        trusting = copy.deepcopy(fast)
+        trust_weights(trusting)
+        sides = {"eager": Side(lambda: trusting(x)), "looks": Side(lambda: fast(x))}  # noqa: B023
+        with torch.inference_mode():
+            seconds = in_turn(sides, "steady", 3 * rounds("steady"))
+        cost = sorted(b / a - 1 for a, b in zip(seconds["eager"], seconds["looks"], strict=True))
+        rows.append({"chain of Linear 1024x1024, N=1, 90 % pruned": count,
+                     "trusting us": 1e6 * statistics.median(seconds["eager"]),
+                     "looking costs %": 100 * statistics.median(cost), "first quartile": 100 * cost[len(cost) // 4],
+                     "third": 100 * cost[-len(cost) // 4]})  # fmt: skip
+    return rows
+
+
 # ---- peers ------------------------------------------------------------------------------------------------------
 
 
@@ -516,11 +536,15 @@ def two_threads(rows: list[Row]) -> list[Row]:
 
 SECTIONS: dict[str, Callable[[], list[Row]]] = {
     "linear": linear, "conv": conv, "models": models, "recurrent": recurrent, "sparsity": sparsity, "floor": floor,
-    "threads": threads, "avx2": avx2, "packed": packed,
+    "threads": threads, "avx2": avx2, "packed": packed, "checks": checks,
 }  # fmt: skip
 
 
-SHOWN: dict[str, Callable[[list[Row]], list[Row]]] = {"threads": two_threads, "packed": list}  # others: as speeds
+SHOWN: dict[str, Callable[[list[Row]], list[Row]]] = {
+    "threads": two_threads,
+    "packed": list,
+    "checks": list,
+}  # others: as speeds
 
 
 def show(title: str, rows: list[Row]) -> None:

@@ -557,7 +557,7 @@ def test_the_inputs_of_bench_are_the_same_each_time():
         ("MODELS:mlp", ["--input", "1x8:int64"], "does not run on inputs 1x8:int64 (RuntimeError"),
         ("MODELS:mlp", ["--input", "1x8", "--input", "1x8"], "give an --input of the right shape and dtype for each"),
         ("MODELS:mlp", ["--input", "1x8", "--weights", "other.safetensors"], "is of another model: "),
-        ("MODELS:mlp", ["--input", "1x8", "--weights", "none.pt"], "no such file"),
+        ("MODELS:mlp", ["--input", "1x8", "--checkpoint", "none.pt"], "no such file"),
         ("MODELS:mlp", ["--input", "1x8", "--seconds", "0"], "seconds is 0"),
     ],
 )

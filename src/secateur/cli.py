@@ -189,8 +189,13 @@ def bench(
             "100, 1x128:int64:2 of those below 2. Once for each argument.",
         ),
     ],
-    weights: Annotated[
-        Path | None, typer.Option(help="A checkpoint, packed or not, that fills the model; it runs no pickled code.")
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(
+            "--checkpoint",
+            "--weights",
+            help="A checkpoint, packed or not, that fills the model; it runs no pickled code.",
+        ),
     ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; as many as torch takes by default.")] = None,
     seconds: Annotated[float, typer.Option(help="About how long each of the two models is timed.")] = 1.0,
@@ -199,7 +204,7 @@ def bench(
     """Accelerate a model of yours, and measure what that gains on this machine."""
     from secateur.runtime.bench import run
 
-    result = run(model, inputs, weights=weights, threads=threads, seconds=seconds)
+    result = run(model, inputs, checkpoint=checkpoint, threads=threads, seconds=seconds)
     if as_json:
         _print_json(result.to_dict())
         return

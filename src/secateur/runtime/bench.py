@@ -51,7 +51,7 @@ def run(
     target: str,
     inputs: Sequence[str],
     *,
-    weights: StrPath | None = None,
+    checkpoint: StrPath | None = None,
     threads: int | None = None,
     seconds: float = 1.0,
 ) -> Trial:
@@ -60,7 +60,7 @@ def run(
     Args:
         target: MODULE:FACTORY, as of `model_of`.
         inputs: as of `input_of`, one for each positional argument of the model.
-        weights: what `sc.load` reads; without it the model has the weights that the factory gives it.
+        checkpoint: what `sc.load` reads; without it the model has the weights that the factory gives it.
         threads: CPU threads; by default as many as torch has now.
         seconds: about how long each of the two models is timed.
 
@@ -71,8 +71,8 @@ def run(
     generator = torch.Generator().manual_seed(0)
     given = tuple(input_of(spelled, generator) for spelled in inputs)
     model = model_of(target).eval()
-    if weights is not None:
-        load(weights, into=model)
+    if checkpoint is not None:
+        load(checkpoint, into=model)
     try:
         with torch.inference_mode():
             model(*given)
