@@ -149,7 +149,7 @@ def test_without_masks_the_zeros_are_told_as_they_are():
     assert [line.name for line in sc.report(tied).lines] == ["2.weight"]
 
 
-@pytest.mark.parametrize("size", [(367, 361), (1000, 1001), (770, 131)])
+@pytest.mark.parametrize("size", [(367, 361), (1000, 1001), (770, 131), (300, 173)])
 def test_asked_is_the_number_that_was_asked(size):
     layer = nn.Linear(*size, bias=False)
     for asked in (0.9, 0.3, 0.95):

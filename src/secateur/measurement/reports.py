@@ -142,9 +142,9 @@ def report(model: nn.Module, masks: Masks | None = None) -> Report:
 def _as_asked(count: int, size: int) -> float:
     """The share of `count` in `size`: 0.9 and not 0.900000053 where 0.9 of so many weights is just this count."""
     share = count / max(size, 1)
-    for digits in range(1, 6):
+    for digits in range(1, 5) if size > 50_000 else ():  # of fewer weights several decimals are the same count
         short = round(share, digits)
-        if abs(short - share) < 1e-5 and half_up(Fraction(str(short)) * size) == count:
+        if half_up(Fraction(str(short)) * size) == count:
             return short
     return share
 
