@@ -80,11 +80,7 @@ LEFT_BARE = {
     "storage/test_coding",
     "support/test_files",
     "test_masks",
-    "test_patterns",
-    "test_plan",
     "test_scope",
-    "test_scores",
-    "test_sparsity",
 }
 
 

@@ -160,7 +160,7 @@ def test_bad_blocks_and_lines():
 @pytest.mark.parametrize("along", [2, -1])
 def test_lines_lie_along_the_first_or_the_second_dimension(along):
     layer = make("Linear")
-    with pytest.raises((InputError, PatternError)):
+    with pytest.raises(InputError, match=r"choose 0 for rows \(outputs\) or 1 for columns"):
         sc.prune(layer, 0.5, pattern=patterns.lines(along))
 
 

@@ -138,28 +138,28 @@ def test_global_over_mixed_dtypes_and_layouts():
 
 
 BAD = {
-    "int": {"sparsity": 1},
-    "bool": {"sparsity": True},
-    "str": {"sparsity": "0.9"},
-    "nan": {"sparsity": math.nan},
-    "below": {"sparsity": -0.1},
-    "above": {"sparsity": 1.1},
-    "all": {"sparsity": 1.0},
-    "count": {"sparsity": sc.Count(51)},
-    "glob": {"sparsity": {"conv*": 0.5}},
-    "glob value": {"sparsity": {"0*": 0.5, "2*": 2.0}},
-    "score": {"sparsity": 0.5, "score": "size"},
-    "score shape": {"sparsity": 0.5, "score": lambda n, w: w.sum()},
-    "late score": {"sparsity": 0.5, "score": {"0.weight": torch.ones(5, 7)}},
-    "gradient score": {"sparsity": 0.5, "score": "taylor"},
-    "allocation": {"sparsity": 0.5, "allocation": "fair"},
-    "allocation function": {"sparsity": 0.5, "allocation": lambda w, n: {}},
-    "pattern": {"sparsity": 0.5, "pattern": sc.n_m(2, 4)},
-    "pattern name": {"sparsity": 0.5, "pattern": "2to4"},
-    "scope": {"sparsity": 0.5, "scope": ["0.weight"]},
-    "scope name": {"sparsity": 0.5, "scope": {"9.weight": None}},
-    "scope of another": {"sparsity": 0.5, "scope": sc.weights(net())},
-    "scope of a larger": {"sparsity": 0.5, "scope": sc.weights(nn.Sequential(*net(), nn.Linear(3, 3)))},
+    "int": ({"sparsity": 1}, r"or sc\.Count\(1\)"),
+    "bool": ({"sparsity": True}, r"such as 0\.9"),
+    "str": ({"sparsity": "0.9"}, r"such as 0\.9"),
+    "nan": ({"sparsity": math.nan}, r"such as 0\.9"),
+    "below": ({"sparsity": -0.1}, r"such as 0\.9"),
+    "above": ({"sparsity": 1.1}, r"such as 0\.9"),
+    "all": ({"sparsity": 1.0}, r"ask for less"),
+    "count": ({"sparsity": sc.Count(51)}, r"ask for fewer"),
+    "glob": ({"sparsity": {"conv*": 0.5}}, r"names are"),
+    "glob value": ({"sparsity": {"0*": 0.5, "2*": 2.0}}, r"write 0\.02"),
+    "score": ({"sparsity": 0.5, "score": "size"}, r"choose magnitude"),
+    "score shape": ({"sparsity": 0.5, "score": lambda n, w: w.sum()}, r"must be"),
+    "late score": ({"sparsity": 0.5, "score": {"0.weight": torch.ones(5, 7)}}, r"names are"),
+    "gradient score": ({"sparsity": 0.5, "score": "taylor"}, r"sc\.accumulate"),
+    "allocation": ({"sparsity": 0.5, "allocation": "fair"}, r"choose global"),
+    "allocation function": ({"sparsity": 0.5, "allocation": lambda w, n: {}}, r"it must give"),
+    "pattern": ({"sparsity": 0.5, "pattern": sc.n_m(2, 4)}, r"tail='keep'"),
+    "pattern name": ({"sparsity": 0.5, "pattern": "2to4"}, r"choose free"),
+    "scope": ({"sparsity": 0.5, "scope": ["0.weight"]}, r"give sc\.weights"),
+    "scope name": ({"sparsity": 0.5, "scope": {"9.weight": None}}, r"names are"),
+    "scope of another": ({"sparsity": 0.5, "scope": sc.weights(net())}, r"anew"),
+    "scope of a larger": ({"sparsity": 0.5, "scope": sc.weights(nn.Sequential(*net(), nn.Linear(3, 3)))}, r"anew"),
 }
 
 
@@ -168,8 +168,9 @@ def test_errors_come_before_anything_changes(kind):
     model = net()
     before = copy.deepcopy(model.state_dict())
     versions = [p._version for p in model.parameters()]
-    with pytest.raises(SecateurError):
-        sc.prune(model, **BAD[kind])
+    asked, remedy = BAD[kind]
+    with pytest.raises(SecateurError, match=remedy):
+        sc.prune(model, **asked)
     assert [p._version for p in model.parameters()] == versions
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
@@ -200,7 +201,7 @@ def test_a_scope_of_another_model_or_no_scope():
         sc.prune(net(), 0.5, scope=sc.weights(net()))
     with pytest.raises(InputTypeError, match=r"scope is a list: give sc\.weights"):
         sc.prune(net(), 0.5, scope=["0.weight"])
-    with pytest.raises(UnknownNameError):
+    with pytest.raises(UnknownNameError, match="nearest names are"):
         sc.prune(net(), 0.5, scope={"7.weight": None})
 
 
@@ -241,7 +242,7 @@ def test_a_collapse_in_a_pruner_points_at_the_loop():
     model = nn.Sequential(nn.Linear(30, 30, bias=False), nn.Linear(30, 30, bias=False))
     with torch.no_grad():
         model[0].weight.mul_(1e-6)
-    with pytest.warns(SecateurWarning) as caught:
+    with pytest.warns(SecateurWarning, match="keeps under 1 %") as caught:
         sc.Pruner(model, 0.5).step()
     assert caught[0].filename == __file__
 

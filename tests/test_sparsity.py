@@ -1,6 +1,7 @@
 """secateur.sparsity: amounts read exactly as they are written."""
 
 import math
+import re
 from fractions import Fraction
 
 import numpy as np
@@ -58,10 +59,8 @@ def test_fraction_reads(given, want):
     "bad", [True, np.True_, "0.9", None, math.nan, math.inf, -0.1, 1.1, -1e-9, Fraction(11, 10), [0.5], 1j]
 )
 def test_fraction_refuses_with_the_value(bad):
-    with pytest.raises(InputError) as caught:
+    with pytest.raises(InputError, match=rf"sparsity is {re.escape(repr(bad))}.*such as 0\.9"):
         fraction(bad)
-    assert repr(bad) in str(caught.value)
-    assert "such as 0.9" in str(caught.value)
 
 
 @pytest.mark.parametrize("bad", [1, 0, np.int64(1)])
