@@ -16,13 +16,14 @@ from torch.nn import functional as F
 
 from secateur.runtime import operators as operators  # registers torch.ops.secateur
 from secateur.runtime import products
-from secateur.runtime.swapping import Sparse, Swapped, worth_packing
+from secateur.runtime.swapping import Sparse, Swapped, sparse, worth_packing
 
 __all__: list[str] = []  # reached through secateur.accelerate alone
 
 _SEPARATE = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 
+@sparse
 class SparseMultiheadAttention(Sparse, nn.MultiheadAttention):
     """An nn.MultiheadAttention whose projections have packed weights."""
 

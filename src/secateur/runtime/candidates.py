@@ -8,21 +8,15 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from secateur.runtime import attention, convolutions, linears, recurrences
+from secateur.runtime import attention, linears
+from secateur.runtime import convolutions as convolutions  # registers its kinds
+from secateur.runtime import recurrences as recurrences
 from secateur.runtime.kernel_plans import LayerPlan
-from secateur.runtime.swapping import SPARSE_ENOUGH, Sparse, Swapped, swap, zero_share
+from secateur.runtime.swapping import KINDS, SPARSE_ENOUGH, Sparse, Swapped, swap, zero_share
 from secateur.support.tables import percent
 
 __all__: list[str] = []  # reached through secateur.accelerate alone
 
-_KINDS: dict[type[nn.Module], type[Sparse]] = {
-    nn.Linear: linears.SparseLinear,
-    nn.Conv1d: convolutions.SparseConv1d,
-    nn.Conv2d: convolutions.SparseConv2d,
-    nn.LSTM: recurrences.SparseLSTM,
-    nn.GRU: recurrences.SparseGRU,
-    nn.MultiheadAttention: attention.SparseMultiheadAttention,
-}
 _AROUND: dict[type[nn.Module], type[Swapped]] = {
     nn.TransformerEncoderLayer: attention.SparseTransformerEncoderLayer,
     nn.TransformerEncoder: attention.SparseTransformerEncoder,
@@ -61,7 +55,7 @@ def zeros_of(weights: Sequence[Tensor]) -> float:
 def _mixin(module: nn.Module) -> type[Sparse] | None:
     if linears.is_transposed(type(module)):
         return linears.SparseTransposedLinear
-    return next((mixin for plain, mixin in _KINDS.items() if isinstance(module, plain)), None)
+    return next((mixin for plain, mixin in KINDS.items() if isinstance(module, plain)), None)
 
 
 def _obstacle(module: nn.Module, mixin: type[Sparse], zeros: float) -> str:

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from secateur.runtime import operators as operators  # registers torch.ops.secateur
 from secateur.runtime import products
-from secateur.runtime.swapping import Sparse
+from secateur.runtime.swapping import Sparse, sparse
 
 __all__: list[str] = []  # reached through secateur.accelerate alone
 
@@ -57,12 +57,14 @@ class _SparseConvolution(Sparse):
         return batch if self._single == 3 else batch.unsqueeze(2)
 
 
+@sparse
 class SparseConv2d(_SparseConvolution, nn.Conv2d):
     """An nn.Conv2d with packed weights; what it gives is contiguous."""
 
     plain = nn.Conv2d
 
 
+@sparse
 class SparseConv1d(_SparseConvolution, nn.Conv1d):
     """An nn.Conv1d with packed weights."""
 

@@ -10,11 +10,12 @@ from torch import Tensor, nn
 
 from secateur.runtime import operators as operators  # registers torch.ops.secateur
 from secateur.runtime import products
-from secateur.runtime.swapping import Sparse
+from secateur.runtime.swapping import Sparse, sparse
 
 __all__: list[str] = []  # reached through secateur.accelerate alone
 
 
+@sparse
 class SparseLinear(Sparse, nn.Linear):
     """An nn.Linear with packed weights."""
 

@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from secateur.runtime import operators as operators  # registers torch.ops.secateur
 from secateur.runtime import products
-from secateur.runtime.swapping import Sparse, worth_packing
+from secateur.runtime.swapping import Sparse, sparse, worth_packing
 
 __all__: list[str] = []  # reached through secateur.accelerate alone
 
@@ -112,12 +112,14 @@ class _SparseRecurrent(Sparse, nn.RNNBase):
         return [name for name in self._flat_weights_names if name.startswith("weight")]
 
 
+@sparse
 class SparseLSTM(_SparseRecurrent, nn.LSTM):
     """An nn.LSTM with packed weights."""
 
     plain = nn.LSTM
 
 
+@sparse
 class SparseGRU(_SparseRecurrent, nn.GRU):
     """An nn.GRU with packed weights."""
 

@@ -7,7 +7,7 @@ A swap changes `module.__class__` to a subclass and nothing else that a user see
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -198,6 +198,18 @@ class Sparse(Swapped):
         if fresh and self.fresh():
             self.stamp()
         return result
+
+
+KINDS: dict[type[nn.Module], type[Sparse]] = {}
+"""By torch's class of a layer the sparse one, which is registered where it is written."""
+
+_S = TypeVar("_S", bound=type[Sparse])
+
+
+def sparse(mixin: _S) -> _S:
+    """Register a class as the sparse kind of its `plain` one: layers of the latter are tried as the former."""
+    KINDS[mixin.plain] = mixin
+    return mixin
 
 
 def swap(module: nn.Module, mixin: type[Swapped]) -> None:
