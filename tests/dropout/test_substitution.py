@@ -49,7 +49,7 @@ class Stop(BaseException):
 class Stopping(nn.Linear):
     def forward(self, x):
         if self.stop:
-            raise Stop
+            raise Stop("now")
         return super().forward(x)
 
 
@@ -98,7 +98,7 @@ def test_an_error_ends_it():
 def test_after_an_interruption_nothing_is_substituted():
     module = doubled(Stopping(4, 3))
     module.stop = True
-    with pytest.raises(Stop):
+    with pytest.raises(Stop, match="now"):
         module(X)
     weight = module.weight.detach().clone()
     assert torch.equal(module.state_dict()["weight"], weight)
@@ -117,7 +117,7 @@ def test_an_interruption_of_samples_leaves_no_handler():
     rates = sc.dropout.variational(model, n_data=10, warmup=0, scope=sc.weights(model, only=["2.weight"]))
     right = sc.dropout.sample(model, X, n=4).samples
     model[2].stop = True
-    with pytest.raises(Stop):
+    with pytest.raises(Stop, match="now"):
         sc.dropout.sample(model, X, n=4)
     assert torch._C._len_torch_function_stack() == 0
     model[2].stop = False
