@@ -258,7 +258,7 @@ def agree() -> list[dict[str, object]]:
         torch.manual_seed(0)
         model, inputs = build().eval(), make(2)
         run = passes.Run(model, arguments(inputs), logits, 0, False)
-        with isolation.at_rest():
+        with isolation.undisturbed():
             run.look()
             (exact,) = passes.joined([run.some("exact", [i]) for i in range(16)])
             row: dict[str, object] = {"case": name}

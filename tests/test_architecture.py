@@ -27,20 +27,13 @@ OF_NO_ROOM = {  # tests that mirror no module, and what they are of
 
 
 # What is still to be put right: each of these must become empty.
-LEFT_ARROWS = {
-    "dropout/interception/handlers": {"dropout/sampling/prefix", "dropout/sampling/strategies"},
-    "dropout/interception/rules": {"dropout/interception/handlers"},
-}
+LEFT_ARROWS = {}
 LEFT_BENCHMARKS = {"dropout": {"zoo"}}
 LEFT_WITHOUT_TESTS = {
     "demo/digits",
     "demo/elsewhere",
     "demo/pictures",
     "demo/stage",
-    "dropout/interception/handlers",
-    "dropout/interception/isolation",
-    "dropout/interception/recurrent_calls",
-    "dropout/interception/rules",
     "dropout/learned/to_pruning",
     "dropout/noise",
     "dropout/sampling/fingerprints",
@@ -48,7 +41,6 @@ LEFT_WITHOUT_TESTS = {
     "dropout/sampling/passes",
     "dropout/sampling/prefix",
     "dropout/sampling/strategies",
-    "dropout/substitution",
     "runtime/bench",
     "runtime/candidates",
     "runtime/native",

@@ -700,7 +700,7 @@ def _():
     return Model(forward, layers=nn.ModuleList(nn.Sequential(linear(), nn.Dropout(0.3)) for _ in range(4))), vectors()
 
 
-@entry("a random number of Python", [("drop", "dropout", 0.3)], [("", "random numbers")])
+@entry("a random number of Python", [("drop", "dropout", 0.3)], [("", "random numbers of Python's random")])
 def _():
     def forward(self, x):
         return self.a(self.drop(x)) * (random.random() if self.training else 0.5)
@@ -708,12 +708,12 @@ def _():
     return Model(forward, a=linear(), drop=nn.Dropout(0.3)), vectors()
 
 
-@entry("a scripted part", [("1", "dropout", 0.3)], [("2", "dropout"), ("", "random numbers")])
+@entry("a scripted part", [("1", "dropout", 0.3)], [("2", "dropout")])
 def _():
     return nn.Sequential(linear(), nn.Dropout(0.3), scripted(nn.Sequential(nn.Dropout(0.5)))), vectors()
 
 
-@entry("a scripted function", [("drop", "dropout", 0.3)], [("", "random numbers")])
+@entry("a scripted function", [("drop", "dropout", 0.3)], [("", "bernoulli_")])
 def _():
     return Model(lambda s, x: _scripted(s.drop(s.a(x)), s.training), a=linear(), drop=nn.Dropout(0.3)), vectors()
 
@@ -728,7 +728,7 @@ def _():
     return Model(lambda s, x: s.a(s.drop(x)) + torch.randn_like(x), a=linear(), drop=nn.Dropout(0.3)), vectors()
 
 
-@entry("RReLU", [("2", "dropout", 0.3)], [("1", "rrelu")])
+@entry("RReLU", [("2", "dropout", 0.3)], [("1", "rrelu_with_noise")])
 def _():
     return nn.Sequential(linear(), nn.RReLU(), nn.Dropout(0.3), linear()), vectors()
 

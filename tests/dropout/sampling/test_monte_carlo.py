@@ -24,10 +24,10 @@ from torch.utils._pytree import tree_map
 from zoo import ZOO, Model, answer, bits, first, fresh, linear, loop, rest, sequences, untouched, vectors
 
 import secateur as sc
-from secateur.dropout.interception.isolation import at_rest
+from secateur.dropout.interception.followers import Unsuitable
+from secateur.dropout.interception.isolation import undisturbed
 from secateur.dropout.sampling.monte_carlo import _PLANS, _agree
 from secateur.dropout.sampling.passes import Run
-from secateur.dropout.sampling.prefix import Unsuitable
 from secateur.errors import InputError, InputTypeError, SecateurWarning, StateError
 from secateur.measurement.costs import peak_bytes
 from secateur.support.inputs import arguments
@@ -74,7 +74,7 @@ def planned(model, inputs, output=None, seed=0, shared=False):
 
 def exact(model, inputs, n, output=None, seed=0, shared=False):
     """Samples one by one, each in a full pass."""
-    with at_rest():
+    with undisturbed():
         run = planned(model, inputs, output, seed, shared)
         return torch.cat([run.some("exact", [i])[0] for i in range(n)])
 
@@ -110,7 +110,7 @@ def test_no_way_and_no_chunk_changes_a_sample(entry):
     """Each way gives what a full pass gives, or is refused: by itself, or by the check of the first two samples."""
     model, inputs, output = entry.build()
     several = []
-    with at_rest(), warnings.catch_warnings():
+    with undisturbed(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         run = planned(model, inputs, output)
         right = torch.cat([run.some("exact", [i])[0] for i in range(7)])
@@ -147,7 +147,7 @@ def test_sample_gives_what_full_passes_give(entry):
 def test_each_call_alone_moves_the_output(entry):
     """None of those that are found is met in vain."""
     model, inputs, output = entry.build()
-    with at_rest():
+    with undisturbed():
         run = planned(model, inputs, output)
         calls = run.plan.calls
         still = answer(model, inputs, output)
@@ -383,7 +383,7 @@ def test_one_mask_for_the_batch(name):
     assert len({bits(one) for one in got}) == 12 or "Depth" in name
     assert near(got, got[:, :1].expand_as(got).contiguous(), 1e-5, columns=False)
     for way in WAYS:
-        with at_rest():
+        with undisturbed():
             run = planned(model, same, None, shared=True)
             try:
                 other = taken(run, way, range(12), 12, False)

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import copy
-import random
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
-from secateur.dropout.interception.handlers import Call, Lister, handling
-from secateur.dropout.interception.isolation import Buffers, at_rest, fresh, require_rest
-from secateur.measurement.costs import devices
+from secateur.dropout.interception.handlers import DropoutCall
+from secateur.dropout.interception.isolation import Buffers, fresh, require_rest, undisturbed
+from secateur.dropout.interception.listing import Lister, listed
 from secateur.support.inputs import Arguments, arguments
 from secateur.support.tables import Printed, Table
 
@@ -44,7 +41,7 @@ class Unreached:
 
 @dataclass(frozen=True)
 class Found(Printed):
-    """The dropout of a model, as the inputs given make it run; `str()` is a table.
+    """The dropout of a model, as the inputs given make it run; `str()` is a table, and a loop gives its calls.
 
     Attributes:
         sequence: each dropout call in the order in which the model makes them, those in a module that runs twice twice;
@@ -53,12 +50,12 @@ class Found(Printed):
         writes: the model writes into its buffers, in `eval()` too.
     """
 
-    sequence: tuple[Call, ...]
+    sequence: tuple[DropoutCall, ...]
     unreached: tuple[Unreached, ...]
     writes: bool
 
     @property
-    def calls(self) -> tuple[Call, ...]:
+    def calls(self) -> tuple[DropoutCall, ...]:
         """The calls that drop something."""
         return tuple(call for call in self.sequence if call.rate != 0)
 
@@ -66,6 +63,14 @@ class Found(Printed):
     def off(self) -> int:
         """How many calls drop nothing."""
         return len(self.sequence) - len(self.calls)
+
+    def __len__(self) -> int:
+        """How many calls drop something."""
+        return len(self.calls)
+
+    def __iter__(self) -> Iterator[DropoutCall]:
+        """The calls that drop something, in the order in which the model makes them."""
+        return iter(self.calls)
 
     def table(self) -> Table:
         """One row a call; what is out of reach is in the notes."""
@@ -103,12 +108,12 @@ def find(model: nn.Module, inputs: Any) -> Found:
     """
     call = arguments(inputs)
     require_rest(model)
-    with at_rest():
+    with undisturbed():
         return look(model, fresh(call))[0]
 
 
 def look(model: nn.Module, call: Arguments) -> tuple[Found, Any]:
-    """Find the dropout calls of a model that is `at_rest`; and what the model gives. It may write into the inputs."""
+    """Find the dropout calls of a model, `undisturbed`; and what it gives. It may write into the inputs."""
     buffers = Buffers(model)
     now, output = listed(model, call)
     writes = buffers.put_back()
@@ -117,18 +122,6 @@ def look(model: nn.Module, call: Arguments) -> tuple[Found, Any]:
     except Exception as error:  # a model may want more in training: targets, a larger batch
         return _found(model, now, None, writes, f"{type(error).__name__}: {error}"), output
     return _found(model, now, then, writes), output
-
-
-def listed(model: nn.Module, call: Arguments) -> tuple[Lister, Any]:
-    """Run a model and list its dropout calls; what it gives, too."""
-    names = {
-        id(module): name.replace("_orig_mod.", "").removesuffix("_orig_mod") for name, module in model.named_modules()
-    }
-    lister = Lister(names)
-    with _random_state(model) as moved, handling(lister):
-        answer = model(*call[0], **call[1])
-        lister.moved = moved()
-    return lister, answer
 
 
 def _in_training(model: nn.Module, call: Arguments) -> Lister:
@@ -160,46 +153,28 @@ def _shallow(module: nn.Module, done: dict[int, nn.Module]) -> nn.Module:
     return done[id(module)]
 
 
-@contextmanager
-def _random_state(model: nn.Module) -> Iterator[Callable[[], bool]]:
-    """Put the global random numbers back, of torch, Python and numpy; gives a question: have they been drawn?"""
-    cuda = [device for device in devices(model) if device.type == "cuda"]
-    python, arrays = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=cuda):
-        torch_state = torch.get_rng_state()
-
-        def moved() -> bool:
-            same = torch.equal(torch_state, torch.get_rng_state()) and python == random.getstate()
-            return not same or not all(map(np.array_equal, arrays, np.random.get_state()))
-
-        try:
-            yield moved
-        finally:
-            random.setstate(python)
-            np.random.set_state(arrays)
-
-
 def _found(model: nn.Module, now: Lister, then: Lister | None, writes: bool, failure: str = "") -> Found:
-    unreached = [Unreached(path, "dropout", _SCRIPTED) for path in _scripted(model)]
-    unreached += [Unreached(c.path, f"{c.kind} (line {c.line})", _UNSEEDED) for c in now.random]
-    if now.moved and not now.random:
-        unreached.append(Unreached("", "random numbers", f"{_HIDDEN}; {_UNSEEDED}"))
+    scripted = list(_scripted(model))
+    unreached = [Unreached(path, "dropout", _SCRIPTED) for path in scripted]
+    here = {call.site: call for call in now.noise}
+    unreached += [_lost(call, _UNSEEDED) for call in here.values()]
     rates: dict[tuple[Any, ...], float | None] = {}
     if then is None:
         unreached.append(Unreached("", "noise that is there in training only", _UNKNOWN.format(failure)))
     else:
         rates = {site: call.rate if on else 0.0 for site, (call, on) in _numbered(then.calls)}
-        here = {site for site, _ in _numbered(now.calls)}
-        lost = [call for site, (call, on) in _numbered(then.calls) if on and call.rate != 0 and site not in here]
-        unreached += [Unreached(c.path, f"{c.kind} (line {c.line})", _HANDWRITTEN) for c in lost]
-        known = Counter(call.site for call in now.random)
-        only = Counter(call.site for call in then.random) - known
-        unreached += [Unreached(path, f"{kind} (line {line})", _HANDWRITTEN) for path, line, kind in only]
-        if then.moved and not then.random and not now.moved:
-            unreached.append(Unreached("", "random numbers", f"{_HIDDEN}, in train() only"))
+        met = {site for site, _ in _numbered(now.calls)}
+        lost = [call for site, (call, on) in _numbered(then.calls) if on and call.rate != 0 and site not in met]
+        unreached += [_lost(call, _HANDWRITTEN) for call in lost]
+        only = {call.site: call for call in then.noise if call.site not in here and call.path not in scripted}
+        unreached += [_lost(call, _HANDWRITTEN) for call in only.values()]
     # a call that training skipped this time, as some skip whole layers, has the rate that it shows here
     sequence = tuple(replace(call, rate=rates.get(site, call.rate)) for site, (call, _) in _numbered(now.calls))
     return Found(sequence, tuple(unreached), writes)
+
+
+def _lost(call: DropoutCall, why: str) -> Unreached:
+    return Unreached(call.path, f"{call.kind} (line {call.line})", why)
 
 
 _HANDWRITTEN = (
@@ -207,12 +182,11 @@ _HANDWRITTEN = (
     "write functional.dropout(x, p, self.training), or use nn.Dropout"
 )
 _SCRIPTED = "torch.jit runs it, and none of its calls is seen; take samples of the module before torch.jit.script"
-_HIDDEN = "they are drawn by a call that is not seen (of Python, of numpy, of scripted code)"
 _UNSEEDED = "it is random in eval() too, and does not follow the seed"
 _UNKNOWN = "the model did not run in train() ({}), so it is not known whether there is any"
 
 
-def _numbered(calls: list[tuple[Call, bool]]) -> Iterator[tuple[tuple[Any, ...], tuple[Call, bool]]]:
+def _numbered(calls: list[tuple[DropoutCall, bool]]) -> Iterator[tuple[tuple[Any, ...], tuple[DropoutCall, bool]]]:
     """Each call with its place in the code, and how often it has been called before."""
     seen: Counter[Any] = Counter()
     for call, on in calls:

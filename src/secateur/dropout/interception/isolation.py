@@ -69,7 +69,7 @@ _eager = _Eager()
 
 
 @contextmanager
-def at_rest() -> Iterator[None]:
+def undisturbed() -> Iterator[None]:
     """No gradients, and no compiled code, in which no call is seen.
 
     Raises:

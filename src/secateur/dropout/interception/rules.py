@@ -1,4 +1,4 @@
-"""What each random function of torch, and of this library, does under a handler: which call it is, and its noise."""
+"""What each dropout function of torch, and of this library, does under a handler: which call it is, and its noise."""
 
 from __future__ import annotations
 
@@ -7,18 +7,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
 from types import FunctionType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from secateur.dropout import noise
+from secateur.dropout.interception.handlers import Handler
 from secateur.dropout.interception.recurrent_calls import Recurrence
 from secateur.dropout.noise import mask_of
-
-if TYPE_CHECKING:
-    from secateur.dropout.interception.handlers import Handler
 
 _Args = tuple[Any, ...]
 _Kwargs = dict[str, Any]
@@ -209,10 +207,14 @@ for _name, _features, _combine in (
     for _function in (getattr(torch, _name + "_"), getattr(_aten, _name + "_"), getattr(_aten, _name + "_").default):
         HANDLED[_function] = _Kind(_name, _features, _combine, inplace=True)
 
-RANDOM = {
-    torch.bernoulli, torch.binomial, torch.multinomial, torch.normal, torch.poisson, torch.rand, torch.rand_like,
-    torch.randint, torch.randint_like, torch.randn, torch.randn_like, torch.randperm, torch._sample_dirichlet,
-    torch._standard_gamma, Tensor.bernoulli, Tensor.bernoulli_, Tensor.cauchy_, Tensor.exponential_,
-    Tensor.geometric_, Tensor.log_normal_, Tensor.multinomial, Tensor.normal_, Tensor.random_, Tensor.uniform_,
-    functional.gumbel_softmax,
-}  # fmt: skip
+
+class Dispatcher(Handler):
+    """A handler that is asked by the functions of the table."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        handle = HANDLED.get(func)
+        if handle is not None:
+            return handle(self, func, args, kwargs or {})
+        if self.direct:
+            return func(*args, **kwargs) if kwargs else func(*args)
+        return self.plain(func, args, kwargs or {})

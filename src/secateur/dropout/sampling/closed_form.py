@@ -12,12 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from secateur.dropout.interception.handlers import Call, Follower
-from secateur.dropout.interception.isolation import at_rest, require_rest
+from secateur.dropout.interception.followers import Follower, Unsuitable
+from secateur.dropout.interception.handlers import Combine, DropoutCall
+from secateur.dropout.interception.isolation import require_rest, undisturbed
 from secateur.dropout.sampling.fingerprints import fingerprint, spec
-from secateur.dropout.sampling.passes import Plan, Run
-from secateur.dropout.sampling.prefix import Unsuitable
-from secateur.dropout.sampling.strategies import Combine
+from secateur.dropout.sampling.passes import Run, SamplingPlan
 from secateur.errors import InputError, warn
 from secateur.support.inputs import arguments
 
@@ -65,7 +64,7 @@ def closed_form(model: nn.Module, inputs: Any) -> Moments:
     """
     run = Run(model, arguments(inputs), None, 0, shared=False)
     require_rest(model)
-    with at_rest():
+    with undisturbed():
         watcher, answer = _watched(run)
         for unreached in run.plan.found.unreached:
             warn(f"closed_form leaves noise out: {unreached}")
@@ -77,7 +76,7 @@ def closed_form(model: nn.Module, inputs: Any) -> Moments:
         return watcher.moments(watcher.dropped, *watcher.linear)
 
 
-_PLANS: weakref.WeakKeyDictionary[nn.Module, tuple[Any, Plan]] = weakref.WeakKeyDictionary()
+_PLANS: weakref.WeakKeyDictionary[nn.Module, tuple[Any, SamplingPlan]] = weakref.WeakKeyDictionary()
 
 
 def _watched(run: Run) -> tuple[_Watcher, Tensor]:
@@ -104,7 +103,7 @@ _REMEDY = "take samples: sc.dropout.sample(model, inputs)"
 class _Watcher(Follower):
     """Leaves the dropout out, and watches what is done with what it would have dropped from."""
 
-    def __init__(self, calls: Sequence[Call]) -> None:
+    def __init__(self, calls: Sequence[DropoutCall]) -> None:
         super().__init__(calls)
         self.dropped: Tensor | None = None
         self.linear: tuple[tuple[Any, ...], Tensor] | None = None
@@ -112,7 +111,7 @@ class _Watcher(Follower):
         self.refusal = ""
         self._combine: Combine | None = None
 
-    def put(self, call: Call, x: Tensor, shape: Sequence[int], combine: Combine, axis: int = 0) -> Tensor:
+    def put(self, call: DropoutCall, x: Tensor, shape: Sequence[int], combine: Combine, axis: int = 0) -> Tensor:
         if self.dropped is not None:
             self.refusal = self.refusal or f"there is another dropout after the first ({call.kind})"
         elif tuple(shape) != tuple(x.shape):
@@ -121,7 +120,7 @@ class _Watcher(Follower):
         self._rate = call.rate or 0.0
         return self.dropped
 
-    def numbers(self, call: Call, like: Tensor, shape: Sequence[int], normal: bool) -> Tensor:
+    def numbers(self, call: DropoutCall, like: Tensor, shape: Sequence[int], normal: bool) -> Tensor:
         self.refusal = self.refusal or f"{call.kind} is no noise on a tensor"
         return torch.full(tuple(shape), 0.0 if normal else 1 - 2**-24, device=like.device)
 

@@ -14,10 +14,10 @@ import torch
 from torch import nn
 
 from secateur.dropout.interception.discovery import Found
-from secateur.dropout.interception.isolation import at_rest, require_rest
+from secateur.dropout.interception.followers import Unsuitable
+from secateur.dropout.interception.isolation import require_rest, undisturbed
 from secateur.dropout.sampling.fingerprints import fingerprint, identity, spec
-from secateur.dropout.sampling.passes import Output, Plan, Run, joined
-from secateur.dropout.sampling.prefix import Unsuitable
+from secateur.dropout.sampling.passes import Output, Run, SamplingPlan, joined
 from secateur.dropout.sampling.strategies import Outputs
 from secateur.dropout.uncertainty.predictions import Prediction
 from secateur.errors import InputError, InputTypeError, warn
@@ -29,7 +29,7 @@ __all__ = ["sample"]
 
 
 _PROFILER = threading.Lock()
-_PLANS: weakref.WeakKeyDictionary[nn.Module, dict[Any, Plan]] = weakref.WeakKeyDictionary()
+_PLANS: weakref.WeakKeyDictionary[nn.Module, dict[Any, SamplingPlan]] = weakref.WeakKeyDictionary()
 
 
 def sample(
@@ -84,13 +84,14 @@ def sample(
     _require(n, seed, max_memory)
     if seed is None:
         seed = int(torch.randint(2**62, ()))
-    with at_rest(), progress_bar("samples", n, shown=progress) as advance:
+    with undisturbed(), progress_bar("samples", n, shown=progress) as advance:
         run = Run(model, call, output, seed, shared, advance)
         plans = _PLANS.setdefault(model, {})
         key = (fingerprint(model), spec(call), identity(output), n, shared, max_memory, torch.get_num_threads())
         outputs: Outputs | None = None
-        if key in plans:
-            run.plan = plans[key]
+        known = plans.get(key)  # another thread may clear them meanwhile
+        if known is not None:
+            run.plan = known
             with suppress(Unsuitable):  # something has changed that the key does not tell
                 outputs = run.samples(n)
         if outputs is None:

@@ -14,12 +14,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from secateur.dropout.interception.discovery import Found, listed, look
-from secateur.dropout.interception.handlers import Call, Handler, Sampler, handling
+from secateur.dropout.interception.discovery import Found, look
+from secateur.dropout.interception.followers import Unsuitable
+from secateur.dropout.interception.handlers import DropoutCall, Handler, handling
 from secateur.dropout.interception.isolation import buffers_kept, fresh, written
+from secateur.dropout.interception.listing import listed
 from secateur.dropout.noise import require_rate
 from secateur.dropout.sampling.generators import Streams
-from secateur.dropout.sampling.prefix import Boundary, Prefix, Unsuitable
+from secateur.dropout.sampling.prefix import Boundary, Prefix
+from secateur.dropout.sampling.sampler import Sampler
 from secateur.dropout.sampling.strategies import Alone, Folded, Mapped, Outputs
 from secateur.errors import InputError, InputTypeError
 from secateur.support.inputs import Arguments
@@ -29,7 +32,7 @@ Output = Callable[[Any], Any]
 
 
 @dataclass
-class Plan:
+class SamplingPlan:
     """How to take samples of one model for inputs of one shape.
 
     Attributes:
@@ -41,7 +44,7 @@ class Plan:
     """
 
     found: Found
-    calls: Sequence[Call]
+    calls: Sequence[DropoutCall]
     shapes: Sequence[torch.Size]
     writes: bool = False
     way: str = "exact"
@@ -55,7 +58,7 @@ class Run:
         advance: is told how many samples have been taken.
     """
 
-    plan: Plan
+    plan: SamplingPlan
 
     def __init__(
         self,
@@ -89,7 +92,7 @@ class Run:
         shapes = [output.shape for output in outputs_of(answer, self.output)]
         if not math.prod(shapes[0]):
             raise InputError(f"the model gives an output of shape {tuple(shapes[0])}, which is empty: give it inputs")
-        self.plan = Plan(found, found.sequence, shapes, writes)
+        self.plan = SamplingPlan(found, found.sequence, shapes, writes)
         if self.shared:
             self.plan.calls = _with_batch(self)
 
@@ -145,7 +148,7 @@ def joined(pieces: Sequence[Outputs]) -> Outputs:
     return pieces[0] if len(pieces) == 1 else tuple(torch.cat(parts) for parts in zip(*pieces, strict=True))
 
 
-def _with_batch(run: Run) -> Sequence[Call]:
+def _with_batch(run: Run) -> Sequence[DropoutCall]:
     """Find the dimensions of each dropout call that grow with the batch: twice as large for twice the inputs.
 
     Raises:

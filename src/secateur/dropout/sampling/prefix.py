@@ -10,9 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-
-class Unsuitable(Exception):
-    """A way of taking samples does not fit this model; another one is tried."""
+from secateur.dropout.interception.followers import Unsuitable
 
 
 class Boundary(BaseException):

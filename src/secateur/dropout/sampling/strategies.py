@@ -13,12 +13,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from secateur.dropout.interception.followers import Unsuitable
+from secateur.dropout.interception.handlers import Combine
 from secateur.dropout.interception.recurrent_calls import Recurrence
 from secateur.dropout.sampling.generators import Streams
-from secateur.dropout.sampling.prefix import Unsuitable
 
-Combine = Callable[[Tensor, Tensor], Tensor]
-"""Puts random numbers into a tensor, element by element: of both, with one dimension of samples in front."""
 Outputs = tuple[Tensor, ...]
 
 
@@ -159,7 +158,7 @@ class Mapped(Alone):
             states, weights = tensors[:count], tensors[count:]
             return replace(recurrence, x=x, batch_sizes=sizes, states=states, weights=weights).result
 
-        spec = _Call(call, axes, (recurrence.batch_axis, *(1,) * count), inner=packed)
+        spec = _FoldableCall(call, axes, (recurrence.batch_axis, *(1,) * count), inner=packed)
         return tuple(_Fold.apply(spec, recurrence.x, *recurrence.states, *recurrence.weights))  # type: ignore[no-untyped-call]
 
     def plain(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -182,14 +181,14 @@ class Mapped(Alone):
             data, sizes = torch._pack_padded_sequence(x, lengths.repeat_interleave(samples), batch_first)
             return data, sizes // samples
 
-        return tuple(_Fold.apply(_Call(call, (0 if batch_first else 1,), (0, None), inner=True), x))  # type: ignore[no-untyped-call]
+        return tuple(_Fold.apply(_FoldableCall(call, (0 if batch_first else 1,), (0, None), inner=True), x))  # type: ignore[no-untyped-call]
 
     def _pad(self, data: Tensor, sizes: Tensor, batch_first: bool, *options: Any) -> tuple[Tensor, ...]:
         def call(samples: int, data: Tensor) -> tuple[Tensor, ...]:
             padded, lengths = torch._pad_packed_sequence(data, sizes * samples, batch_first, *options)
             return padded, lengths[::samples]
 
-        return tuple(_Fold.apply(_Call(call, (0,), (0 if batch_first else 1, None), inner=True), data))  # type: ignore[no-untyped-call]
+        return tuple(_Fold.apply(_FoldableCall(call, (0,), (0 if batch_first else 1, None), inner=True), data))  # type: ignore[no-untyped-call]
 
     def _cell(self, func: Any, x: Tensor, states: tuple[Tensor, ...], weights: Sequence[Tensor]) -> Any:
         """torch.vmap has no rule for the cells of recurrent layers."""
@@ -199,7 +198,7 @@ class Mapped(Alone):
             found = func(x, hx, *tensors[len(states) :])
             return (found,) if isinstance(found, Tensor) else tuple(found)
 
-        spec = _Call(call, (0, *(0,) * len(states), *(None,) * len(weights)), (0,) * len(states))
+        spec = _FoldableCall(call, (0, *(0,) * len(states), *(None,) * len(weights)), (0,) * len(states))
         found = _Fold.apply(spec, x, *states, *weights)  # type: ignore[no-untyped-call]
         return found[0] if len(states) == 1 else tuple(found)
 
@@ -213,7 +212,7 @@ class Mapped(Alone):
 
         batched = given and given[0].ndim == query.ndim and given[0].shape[0] > 1
         axis = 0 if query.ndim > 2 else None
-        spec = _Call(call, (axis, axis, axis, *(0 if batched else None for _ in given)), (0,))
+        spec = _FoldableCall(call, (axis, axis, axis, *(0 if batched else None for _ in given)), (0,))
         found: Tensor = _Fold.apply(spec, query, key, value, *given)[0]  # type: ignore[no-untyped-call]
         return found
 
@@ -250,7 +249,7 @@ class _Spread(torch.autograd.Function):
 
 
 @dataclass(frozen=True)
-class _Call:
+class _FoldableCall:
     """A call into whose batch samples can be folded.
 
     Attributes:
@@ -267,12 +266,12 @@ class _Call:
 
 
 class _Fold(torch.autograd.Function):
-    """Under vmap: a `_Call` with samples folded into its batch or, where what the batch shares differs, one by one."""
+    """Under vmap: a call with samples folded into its batch or, where what the batch shares differs, one by one."""
 
     generate_vmap_rule = False
 
     @staticmethod
-    def forward(call: _Call, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(call: _FoldableCall, *tensors: Tensor) -> tuple[Tensor, ...]:
         return call.func(1, *tensors)
 
     @staticmethod
@@ -280,7 +279,7 @@ class _Fold(torch.autograd.Function):
 
     @staticmethod
     def vmap(
-        info: Any, in_dims: Any, call: _Call, *tensors: Tensor
+        info: Any, in_dims: Any, call: _FoldableCall, *tensors: Tensor
     ) -> tuple[tuple[Tensor, ...], tuple[int | None, ...]]:
         samples, dims = info.batch_size, in_dims[1:]
         triples = list(zip(tensors, dims, call.axes, strict=True))
