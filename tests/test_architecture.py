@@ -34,7 +34,6 @@ LEFT_WITHOUT_TESTS = {
     "demo/elsewhere",
     "demo/pictures",
     "demo/stage",
-    "dropout/learned/to_pruning",
     "dropout/noise",
     "dropout/sampling/fingerprints",
     "dropout/sampling/generators",

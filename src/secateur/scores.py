@@ -98,7 +98,10 @@ def given(table: Mapping[str, Tensor]) -> Score:
 
     def score(name: str, weight: Tensor) -> Tensor:
         if name not in table:
-            raise UnknownNameError(f"no score for {name}; {nearest(name, table)}")
+            raise UnknownNameError(
+                f"no score for {name}: give one for each tensor in scope, or leave it out, "
+                f"scope=sc.weights(model, only=list(scores)); {nearest(name, table)}"
+            )
         return table[name]
 
     return score

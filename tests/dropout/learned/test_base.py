@@ -24,6 +24,8 @@ from secateur.dropout.learned import (
 from secateur.errors import InputError, InputTypeError, StateError
 from secateur.sparsity import fraction, half_up
 
+pytestmark = pytest.mark.filterwarnings("ignore:concrete learns no rate:secateur.errors.SecateurWarning")
+
 
 class Model(nn.Module):
     """A convolution, a recurrent layer, an attention and a Linear."""

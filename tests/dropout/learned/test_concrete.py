@@ -11,7 +11,7 @@ from torch import nn
 import secateur as sc
 from secateur.dropout import noise
 from secateur.dropout.learned import concrete, finish, penalty, to_masks, to_scores
-from secateur.errors import InputError, InputTypeError, StateError
+from secateur.errors import InputError, InputTypeError, SecateurWarning, StateError
 
 
 def set_rate(rates, name, p):
@@ -180,13 +180,27 @@ def test_scores_share_a_budget_by_the_rates_whatever_the_scale():
 
 def test_attention_is_left_out_by_default_and_refused_by_name():
     model = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
-    rates = concrete(model, n_data=10)
+    with pytest.warns(SecateurWarning, match=r"no rate for self_attn\.in_proj_weight.*scope=sc\.weights\(model, only="):
+        rates = concrete(model, n_data=10)
     assert list(rates.rates) == ["linear1", "linear2"]
     rates.remove()
     with pytest.raises(InputError, match=r"out_proj.*name those, scope="):
         concrete(model, n_data=10, scope=sc.weights(model, only="self_attn.out_proj"))
     with pytest.raises(InputError, match="concrete dropout is for Linear and convolutions"):
         concrete(nn.LSTM(2, 2), n_data=10)
+
+
+def test_a_layer_written_with_its_inputs_first_has_a_rate():
+    from transformers.pytorch_utils import Conv1D
+
+    rates = concrete(nn.Sequential(Conv1D(6, 4), nn.Linear(6, 2)), n_data=10)
+    assert [place.inputs for place in rates.places] == [4, 6]
+
+
+@pytest.mark.parametrize("layer", [nn.Conv2d(4, 6, 3, groups=2), nn.ConvTranspose2d(4, 6, 3, groups=2)])
+def test_inputs_of_a_convolution_are_its_channels(layer):
+    (place,) = concrete(layer, n_data=10).places
+    assert place.inputs == 4
 
 
 @pytest.mark.parametrize(

@@ -214,7 +214,8 @@ def test_scores_prune_whole_units_first():
         rates.value("0").copy_(torch.randn(8))
     lowest = rates.value("0").argsort()[:3].tolist()
     scores = to_scores(model)
-    assert list(scores) == ["0.weight"]
+    assert list(scores) == ["0.weight", "2.weight"]
+    assert scores["2.weight"].min() > scores["0.weight"].max()  # it has no gates, and goes last
     rates.remove()
     masks = sc.prune(model, sc.Count(30), score=scores, scope=sc.weights(model, only=list(scores)))
     assert masks.pruned == 30

@@ -29,6 +29,8 @@ class LearnedRates(nn.Module):
         self.n_data = require_positive(n_data, "n_data", "the number of training examples, len(dataset)")
         self.values = nn.ParameterDict()
         self.places: list[Place] = []
+        self.left: list[Member] = []
+        """Weights of the default scope about which nothing is learned."""
 
     @property
     def rates(self) -> dict[str, float]:
@@ -71,6 +73,13 @@ class LearnedRates(nn.Module):
     def scores(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
         """Each weight with its scores, of its shape; low ones go first."""
         raise NotImplementedError
+
+    @torch.no_grad()
+    def scores_of_left(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        """Scores of the weights about which nothing is learned: above all others, by size."""
+        highest = max(float(scores.max()) for _, scores in self.scores())
+        for member in self.left:
+            yield member.parameter, highest + relative_size(member.parameter)
 
     def masks(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
         """Each parameter with what the method itself keeps of it: bool, of its shape."""
@@ -222,15 +231,6 @@ def require_free(model: nn.Module, held: Mapping[str, tuple[nn.Module, nn.Module
             )
 
 
-def hosts(model: nn.Module) -> dict[int, nn.Module]:
-    """For each module, by id, the one whose forward uses its parameters: an attention reads its out_proj itself."""
-    found = {id(module): module for module in unwrap(model).modules()}
-    for module in unwrap(model).modules():
-        if isinstance(module, nn.MultiheadAttention):
-            found.update({id(child): module for child in module.children()})
-    return found
-
-
 def layer_name(member: Member) -> str:
     """Name the module of a tensor as the model does; "" is the model itself."""
     return member.name.rpartition(".")[0]
@@ -253,6 +253,12 @@ def require_positive(given: object, name: str, what: str) -> float:
     if not 0 < given < float("inf"):
         raise InputError(f"{name} is {given}: give {what}, above 0")
     return float(given)
+
+
+def relative_size(weight: Tensor) -> Tensor:
+    """Sizes of weights in units of the typical one: abs(w) / rms(W), never less precise than float32."""
+    size = weight.detach().abs().to(learnable(weight)["dtype"])
+    return size / size.square().mean().sqrt().clamp(min=1e-30)
 
 
 def learnable(weight: Tensor) -> dict[str, Any]:

@@ -9,20 +9,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from secateur import anatomy
 from secateur.dropout import noise
 from secateur.dropout.learned import base
 from secateur.dropout.learned.base import LearnedRates, Place
-from secateur.errors import InputError, StateError
-from secateur.scope import Member
+from secateur.errors import InputError, StateError, warn
+from secateur.scope import Member, unwrap
 from secateur.sparsity import fraction, half_up
 
 TEMPERATURE = 0.1
-_CONVS = {
-    kind: ndim
-    for ndim, kinds in enumerate(((nn.Conv1d, nn.ConvTranspose1d), (nn.Conv2d, nn.ConvTranspose2d),
-                                  (nn.Conv3d, nn.ConvTranspose3d)), 1)
-    for kind in kinds
-}  # fmt: skip
 
 
 def concrete(
@@ -44,7 +39,8 @@ def concrete(
         n_data: number of training examples, N.
         length_scale: l of the prior of weights, N(0, 1 / l^2).
         rate: where each rate begins, 0 < rate < 1.
-        scope: the layers, by their weights, from `sc.weights(model, ...)`; by default each Linear and convolution.
+        scope: the layers, by their weights, from `sc.weights(model, ...)`; by default each Linear and convolution. A
+            warning names other weights that the model has, those of an LSTM for example: no rate is learned for them.
 
     Returns:
         What is learned: `Adam([*model.parameters(), *rates.parameters()])`. Its `rates` are the p of each layer, its
@@ -74,10 +70,20 @@ def concrete(
     if start >= 1:
         raise InputError(f"rate is {rate}: give a rate with which to begin, above 0 and below 1, such as 0.1")
     rates = ConcreteRates(n_data, length)
-    members = _layers(base.choose(model, scope), base.hosts(model), named=scope is not None)
+    chosen = base.choose(model, scope)
+    members = _layers(chosen, anatomy.readers(unwrap(model)), named=scope is not None)
     base.require_free(model, {m.name: (m.module, m.module, m.attribute) for m in members})
     for member in members:
         rates.learn(base.layer_name(member), torch.full((), start, **base.learnable(member.parameter)).logit())
+    rates.left = [member for member in chosen if member not in members]
+    if rates.left:
+        names = [member.name for member in rates.left]
+        warn(
+            f"concrete learns no rate for {', '.join(names[:3])}{f' and {len(names) - 3} more' if names[3:] else ''}: "
+            "it is for Linear and convolutions. to_scores ranks these by size, at the mean of the rates; "
+            "recurrent(model, ...) drops inside LSTM, GRU and RNN. To choose the layers yourself: "
+            f"scope=sc.weights(model, only={[member.name for member in members[:3]]})"
+        )
     rates.attach(_Input(rates, base.layer_name(member), member) for member in members)
     return rates
 
@@ -124,10 +130,13 @@ class ConcreteRates(LearnedRates):
     @torch.no_grad()
     def scores(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
         for place in self._inputs():
-            weight = place.member.parameter
-            size = weight.detach().abs().to(self.value(place.name).dtype)
-            typical = size.square().mean().sqrt().clamp(min=1e-30)
-            yield weight, size / typical * (-0.5 * self.value(place.name)).exp()  # sqrt((1 - p) / p)
+            yield place.member.parameter, _scores(place.member.parameter, self.value(place.name))
+
+    @torch.no_grad()
+    def scores_of_left(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        logit = torch.stack([self.value(place.name) for place in self.places]).mean()
+        for member in self.left:
+            yield member.parameter, _scores(member.parameter, logit)
 
     @torch.no_grad()
     def masks(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
@@ -149,6 +158,11 @@ def entropy(logit: Tensor) -> Tensor:
     return F.softplus(logit) - logit.sigmoid() * logit
 
 
+def _scores(weight: Tensor, logit: Tensor) -> Tensor:
+    """Sizes in units of the typical one, and of the noise of a rate."""
+    return base.relative_size(weight) * (-0.5 * logit.to(weight.device)).exp()  # sqrt((1 - p) / p)
+
+
 class _Input(Place):
     """A layer whose input is dropped at a learned rate."""
 
@@ -159,10 +173,9 @@ class _Input(Place):
     @property
     def inputs(self) -> int:
         """K: the inputs that are dropped one by one, features or channels."""
-        if isinstance(self.host, nn.Linear):
-            return self.host.in_features
-        channels: int = self.host.in_channels  # type: ignore[assignment]
-        return channels
+        layout = self.member.layout
+        groups = 1 if layout.groups else getattr(self.host, "groups", 1)  # of a convolution, whose inputs they share
+        return int(self.member.parameter.shape[self.member.input_dim] * groups)
 
     def parameters(self) -> list[Tensor]:
         """The weight and the bias."""
@@ -182,9 +195,9 @@ class _Input(Place):
 
     def _drop(self, x: Tensor, training: bool) -> Tensor:
         shape = x.shape
-        ndim = next((n for kind, n in _CONVS.items() if isinstance(self.host, kind)), 0)
-        if ndim:
-            shape = torch.Size((*x.shape[:-ndim], *[1] * ndim))
+        layer = anatomy.known(type(self.host))
+        if layer is not None and layer.kernel:
+            shape = torch.Size((*x.shape[: -layer.kernel], *[1] * layer.kernel))
         assert isinstance(self.owner, ConcreteRates)
         if self.owner.frozen is not None:
             return noise.drop(x, self.owner.frozen[self.name], training=training, kind="concrete", shape=shape)
@@ -196,8 +209,7 @@ class _Input(Place):
 
 def _layers(members: list[Member], users: Mapping[int, nn.Module], *, named: bool) -> list[Member]:
     """Choose the weights of layers that have one input; others are an error if they were asked for by name."""
-    kinds = (nn.Linear, *_CONVS)
-    fit = [m for m in members if isinstance(m.module, kinds) and users[id(m.module)] is m.module]
+    fit = [m for m in members if _has_one_input(m) and users[id(m.module)] is m.module]
     others = [m for m in members if m not in fit]
     if others and (named or not fit):
         names = ", ".join(m.name for m in others[:3])
@@ -206,6 +218,13 @@ def _layers(members: list[Member], users: Mapping[int, nn.Module], *, named: boo
             "dropout is for Linear and convolutions: name those, scope=sc.weights(model, only=[...])"
         )
     return fit
+
+
+def _has_one_input(member: Member) -> bool:
+    layer = anatomy.known(type(member.module))
+    if layer is None or layer.family not in ("linear", "convolution", "transposed convolution"):
+        return False
+    return member.attribute == "weight" and member.parameter.ndim == layer.kernel + 2
 
 
 def _read_again(rates: ConcreteRates, missing: object) -> None:

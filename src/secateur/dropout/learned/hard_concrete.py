@@ -9,17 +9,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from secateur import anatomy
 from secateur.dropout import noise
 from secateur.dropout.learned import base
 from secateur.dropout.learned.base import LearnedRates, SubstitutePlace
 from secateur.dropout.substitution import Stand
 from secateur.errors import InputError
-from secateur.scope import Member
+from secateur.scope import Member, unwrap
 
 BETA, GAMMA, ZETA = 2 / 3, -0.1, 1.1
 """Temperature of the gates, and the ends to which they are stretched before they are cut to [0, 1]."""
-_LAYERS = nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d
-_RECURRENT = nn.RNNBase, nn.RNNCellBase
 
 
 def hard_concrete(
@@ -75,13 +74,15 @@ def hard_concrete(
         raise InputError(f"rate is {rate}: give a probability with which to begin, above 0 and below 1, such as 0.1")
     rates = HardConcreteRates(n_data, price)
     members = base.choose(model, scope)
-    found = _gated(rates, members, base.hosts(model), named=scope is not None)
+    found = _gated(rates, members, anatomy.readers(unwrap(model)), named=scope is not None)
     held = {f"{g.name}: {r.attribute}": (g.host, r.module, r.attribute) for g in found for r in g.rows}
     base.require_free(model, held)
     for place in found:
         row = place.rows[0].parameter
         rates.learn(place.name, torch.full((place.units,), math.log((1 - start) / start), **base.learnable(row)))
     rates.attach(found)
+    gated = {id(rows.parameter) for place in found for rows in place.rows}
+    rates.left = [m for m in members if id(m.parameter) not in gated]
     return rates
 
 
@@ -219,7 +220,7 @@ def _gated(rates: LearnedRates, members: list[Member], users: Mapping[int, nn.Mo
         else:
             found.setdefault(place.name, place)
     last = list(found)[-1:]
-    if not named and last and isinstance(found[last[0]].host, _LAYERS):
+    if not named and last and _plain(found[last[0]].host):
         del found[last[0]]
     if named and others:
         raise InputError(
@@ -241,18 +242,24 @@ def _place(rates: LearnedRates, member: Member, host: nn.Module) -> _Gated | Non
     if isinstance(host, nn.MultiheadAttention):
         name = name if module is host else name.rpartition(".")[0]
         return _Gated(rates, name, host, _head(host), host.num_heads)
-    if isinstance(module, _LAYERS):
+    if _plain(module):
         rows = [_Rows(module, attribute) for attribute in ("weight", "bias")]
         return _Gated(rates, name, host, _present(rows), member.parameter.shape[0])
-    if isinstance(module, _RECURRENT):
-        units: int = module.hidden_size
-        gates = {nn.LSTM: 4, nn.LSTMCell: 4, nn.GRU: 3, nn.GRUCell: 3}
-        copies = next((n for kind, n in gates.items() if isinstance(module, kind)), 1)
+    layer = anatomy.known(type(module))
+    if layer is not None and layer.family in ("recurrent", "cell"):
+        units, copies = int(module.hidden_size), layer.gates  # type: ignore[arg-type]
         ending = member.attribute.removeprefix("weight_").removeprefix("ih").removeprefix("hh").removeprefix("hr")
         kinds = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
         rows = [_Rows(module, kind + ending, copies=copies, scaled=copies) for kind in kinds]
         return _Gated(rates, f"{name}.{ending.strip('_')}".strip("."), host, _present(rows), units)
     return None
+
+
+def _plain(module: nn.Module) -> bool:
+    """Whether it is a Linear or a convolution that stores its outputs first."""
+    layer = anatomy.known(type(module))
+    stored = {"weight": "oi"}
+    return layer is not None and layer.family in ("linear", "convolution") and layer.weights == stored
 
 
 def _head(module: nn.MultiheadAttention) -> list[_Rows]:

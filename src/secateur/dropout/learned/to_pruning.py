@@ -46,6 +46,11 @@ def to_scores(model: nn.Module) -> dict[str, Tensor]:
       noise that the layer bears (dropout at rate p is noise of variance p / (1 - p)). So rates share out a global
       budget among layers, whatever the scale of each, and magnitude ranks within one.
 
+    So that `sc.prune(model, 0.9, score=...)` takes them as they are, weights about which a method learns nothing by
+    default have scores too. `concrete`, which learns no rate for LSTM, GRU, RNN and attention: as above, with the mean
+    rate of the other layers (the mean of their logits). `hard_concrete`, which leaves the last layer out: above
+    all gates, by size, so that they go last. Weights outside a scope that was given have none: prune with that scope.
+
     Scores of different methods on one model cannot be compared: prune each with a scope of its own.
 
     Raises:
@@ -59,7 +64,9 @@ def to_scores(model: nn.Module) -> dict[str, Tensor]:
     >>> sc.prune(model, 0.9, score=scores, scope=sc.weights(model, only=list(scores))).pruned
     90
     """
-    return _named(model, (rates.scores() for rates in _checked(model)))
+    found = _checked(model)
+    # what one method leaves out another may have learned
+    return _named(model, [*(rates.scores_of_left() for rates in found), *(rates.scores() for rates in found)])
 
 
 def to_masks(model: nn.Module) -> Masks:

@@ -9,17 +9,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from secateur import anatomy
 from secateur.dropout import noise
 from secateur.dropout.learned import base
 from secateur.dropout.learned.base import LearnedRates, Place, SubstitutePlace
 from secateur.dropout.substitution import Stand
 from secateur.errors import InputError, InputTypeError
-from secateur.scope import Member
+from secateur.scope import Member, unwrap
 
 THRESHOLD = 3.0
 """Weights of a higher log alpha are pruned: noise of 20 times the weight's square, a dropout rate above 0.95."""
 _K1, _K2, _K3 = 0.63576, 1.87320, 1.48695
-_LOCAL = nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d
 _TINY = 1e-8
 
 
@@ -75,7 +75,7 @@ def variational(
         raise InputTypeError(f"log_sigma2 is {log_sigma2!r}: give the log of a small variance, such as -10.0")
     rates = VariationalRates(n_data, warmup)
     members = base.choose(model, scope)
-    users = base.hosts(model)
+    users = anatomy.readers(unwrap(model))
     held = {m.name: (users[id(m.module)], m.module, m.attribute) for m in members}
     base.require_free(model, held)
     for member in members:
@@ -195,6 +195,8 @@ class _Perturbed(SubstitutePlace):
 
 def _place(rates: LearnedRates, host: nn.Module, members: Sequence[Member]) -> Place:
     name = base.layer_name(members[0])
-    plain = next((kind for kind in _LOCAL if isinstance(host, kind) and type(host).forward is kind.forward), None)
+    layer = anatomy.known(type(host))
+    plain = layer is not None and layer.family in ("linear", "convolution") and not anatomy.has_own_forward(host)
     alone = len(members) == 1 and members[0].module is host and members[0].attribute == "weight"
-    return (_Local if plain is not None and alone else _Perturbed)(rates, name, host, members)
+    local = plain and alone and members[0].layout.identity and isinstance(host, (nn.Linear, nn.modules.conv._ConvNd))
+    return (_Local if local else _Perturbed)(rates, name, host, members)
