@@ -258,11 +258,11 @@ def _explain_zeros(prediction: Prediction, found: Found) -> None:
     zeros = int(same.sum())
     if len(samples) == 1 or not zeros:
         return
-    why = "none of the dropout that was found has a way to them"
+    why = "they do not depend on any dropout that was found"
     if zeros < same.numel():
         why = (
-            "no dropout has a way to them, or it is cut off on it (by ReLU, by rounding, by padding), "
-            "or so few samples have dropped nothing of what they depend on"
+            "they do not depend on dropout, or something after it hides what was dropped (a ReLU, rounding, padding), "
+            "or in so few samples nothing was dropped that they depend on"
         )
     calls = ", ".join(sorted({f"{call.kind} in {call.path or 'the model'}" for call in found.calls})[:5])
     warn(f"the standard deviation of {zeros:,} of {same.numel():,} outputs is exactly 0: {why}; found: {calls}")
