@@ -302,7 +302,7 @@ def test_resolve_names_the_choices():
         sc.prune(linear(), 0.5, score="synflow")
     with pytest.raises(InputTypeError, match="score is a float"):
         sc.prune(linear(), 0.5, score=0.5)
-    with pytest.raises(UnknownNameError, match="no score for weight: .*only=list.*the nearest names are: weights"):
+    with pytest.raises(UnknownNameError, match=r"no score for weight: .*only=list.*the nearest names are: weights"):
         sc.prune(linear(), 0.5, score={"weights": torch.ones(2, 3)})
 
 

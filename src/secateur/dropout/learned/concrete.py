@@ -175,7 +175,8 @@ class _Input(Place):
         """K: the inputs that are dropped one by one, features or channels."""
         layout = self.member.layout
         groups = 1 if layout.groups else getattr(self.host, "groups", 1)  # of a convolution, whose inputs they share
-        return int(self.member.parameter.shape[self.member.input_dim] * groups)
+        place = layout.dims.removeprefix("g" if layout.groups else "").index("i")
+        return int(self.member.parameter.shape[place] * groups)
 
     def parameters(self) -> list[Tensor]:
         """The weight and the bias."""
