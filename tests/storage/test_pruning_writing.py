@@ -349,12 +349,16 @@ def many_ties(folder, bad=None):
     return shards(folder, *parts)
 
 
-@pytest.mark.parametrize("options", [[], ["--pack", "lossless", "--allocation", "erk"]], ids=["plain", "packed"])
+@pytest.mark.parametrize(
+    "options",
+    [[], ["--pack", "lossless", "--allocation", "erk"], ["--pattern", "rows"]],
+    ids=["plain", "packed", "rows"],
+)
 def test_of_several_processes_each_writes_its_own_shards(tmp_path, options):
     src = many_ties(tmp_path / "model")
     (src / "config.json").write_text("{}")
-    level = "lossless" if options else None
-    recipe = Recipe(0.61, "erk" if options else "global")
+    level = "lossless" if "--pack" in options else None
+    recipe = Recipe(0.61, "erk" if level else "global", "rows" if "rows" in options else None)
     alone = prune_checkpoint(src, tmp_path / "alone", recipe, level=level)
     done = torchrun(2, src, "--sparsity", "0.61", "-o", tmp_path / "out", "--json", *options)
     assert done.returncode == 0, done.stderr
