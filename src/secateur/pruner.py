@@ -398,6 +398,8 @@ class Pruner:
 
     def _tell_of_zeros(self) -> None:
         """Warn, before the first step, of zeros that nothing holds: those of a pruned checkpoint, most likely."""
+        if self._found == 0:
+            return
         if self._found is None:
             loose, self._found = _loose_zeros(self._plan.scope, self._masks), 0
         else:
