@@ -1,6 +1,6 @@
 """The numbers of the storage wing: how small files get, how fast they load, what they need of memory.
 
-    python benchmarks/storage.py [size] [lossy] [load] [memory] [streaming] [--json FILE]
+    python benchmarks/storage.py [size] [lossy] [load] [memory] [streaming] [flushing] [--json FILE]
                                  [--gigabytes N] [--rounds N] [--scratch FOLDER]
 
 The weights are real: a sentence encoder (MiniLM, 22.7 million), an LSTM (a speaker encoder, 1.4 million) and a
@@ -50,6 +50,7 @@ import secateur as sc
 from secateur.sparsity import fraction, half_up
 from secateur.storage import Recipe, prune_checkpoint
 from secateur.storage.checkpoints import iter_tensors, opened
+from secateur.support import files
 from secateur.support.process_groups import ALONE, Group
 from secateur.support.tables import Table
 from timing import in_turn, spread
@@ -809,10 +810,35 @@ def check_pruned(source: Path, target: Path, zeros: int) -> None:
     assert largest_gone <= least_kept, (largest_gone, least_kept)
 
 
+# ---- flushing ---------------------------------------------------------------------------------------------------
+
+
+def flushing(rounds: int = 9) -> list[Row]:
+    """What it costs that a file is on the disk before it has its name: `unpack` with and without."""
+    rows: list[Row] = []
+    for megabytes in (4, 64):
+        source, target = scratch() / "flushed.pt", scratch() / "flushed.safetensors"
+        torch.save({"w": torch.randn(megabytes * MB // 4)}, source)
+
+        def unflushed(source: Path = source, target: Path = target) -> None:
+            flush, files._flush = files._flush, lambda path: None
+            try:
+                sc.unpack(source, target)
+            finally:
+                files._flush = flush
+
+        seconds = in_turn({"flushed": partial(sc.unpack, source, target), "not flushed": unflushed}, rounds)
+        ratios = [a / b for a, b in zip(seconds["flushed"], seconds["not flushed"], strict=True)]
+        milliseconds = {f"ms {side}": 1000 * statistics.median(taken) for side, taken in seconds.items()}
+        rows.append({"MB written": megabytes, **milliseconds, **{f"ratio, {k}": v for k, v in spread(ratios).items()}})
+    return rows
+
+
 # ---- all of it --------------------------------------------------------------------------------------------------
 
 BENCHMARKS: dict[str, Callable[..., list[Row]]] = {
     "size": size, "lossy": lossy, "load": load, "memory": memory, "streaming": streaming,
+    "flushing": flushing,
 }  # fmt: skip
 
 

@@ -382,3 +382,9 @@ def test_a_full_disk(file, tmp_path):
     assert done.stdout.count(message) == 3
     assert file.read_bytes() == whole
     assert [p.name for p in tmp_path.iterdir()] == ["m.safetensors"]
+
+
+def test_more_than_the_memory_that_is_free(file, monkeypatch):
+    monkeypatch.setattr("secateur.storage.archive.free_memory", lambda: 100)
+    with pytest.raises(InputError, match=r"takes .* of memory, and 100 B are free: load it into a model"):
+        sc.load(file)

@@ -10,6 +10,7 @@ from torch import nn
 import secateur as sc
 from secateur.errors import FileError, InputError, InputTypeError, UnknownNameError
 from secateur.storage.checkpoints import inspect, opened
+from secateur.storage.pruning import Recipe, prune_checkpoint
 from secateur.storage.torch_files import SUFFIXES, read_states
 
 ONE = torch.ones(2, 2)
@@ -162,6 +163,17 @@ def test_dictionaries_that_are_there_again_and_again(tmp_path):
     assert file.stat().st_size < 10_000
     with pytest.raises(FileError, match=r"names more tensors than its bytes can hold: copy or download it again"):
         inspect(file)
+
+
+@pytest.mark.filterwarnings("ignore")  # torch calls some of its checks of sparse tensors experimental
+def test_sparse_tensors_are_counted_and_not_written(tmp_path):
+    place = torch.zeros(2, 1, dtype=torch.int64)
+    file = saved(tmp_path, {"w": torch.sparse_coo_tensor(place, torch.ones(1), (1 << 30, 1 << 30))})
+    assert inspect(file).total.zeros == (1 << 60) - 1
+    for write in (sc.pack, sc.unpack, lambda *paths: prune_checkpoint(*paths, Recipe(0.5))):
+        with pytest.raises(InputTypeError, match=r"w is torch\.sparse_coo.*save tensor\.to_dense\(\)"):
+            write(file, tmp_path / "out.safetensors")
+    assert [path.name for path in tmp_path.iterdir()] == ["m.pt"]
 
 
 # ---- what is no file of torch -----------------------------------------------------------------------------------

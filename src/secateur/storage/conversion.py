@@ -168,7 +168,10 @@ def rewrite(
             files of which there is no new version.
     """
     source, target, first = checkpoint.path, Path(dst), checkpoint.shards[0]
-    refuse_names(checkpoint.tensors)
+    try:
+        refuse_names(checkpoint.tensors)
+    except InputError as error:
+        raise InputError(f"{source}: {error}") from error
     folder = first.file.parent if checkpoint.index is None else checkpoint.index.parent
     if checkpoint.index is not None or source.is_dir():
         for shard in checkpoint.shards:

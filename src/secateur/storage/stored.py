@@ -145,6 +145,7 @@ class InMemory(Stored):
         return parts(self._tensor.cpu().contiguous().view(-1), count)
 
     def at(self, indices: npt.NDArray[np.int64]) -> Tensor:
+        kind_of(self.name, self._tensor)
         return self._tensor.reshape(-1)[torch.from_numpy(indices)]
 
     def tensor(self) -> Tensor:

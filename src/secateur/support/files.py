@@ -61,8 +61,9 @@ def require_file(path: StrPath) -> None:
     """
     try:
         mode = os.stat(path).st_mode
-    except OSError as error:
-        raise InputError(f"{os.fspath(path)} cannot be read ({error.strerror}): give a file that is there") from error
+    except (OSError, ValueError) as error:  # the latter of a name with a zero byte
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"{os.fspath(path)} cannot be read ({reason}): give a file that is there") from error
     if stat.S_ISDIR(mode):
         raise InputError(f"{os.fspath(path)} is a folder: give a file in it")
     if not stat.S_ISREG(mode):
