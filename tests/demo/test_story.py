@@ -1,56 +1,19 @@
-import io
 import json
-import random
 import subprocess
 import sys
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from rich.console import Console
 from safetensors.torch import load_file
 
 import secateur as sc
-from secateur.demo import digits, elsewhere, pictures, run, stage, story
+from secateur.demo import digits, pictures, run, story
 
 WEIGHTS = 4 * 128 * 8 + 4 * 128 * 128 + 10 * 128
 FILES = {
     "run.json", "dense.safetensors", "pruned.safetensors", "pruned.packed.safetensors", "masks.safetensors",
     "test.safetensors", "elsewhere.py", "training.png", "layers.png",
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory):
-    """One run of two epochs: its result, folder and output, and the caller's state before and after."""
-
-    def state():
-        return torch.get_rng_state().tolist(), random.getstate(), str(np.random.get_state()), torch.get_num_threads()
-
-    out = tmp_path_factory.mktemp("demo") / "new" / "folder"
-    screen = io.StringIO()
-    before = state()
-    result = run(epochs=2, seed=3, out=out, console=Console(file=screen, width=120))
-    return result, out, screen.getvalue(), before == state()
-
-
-@pytest.fixture
-def data():
-    return digits.load()
-
-
-def test_the_data_are_all_there_and_split_without_overlap(data):
-    assert data.train_images.shape == (1347, 8, 8)
-    assert data.test_images.shape == (450, 8, 8)
-    images = torch.cat([data.train_images, data.test_images])
-    assert images.min() == 0
-    assert images.max() == 1
-    assert torch.cat([data.train_labels, data.test_labels]).bincount().tolist() == [
-        178, 182, 177, 183, 181, 182, 181, 179, 174, 180
-    ]  # fmt: skip
-    assert data.test_labels.bincount(minlength=10).min() >= 30
-    assert torch.equal(data.test_images, digits.load().test_images)
 
 
 def test_the_pruned_weights_are_exactly_the_zeros(shared):
@@ -104,29 +67,6 @@ def test_a_fresh_process_without_secateur_agrees(shared):
     assert json.loads(again.stdout) == fresh
 
 
-def test_a_fresh_process_notices_one_changed_bit(shared, tmp_path):
-    _, out, _, _ = shared
-    for name in ("elsewhere.py", "pruned.safetensors", "pruned.packed.safetensors", "test.safetensors"):
-        (tmp_path / name).write_bytes((out / name).read_bytes())
-    test = load_file(tmp_path / "test.safetensors")
-    test["logits"].view(torch.int32)[7, 3] ^= 1
-    (tmp_path / "test.safetensors").write_bytes(story.to_bytes(test))
-    assert story.load_elsewhere(tmp_path)["same_bits"] is False
-
-
-def test_a_fresh_process_that_fails_is_an_error(tmp_path):
-    (tmp_path / "elsewhere.py").write_bytes(Path(elsewhere.__file__).read_bytes())
-    with pytest.raises(sc.errors.StateError, match=r"run .*elsewhere\.py to see why"):
-        story.load_elsewhere(tmp_path)
-
-
-def test_the_model_elsewhere_is_the_model_here():
-    ours, theirs = digits.LSTMClassifier(), elsewhere.LSTMClassifier()
-    theirs.load_state_dict(ours.state_dict())
-    x = torch.rand(5, 8, 8)
-    assert torch.equal(ours(x), theirs(x))
-
-
 def test_pruned_at_once_is_worse_than_pruned_gradually(shared):
     result, _, _, _ = shared
     assert result["one_shot"]["accuracy"] < result["gradual"]["accuracy"] - 0.2
@@ -176,56 +116,11 @@ def test_the_fast_model_is_measured_for_one_image_and_for_all(shared):
     assert " ".join(pictures._speed(result["fast"]).split()) in flat
 
 
-@pytest.mark.parametrize(
-    ("verdict", "words"),
-    [
-        ("2.00x faster", "one image 2.00x faster, 450 images 2.00x faster"),
-        ("no difference", "one image no faster on this machine, 450 images no faster on this machine"),
-        ("1.30x slower", "one image 1.30x slower, 450 images 1.30x slower"),
-    ],
-)
-def test_the_words_on_speed_are_those_of_the_measurement(shared, verdict, words):
-    result = json.loads(json.dumps(shared[0]))
-    for one in result["fast"]["comparisons"].values():
-        one["verdict"]["fast"] = verdict
-    assert words in pictures._speed(result["fast"])
-    assert pictures.story(result)[-1][3].count(verdict.replace("no difference", "no faster on this machine")) == 2
-
-
-def test_a_layer_that_stays_dense_is_named(shared, data):
-    plan = sc.explain(story.speed_up(digits.LSTMClassifier(), data)).to_dict()
-    words = pictures._race({**shared[0]["fast"], "plan": plan})
-    assert "; left dense: lstm (" in words  # too dense, or there are no native kernels
-    assert words.endswith("), head (too dense: 0.00 % zeros)")
-
-
 def test_the_history_has_a_point_for_each_epoch(shared):
     history = shared[0]["history"]
     assert [point["step"] for point in history["dense"]] == [43, 86]
     assert [point["step"] for point in history["gradual"]] == [129, 172]
     assert [point["sparsity"] for point in history["dense_longer"]] == [0, 0]
-
-
-def test_the_table_tells_the_measured_numbers(shared):
-    result, out, screen, _ = shared
-    flat = " ".join(screen.replace("│", " ").split())
-    for key in ("dense", "one_shot", "gradual", "dense_longer"):
-        assert f"{100 * result[key]['accuracy']:.2f} %" in flat
-    for words in ("63,821", "1 - 0.9^10 = 0.651", "10 x 0.09 = 0.9", "bit for bit", "run.json"):
-        assert words in flat
-    assert " ".join(result["comparison"]["summary"].split()) in flat
-    assert str(out) in screen.replace("\n", "")
-
-
-def test_the_table_hides_no_failure(shared):
-    result = {**shared[0], "same_model": False}
-    result |= {key: {**result[key], "same_bits": False} for key in ("fresh_process", "packed")}
-    result["fast"] = {**result["fast"], "other_answers": 3}
-    meanings = " ".join(row[3] for row in pictures.story(result))
-    assert "OTHER module" in meanings
-    assert "OTHER predictions" in meanings
-    assert "OTHER bits" in meanings
-    assert "3 OTHER answers" in meanings
 
 
 def test_the_caller_keeps_random_numbers_and_threads(shared):
@@ -236,31 +131,6 @@ def test_the_same_seed_gives_the_same_bits(data):
     one, same, other = (story.train_dense(data, 1, seed=seed) for seed in (5, 5, 6))
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), same.parameters(), strict=True))
     assert not torch.equal(one.head.weight, other.head.weight)
-
-
-def test_without_matplotlib_it_says_how_to_get_it(shared, monkeypatch, tmp_path):
-    (tmp_path / "training.png").write_bytes(b"of an earlier run")
-    for name in ("matplotlib", "matplotlib.figure"):
-        monkeypatch.setitem(sys.modules, name, None)
-    result = dict(shared[0])
-    stage.save_pictures(result, tmp_path, pictures.NAMES, pictures.draw)
-    assert result["pictures"] == []
-    assert list(tmp_path.iterdir()) == []
-    screen = io.StringIO()
-    pictures.tell(result, tmp_path, Console(file=screen, width=200))
-    assert 'pip install "secateur[plot]"' in screen.getvalue()
-
-
-def test_drawing_leaves_pyplot_and_its_settings_alone(shared):
-    code = """
-import json, sys
-from secateur.demo import pictures
-assert "matplotlib" not in sys.modules
-figures = pictures.draw(json.load(sys.stdin))
-assert list(figures) == list(pictures.NAMES)
-assert "matplotlib.pyplot" not in sys.modules
-"""
-    subprocess.run([sys.executable, "-c", code], check=True, input=json.dumps(shared[0]), text=True)
 
 
 @pytest.mark.parametrize(
