@@ -30,10 +30,6 @@ OF_NO_ROOM = {  # tests that mirror no module, and what they are of
 LEFT_ARROWS = {}
 LEFT_BENCHMARKS = {"dropout": {"zoo"}}
 LEFT_WITHOUT_TESTS = {
-    "demo/digits",
-    "demo/elsewhere",
-    "demo/pictures",
-    "demo/stage",
     "dropout/noise",
     "dropout/sampling/fingerprints",
     "dropout/sampling/generators",
@@ -53,25 +49,11 @@ LEFT_LONG = {
     "dropout/zoo",
 }
 LEFT_BARE = {
-    "acceptance/test_counts",
-    "acceptance/test_inputs",
-    "dropout/layers/test_recurrent",
-    "dropout/learned/test_base",
     "dropout/sampling/test_monte_carlo",
-    "measurement/test_reports",
-    "measurement/test_timing",
-    "runtime/test_acceleration",
-    "runtime/test_attention",
-    "runtime/test_convolutions",
-    "runtime/test_products",
-    "runtime/test_recurrences",
+    "dropout/test_substitution",
     "runtime/test_tuning",
     "storage/test_archive_refusals",
-    "storage/test_checkpoints",
-    "storage/test_coding",
     "support/test_files",
-    "test_masks",
-    "test_scope",
 }
 
 

@@ -191,7 +191,7 @@ def test_a_shared_module_counts_once():
     assert list(scope) == ["0.weight"]
     assert scope.members["0.weight"].aliases == ("2.weight",)
     assert sc.prune(model, 0.4).pruned == 10
-    with pytest.raises(InputError):
+    with pytest.raises(InputError, match="skip"):
         sc.weights(model, skip="2")
 
 
@@ -328,7 +328,7 @@ def test_a_parametrized_bias_is_no_obstacle():
 def test_a_scope_is_checked_before_anything_changes():
     model = nn.Sequential(nn.Linear(4, 4), parametrized(nn.Linear(4, 4)))
     before = model[0].weight.detach().clone()
-    with pytest.raises(InputError):
+    with pytest.raises(InputError, match="remove_parametrizations"):
         sc.prune(model, 0.5)
     assert torch.equal(model[0].weight, before)
 

@@ -93,7 +93,7 @@ def test_a14_what_is_no_sparsity(amount):
     with pytest.raises(ValueError, match=r"such as 0\.9") as caught:
         sc.prune(model, amount)
     assert shown in str(caught.value)
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match=r"such as 0.9|1 or more|give"):
         sc.Pruner(model, amount)
     assert same(copies(model), before)
 

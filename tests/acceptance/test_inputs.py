@@ -96,7 +96,7 @@ def test_a32_bias_none_generators_and_names():
         sc.weights(model, only=["0.bias"])
     assert all(name in str(caught.value) for name in ("0.weight", "3.bias"))
     few = nn.Sequential(nn.Linear(6, 8, bias=False), nn.Linear(8, 2))
-    with pytest.raises(KeyError) as caught:
+    with pytest.raises(KeyError, match="valid names are") as caught:
         sc.prune(few, {"zzz": 0.5})
     assert all(name in str(caught.value) for name in ("0.weight", "1.weight"))
 

@@ -77,6 +77,7 @@ def scripted(part):
     """torch.jit.script is deprecated; people have models of it all the same."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.simplefilter("ignore", FutureWarning)  # torch 2.15
         return torch.jit.script(part)
 
 

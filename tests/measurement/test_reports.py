@@ -99,9 +99,9 @@ def test_nan_is_no_zero():
 
 
 def test_of_another_model():
-    with pytest.raises(UnknownNameError):
+    with pytest.raises(UnknownNameError, match=r"valid names are|nearest names are"):
         sc.report(net(), sc.Masks({"9.weight": torch.ones(2, dtype=torch.bool)}))
-    with pytest.raises(MaskError):
+    with pytest.raises(MaskError, match=r"0\.weight"):
         sc.report(net(), sc.Masks({"0.weight": torch.ones(2, dtype=torch.bool)}))
 
 

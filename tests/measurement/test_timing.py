@@ -253,7 +253,7 @@ def test_everything_is_put_back(fails):
         return 0.5 if not fails else 1 / 0
 
     if fails:
-        with pytest.raises(ZeroDivisionError):
+        with pytest.raises(ZeroDivisionError, match="division"):
             compare({"model": model}, TOKENS, metric=metric, threads=threads + 1, seconds=0.002)
     else:
         compare({"model": model}, TOKENS, metric=metric, threads=threads + 1, seconds=0.002)
@@ -448,7 +448,7 @@ def test_forms_of_results():
         assert "baseline" in text
         assert f"{result.measurements['a'].parameters:,}" in text
     assert "|---|---:|---:|" in result.markdown()
-    with pytest.raises(FrozenInstanceError):
+    with pytest.raises(FrozenInstanceError, match="macs"):
         result.measurements["a"].macs = 0
 
 

@@ -220,7 +220,7 @@ def test_plain_models_are_refused():
         sc.explain(nn.Linear(3, 3))
     with pytest.raises(StateError, match="plain already"):
         sc.dense(nn.Linear(3, 3))
-    with pytest.raises(InputTypeError):
+    with pytest.raises(InputTypeError, match="int"):
         sc.explain(3)
 
 

@@ -116,7 +116,7 @@ def test_conv2d_refuses_what_torch_refuses(isa):
     weight = matrix(4, 27, "free", 0)
     packed, rest = products.pack(weight), ((1, 1), (0, 0), (1, 1), 1, products.ALL)
     for wrong in (torch.randn(1, 2, 8, 8), torch.randn(1, 3, 2, 8)):
-        with pytest.raises(RuntimeError):
+        with pytest.raises(RuntimeError, match=r"channels|shape|size"):
             products.conv2d(wrong, weight.view(4, 3, 3, 3), packed, None, *rest)
 
 

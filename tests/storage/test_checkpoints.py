@@ -180,7 +180,7 @@ def test_pickled_code_is_refused_and_never_run(tmp_path, new):
         inspect(tmp_path / "m.pt")
     assert not (tmp_path / "ran").exists()
     (tmp_path / "bare.bin").write_bytes(pickle.dumps(Bomb(tmp_path / "ran")))
-    with pytest.raises(InputError):
+    with pytest.raises(InputError, match=r"bare.bin"):
         inspect(tmp_path / "bare.bin")
     assert not (tmp_path / "ran").exists()
 

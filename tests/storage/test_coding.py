@@ -249,11 +249,11 @@ def test_sections_that_end_elsewhere_or_change_places(level):
         lengths = {"gaps": len(swapped[0]), "coded": len(swapped[2]), "exact": len(swapped[3])}
         if parts[one] == parts[other]:
             continue
-        with pytest.raises(CodingError):
+        with pytest.raises(CodingError, match="has a block"):
             decoded(changed(data[: HEAD.size], **lengths) + b"".join(swapped), torch.float32, 1000)
     for this, that in [("gaps", "coded"), ("coded", "gaps"), ("coded", "exact")]:
         shifted = changed(data, **{this: lambda n: n + 1, that: lambda n: n - 1 if n else 0})
-        with pytest.raises(CodingError):
+        with pytest.raises(CodingError, match="has a block"):
             decoded(shifted, torch.float32, 1000)
 
 
@@ -269,7 +269,7 @@ def test_numbers_beyond_the_end_and_blocks_of_another_size_or_dtype(level):
         if dtype is not torch.float32 and (level.name == "lossless" or dtype not in FLOATS):
             if dtype is torch.complex64:
                 continue  # two float32 each
-            with pytest.raises(CodingError):
+            with pytest.raises(CodingError, match="has a block"):
                 decoded(data, dtype, 1000)
 
 
@@ -281,7 +281,7 @@ def test_a_dense_block_has_the_size_it_has():
         with pytest.raises(CodingError, match="contradicts itself"):
             decoded(data, torch.float32, size)
     for fields in ({"sparse": 1}, {"how": 1}, {"gaps": 4}):
-        with pytest.raises(CodingError):
+        with pytest.raises(CodingError, match="has a block"):
             decoded(changed(data, **fields), torch.float32, 1000)
 
 
@@ -329,7 +329,7 @@ def test_a_decoder_serves_many_blocks():
         found = decoded(data, dtype, original.size, decoder)
         assert np.array_equal(found, decoded(data, dtype, original.size))
         if seed % 5 == 0:
-            with pytest.raises(CodingError):
+            with pytest.raises(CodingError, match="has a block"):
                 decoded(data[:-1], dtype, original.size, decoder)
 
 

@@ -431,7 +431,7 @@ def test_a_file_is_closed_when_nobody_has_it(tmp_path):
         del readers
         gc.collect()
     assert len(os.listdir("/proc/self/fd")) == before
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(FileNotFoundError, match="none"):
         Reader(tmp_path / "none")
 
 

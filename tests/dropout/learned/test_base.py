@@ -135,11 +135,11 @@ def test_remove_leaves_a_plain_model(method, model, x):
 def test_an_error_in_the_forward_leaves_the_parameters(method, model, x):
     start = face(model)
     method(model)
-    with pytest.raises(RuntimeError):
+    with pytest.raises(RuntimeError, match="expected input"):
         model(torch.randn(2, 3))
-    with pytest.raises(RuntimeError):
+    with pytest.raises(RuntimeError, match=r"input.size"):
         model.lstm(torch.randn(2, 3, 5))
-    with pytest.raises(AssertionError):
+    with pytest.raises(AssertionError, match="embedding dimension"):
         model.attention(x, x, x)
     assert face(model) == start
 
