@@ -50,7 +50,6 @@ LEFT_LONG = {
 }
 LEFT_BARE = {
     "dropout/sampling/test_monte_carlo",
-    "dropout/test_substitution",
     "runtime/test_tuning",
     "storage/test_archive_refusals",
     "support/test_files",
