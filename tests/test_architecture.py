@@ -51,8 +51,6 @@ LEFT_LONG = {
 LEFT_BARE = {
     "dropout/sampling/test_monte_carlo",
     "runtime/test_tuning",
-    "storage/test_archive_refusals",
-    "support/test_files",
 }
 
 

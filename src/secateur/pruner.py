@@ -128,7 +128,7 @@ class Pruner:
         self._clock: list[Any] = []  # count the steps where nothing in scope is trained
         self._parameters: list[int] = []  # their ids when the optimizers were last looked at
         self._idle = False  # the step being made trains nothing
-        self._found: int | None = _loose_zeros(self._plan.scope, self._masks)  # told of at the first step
+        self._found: int | None = self._at_risk()  # told of at the first step
         self._told: set[str] = set()  # warnings given
 
     def __repr__(self) -> str:
@@ -237,7 +237,7 @@ class Pruner:
                 "(an optimizer it does not follow, load_state_dict, an average of the weights swapped in): attach() "
                 "that optimizer, or call sc.remask(model, pruner.masks) and finish() again"
             )
-        loose = _loose_zeros(scope, self._masks)
+        loose = _loose_zeros(scope, self._masks, scope)
         if loose:
             warn(
                 f"{loose:,} weights outside the masks are zero too, so that the sparsity is "
@@ -401,16 +401,21 @@ class Pruner:
         if self._found == 0:
             return
         if self._found is None:
-            loose, self._found = _loose_zeros(self._plan.scope, self._masks), 0
+            loose, self._found = self._at_risk(), 0
         else:
             loose, self._found = self._found - self._masks.pruned, 0
         if loose > _MANY * self._plan.scope.size:
             warn(
                 f"{loose:,} of {self._plan.scope.size:,} weights in scope are zero and not held by this pruner: "
-                "they grow back. To go on with the run that pruned them, load the state of its pruner "
+                "they grow back. If they were pruned: to go on with that run, load the state of its pruner "
                 "(pruner.load_state_dict); to hold these zeros, use sc.Pruner(model, masks) with "
-                "masks = sc.Masks.from_zeros(sc.weights(model))"
+                "masks = sc.Masks.from_zeros(sc.weights(model)); to prune on from there, give a schedule that begins "
+                "at their share or above"
             )
+
+    def _at_risk(self) -> int:
+        """Count the zeros that are not held and may grow: those of frozen tensors stay as they are."""
+        return _loose_zeros(self._plan.scope, self._masks, following.trained(self._plan.scope))
 
     def _unfinished(self) -> str:
         pruned, asked = sum(self._counts), sum(self._plan.counts())
@@ -601,10 +606,11 @@ def _all_kept(chosen: plan.Plan | _Held) -> Masks:
     return Masks({name: torch.ones_like(weight, dtype=torch.bool) for name, weight in chosen.scope.items()})
 
 
-def _loose_zeros(scope: Scope, masks: Masks) -> int:
+def _loose_zeros(scope: Scope, masks: Masks, names: Iterable[str]) -> int:
     """Count the weights that are zero though the masks keep them. Tensors that are all zeros were begun so."""
     pruned, total = masks.counts(), 0
-    for name, member in scope.members.items():
+    for name in names:
+        member = scope.members[name]
         weight, row = member.parameter.detach(), member.padding_row
         zeros = weight.numel() - int(weight.count_nonzero())
         if zeros < weight.numel():

@@ -280,9 +280,9 @@ def test_a43_random():
 def test_a43_global_state_is_untouched():
     torch.manual_seed(11)
     state = torch.get_rng_state()
-    model = build(Tagger)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for score in ("random", sc.scores.random(3), sc.scores.random(generator=torch.Generator())):
+        model = build(Tagger)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         pruner = sc.Pruner(model, 0.5, score=score, schedule=sc.linear(0, 3))
         pruner.attach(optimizer)
         train(model, optimizer, 3)

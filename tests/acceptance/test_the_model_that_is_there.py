@@ -131,6 +131,43 @@ def test_a75_a_new_pruner_on_a_pruned_checkpoint():
     assert seen == [before]
 
 
+@pytest.mark.parametrize("score", ["magnitude", "random"])
+@pytest.mark.parametrize("follow", [True, False])
+def test_a75_a_new_pruner_each_round_takes_the_zeros_of_the_last(score, follow):
+    model = build(Mlp)
+    optimizer = adam(model)
+    sc.prune(model, 0.1, score=score)
+    for sparsity in (0.1, 0.2, 0.5, 0.9):
+        pruner = sc.Pruner(model, sparsity, score=score)
+        if follow:
+            pruner.attach(optimizer)
+        for step in range(3):
+            train(model, optimizer, 1, first=step)
+            if not follow:
+                pruner.step()
+        assert pruner.finish().pruned == zeros(sc.weights(model)) == k(sparsity, pruner.masks.size)
+
+
+def test_a75_a_schedule_that_begins_where_the_checkpoint_ends():
+    model = build(Mlp)
+    sc.prune(model, 0.5)
+    optimizer = adam(model)
+    pruner = sc.Pruner(model, 0.9, schedule=lambda step: min(0.5 + 0.1 * step, 0.9))
+    pruner.attach(optimizer)
+    train(model, optimizer, 4)
+    assert pruner.finish().pruned == zeros(sc.weights(model)) == k(0.9, pruner.masks.size)
+
+
+def test_a75_zeros_of_frozen_tensors_do_not_grow():
+    model = build(Mlp)
+    sc.prune(model, 0.9, scope=sc.weights(model, only=["first.weight"]))
+    model.first.weight.requires_grad_(False)
+    optimizer = adam(model)
+    pruner = attached(model, optimizer, 0.95)
+    train(model, optimizer, 7)
+    assert pruner.finish().pruned == zeros(sc.weights(model)) == k(0.95, pruner.masks.size)
+
+
 class EightBit(torch.optim.Optimizer):
     """Momentum in int8 with a scale."""
 

@@ -96,7 +96,7 @@ def test_a_name_that_the_system_refuses(tmp_path, verb):
 def test_the_folder_one_is_in(tmp_path, monkeypatch, verb, name):
     (tmp_path / "here" / "sub").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "here")
-    with pytest.raises(WriteError):
+    with pytest.raises(WriteError, match=r"give the name of a file in it|give a new folder, or move it away"):
         written(verb, name)
     assert names(tmp_path) == ["here", "here/sub"]
 
@@ -108,8 +108,8 @@ def test_the_errors_of_others_are_theirs(tmp_path, verb):
             fill(unfinished)
             raise error
 
-    for error in (ValueError("mine"), KeyboardInterrupt()):
-        with pytest.raises(type(error)):
+    for error in (ValueError("mine"), KeyboardInterrupt("mine")):
+        with pytest.raises(type(error), match=r"^mine$"):
             fail(error)
     assert names(tmp_path) == []
 
