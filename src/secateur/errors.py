@@ -22,7 +22,7 @@ import difflib
 import os
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class SecateurError(Exception):
@@ -90,6 +90,15 @@ def warn(message: str) -> None:
     while frame.f_back is not None and frame.f_code.co_filename.startswith(package):
         level, frame = level + 1, frame.f_back
     warnings.warn(message, SecateurWarning, stacklevel=level)
+
+
+def listed(names: Sequence[str], shown: int = 3) -> str:
+    """Word some names in a message: the first of them, with dots where there are more.
+
+    >>> listed(["a", "b", "c"]), listed(["a", "b", "c", "d"])
+    ('a, b, c', 'a, b, c, ...')
+    """
+    return ", ".join([*names[:shown], *(["..."] if len(names) > shown else [])])
 
 
 def nearest(name: str, valid: Iterable[str], shown: int = 5) -> str:

@@ -14,7 +14,7 @@ from torch.optim import optimizer as torch_optimizer
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.hooks import RemovableHandle
 
-from secateur.errors import InputError, InputTypeError
+from secateur.errors import InputError, InputTypeError, listed
 from secateur.masks import Masks
 from secateur.support import bits
 
@@ -88,7 +88,7 @@ def resolve(given: Sequence[object], scope: Mapping[str, Tensor]) -> list[Any]:
     missing = trained(scope) - held(every.values(), scope)
     if given and missing:
         raise InputError(
-            f"{', '.join(sorted(missing)[:3])}{', ...' if len(missing) > 3 else ''} is in scope and trainable, but in "
+            f"{listed(sorted(missing))} is in scope and trainable, but in "
             "none of these optimizers: give every optimizer of the model in one call, made from the parameters that "
             "the model has now; freeze it with requires_grad_(False); leave it out of the scope; or, where an "
             "optimizer keeps copies of the weights (fp32 master weights), call pruner.step() after each step instead"

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from secateur import optimizers as following
 from secateur import plan, schedules, scores
 from secateur.allocation import Allocation
-from secateur.errors import InputError, MaskError, StateError, warn
+from secateur.errors import InputError, MaskError, StateError, listed, warn
 from secateur.masks import Masks, check
 from secateur.patterns import Pattern
 from secateur.schedules import Schedule
@@ -328,8 +328,7 @@ class Pruner:
         ]
         if differ:
             raise InputError(
-                f"the saved pruner has another scope ({', '.join(differ[:3])}{', ...' if len(differ) > 3 else ''}): "
-                "build this one with the scope it had"
+                f"the saved pruner has another scope ({listed(differ)}): build this one with the scope it had"
             )
 
     def _require_settings(self, theirs: object) -> None:
@@ -391,7 +390,7 @@ class Pruner:
             both = [mine[id(p)] for p in other._here().values() if id(p) in mine] if other is not self else []
             if both:
                 raise StateError(
-                    f"another pruner, {other!r}, still holds {', '.join(both[:3])}{', ...' if len(both) > 3 else ''}: "
+                    f"another pruner, {other!r}, still holds {listed(both)}: "
                     "call its finish() or detach() first; if its name is lost, as in a notebook cell that ran twice, "
                     "make the optimizer anew"
                 )
@@ -424,7 +423,7 @@ class Pruner:
             return f"{so_far}: attach(optimizer) before the loop, or call step() after each step of the optimizer"
         if self._steps == 0:
             missing = sorted(self._waiting)
-            still = f" of {', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}" if missing else ""
+            still = f" of {listed(missing)}" if missing else ""
             return (
                 f"{so_far}: the optimizer{still} never stepped; the loop may step another object than the one attached "
                 "(made later, or a copy), or GradScaler skipped every step (inf or NaN in the gradients); attach what "
@@ -433,7 +432,7 @@ class Pruner:
         if self._hooks is not None and self._waiting and self._waiting < following.trained(self._plan.scope):
             missing = sorted(self._waiting)
             return (
-                f"{so_far}: {', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''} was not stepped since; "
+                f"{so_far}: {listed(missing)} was not stepped since; "
                 "a step is complete when each trainable tensor in scope was stepped: detach(), and attach() every "
                 "optimizer, made from the parameters that the model has now"
             )
@@ -575,7 +574,7 @@ def _make(model: nn.Module, sparsity: Sparsity | Masks, **options: Any) -> plan.
         masks = masks if isinstance(masks, Masks) else Masks(masks)
     if not isinstance(masks, Masks):
         return plan.make(model, masks, **options)
-    if set(map(repr, options.values())) - {"'magnitude'", "'global'", "None"}:
+    if options != {"score": "magnitude", "allocation": "global", "pattern": None, "scope": None}:
         raise InputError("given masks say which weights go: leave score, allocation, pattern and scope as they are")
     masks.match(unwrap(model))
     scope = weights(model, only=list(masks))

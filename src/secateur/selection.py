@@ -21,7 +21,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from secateur.errors import InputError
+from secateur.errors import InputError, listed
 from secateur.scores import Score, evaluate, magnitude
 from secateur.support import bits
 from secateur.support.process_groups import ALONE, Total
@@ -148,10 +148,9 @@ def threshold(streams: Sequence[Stream], count: int, *, total: Total = ALONE.tot
     else:
         cut = _exact(streams, count, dtype, total)
     if cut.value == math.inf:
-        names = ", ".join(stream.name for stream in streams[:3]) + (", ..." if len(streams) > 3 else "")
         raise InputError(
-            f"{count:,} weights of {names} were to be pruned, but too many of them are protected "
-            "(a score of +inf, a padding row, a pattern): ask for less, or protect less"
+            f"{count:,} weights of {listed([stream.name for stream in streams])} were to be pruned, but too many of "
+            "them are protected (a score of +inf, a padding row, a pattern): ask for less, or protect less"
         )
     return cut
 

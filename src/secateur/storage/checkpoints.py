@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from secateur.errors import FileError, InputError, InputTypeError, nearest
+from secateur.errors import FileError, InputError, InputTypeError, listed, nearest
 from secateur.storage.container import read_header, torch_form
 from secateur.storage.contents import Contents, info, notes
 from secateur.storage.reading import SUFFIX, is_packed, read_packed
@@ -177,7 +177,7 @@ def _sharded(index: Path) -> tuple[tuple[Shard, ...], list[str], tuple[str, ...]
             raise InputError(f"{file} lacks {min(lost)}, which {index.name} promises: copy both from one save")
         shards.append(_part(shard, wanted))
         unnamed += sorted(there - set(wanted))
-    said = (f"left {', '.join(unnamed[:3])}{', ...' if len(unnamed) > 3 else ''}, which the index does not name",)
+    said = (f"left {listed(unnamed)}, which the index does not name",)
     return tuple(shards), [name for name, _ in pairs], said if unnamed else ()
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from secateur import allocation as allocations
 from secateur import patterns, plan, selection
 from secateur.allocation import Allocation
-from secateur.errors import InputError, InputTypeError, UnknownNameError, nearest
+from secateur.errors import InputError, InputTypeError, UnknownNameError, listed, nearest
 from secateur.patterns import Pattern
 from secateur.scope import PRUNABLE, matches
 from secateur.scores import magnitude
@@ -275,8 +275,7 @@ def _said(pruned: Mapping[str, _Pruned]) -> str:
 def _untouched(left: Mapping[str, str]) -> Iterator[str]:
     for reason in dict.fromkeys(left.values()):
         names = [name for name in left if left[name] == reason]
-        shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-        yield f"{len(names)} as they are, {reason}: {shown}"
+        yield f"{len(names)} as they are, {reason}: {listed(names)}"
 
 
 def _gathered(
