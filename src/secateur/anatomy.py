@@ -15,7 +15,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedParameter
+from torch.nn.parameter import is_lazy
 
 Family = Literal[
     "linear",  # [..., inputs] to [..., outputs], as nn.Linear
@@ -188,7 +188,7 @@ def layout(module: nn.Module, attribute: str, parameter: Tensor) -> Layout:
     layer = of(module)
     dims = layer.dims(attribute) if layer is not None else ""
     count = layer.groups if layer is not None and dims.startswith("g") else ""
-    if not isinstance(parameter, UninitializedParameter):
+    if not is_lazy(parameter):
         if dims.startswith("*"):
             dims = dims[1:].rjust(parameter.ndim, "g")
         if parameter.ndim < max(len(dims) - bool(count), 2):
@@ -246,5 +246,5 @@ def _sized(module: nn.Module) -> Layer | None:
 
 def _shaped(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for name, parameter in module._parameters.items():
-        if parameter is not None and not isinstance(parameter, UninitializedParameter):
+        if parameter is not None and not is_lazy(parameter):
             yield name, parameter

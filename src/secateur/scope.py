@@ -10,7 +10,7 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedParameter
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from secateur import anatomy
@@ -172,7 +172,7 @@ def weights(
     if default:
         _warn_of_dense(dense, sum(member.parameter.numel() for member in members.values()))
     everything = (_parameter(found[0]) for found in holders)
-    return Scope(members, left_out, sum(p.numel() for p in everything if not _is_lazy(p)))
+    return Scope(members, left_out, sum(p.numel() for p in everything if not is_lazy(p)))
 
 
 _WRAPPERS = {  # package and class: where the model is
@@ -312,12 +312,8 @@ def _identity(parameter: Tensor) -> object:
 
 
 def _has_memory(parameter: Tensor) -> bool:
-    plain = not _is_lazy(parameter) and type(parameter.data) is Tensor and parameter.layout is torch.strided
+    plain = not is_lazy(parameter) and type(parameter.data) is Tensor and parameter.layout is torch.strided
     return plain and not parameter.is_meta and parameter.numel() > 0
-
-
-def _is_lazy(parameter: object) -> bool:
-    return isinstance(parameter, UninitializedParameter)
 
 
 def _is_gapless(tensor: Tensor) -> bool:
@@ -498,7 +494,7 @@ def _reason_against(found: list[_Holder], wanted: _Wanted, apart: Mapping[str, s
     replaced = next((apart[n] for n, _, _ in found if n in apart), "")
     if replaced and not selected and wanted.only is None:
         return replaced
-    flat = not _is_lazy(parameter) and parameter.ndim < 2
+    flat = not is_lazy(parameter) and parameter.ndim < 2
     if (flat or all(_is_bias(a) for _, _, a in found)) and not any(n in listed for n, _, _ in found):
         return f"a bias or of one dimension ({type(module).__name__})"
     if not selected:
@@ -555,7 +551,7 @@ def _is_matrix(model: nn.Module, member: Member) -> bool:
     owner = model.get_submodule(
         ".".join(path[: path.index("parametrizations")] if "parametrizations" in path else path)
     )
-    if _is_lazy(parameter) or sum(length > 1 for length in parameter.shape) < 2 or _is_bias(member.attribute):
+    if is_lazy(parameter) or sum(length > 1 for length in parameter.shape) < 2 or _is_bias(member.attribute):
         return False
     aside = _ASIDE.search(f"{type(owner).__name__}.{member.attribute}".lower())
     return not aside and _family(owner) != "embedding"
@@ -582,7 +578,7 @@ def _require_prunable(member: Member) -> None:
             f"{name} is what a parametrization computes a weight from, so its zeros would not be zeros of the weight: "
             "call torch.nn.utils.parametrize.remove_parametrizations on its module, or leave it out of the scope"
         )
-    if isinstance(parameter, UninitializedParameter):
+    if is_lazy(parameter):
         raise InputError(f"{name} is lazy: run one batch through the model first, so that its shape is known")
     if parameter.is_meta:
         raise InputError(

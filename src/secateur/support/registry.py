@@ -10,7 +10,6 @@ from typing import Generic, TypeVar
 from secateur.errors import InputError
 
 T = TypeVar("T")
-_F = TypeVar("_F")
 
 
 @dataclass(frozen=True)
