@@ -91,6 +91,38 @@ def test_a_subclass_is_what_it_is_derived_from():
     assert anatomy.of(nn.ReLU()) is None
 
 
+def test_family_and_entry():
+    class Own(nn.LSTM):
+        pass
+
+    assert anatomy.family(Own(1, 1)) == "recurrent"
+    assert anatomy.entry(Own) == (nn.LSTM, anatomy.known(nn.LSTM))
+    assert anatomy.entry(nn.RNN)[0] is nn.RNNBase
+    assert anatomy.family(nn.ReLU()) is None
+    assert anatomy.entry(nn.ReLU) == (nn.Module, None)
+
+
+RANKED = {
+    "Linear": lambda: nn.Linear(2, 2),
+    "LSTM": lambda: nn.LSTM(2, 3, num_layers=2, bidirectional=True, proj_size=1),
+    "GRUCell": lambda: nn.GRUCell(2, 2),
+    "attention": lambda: nn.MultiheadAttention(4, 2, add_bias_kv=True),
+    "attention of several widths": lambda: nn.MultiheadAttention(4, 2, kdim=3),
+}
+
+
+@pytest.mark.parametrize("kind", RANKED)
+def test_ranks_are_the_order_of_torch(kind):
+    names = list(RANKED[kind]()._parameters)
+    names = [name for name in names if RANKED[kind]()._parameters[name] is not None]
+    assert sorted(names, key=anatomy.rank) == names
+
+
+@pytest.mark.parametrize("name", ["weight_orig", "weight_hh_l0_orig", "weight_g", "original", "lora_A"])
+def test_names_that_torch_gives_no_parameter_of_a_layer_have_no_rank(name):
+    assert anatomy.rank(name) is None
+
+
 def named(package, name, shapes, **attributes):
     module = type(name, (nn.Module,), {"__module__": f"{package}.somewhere"})()
     for attribute, shape in shapes.items():

@@ -37,7 +37,6 @@ LEFT_WITHOUT_TESTS = {
     "dropout/sampling/prefix",
     "dropout/sampling/strategies",
     "runtime/bench",
-    "runtime/candidates",
     "runtime/native",
     "storage/container",
     "storage/contents",

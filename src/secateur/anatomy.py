@@ -8,6 +8,7 @@ tells: `in_features` and `out_features`, for example.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -101,6 +102,7 @@ class Layer:
         kernel: dimensions of a convolution's kernel: the last ones of its input.
         gates: gates of a recurrent layer: each takes `hidden_size` rows of its weights.
         inner: submodules whose parameters the layer reads itself, without calling them.
+        pooled: an embedding that gives one row for several words.
     """
 
     family: Family
@@ -109,6 +111,7 @@ class Layer:
     kernel: int = 0
     gates: int = 1
     inner: tuple[str, ...] = ()
+    pooled: bool = False
 
     def dims(self, attribute: str) -> str:
         """The dimensions of the weight of this name, or an empty string if it is no weight."""
@@ -136,7 +139,7 @@ _BY_TYPE: dict[type[nn.Module], Layer] = {
     nn.RNNCellBase: _recurrent("cell", 1),
     nn.MultiheadAttention: Layer("attention", {"*weight": "oi"}, inner=("out_proj",)),
     nn.Embedding: Layer("embedding"),
-    nn.EmbeddingBag: Layer("embedding"),
+    nn.EmbeddingBag: Layer("embedding", pooled=True),
 }
 
 _BY_NAME: dict[str, Layer] = {  # package and class, wherever in the package it is written; or the whole path
@@ -170,10 +173,17 @@ def of(module: nn.Module) -> Layer | None:
 
 def known(kind: type[nn.Module]) -> Layer | None:
     """What is known of a type: the entry of the nearest of its classes that has one, or None."""
-    return _entry(kind)[1]
+    return entry(kind)[1]
 
 
-def _entry(kind: type[nn.Module]) -> tuple[type[nn.Module], Layer | None]:
+def family(module: nn.Module) -> Family | None:
+    """The family of a module, as its type says, or None."""
+    layer = known(type(module))
+    return None if layer is None else layer.family
+
+
+def entry(kind: type[nn.Module]) -> tuple[type[nn.Module], Layer | None]:
+    """The nearest of the classes of a type that has an entry, and the entry; `nn.Module` and None if none has."""
     for one in kind.__mro__:
         package = one.__module__.partition(".")[0]
         names = f"{one.__module__}.{one.__name__}", f"{package}.{one.__name__}"
@@ -207,8 +217,26 @@ def readers(model: nn.Module) -> dict[int, nn.Module]:
 
 def has_own_forward(module: nn.Module) -> bool:
     """Whether its class computes otherwise than the layer it is derived from: it may not use the weight as it is."""
-    kind, layer = _entry(type(module))
+    kind, layer = entry(type(module))
     return layer is not None and type(module).forward is not kind.forward
+
+
+_IN_ORDER = (
+    *("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"),
+    *("weight_ih", "weight_hh", "weight", "bias_ih", "bias_hh", "weight_hr"),
+    *("in_proj_bias", "bias", "bias_k", "bias_v"),
+)
+_NAMES = re.compile(rf"({'|'.join(_IN_ORDER)})(?:_l(\d+)(_reverse)?)?")
+
+
+def rank(attribute: str) -> tuple[int, bool, int] | None:
+    """Where a parameter of this name stands among those of its layer in torch.nn; None if they have none of it.
+
+    >>> rank("weight") < rank("bias"), rank("weight_hh_l0_reverse") < rank("weight_ih_l1"), rank("weight_orig")
+    (True, True, None)
+    """
+    match = _NAMES.fullmatch(attribute)
+    return (int(match[2] or 0), bool(match[3]), _IN_ORDER.index(match[1])) if match else None
 
 
 _UP, _DOWN = ("gate_up_proj", "up_proj", "gate_proj", "w1", "w13"), ("down_proj", "w2")

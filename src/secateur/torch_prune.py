@@ -13,19 +13,13 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.prune import BasePruningMethod
 
+from secateur import anatomy
 from secateur.errors import InputError, InputTypeError, MaskError
 from secateur.masks import Masks
 from secateur.scope import unwrap
 
 _ORIG, _MASK = "_orig", "_mask"
 
-# The order in which the modules of torch.nn register their parameters.
-_ORDER = (
-    *("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"),
-    *("weight_ih", "weight_hh", "weight", "bias_ih", "bias_hh", "weight_hr"),
-    *("in_proj_bias", "bias", "bias_k", "bias_v"),
-)
-_KNOWN = re.compile(rf"({'|'.join(_ORDER)})(?:_l(\d+)(_reverse)?)?")
 _PARAMETRIZED = re.compile(r"(.*\.|)parametrizations\.([^.]+)\.original")
 
 
@@ -97,8 +91,8 @@ def from_torch_prune(model: nn.Module) -> Masks:
     for pruned in found.values():
         pruned.restore()
     for module in {pruned.module for pruned in found.values()}:
-        if isinstance(module, nn.RNNBase):
-            module.flatten_parameters()  # one chunk of memory, as cuDNN wants it; nothing on a CPU
+        if anatomy.family(module) == "recurrent":
+            cast(nn.RNNBase, module).flatten_parameters()  # one chunk of memory, as cuDNN wants it; nothing on a CPU
     masks.apply(model)
     return masks
 
@@ -233,7 +227,7 @@ def _pairs(state_dict: Mapping[str, Tensor]) -> dict[str, tuple[str, list[str]]]
 
 def _is_orphan(name: str, state_dict: Mapping[str, Tensor]) -> bool:
     """Tell `weight_mask` without weights from `causal_mask`, a buffer like any other."""
-    return _rank(name.rpartition(".")[2]) is not None and not {name, name + _ORIG} & state_dict.keys()
+    return anatomy.rank(name.rpartition(".")[2]) is not None and not {name, name + _ORIG} & state_dict.keys()
 
 
 def _orphan(name: str) -> str:
@@ -243,15 +237,10 @@ def _orphan(name: str) -> str:
 def _in_place(names: list[str], restored: str) -> list[str]:
     """Move `restored` before the first name of its module that torch.nn registers later; else leave it."""
     module, _, leaf = restored.rpartition(".")
-    rank = _rank(leaf)
+    rank = anatomy.rank(leaf)
     to = at = names.index(restored)
     for index, name in reversed(list(enumerate(names[:at]))):
         other_module, _, other = name.rpartition(".")
-        if other_module == module and rank and (_rank(other) or rank) > rank:
+        if other_module == module and rank and (anatomy.rank(other) or rank) > rank:
             to = index
     return [*names[:to], restored, *names[to:at], *names[at + 1 :]]
-
-
-def _rank(leaf: str) -> tuple[int, bool, int] | None:
-    match = _KNOWN.fullmatch(leaf)
-    return (int(match[2] or 0), bool(match[3]), _ORDER.index(match[1])) if match else None

@@ -77,12 +77,6 @@ def test_other_padding_stays_dense(isa, mode):
     assert plan.reason == f"padding_mode={mode!r}"
 
 
-@pytest.mark.parametrize("kind", [nn.ConvTranspose1d, nn.ConvTranspose2d, nn.Conv3d])
-def test_other_kinds_stay_dense(isa, kind):
-    (plan,) = candidates.survey(thin(kind(4, 8, 3)))
-    assert plan.reason == f"no sparse kernel for {kind.__name__}"
-
-
 def test_without_the_library_they_stay_dense(without_native):
     (plan,) = candidates.survey(thin(nn.Conv2d(4, 8, 3)))
     assert plan.reason == "a convolution needs the native library"

@@ -215,6 +215,10 @@ class SparseTransformerEncoder(Swapped, nn.TransformerEncoder):
         return not self.mask_check or bool(torch._nested_tensor_from_mask_left_aligned(src, kept))
 
 
+AROUND: tuple[type[Swapped], ...] = (SparseTransformerEncoderLayer, SparseTransformerEncoder)
+"""What layers that contain sparse ones become."""
+
+
 def _is_mask(mask: Tensor | None, shape: tuple[int, ...]) -> bool:
     return mask is None or (tuple(mask.shape) == shape and (mask.dtype is torch.bool or mask.is_floating_point()))
 

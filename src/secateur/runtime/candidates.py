@@ -8,38 +8,25 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from secateur.runtime import attention, linears
-from secateur.runtime import convolutions as convolutions  # registers its kinds
-from secateur.runtime import recurrences as recurrences
+from secateur import anatomy
+from secateur.runtime import attention, convolutions, linears, recurrences
 from secateur.runtime.kernel_plans import LayerPlan
 from secateur.runtime.swapping import KINDS, SPARSE_ENOUGH, Sparse, Swapped, swap, zero_share
 from secateur.support.tables import percent
 
 __all__: list[str] = []  # reached through secateur.accelerate alone
 
-_AROUND: dict[type[nn.Module], type[Swapped]] = {
-    nn.TransformerEncoderLayer: attention.SparseTransformerEncoderLayer,
-    nn.TransformerEncoder: attention.SparseTransformerEncoder,
-}
-_OTHERS = (
-    nn.Conv3d,
-    nn.ConvTranspose1d,
-    nn.ConvTranspose2d,
-    nn.ConvTranspose3d,
-    nn.RNNBase,
-    nn.RNNCellBase,
-    nn.Bilinear,
-)
+_ROOMS = (linears, convolutions, recurrences, attention)  # importing them registers what they hold
 
 
 def survey(model: nn.Module) -> Iterator[LayerPlan]:
     """Each layer with a weight matrix; those without a reason are to be tried."""
-    inner = {id(m.out_proj) for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
+    readers = anatomy.readers(model)
     for name, module in model.named_modules():
-        mixin = _mixin(module)
-        if id(module) in inner or (mixin is None and not isinstance(module, _OTHERS)):
+        layer = anatomy.of(module)
+        if layer is None or layer.family == "embedding" or readers[id(module)] is not module:
             continue
-        weights = matrices(module)
+        mixin, weights = _mixin(module), matrices(module)
         zeros = zeros_of(weights)
         shape = max((tuple(w.shape) for w in weights), key=math.prod, default=())
         kind = type(module).__name__
@@ -53,16 +40,15 @@ def zeros_of(weights: Sequence[Tensor]) -> float:
 
 
 def _mixin(module: nn.Module) -> type[Sparse] | None:
-    if linears.is_transposed(type(module)):
-        return linears.SparseTransposedLinear
-    return next((mixin for plain, mixin in KINDS.items() if isinstance(module, plain)), None)
+    kind, layer = anatomy.entry(type(module))
+    return None if layer is None else next((mixin for mixin in KINDS if mixin.takes(kind, layer)), None)
 
 
 def _obstacle(module: nn.Module, mixin: type[Sparse], zeros: float) -> str:
     """Why a layer cannot be sparse, or an empty string."""
-    if mixin.plain is not nn.Module and type(module).forward is not mixin.plain.forward:
+    if anatomy.has_own_forward(module):
         return "its class has a forward of its own"
-    strange = sorted({name for name, _ in module.named_parameters()} - _names(module))
+    strange = sorted(name for name, _ in module.named_parameters() if not _by_nature(module, name))
     if strange:
         return f"its weights are computed from {strange[0]} (by a parametrization, norm or pruning hook)"
     for name, parameter in module.named_parameters():
@@ -75,18 +61,22 @@ def _obstacle(module: nn.Module, mixin: type[Sparse], zeros: float) -> str:
     return mixin.obstacle(module) or ("" if zeros >= SPARSE_ENOUGH else f"too dense: {percent(zeros)} zeros")
 
 
-def _names(module: nn.Module) -> set[str]:
-    """The parameters that a layer has by nature."""
-    if isinstance(module, nn.RNNBase):
-        return set(module._flat_weights_names)
-    projections = {"in_proj_weight", "in_proj_bias", "q_proj_weight", "k_proj_weight", "v_proj_weight"}
-    attention = {*projections, "out_proj.weight", "out_proj.bias", "bias_k", "bias_v"}
-    return attention if isinstance(module, nn.MultiheadAttention) else {"weight", "bias"}
+def _by_nature(module: nn.Module, name: str) -> bool:
+    """Whether a layer has this parameter by nature."""
+    place, _, attribute = name.rpartition(".")
+    return place in ("", *_inner(module)) and anatomy.rank(attribute) is not None
+
+
+def _inner(module: nn.Module) -> tuple[str, ...]:
+    layer = anatomy.of(module)
+    return () if layer is None else layer.inner
 
 
 def matrices(module: nn.Module) -> list[Tensor]:
     """The weight matrices of a layer."""
-    return [parameter for parameter in module.parameters() if parameter.dim() > 1]
+    places = ("", *_inner(module), "parametrizations")
+    named = ((name.rpartition(".")[0].partition(".")[0], parameter) for name, parameter in module.named_parameters())
+    return [parameter for place, parameter in named if place in places and parameter.dim() > 1]
 
 
 def make_sparse(module: nn.Module, name: str) -> Sparse:
@@ -102,8 +92,8 @@ def make_sparse(module: nn.Module, name: str) -> Sparse:
 def enclose(model: nn.Module) -> None:
     """Swap the transformer layers that contain sparse layers, and no others."""
     for module in model.modules():
-        for plain, mixin in _AROUND.items():
-            if isinstance(module, plain):
+        for mixin in attention.AROUND:
+            if isinstance(module, mixin.plain):
                 holds = any(isinstance(inner, Sparse) for inner in module.modules())
                 if holds and not isinstance(module, Swapped):
                     swap(module, mixin)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from secateur.anatomy import Layer
 from secateur.runtime import operators as operators  # registers torch.ops.secateur
 from secateur.runtime import products
 from secateur.runtime.swapping import Sparse, sparse
@@ -41,12 +42,17 @@ class SparseLinear(Sparse, nn.Linear):
         return products.linear(input, own["weight"], self._buffers["packed_weight"], own["bias"], self._choices)  # type: ignore[arg-type]
 
 
+@sparse
 class SparseTransposedLinear(Sparse):
-    """A `Conv1D` of transformers: a Linear whose weight is [in, out]."""
+    """A Linear whose weight is [in, out], such as `Conv1D` of transformers."""
 
     weight: Tensor
     bias: Tensor
     packed_weight: Tensor
+
+    @classmethod
+    def takes(cls, kind: type[nn.Module], layer: Layer) -> bool:
+        return layer.family == "linear" and layer.weights == {"weight": "io"}
 
     def matrices(self) -> Iterator[tuple[str, Tensor, int]]:
         yield "weight", self.weight.t(), 1
@@ -60,8 +66,3 @@ class SparseTransposedLinear(Sparse):
         if torch.compiler.is_compiling():
             return torch.ops.secateur.linear(*given) if self._traceable(x) else super().forward(x)
         return products.linear(*given) if self._ready(x) else super().forward(x)
-
-
-def is_transposed(kind: type[nn.Module]) -> bool:
-    """Tell transformers' `Conv1D` by its name: that package need not be there."""
-    return kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
+from secateur.anatomy import Layer
 from secateur.errors import StateError, warn
 from secateur.runtime import products
 from secateur.runtime.weight_checks import Snapshot
@@ -60,6 +61,11 @@ class Sparse(Swapped):
     """Whether nobody looks for edits of the weights that torch does not count."""
     _packed_from: Snapshot | None
     """What was packed; holds no tensor of the model, as torch.export would replace it. None where it has changed."""
+
+    @classmethod
+    def takes(cls, kind: type[nn.Module], layer: Layer) -> bool:
+        """Whether it is for layers of this class, of which anatomy has this entry."""
+        return kind is cls.plain
 
     @classmethod
     def obstacle(cls, module: nn.Module) -> str:
@@ -200,15 +206,15 @@ class Sparse(Swapped):
         return result
 
 
-KINDS: dict[type[nn.Module], type[Sparse]] = {}
-"""By torch's class of a layer the sparse one, which is registered where it is written."""
+KINDS: list[type[Sparse]] = []
+"""The sparse classes, which are registered where they are written."""
 
 _S = TypeVar("_S", bound=type[Sparse])
 
 
 def sparse(mixin: _S) -> _S:
-    """Register a class as the sparse kind of its `plain` one: layers of the latter are tried as the former."""
-    KINDS[mixin.plain] = mixin
+    """Register a class: layers that it `takes` are tried as such."""
+    KINDS.append(mixin)
     return mixin
 
 

@@ -438,6 +438,8 @@ def test_twice_is_refused_until_the_first_is_removed():
         (Tagger, {}, InputError, "all rates are 0.* give one, such as hidden=0.25"),
         (lambda: nn.Linear(2, 2), {"weight": 0.1}, InputError, "weight=0.1: leave that out.* made of: Linear"),
         (lambda: nn.LSTM(2, 2), {"weight": 0.1, "embedding": 0.2}, InputError, "embedding=0.2: leave it out"),
+        (lambda: nn.EmbeddingBag(4, 2), {"embedding": 0.2}, InputError, "embedding=0.2: leave it out"),
+        (lambda: nn.LSTMCell(2, 2), {"hidden": 0.2}, InputError, "hidden=0.2: leave that out"),
         (
             lambda: parametrizations.weight_norm(nn.LSTM(2, 2), "weight_hh_l0"),
             {"hidden": 0.1},

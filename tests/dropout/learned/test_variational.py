@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import secateur as sc
+from secateur import anatomy
 from secateur.dropout.learned import finish, penalty, to_masks, variational
 from secateur.dropout.learned.variational import kl
 from secateur.errors import InputError, InputTypeError
@@ -105,6 +106,22 @@ def test_a_subclass_with_its_own_forward_draws_weights():
     variational(layer, n_data=10, warmup=0, log_sigma2=0.0)
     outputs = torch.stack([layer(torch.ones(1, 3)) for _ in range(2000)])
     assert abs(outputs.mean().item() - 3) < 0.3  # E of the squares, not the square of the mean
+
+
+def test_each_type_that_anatomy_calls_linear_draws_the_noise_of_its_outputs(monkeypatch):
+    class Of(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(3, 4))
+
+        def forward(self, x):
+            return nn.functional.linear(x, self.weight)
+
+    monkeypatch.setitem(anatomy._BY_TYPE, Of, anatomy.Layer("linear"))
+    layer = Of()
+    variational(layer, n_data=10, warmup=0, log_sigma2=0.0)
+    first, second = layer(torch.ones(2, 4))
+    assert not torch.equal(first, second)  # one drawn weight would give both the same
 
 
 def test_the_kl_grows_over_the_warm_up():

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils.hooks import RemovableHandle
 
+from secateur import anatomy
 from secateur.dropout import noise
 from secateur.dropout.substitution import begin, end
 from secateur.errors import InputError, StateError
@@ -75,9 +76,9 @@ def recurrent(
     handle = RecurrentDropout()
     inner = {name: rates[name] for name in ("weight", "input", "hidden")}
     for name, module in model.named_modules():
-        if isinstance(module, nn.RNNBase) and any(inner.values()):
+        if _is_recurrent(module) and any(inner.values()):
             handle.attach(name, module, _Masks(handle, **inner))
-        elif isinstance(module, nn.Embedding) and embedding:
+        elif embedding and _is_embedding(module):
             handle.attach(name, module, _Words(handle, rates["embedding"]))
     return handle
 
@@ -244,6 +245,15 @@ def _mask_of_rows(data: Tensor, sizes: Tensor, rate: float, kind: str) -> Tensor
     return noise.mask_of(numbers, rate, data.dtype)[sequence]
 
 
+def _is_recurrent(module: nn.Module) -> bool:
+    return anatomy.family(module) == "recurrent"
+
+
+def _is_embedding(module: nn.Module) -> bool:
+    layer = anatomy.known(type(module))
+    return layer is not None and layer.family == "embedding" and not layer.pooled
+
+
 def _hooks(model: nn.Module) -> Iterator[_Masks | _Words]:
     for module in model.modules():
         for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()):
@@ -261,14 +271,14 @@ def _require(model: nn.Module, rates: dict[str, float]) -> None:
             "which secateur.dropout.RecurrentDropout.of(model) gives, and say all rates in one call"
         )
     modules = [(name or "the model", module) for name, module in model.named_modules()]
-    layers = [(name, module) for name, module in modules if isinstance(module, nn.RNNBase)]
+    layers = [(name, cast(nn.RNNBase, module)) for name, module in modules if _is_recurrent(module)]
     inner = ", ".join(f"{name}={rate:g}" for name, rate in rates.items() if rate and name != "embedding")
     made_of = f"it is made of: {', '.join(sorted({type(module).__name__ for _, module in modules}))}"
     if inner and not layers:
         raise InputError(
             f"the model has no nn.LSTM, nn.GRU or nn.RNN for {inner}: leave that out, or use nn.Dropout; {made_of}"
         )
-    if rates["embedding"] and not any(isinstance(module, nn.Embedding) for _, module in modules):
+    if rates["embedding"] and not any(_is_embedding(module) for _, module in modules):
         raise InputError(f"the model has no nn.Embedding for embedding={rates['embedding']:g}: leave it out; {made_of}")
     for name, module in layers:
         computed = [weight for weight in module._flat_weights_names if weight not in module._parameters]

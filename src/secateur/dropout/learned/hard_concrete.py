@@ -239,9 +239,9 @@ def _gated(rates: LearnedRates, members: list[Member], users: Mapping[int, nn.Mo
 def _place(rates: LearnedRates, member: Member, host: nn.Module) -> _Gated | None:
     """The gates to which a tensor belongs, if there are any."""
     name, module = base.layer_name(member), member.module
-    if isinstance(host, nn.MultiheadAttention):
+    if anatomy.family(host) == "attention":
         name = name if module is host else name.rpartition(".")[0]
-        return _Gated(rates, name, host, _head(host), host.num_heads)
+        return _Gated(rates, name, host, _head(host), host.num_heads)  # type: ignore[arg-type]
     if _plain(module):
         rows = [_Rows(module, attribute) for attribute in ("weight", "bias")]
         return _Gated(rates, name, host, _present(rows), member.parameter.shape[0])

@@ -166,7 +166,7 @@ class _Local(Place):
             return None
         squares = base.first(args, kwargs).square()
         variance = self.owner.value(self.members[0].name).exp().to(squares.dtype)
-        if isinstance(module, nn.Linear):
+        if anatomy.family(module) == "linear":
             spread = F.linear(squares, variance)
         else:
             spread = module._conv_forward(squares, variance, None)  # type: ignore[operator]
@@ -195,8 +195,7 @@ class _Perturbed(SubstitutePlace):
 
 def _place(rates: LearnedRates, host: nn.Module, members: Sequence[Member]) -> Place:
     name = base.layer_name(members[0])
-    layer = anatomy.known(type(host))
-    plain = layer is not None and layer.family in ("linear", "convolution") and not anatomy.has_own_forward(host)
+    plain = anatomy.family(host) in ("linear", "convolution") and not anatomy.has_own_forward(host)
     alone = len(members) == 1 and members[0].module is host and members[0].attribute == "weight"
-    local = plain and alone and members[0].layout.identity and isinstance(host, (nn.Linear, nn.modules.conv._ConvNd))
+    local = plain and alone and members[0].layout.identity
     return (_Local if local else _Perturbed)(rates, name, host, members)
