@@ -38,10 +38,6 @@ LEFT_WITHOUT_TESTS = {
     "dropout/sampling/strategies",
     "runtime/bench",
     "runtime/native",
-    "storage/container",
-    "storage/contents",
-    "storage/dtypes",
-    "storage/stored",
 }
 LEFT_LONG = {
     "dropout/sampling/test_monte_carlo",

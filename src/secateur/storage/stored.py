@@ -202,8 +202,8 @@ class InFile(Stored):
             return super().at(indices)
         size = self.dtype.itemsize
         file = Reader(self.file)
-        read = b"".join(file.read(self.start + i * size, size) for i in indices.tolist())
-        return torch.frombuffer(bytearray(read), dtype=torch.uint8).view(self.dtype)
+        read = bytearray().join(file.read(self.start + i * size, size) for i in indices.tolist())
+        return torch.frombuffer(read, dtype=self.dtype) if read else torch.empty(0, dtype=self.dtype)
 
 
 def stored_of(state: Mapping[str, Tensor]) -> list[Stored]:
