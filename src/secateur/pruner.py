@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -12,19 +12,19 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from secateur import live_tensors, plan, schedules, scores
 from secateur import optimizers as following
-from secateur import plan, schedules, scores
+from secateur import pruner_states as states
 from secateur.allocation import Allocation
 from secateur.errors import InputError, MaskError, StateError, listed, warn
+from secateur.live_tensors import MANY, loose_zeros
 from secateur.masks import Masks, check
 from secateur.patterns import Pattern
 from secateur.schedules import Schedule
-from secateur.scope import Scope, gone, unwrap, weights
+from secateur.scope import Scope, unwrap, weights
 from secateur.scores import GradientScore, Score
 from secateur.sparsity import Sparsity, fraction
 from secateur.support import bits
-
-_MANY = 0.01  # of the weights in scope: more zeros than that are no chance
 
 
 def prune(
@@ -237,7 +237,7 @@ class Pruner:
                 "(an optimizer it does not follow, load_state_dict, an average of the weights swapped in): attach() "
                 "that optimizer, or call sc.remask(model, pruner.masks) and finish() again"
             )
-        loose = _loose_zeros(scope, self._masks, scope)
+        loose = loose_zeros(scope, self._masks, scope)
         if loose:
             warn(
                 f"{loose:,} weights outside the masks are zero too, so that the sparsity is "
@@ -304,40 +304,22 @@ class Pruner:
                     f"this is no state_dict of a Pruner, it has no {key!r}: give what state_dict() returned"
                 )
         shapes = {name: list(weight.shape) for name, weight in scope.items()}
-        self._require_shapes(state["shapes"], shapes)
-        self._require_settings(state["settings"])
-        masks = _read_masks(state["bits"], scope)
-        counts = _read_numbers(state, masks, self._plan)
+        states.require_shapes(state["shapes"], shapes)
+        first_version = isinstance(state["settings"], str)  # wrote them as words
+        states.require_settings(state["settings"], self._words() if first_version else self._settings())
+        masks = states.read_masks(state["bits"], scope)
+        counts = states.read_numbers(state, masks, self._plan.counts(), exact=self._plan.pattern is None)
         score = self._plan.score
-        sums = _read_sums(state, scope) if isinstance(score, GradientScore) else {}
+        sums = states.read_sums(state, scope) if isinstance(score, GradientScore) else {}
         generator = getattr(score, "generator", None)
         if generator is not None:
-            _require_generator(state, generator)
+            states.require_generator(state, generator)
             generator.set_state(state["generator"].cpu())
         if isinstance(score, GradientScore):
             score.sums = sums
         self._masks, self._steps, self._counts = masks, state["steps"], counts
         self._waiting = following.trained(scope)
         self._found = 0
-
-    def _require_shapes(self, theirs: object, mine: dict[str, list[int]]) -> None:
-        if not isinstance(theirs, Mapping):
-            raise _damaged(f"its shapes are a {type(theirs).__name__}")
-        differ = sorted(map(str, set(theirs) ^ set(mine))) or [
-            name for name in mine if _differs(theirs[name], mine[name])
-        ]
-        if differ:
-            raise InputError(
-                f"the saved pruner has another scope ({listed(differ)}): build this one with the scope it had"
-            )
-
-    def _require_settings(self, theirs: object) -> None:
-        mine: object = self._settings()
-        if isinstance(theirs, str):  # as the first versions wrote them
-            mine = self._words()
-        differ = list(_differences("", theirs, mine))
-        if differ:
-            raise InputError(f"the saved pruner was built otherwise: {'; '.join(differ[:3])}; build this one alike")
 
     def _settings(self) -> dict[str, Any]:
         """What two runs must have in common, as plain data."""
@@ -357,37 +339,27 @@ class Pruner:
 
     def _live(self) -> Scope:
         """The tensors in scope, seen to be the model's still."""
-        for trouble in self._troubles():
+        for trouble in live_tensors.troubles(self._model, self._plan.scope, self._masks):
             raise StateError(trouble)
         return self._plan.scope
 
     def _warn_of_troubles(self) -> None:
         """Warn, once, of tensors that are no longer the model's: a long run goes on, and `finish` refuses."""
-        for trouble in self._troubles():
-            if len(self._here()) < len(self._plan.scope):
+        for trouble in live_tensors.troubles(self._model, self._plan.scope, self._masks):
+            if len(live_tensors.here(self._plan.scope)) < len(self._plan.scope):
                 raise StateError(trouble)  # a weight is computed now, so that nothing can be written into it
             if trouble not in self._told:
                 self._told.add(trouble)
                 warn(trouble)
 
-    def _troubles(self) -> Iterator[str]:
-        yield from gone(self._model, self._plan.scope)
-        for name, weight in self._here().items():
-            if weight.shape != self._masks.shape(name):
-                raise StateError(
-                    f"{name} has shape {tuple(weight.shape)} now, and its mask {tuple(self._masks.shape(name))}: make "
-                    "a new Pruner, and a new optimizer, when the model is whole"
-                )
-
-    def _here(self) -> dict[str, nn.Parameter]:
-        """The Parameters of the layers in scope; one that is computed now is left out."""
-        found = {name: m.module._parameters.get(m.attribute) for name, m in self._plan.scope.members.items()}
-        return {name: parameter for name, parameter in found.items() if parameter is not None}
-
     def _require_alone(self, optimizer: object) -> None:
-        mine = {id(parameter): name for name, parameter in self._here().items()}
+        mine = {id(parameter): name for name, parameter in live_tensors.here(self._plan.scope).items()}
         for other in following.owners(optimizer):
-            both = [mine[id(p)] for p in other._here().values() if id(p) in mine] if other is not self else []
+            both = (
+                [mine[id(p)] for p in live_tensors.here(other._plan.scope).values() if id(p) in mine]
+                if other is not self
+                else []
+            )
             if both:
                 raise StateError(
                     f"another pruner, {other!r}, still holds {listed(both)}: "
@@ -403,7 +375,7 @@ class Pruner:
             loose, self._found = self._at_risk(), 0
         else:
             loose, self._found = self._found - self._masks.pruned, 0
-        if loose > _MANY * self._plan.scope.size:
+        if loose > MANY * self._plan.scope.size:
             warn(
                 f"{loose:,} of {self._plan.scope.size:,} weights in scope are zero and not held by this pruner: "
                 "they grow back. If they were pruned: to go on with that run, load the state of its pruner "
@@ -414,7 +386,7 @@ class Pruner:
 
     def _at_risk(self) -> int:
         """Count the zeros that are not held and may grow: those of frozen tensors stay as they are."""
-        return _loose_zeros(self._plan.scope, self._masks, following.trained(self._plan.scope))
+        return loose_zeros(self._plan.scope, self._masks, following.trained(self._plan.scope))
 
     def _unfinished(self) -> str:
         pruned, asked = sum(self._counts), sum(self._plan.counts())
@@ -487,7 +459,7 @@ class Pruner:
     def _follows(self, optimizer: Optimizer) -> set[str] | None:
         """The tensors in scope that an optimizer steps; None for one that is of no concern."""
         found = self._followed.get(id(optimizer), [optimizer])
-        held = following.held(found, self._here())
+        held = following.held(found, live_tensors.here(self._plan.scope))
         return held if held or any(optimizer is one for one in self._clock) else None
 
     def _inner(self, optimizer: Optimizer) -> bool:
@@ -603,94 +575,3 @@ def _schedule(
 
 def _all_kept(chosen: plan.Plan | _Held) -> Masks:
     return Masks({name: torch.ones_like(weight, dtype=torch.bool) for name, weight in chosen.scope.items()})
-
-
-def _loose_zeros(scope: Scope, masks: Masks, names: Iterable[str]) -> int:
-    """Count the weights that are zero though the masks keep them. Tensors that are all zeros were begun so."""
-    pruned, total = masks.counts(), 0
-    for name in names:
-        member = scope.members[name]
-        weight, row = member.parameter.detach(), member.padding_row
-        zeros = weight.numel() - int(weight.count_nonzero())
-        if zeros < weight.numel():
-            padding = weight[row].numel() - int(weight[row].count_nonzero()) if row is not None else 0
-            total += zeros - padding - pruned[name]
-    return total if total > _MANY * scope.size else 0
-
-
-# ---- states that were saved --------------------------------------------------------------------------------------
-
-
-def _damaged(what: str) -> InputError:
-    return InputError(f"the saved pruner is damaged: {what}; load an earlier checkpoint")
-
-
-def _differs(theirs: object, mine: object) -> bool:
-    return type(theirs) is not type(mine) or theirs != mine
-
-
-def _differences(place: str, theirs: object, mine: object) -> Iterator[str]:
-    if isinstance(theirs, Mapping) and isinstance(mine, Mapping):
-        for key in {**mine, **theirs}:
-            yield from _differences(
-                f"{place}.{key}".lstrip("."), theirs.get(key, "not there"), mine.get(key, "not there")
-            )
-    elif _differs(theirs, mine):
-        yield f"{place or 'settings'} {theirs!r} there, {mine!r} here"
-
-
-def _read_masks(packed: object, scope: Scope) -> Masks:
-    if not isinstance(packed, Mapping) or set(packed) != set(scope):
-        raise _damaged(f"its bits are {type(packed).__name__} of other names than those in scope")
-    found = {}
-    for name, weight in scope.items():
-        kept, (whole, spare) = packed[name], divmod(weight.numel(), 8)
-        if not isinstance(kept, Tensor) or kept.is_meta or kept.dtype != torch.uint8:
-            raise _damaged(f"the bits of {name} are {_told(kept)}, not uint8")
-        if kept.shape != (whole + bool(spare),) or (spare and int(kept[-1]) >> spare):
-            raise _damaged(f"the bits of {name} are {_told(kept)}, not those of {weight.numel():,} weights")
-        found[name] = kept.clone().to(weight.device)
-    return Masks.from_bits(found, {name: weight.shape for name, weight in scope.items()})
-
-
-def _read_numbers(state: Mapping[str, Any], masks: Masks, chosen: plan.Plan | _Held) -> tuple[int, ...]:
-    steps, counts, most = state["steps"], state["counts"], chosen.counts()
-    if type(steps) is not int or steps < 0:
-        raise _damaged(f"its steps are {steps!r}, not a whole number of 0 or more")
-    if not isinstance(counts, (list, tuple)) or len(counts) != len(most) or any(type(n) is not int for n in counts):
-        raise _damaged(f"its counts are {counts!r}, not {len(most)} whole numbers")
-    if any(not 0 <= count <= limit for count, limit in zip(counts, most, strict=True)):
-        raise _damaged(f"its counts are {list(counts)}, not between 0 and {list(most)}")
-    if chosen.pattern is None and sum(counts) != masks.pruned:  # a pattern may prune a few less
-        raise _damaged(f"its counts add up to {sum(counts):,}, its bits prune {masks.pruned:,}")
-    return tuple(counts)
-
-
-def _read_sums(state: Mapping[str, Any], scope: Scope) -> dict[str, Tensor]:
-    sums = state.get("sums")
-    if not isinstance(sums, Mapping) or not set(sums) <= set(scope):
-        raise _damaged("its sums of gradients are missing, or of other names than those in scope")
-    for name, total in sums.items():
-        weight = scope[name]
-        number = isinstance(total, Tensor) and (
-            total.is_floating_point() or (total.is_complex() and weight.is_complex())
-        )
-        if not number or total.is_meta or total.shape != weight.shape or not bool(total.isfinite().all()):
-            raise _damaged(
-                f"its sum of gradients of {name} is {_told(total)}, not {tuple(weight.shape)} finite numbers"
-            )
-    return {name: total.clone().to(scope[name].device) for name, total in sums.items()}
-
-
-def _require_generator(state: Mapping[str, Any], generator: torch.Generator) -> None:
-    saved = state.get("generator")
-    try:
-        torch.Generator(generator.device).set_state(saved.cpu())  # type: ignore[union-attr]
-    except (AttributeError, TypeError, RuntimeError) as error:
-        raise _damaged(f"its generator is {_told(saved)}, not the state of one") from error
-
-
-def _told(thing: object) -> str:
-    if isinstance(thing, Tensor):
-        return f"{thing.dtype} {tuple(thing.shape)} on {thing.device}"
-    return f"a {type(thing).__name__}" if thing is not None else "missing"

@@ -6,7 +6,6 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +17,7 @@ from secateur.anatomy import Layout
 from secateur.errors import InputError, InputTypeError, UnknownNameError, nearest, warn
 from secateur.support import bits
 from secateur.support.tables import Printed, Table, number, percent
+from secateur.tying import Holder, distinct, holders, identity, parameter_of, refuse_overlaps
 
 Selector = str | type[nn.Module]
 
@@ -146,15 +146,15 @@ def weights(
     _refuse_model(model)
     default = only is None and where is None and not also and not skip
     wanted = _Wanted(None if only is None else _selectors(only), _selectors(also), _selectors(skip), where)
-    holders = _holders(model)
-    names = [name for found in holders for name, _, _ in found]
+    places = holders(model)
+    names = [name for found in places for name, _, _ in found]
     for selector in (*(wanted.only or ()), *wanted.also, *wanted.skip):
         _require_match(selector, model, names)
     apart = _apart(model)
     members: dict[str, Member] = {}
     left_out: dict[str, str] = {}
     dense: dict[str, Member] = {}  # would count as weights, but are of unknown modules
-    for found in holders:
+    for found in places:
         member = _member(found)
         reason = _reason_against(found, wanted, apart)
         if not reason:
@@ -165,13 +165,13 @@ def weights(
                 dense[member.name] = member
     _refuse_computed(model, wanted)
     for member in members.values():
-        _require_prunable(member)
-    _refuse_overlaps(holders, members)
+        require_prunable(member)
+    refuse_overlaps(places, members)
     if not members:
         raise InputError("nothing to prune: " + _why_empty(left_out))
     if default:
         _warn_of_dense(dense, sum(member.parameter.numel() for member in members.values()))
-    everything = (_parameter(found[0]) for found in holders)
+    everything = (parameter_of(found[0]) for found in places)
     return Scope(members, left_out, sum(p.numel() for p in everything if not is_lazy(p)))
 
 
@@ -200,71 +200,6 @@ def unwrap(model: nn.Module) -> nn.Module:
         model = inner
 
 
-def gone(model: nn.Module, scope: Scope) -> Iterator[str]:
-    """Tell of each tensor in scope that the model no longer uses as it did, and what to do; no weight is read.
-
-    A layer was replaced or removed, a weight is computed from others now, a tie was cut. A renewed Parameter of the
-    same layer is fine, and so is a layer that was wrapped or moved.
-
-    Raises:
-        InputError, InputTypeError: a weight that was sharded, quantized or moved to the meta device.
-    """
-    for name, member in scope.members.items():
-        parameter = member.module._parameters.get(member.attribute)
-        if parameter is None or (_at(model, name) is not parameter and not _elsewhere(model, member, parameter)):
-            yield _why_gone(name, member)
-            continue
-        if type(parameter) is not nn.Parameter:
-            _require_prunable(member)
-        for other in (name, *member.aliases):
-            found = _at(model, other)
-            if found is not None and found is not parameter and _identity(found) != _identity(parameter):
-                yield (
-                    f"{other} was one Parameter with {name} when the Pruner was made, and is another now "
-                    "(load_state_dict(assign=True) unties): tie them again, or make a new Pruner"
-                )
-
-
-def _at(model: nn.Module, name: str) -> nn.Parameter | None:
-    *path, attribute = name.split(".")
-    module: nn.Module | None = model
-    for part in path:
-        module = module._modules.get(part) if module is not None else None
-    return module._parameters.get(attribute) if module is not None else None
-
-
-def _elsewhere(model: nn.Module, member: Member, parameter: nn.Parameter) -> bool:
-    """Whether a layer that was wrapped or moved still uses this Parameter as it did."""
-    return any(
-        module._parameters[attribute] is parameter
-        and attribute == member.attribute
-        and not isinstance(module, parametrize.ParametrizationList)
-        for found in _holders(model)
-        for _, module, attribute in found
-    )
-
-
-def _why_gone(name: str, member: Member) -> str:
-    layer, _, _ = name.rpartition(".")
-    place = f"model.{layer}" if layer else "model"
-    since = "since the Pruner was made, so its zeros would not last"
-    if f"{member.attribute}_mask" in member.module._buffers:
-        return (
-            f"{name} is computed by torch.nn.utils.prune {since}: call torch.nn.utils.prune.remove({place}, "
-            f"{member.attribute!r}), then make a new Pruner"
-        )
-    for weight, norm, remedy in _computed(member.module, place):
-        if weight == member.attribute:
-            return (
-                f"{name} is computed by {norm} {since}: call torch.nn.utils.{remedy}, then make a new Pruner; or leave "
-                f"it out: sc.weights(model, skip=[{layer or name!r}])"
-            )
-    return (
-        f"{name} is no longer the model's: its {type(member.module).__name__} was replaced or removed since the Pruner "
-        "was made; make a new Pruner, and a new optimizer, when the model is whole"
-    )
-
-
 def _package(kind: type) -> str:
     return kind.__module__.partition(".")[0]
 
@@ -284,80 +219,6 @@ def _refuse_model(model: nn.Module) -> None:
             )
 
 
-_Holder = tuple[str, nn.Module, str]  # full name, module, attribute
-
-
-def _parameter(holder: _Holder) -> nn.Parameter:
-    parameter = holder[1]._parameters[holder[2]]
-    assert parameter is not None
-    return parameter
-
-
-def _holders(model: nn.Module) -> list[list[_Holder]]:
-    """All names of each parameter, in the model's order; one that is tied, shared or in the same memory has several."""
-    found: dict[object, list[_Holder]] = {}
-    for prefix, module in model.named_modules(remove_duplicate=False):
-        for attribute, parameter in module._parameters.items():
-            if parameter is not None:
-                full = f"{prefix}.{attribute}" if prefix else attribute
-                found.setdefault(_identity(parameter), []).append((full, module, attribute))
-    return list(found.values())
-
-
-def _identity(parameter: Tensor) -> object:
-    """Equal for Parameters that are the same numbers: tied, or (also transposed) in the same piece of memory."""
-    if not _has_memory(parameter) or not _is_gapless(parameter):
-        return id(parameter)
-    return parameter.device, parameter.dtype, parameter.data_ptr(), parameter.numel()
-
-
-def _has_memory(parameter: Tensor) -> bool:
-    plain = not is_lazy(parameter) and type(parameter.data) is Tensor and parameter.layout is torch.strided
-    return plain and not parameter.is_meta and parameter.numel() > 0
-
-
-def _is_gapless(tensor: Tensor) -> bool:
-    """Whether the numbers of a tensor fill a piece of memory, each once, in whatever order."""
-    expected = 1
-    for stride, length in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if length != 1:
-            if stride != expected:
-                return False
-            expected *= length
-    return True
-
-
-def _refuse_overlaps(holders: Sequence[Sequence[_Holder]], members: Mapping[str, Member]) -> None:
-    """Refuse a tensor in scope that shares some of its numbers with another, or holds one of them twice."""
-    spans: dict[object, list[tuple[int, int, str, Tensor]]] = {}
-    for found in holders:
-        name, parameter = found[0][0], _parameter(found[0])
-        if _has_memory(parameter):
-            start = parameter.data_ptr()
-            reach = sum(
-                (length - 1) * stride for length, stride in zip(parameter.shape, parameter.stride(), strict=True)
-            )
-            spans.setdefault(parameter.device, []).append(
-                (start, start + (reach + 1) * parameter.itemsize, name, parameter)
-            )
-    for here in spans.values():
-        for one, other in pairwise(sorted(here, key=lambda span: span[:2])):
-            if other[0] < one[1] and {one[2], other[2]} & members.keys() and _share_numbers(one[3], other[3]):
-                raise InputError(
-                    f"{other[2]} shares some of its numbers in memory with {one[2]}, so their zeros cannot be counted "
-                    f"apart: give one its own, module.weight = nn.Parameter(module.weight.detach().clone()), or leave "
-                    f"both out: sc.weights(model, skip=[{one[2]!r}, {other[2]!r}])"
-                )
-
-
-def _share_numbers(one: Tensor, other: Tensor) -> bool:
-    if one.dtype != other.dtype:
-        return True
-    storage = torch.zeros(one.untyped_storage().nbytes() // one.itemsize, dtype=torch.bool)
-    storage.as_strided(one.shape, one.stride(), one.storage_offset()).fill_(True)
-    return bool(storage.as_strided(other.shape, other.stride(), other.storage_offset()).any())
-
-
 @dataclass(frozen=True)
 class _Wanted:
     only: tuple[Selector, ...] | None
@@ -366,25 +227,17 @@ class _Wanted:
     where: Callable[[str, nn.Parameter], bool] | None
 
 
-def distinct(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Each tensor under its first name: tied ones, and those in one piece of memory, once."""
-    found: dict[object, tuple[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        found.setdefault(_identity(tensor), (name, tensor))
-    return dict(found.values())
-
-
 def weights_as_used(model: nn.Module) -> dict[str, Tensor]:
     """Those of `effective` that are pruned by default, or would be if they were plain: to be read only."""
     tensors, apart = effective(model), _apart(model)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     modules = dict(model.named_modules(remove_duplicate=False))
     places = {name: (modules[name.rpartition(".")[0]], name.rpartition(".")[2]) for name in tensors}
-    out = {_identity(t) for name, t in tensors.items() if name in apart or _family(places[name][0]) == "embedding"}
+    out = {identity(t) for name, t in tensors.items() if name in apart or _family(places[name][0]) == "embedding"}
     return {
         name: tensor
         for name, tensor in distinct(tensors).items()
-        if tensor.ndim > 1 and _identity(tensor) not in out
+        if tensor.ndim > 1 and identity(tensor) not in out
         if is_weight(*_user_of(*places[name])) or name not in parameters
     }
 
@@ -484,9 +337,9 @@ def _user_of(module: nn.Module, attribute: str) -> tuple[nn.Module, str]:
     return module, attribute
 
 
-def _reason_against(found: list[_Holder], wanted: _Wanted, apart: Mapping[str, str]) -> str:
+def _reason_against(found: list[Holder], wanted: _Wanted, apart: Mapping[str, str]) -> str:
     """Why a tensor is left out, or an empty string; any one of its names is enough to choose or to skip it."""
-    (name, module, _), parameter = found[0], _parameter(found[0])
+    (name, module, _), parameter = found[0], parameter_of(found[0])
     if any(_selects(s, n, m) for s in wanted.skip for n, m, _ in found):
         return "skipped"
     listed = (*(wanted.only or ()), *wanted.also)
@@ -513,15 +366,15 @@ def _is_bias(attribute: str) -> bool:
     return attribute.startswith("bias") or attribute.endswith("bias")
 
 
-def _embedded(found: Sequence[_Holder]) -> str:
+def _embedded(found: Sequence[Holder]) -> str:
     """The embedding that a tensor belongs to, and what is tied to it; or an empty string."""
     kinds = [type(m).__name__ for _, m, _ in found if _family(m) == "embedding"]
     tied = [n for n, m, _ in found if _family(m) != "embedding"]
     return kinds[0] + (f", tied to {', '.join(tied)}," if tied else "") if kinds else ""
 
 
-def _member(found: list[_Holder]) -> Member:
-    (name, module, attribute), parameter = found[0], _parameter(found[0])
+def _member(found: list[Holder]) -> Member:
+    (name, module, attribute), parameter = found[0], parameter_of(found[0])
     user, used = _user_of(module, attribute)
     padding = (getattr(m, "padding_idx", None) for _, m, _ in found if _family(m) == "embedding")
     return Member(
@@ -571,7 +424,12 @@ def _warn_of_dense(dense: Mapping[str, Member], pruned: int) -> None:
         )
 
 
-def _require_prunable(member: Member) -> None:
+def require_prunable(member: Member) -> None:
+    """See that zeros can be written into a tensor, and stay.
+
+    Raises:
+        InputError, InputTypeError: they cannot; the message says what to do.
+    """
     parameter, name = member.parameter, member.name
     if isinstance(member.module, parametrize.ParametrizationList):
         raise InputError(
@@ -613,14 +471,14 @@ def _refuse_computed(model: nn.Module, wanted: _Wanted) -> None:
                 f"{place} was pruned with torch.nn.utils.prune, which renames its weights: "
                 "make it plain first, with sc.from_torch_prune(model)"
             )
-        for weight, norm, remedy in _computed(module, f"model.{prefix}" if prefix else "model"):
+        for weight, norm, remedy in computed(module, f"model.{prefix}" if prefix else "model"):
             raise InputError(
                 f"{place}: {weight} is computed by {norm}, so zeros in it would not last: call torch.nn.utils.{remedy} "
                 f"and prune, or leave it out: sc.weights(model, skip=[{prefix!r}])"
             )
 
 
-def _computed(module: nn.Module, place: str) -> Iterator[tuple[str, str, str]]:
+def computed(module: nn.Module, place: str) -> Iterator[tuple[str, str, str]]:
     """Name each weight of a module that is computed from others, what computes it, and how to make it plain."""
     if parametrize.is_parametrized(module):
         for name in module.parametrizations:  # type: ignore[union-attr]

@@ -14,10 +14,11 @@ from secateur import anatomy
 from secateur.errors import InputTypeError
 from secateur.masks import Masks
 from secateur.measurement.costs import file_bytes
-from secateur.scope import distinct, effective, unwrap, weights_as_used
+from secateur.scope import effective, unwrap, weights_as_used
 from secateur.sparsity import half_up
 from secateur.support import bits
 from secateur.support.tables import Printed, Table, number, percent, size
+from secateur.tying import distinct
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,111 @@
+"""Whether what was in scope is the model's still: what lets a Pruner vouch for the model that is there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from torch import nn
+from torch.nn.utils import parametrize
+
+from secateur.errors import StateError
+from secateur.masks import Masks
+from secateur.scope import Member, Scope, computed, require_prunable
+from secateur.tying import holders, identity
+
+MANY = 0.01
+"""Of the weights in scope: more zeros than that are no chance."""
+
+
+def here(scope: Scope) -> dict[str, nn.Parameter]:
+    """The Parameters of the layers in scope; one that is computed now is left out."""
+    found = {name: member.module._parameters.get(member.attribute) for name, member in scope.members.items()}
+    return {name: parameter for name, parameter in found.items() if parameter is not None}
+
+
+def troubles(model: nn.Module, scope: Scope, masks: Masks) -> Iterator[str]:
+    """Tell of each tensor in scope that the model no longer uses as it did, and what to do; no weight is read.
+
+    A layer was replaced or removed, a weight is computed from others now, a tie was cut. A renewed Parameter of the
+    same layer is fine, and so is a layer that was wrapped or moved.
+
+    Raises:
+        InputError, InputTypeError: a weight that was sharded, quantized or moved to the meta device.
+        StateError: one of another shape than its mask.
+    """
+    yield from _gone(model, scope)
+    for name, weight in here(scope).items():
+        if weight.shape != masks.shape(name):
+            raise StateError(
+                f"{name} has shape {tuple(weight.shape)} now, and its mask {tuple(masks.shape(name))}: make "
+                "a new Pruner, and a new optimizer, when the model is whole"
+            )
+
+
+def _gone(model: nn.Module, scope: Scope) -> Iterator[str]:
+    for name, member in scope.members.items():
+        parameter = member.module._parameters.get(member.attribute)
+        if parameter is None or (_at(model, name) is not parameter and not _elsewhere(model, member, parameter)):
+            yield _why_gone(name, member)
+            continue
+        if type(parameter) is not nn.Parameter:
+            require_prunable(member)
+        for other in (name, *member.aliases):
+            found = _at(model, other)
+            if found is not None and found is not parameter and identity(found) != identity(parameter):
+                yield (
+                    f"{other} was one Parameter with {name} when the Pruner was made, and is another now "
+                    "(load_state_dict(assign=True) unties): tie them again, or make a new Pruner"
+                )
+
+
+def _at(model: nn.Module, name: str) -> nn.Parameter | None:
+    *path, attribute = name.split(".")
+    module: nn.Module | None = model
+    for part in path:
+        module = module._modules.get(part) if module is not None else None
+    return module._parameters.get(attribute) if module is not None else None
+
+
+def _elsewhere(model: nn.Module, member: Member, parameter: nn.Parameter) -> bool:
+    """Whether a layer that was wrapped or moved still uses this Parameter as it did."""
+    return any(
+        module._parameters[attribute] is parameter
+        and attribute == member.attribute
+        and not isinstance(module, parametrize.ParametrizationList)
+        for found in holders(model)
+        for _, module, attribute in found
+    )
+
+
+def _why_gone(name: str, member: Member) -> str:
+    layer, _, _ = name.rpartition(".")
+    place = f"model.{layer}" if layer else "model"
+    since = "since the Pruner was made, so its zeros would not last"
+    if f"{member.attribute}_mask" in member.module._buffers:
+        return (
+            f"{name} is computed by torch.nn.utils.prune {since}: call torch.nn.utils.prune.remove({place}, "
+            f"{member.attribute!r}), then make a new Pruner"
+        )
+    for weight, norm, remedy in computed(member.module, place):
+        if weight == member.attribute:
+            return (
+                f"{name} is computed by {norm} {since}: call torch.nn.utils.{remedy}, then make a new Pruner; or leave "
+                f"it out: sc.weights(model, skip=[{layer or name!r}])"
+            )
+    return (
+        f"{name} is no longer the model's: its {type(member.module).__name__} was replaced or removed since the Pruner "
+        "was made; make a new Pruner, and a new optimizer, when the model is whole"
+    )
+
+
+def loose_zeros(scope: Scope, masks: Masks, names: Iterable[str]) -> int:
+    """Count the weights that are zero though the masks keep them. Tensors that are all zeros were begun so."""
+    pruned, total = masks.counts(), 0
+    for name in names:
+        member = scope.members[name]
+        weight, row = member.parameter.detach(), member.padding_row
+        zeros = weight.numel() - int(weight.count_nonzero())
+        if zeros < weight.numel():
+            padding = weight[row].numel() - int(weight[row].count_nonzero()) if row is not None else 0
+            total += zeros - padding - pruned[name]
+    return total if total > MANY * scope.size else 0

@@ -1,0 +1,132 @@
+"""What a Pruner saved, read again: damaged, or of another one, it is refused before anything changes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from secateur.errors import InputError, listed
+from secateur.masks import Masks
+from secateur.scope import Scope
+
+
+def _damaged(what: str) -> InputError:
+    return InputError(f"the saved pruner is damaged: {what}; load an earlier checkpoint")
+
+
+def _differs(theirs: object, mine: object) -> bool:
+    return type(theirs) is not type(mine) or theirs != mine
+
+
+def _differences(place: str, theirs: object, mine: object) -> Iterator[str]:
+    if isinstance(theirs, Mapping) and isinstance(mine, Mapping):
+        for key in {**mine, **theirs}:
+            yield from _differences(
+                f"{place}.{key}".lstrip("."), theirs.get(key, "not there"), mine.get(key, "not there")
+            )
+    elif _differs(theirs, mine):
+        yield f"{place or 'settings'} {theirs!r} there, {mine!r} here"
+
+
+def require_shapes(theirs: object, mine: Mapping[str, list[int]]) -> None:
+    """See that a state is of these tensors.
+
+    Raises:
+        InputError: it is of others.
+    """
+    if not isinstance(theirs, Mapping):
+        raise _damaged(f"its shapes are a {type(theirs).__name__}")
+    differ = sorted(map(str, set(theirs) ^ set(mine))) or [name for name in mine if _differs(theirs[name], mine[name])]
+    if differ:
+        raise InputError(f"the saved pruner has another scope ({listed(differ)}): build this one with the scope it had")
+
+
+def require_settings(theirs: object, mine: object) -> None:
+    """See that a state was saved by a Pruner with the same settings.
+
+    Raises:
+        InputError: it was not; the message says what differs.
+    """
+    differ = list(_differences("", theirs, mine))
+    if differ:
+        raise InputError(f"the saved pruner was built otherwise: {'; '.join(differ[:3])}; build this one alike")
+
+
+def read_masks(packed: object, scope: Scope) -> Masks:
+    """Read the bits of the masks, to where the weights are now.
+
+    Raises:
+        InputError: they are damaged.
+    """
+    if not isinstance(packed, Mapping) or set(packed) != set(scope):
+        raise _damaged(f"its bits are {type(packed).__name__} of other names than those in scope")
+    found = {}
+    for name, weight in scope.items():
+        kept, (whole, spare) = packed[name], divmod(weight.numel(), 8)
+        if not isinstance(kept, Tensor) or kept.is_meta or kept.dtype != torch.uint8:
+            raise _damaged(f"the bits of {name} are {_told(kept)}, not uint8")
+        if kept.shape != (whole + bool(spare),) or (spare and int(kept[-1]) >> spare):
+            raise _damaged(f"the bits of {name} are {_told(kept)}, not those of {weight.numel():,} weights")
+        found[name] = kept.clone().to(weight.device)
+    return Masks.from_bits(found, {name: weight.shape for name, weight in scope.items()})
+
+
+def read_numbers(state: Mapping[str, Any], masks: Masks, most: Sequence[int], *, exact: bool) -> tuple[int, ...]:
+    """Read how many weights each share had lost, of at most `most`; see that they are, if `exact`, those of the masks.
+
+    Raises:
+        InputError: the steps or the counts are damaged.
+    """
+    steps, counts = state["steps"], state["counts"]
+    if type(steps) is not int or steps < 0:
+        raise _damaged(f"its steps are {steps!r}, not a whole number of 0 or more")
+    if not isinstance(counts, (list, tuple)) or len(counts) != len(most) or any(type(n) is not int for n in counts):
+        raise _damaged(f"its counts are {counts!r}, not {len(most)} whole numbers")
+    if any(not 0 <= count <= limit for count, limit in zip(counts, most, strict=True)):
+        raise _damaged(f"its counts are {list(counts)}, not between 0 and {list(most)}")
+    if exact and sum(counts) != masks.pruned:
+        raise _damaged(f"its counts add up to {sum(counts):,}, its bits prune {masks.pruned:,}")
+    return tuple(counts)
+
+
+def read_sums(state: Mapping[str, Any], scope: Scope) -> dict[str, Tensor]:
+    """Read the sums of a score that is made of gradients.
+
+    Raises:
+        InputError: they are damaged.
+    """
+    sums = state.get("sums")
+    if not isinstance(sums, Mapping) or not set(sums) <= set(scope):
+        raise _damaged("its sums of gradients are missing, or of other names than those in scope")
+    for name, total in sums.items():
+        weight = scope[name]
+        number = isinstance(total, Tensor) and (
+            total.is_floating_point() or (total.is_complex() and weight.is_complex())
+        )
+        if not number or total.is_meta or total.shape != weight.shape or not bool(total.isfinite().all()):
+            raise _damaged(
+                f"its sum of gradients of {name} is {_told(total)}, not {tuple(weight.shape)} finite numbers"
+            )
+    return {name: total.clone().to(scope[name].device) for name, total in sums.items()}
+
+
+def require_generator(state: Mapping[str, Any], generator: torch.Generator) -> None:
+    """See that the state of a generator of this kind was saved.
+
+    Raises:
+        InputError: it was not, or is damaged.
+    """
+    saved = state.get("generator")
+    try:
+        torch.Generator(generator.device).set_state(saved.cpu())  # type: ignore[union-attr]
+    except (AttributeError, TypeError, RuntimeError) as error:
+        raise _damaged(f"its generator is {_told(saved)}, not the state of one") from error
+
+
+def _told(thing: object) -> str:
+    if isinstance(thing, Tensor):
+        return f"{thing.dtype} {tuple(thing.shape)} on {thing.device}"
+    return f"a {type(thing).__name__}" if thing is not None else "missing"

@@ -1,0 +1,55 @@
+"""secateur.live_tensors: whether what was in scope is the model's still (see also test_pruner_model)."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils.parametrizations import orthogonal
+
+import secateur as sc
+from secateur import live_tensors
+from secateur.errors import StateError
+
+
+def planned():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    scope = sc.weights(model)
+    masks = sc.Masks({name: torch.ones(weight.shape, dtype=torch.bool) for name, weight in scope.items()})
+    return model, scope, masks
+
+
+def test_nothing_is_told_of_a_model_as_it_was():
+    assert list(live_tensors.troubles(*planned())) == []
+
+
+def test_a_replaced_layer_is_told_and_a_renewed_parameter_is_not():
+    model, scope, masks = planned()
+    model[0].weight = nn.Parameter(torch.zeros(8, 8))
+    assert list(live_tensors.troubles(model, scope, masks)) == []
+    model[1] = nn.Linear(8, 8)
+    (told,) = live_tensors.troubles(model, scope, masks)
+    assert "1.weight is no longer the model's" in told
+    assert "make a new Pruner" in told
+
+
+def test_a_weight_that_is_computed_is_no_longer_here():
+    model, scope, masks = planned()
+    orthogonal(model[1])
+    assert list(live_tensors.here(scope)) == ["0.weight"]
+    (told,) = live_tensors.troubles(model, scope, masks)
+    assert "remove_parametrizations" in told
+
+
+def test_another_shape_is_refused():
+    model, scope, masks = planned()
+    model[0].weight = nn.Parameter(torch.zeros(4, 8))
+    with pytest.raises(StateError, match="make a new Pruner"):
+        list(live_tensors.troubles(model, scope, masks))
+
+
+def test_zeros_that_nothing_holds_are_counted():
+    model, scope, masks = planned()
+    with torch.no_grad():
+        model[0].weight[0].zero_()
+        model[1].weight.zero_()  # begun so
+    assert live_tensors.loose_zeros(scope, masks, scope) == 8
+    assert live_tensors.loose_zeros(scope, masks, ["1.weight"]) == 0
