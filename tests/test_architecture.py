@@ -28,23 +28,13 @@ OF_NO_ROOM = {  # tests that mirror no module, and what they are of
 
 # What is still to be put right: each of these must become empty.
 LEFT_ARROWS = {}
-LEFT_BENCHMARKS = {"dropout": {"zoo"}}
+LEFT_BENCHMARKS = {}
 LEFT_WITHOUT_TESTS = {
-    "dropout/noise",
-    "dropout/sampling/fingerprints",
-    "dropout/sampling/generators",
-    "dropout/sampling/passes",
-    "dropout/sampling/prefix",
-    "dropout/sampling/strategies",
     "runtime/bench",
     "runtime/native",
 }
-LEFT_LONG = {
-    "dropout/sampling/test_monte_carlo",
-    "dropout/zoo",
-}
+LEFT_LONG = {}
 LEFT_BARE = {
-    "dropout/sampling/test_monte_carlo",
     "runtime/test_tuning",
 }
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections import Counter
 from collections.abc import Iterator
@@ -13,7 +12,7 @@ import torch
 from torch import nn
 
 from secateur.dropout.interception.handlers import DropoutCall
-from secateur.dropout.interception.isolation import Buffers, fresh, require_rest, undisturbed
+from secateur.dropout.interception.isolation import changed, fresh, held, require_rest, twin, undisturbed
 from secateur.dropout.interception.listing import Lister, listed
 from secateur.support.inputs import Arguments, arguments
 from secateur.support.tables import Printed, Table
@@ -47,7 +46,8 @@ class Found(Printed):
         sequence: each dropout call in the order in which the model makes them, those in a module that runs twice twice;
             with a rate of 0 those that drop nothing, in training either: their rate is 0, or `training=False` for good.
         unreached: noise that is out of reach.
-        writes: the model writes into its buffers, in `eval()` too.
+        writes: the model writes into buffers or other tensors that it holds, in `eval()` too; samples are then taken
+            of copies, which share its weights.
     """
 
     sequence: tuple[DropoutCall, ...]
@@ -86,7 +86,7 @@ class Found(Printed):
 def find(model: nn.Module, inputs: Any) -> Found:
     """List every dropout call that a model makes for some inputs: of modules, of functions, inside fused layers.
 
-    The model runs once as it is, in `eval()`, and a copy that shares its weights runs once in `train()`: rates that a
+    A copy that shares the model's weights runs once in `eval()` and once in `train()`: rates that a
     model passes on only in training (those of `scaled_dot_product_attention`) are seen there, and so is noise that is
     drawn only there, which is out of reach. Dropout: Srivastava et al. 2014.
 
@@ -114,43 +114,26 @@ def find(model: nn.Module, inputs: Any) -> Found:
 
 def look(model: nn.Module, call: Arguments) -> tuple[Found, Any]:
     """Find the dropout calls of a model, `undisturbed`; and what it gives. It may write into the inputs."""
-    buffers = Buffers(model)
-    now, output = listed(model, call)
-    writes = buffers.put_back()
+    trained = [p for p in model.parameters() if p.requires_grad]  # others may be written into in training
+    copied = twin(model, trained)
+    before = held(copied)
+    now, output = listed(copied, call, original=model)
+    writes = changed(before, held(copied))
     try:
-        then = _in_training(model, call)
+        then = _in_training(twin(model, trained) if writes else copied, call)
     except Exception as error:  # a model may want more in training: targets, a larger batch
         return _found(model, now, None, writes, f"{type(error).__name__}: {error}"), output
     return _found(model, now, then, writes), output
 
 
-def _in_training(model: nn.Module, call: Arguments) -> Lister:
+def _in_training(copied: nn.Module, call: Arguments) -> Lister:
     """List what a copy of the model calls in training; normalisation stays as it is."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        twin = _twin(model).train()
-        for module in twin.modules():
+        for module in copied.train().modules():
             if isinstance(module, nn.modules.batchnorm._NormBase):
                 module.eval()
-        return listed(twin, fresh(call))[0]
-
-
-def _twin(model: nn.Module) -> nn.Module:
-    """Copy a model but for the weights that are trained; buffers and others may be written into in training."""
-    shared: dict[int, Any] = {id(p): p for p in model.parameters() if p.requires_grad}
-    try:
-        return copy.deepcopy(model, dict(shared))
-    except Exception:  # of a lock, a file, a generator: then modules are copied, and what else they hold is shared
-        return _shallow(model, {})
-
-
-def _shallow(module: nn.Module, done: dict[int, nn.Module]) -> nn.Module:
-    if id(module) not in done:
-        twin = done[id(module)] = copy.copy(module)
-        twin._parameters = dict(module._parameters)
-        twin._buffers = {name: None if b is None else b.clone() for name, b in module._buffers.items()}
-        twin._modules = {name: None if m is None else _shallow(m, done) for name, m in module._modules.items()}
-    return done[id(module)]
+        return listed(copied, fresh(call))[0]
 
 
 def _found(model: nn.Module, now: Lister, then: Lister | None, writes: bool, failure: str = "") -> Found:

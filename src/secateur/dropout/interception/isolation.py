@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
@@ -120,34 +120,38 @@ def _may_change(thing: Any) -> bool:
     return not isinstance(thing, _PLAIN)
 
 
-class Buffers:
-    """The buffers of a model, to be put back if a forward writes into them (a counter, a ring buffer)."""
-
-    def __init__(self, model: nn.Module) -> None:
-        plain = (module for module in model.modules() if not isinstance(module, torch.jit.ScriptModule))
-        places = [(m._buffers, name, b) for m in plain for name, b in m._buffers.items() if b is not None]
-        self._kept = [(*place, place[2]._version, place[2].clone()) for place in places if not place[2].is_inference()]
-
-    def put_back(self) -> bool:
-        """Restore what has changed; tell whether anything had."""
-        changed = False
-        for i, (place, name, buffer, version, copied) in enumerate(self._kept):
-            if buffer._version != version:
-                buffer.copy_(copied)
-                self._kept[i] = (place, name, buffer, buffer._version, copied)
-                changed = True
-            if place[name] is not buffer:
-                place[name] = buffer
-                changed = True
-        return changed
-
-
-@contextmanager
-def buffers_kept(model: nn.Module, *, wanted: bool) -> Iterator[None]:
-    """Put the buffers of a model back afterwards, if it is one that writes into them."""
-    buffers = Buffers(model) if wanted else None
+def twin(model: nn.Module, shared: Iterable[Tensor]) -> nn.Module:
+    """Copy a model but for some tensors: what the copy writes into itself, other threads do not see in the model."""
+    kept = [*shared, *(t for t, _ in held(model) if t.grad_fn is not None)]  # deepcopy refuses what has a history
     try:
-        yield
-    finally:
-        if buffers is not None:
-            buffers.put_back()
+        return copy.deepcopy(model, {id(tensor): tensor for tensor in kept})
+    except Exception:  # of a lock, a file, a generator: then modules are copied, and what else they hold is shared
+        return _shallow(model, {})
+
+
+def _shallow(module: nn.Module, done: dict[int, nn.Module]) -> nn.Module:
+    if id(module) not in done:
+        copied = done[id(module)] = copy.copy(module)
+        copied._parameters = dict(module._parameters)
+        copied._buffers = {name: None if b is None else b.clone() for name, b in module._buffers.items()}
+        copied._modules = {name: None if m is None else _shallow(m, done) for name, m in module._modules.items()}
+    return done[id(module)]
+
+
+def held(model: nn.Module) -> list[tuple[Tensor, int]]:
+    """The buffers of a model and other tensors that its modules hold, each with how often it has been written into."""
+    found: list[Any] = []
+    for module in model.modules():
+        found += module._buffers.values()
+        for name, value in vars(module).items():
+            if isinstance(value, (Tensor, list, tuple, dict)) and name not in _REGISTERED:
+                found += tree_leaves(value)
+    return [(leaf, -1 if leaf.is_inference() else leaf._version) for leaf in found if isinstance(leaf, Tensor)]
+
+
+_REGISTERED = {"_parameters", "_buffers", "_modules"}
+
+
+def changed(before: list[tuple[Tensor, int]], after: list[tuple[Tensor, int]]) -> bool:
+    """Tell whether a model holds other tensors than before, or has written into them."""
+    return [(id(tensor), version) for tensor, version in before] != [(id(tensor), version) for tensor, version in after]

@@ -123,18 +123,27 @@ def _source(value: Any) -> tuple[Callable[[], Any], Callable[[Any], None]] | Non
     return None
 
 
-def listed(model: nn.Module, call: Arguments) -> tuple[Lister, Any]:
-    """Run a model and list what is random in it; what it gives, too."""
-    lister, answer, hidden = _listed(model, call)
+def listed(model: nn.Module, call: Arguments, *, original: nn.Module | None = None) -> tuple[Lister, Any]:
+    """Run a model and list what is random in it; what it gives, too.
+
+    Args:
+        original: what the model is a copy of: the parts of it that still run have names too.
+    """
+    names = {
+        id(module): name.replace("_orig_mod.", "").removesuffix("_orig_mod")
+        for one in (original, model)
+        if one is not None
+        for name, module in one.named_modules()
+    }
+    lister, answer, hidden = _listed(model, call, names)
     if hidden:  # of another generator than torch's: once more, to see where
-        lister.noise = _listed(model, call, watch=True)[0].noise
+        lister.noise = _listed(model, call, names, watch=True)[0].noise
     return lister, answer
 
 
-def _listed(model: nn.Module, call: Arguments, *, watch: bool = False) -> tuple[Lister, Any, bool]:
-    names = {
-        id(module): name.replace("_orig_mod.", "").removesuffix("_orig_mod") for name, module in model.named_modules()
-    }
+def _listed(
+    model: nn.Module, call: Arguments, names: Mapping[int, str], *, watch: bool = False
+) -> tuple[Lister, Any, bool]:
     with _random_state(model) as others:
         lister = Lister(names, others if watch else None)
         with handling(lister), _Seeded(lister.drawn):

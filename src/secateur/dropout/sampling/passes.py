@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from secateur.dropout.interception.discovery import Found, look
 from secateur.dropout.interception.followers import Unsuitable
 from secateur.dropout.interception.handlers import DropoutCall, Handler, handling
-from secateur.dropout.interception.isolation import buffers_kept, fresh, written
+from secateur.dropout.interception.isolation import fresh, twin, written
 from secateur.dropout.interception.listing import listed
 from secateur.dropout.noise import require_rate
 from secateur.dropout.sampling.generators import Streams
@@ -99,8 +99,13 @@ class Run:
     def forward(self, handler: Handler, *, copies: bool = False) -> Outputs:
         """Run the model under a handler, if need be on copies of its inputs."""
         args, kwargs = fresh(self.call) if copies or self.plan.writes else self.call
-        with handling(handler), buffers_kept(self.model, wanted=self.plan.found.writes):
-            return outputs_of(self.model(*args, **kwargs), self.output)
+        model = self.apart()
+        with handling(handler):
+            return outputs_of(model(*args, **kwargs), self.output)
+
+    def apart(self) -> nn.Module:
+        """Give the model or, if it writes into tensors that it holds, a fresh copy that shares its weights."""
+        return twin(self.model, self.model.parameters()) if self.plan.found.writes else self.model
 
     def some(self, way: str, samples: Sequence[int], *, replay: bool = True) -> Outputs:
         """Compute a few samples in one pass: outputs `[samples, batch, ...]`.
@@ -169,7 +174,7 @@ def _with_batch(run: Run) -> Sequence[DropoutCall]:
 
         alike = Run(run.model, each(partial(_first_of_all, axis=axis)), run.output, run.seed, shared=True)
         try:
-            lister, answer = listed(run.model, each(partial(_twice, axis=axis)))
+            lister, answer = listed(run.apart(), each(partial(_twice, axis=axis)))
             if outputs_of(answer, run.output)[0].shape != (2 * shape[0], *shape[1:]) or len(lister.calls) != len(calls):
                 continue
             pairs = zip(calls, lister.calls, strict=True)
