@@ -17,10 +17,13 @@
 extern "C" {
 #endif
 
-#define SECATEUR_ABI 4
+#define SECATEUR_ABI 5
 
 /* SECATEUR_ABI of the library. */
 SECATEUR_API int32_t secateur_abi(void);
+
+/* The text of this header: the functions of this library, and what they take. */
+SECATEUR_API const char* secateur_header(void);
 
 /* The instruction set in use: "avx512", "avx2", "neon" or "portable": the best one that this CPU has, or the one
  * named by the environment variable SECATEUR_ISA when the library was loaded, if the CPU has it. */

@@ -50,6 +50,12 @@ using namespace secateur;
 
 int32_t secateur_abi(void) { return SECATEUR_ABI; }
 
+const char* secateur_header(void) {
+    return
+#include "header.inc"
+        ;
+}
+
 const char* secateur_isa(void) { return kernels->name; }
 
 int32_t secateur_set_isa(const char* name) {

@@ -26,19 +26,6 @@ OF_NO_ROOM = {  # tests that mirror no module, and what they are of
 }
 
 
-# What is still to be put right: each of these must become empty.
-LEFT_ARROWS = {}
-LEFT_BENCHMARKS = {}
-LEFT_WITHOUT_TESTS = {
-    "runtime/bench",
-    "runtime/native",
-}
-LEFT_LONG = {}
-LEFT_BARE = {
-    "runtime/test_tuning",
-}
-
-
 def order():
     """The one list of rooms, in CONTRIBUTING.md: each imports only what stands before it."""
     block = re.search(r"only what stands before it:\n\n((?: {4}.*\n)+)", (ROOT / "CONTRIBUTING.md").read_text())[1]
@@ -87,14 +74,14 @@ def test_the_list_names_each_room_once():
 def test_no_import_runs_upwards(name):
     place = {room: i for i, room in enumerate(order())}
     upwards = sorted(found for found in ARROWS[name] & ROOMS if place[found] >= place[name])
-    assert set(upwards) <= LEFT_ARROWS.get(name, set()), f"{name} imports what stands after it"
+    assert upwards == [], f"{name} imports what stands after it"
 
 
 @pytest.mark.parametrize("name", BENCHMARKS)
 def test_benchmarks_import_nothing_from_tests(name):
     helpers = {Path(test).name for test in TESTS}
     found = {base.split(".")[0] for base, _ in imported(BENCHMARKS[name])}
-    assert found & (helpers | {"tests"}) <= LEFT_BENCHMARKS.get(name, set())
+    assert found & (helpers | {"tests"}) == set()
 
 
 def mirrors(test, room):
@@ -105,7 +92,7 @@ def mirrors(test, room):
 
 @pytest.mark.parametrize("room", sorted(name for name in ROOMS if not Path(name).name.startswith("__")))
 def test_each_room_has_its_tests(room):
-    assert room in LEFT_WITHOUT_TESTS or any(mirrors(test, room) for test in TESTS), f"tests/{room} is missing"
+    assert any(mirrors(test, room) for test in TESTS), f"tests/{room} is missing"
 
 
 @pytest.mark.parametrize("test", sorted(test for test in TESTS if Path(test).name.startswith("test_")))
@@ -119,7 +106,7 @@ def test_the_exceptions_are_there():
 
 @pytest.mark.parametrize("test", sorted(TESTS))
 def test_a_test_file_can_be_read_in_one_sitting(test):
-    assert len(TESTS[test].read_text().splitlines()) <= 600 or test in LEFT_LONG, "split it by topic: test_b_topic.py"
+    assert len(TESTS[test].read_text().splitlines()) <= 600, "split it by topic: test_b_topic.py"
 
 
 @pytest.mark.parametrize("test", sorted(TESTS))
@@ -129,4 +116,4 @@ def test_each_error_is_expected_with_its_remedy(test):
         call for call in calls if call.func.attr in ("raises", "warns") and ast.unparse(call.func.value) == "pytest"
     ]
     bare = [call.lineno for call in asked if not any(keyword.arg == "match" for keyword in call.keywords)]
-    assert bare == [] or test in LEFT_BARE, "pytest.raises(..., match=) names what to do"
+    assert bare == [], "pytest.raises(..., match=) names what to do"

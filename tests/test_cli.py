@@ -517,19 +517,6 @@ def test_bench_fills_the_model(models, tmp_path, monkeypatch, form):
     assert found["comparison"]["measurements"]["dense"]["nonzeros"] == 80 + 18
 
 
-def test_the_inputs_of_bench_are_the_same_each_time():
-    from secateur.runtime.bench import input_of
-
-    def made(spelled):
-        return input_of(spelled, torch.Generator().manual_seed(0))
-
-    assert torch.equal(made("1x784"), made("1x784"))
-    assert made("1x784").std() == pytest.approx(1, abs=0.1)
-    assert (made("2x3:float16").dtype, made("2x3:float16").shape) == (torch.float16, (2, 3))
-    assert (made("9x99:int64").min(), made("9x99:int64").max()) == (0, 99)
-    assert made("9:int32:2").unique().tolist() == [0, 1]
-
-
 @pytest.mark.parametrize("flag", [[], ["--json"]])
 @pytest.mark.parametrize(
     ("target", "options", "message"),

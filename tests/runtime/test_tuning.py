@@ -94,7 +94,7 @@ def test_what_was_measured_is_remembered(recorded, monkeypatch):
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(threads + 1)
-        with pytest.raises(TypeError):  # not for another number of threads
+        with pytest.raises(TypeError, match="not callable"):  # measures anew, for another number of threads
             choose(model, recorders)
     finally:
         torch.set_num_threads(threads)

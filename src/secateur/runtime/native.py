@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -17,20 +18,9 @@ from torch import Tensor
 
 from secateur.errors import InputError
 
-ABI = 4
-_P, _I64, _I32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
-_SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
-    "secateur_isa": (ctypes.c_char_p, []),
-    "secateur_set_isa": (_I32, [ctypes.c_char_p]),
-    "secateur_set_parallel": (None, [_P]),
-    "secateur_pack": (_I64, [_P, _I64, _I64, _I64, _I32, _P]),
-    "secateur_watch": (_I64, [_P, _I64, _P]),
-    "secateur_changed": (_I32, [_I32, _P, _P, _I32]),
-    "secateur_linear": (_I32, [_P, _P, _I64, _P, _P, _I32]),
-    "secateur_chain": (_I32, [_I32, _P, _P, _P, _P, _I64, _P, _I32]),
-    "secateur_conv2d": (_I32, [_P, _P, _P, _P, _P, _I32]),
-    "secateur_recurrent": (_I32, [_I32, _P, _P, _P, _P, _P, _P, _P, _I64, _I64, _P, _P, _P, _P, _I64, _I32, _I32]),
-}
+ABI = 5
+_FUNCTION = re.compile(r"^SECATEUR_API (.+?)(secateur_\w+)\((.*?)\);", re.MULTILINE | re.DOTALL)
+_NUMBERS: dict[str, type | None] = {"int64_t": ctypes.c_int64, "int32_t": ctypes.c_int32, "void": None}
 
 
 @functools.cache
@@ -41,12 +31,33 @@ def library() -> ctypes.CDLL | None:
     lib = ctypes.CDLL(str(path))
     if lib.secateur_abi() != ABI:
         return None
-    for name, (result, arguments) in _SIGNATURES.items():
+    lib.secateur_header.restype = ctypes.c_char_p
+    for name, (result, arguments) in signatures(lib.secateur_header().decode()).items():
         function = getattr(lib, name)
         function.restype, function.argtypes = result, arguments
     if (parallel := _openmp()) is not None:
         lib.secateur_set_parallel(parallel)
     return lib
+
+
+def signatures(header: str) -> dict[str, tuple[type | None, list[type | None]]]:
+    """What each function of a header in the manner of `native/secateur.h` returns and takes, in terms of ctypes.
+
+    >>> found = signatures("SECATEUR_API int32_t secateur_count(const float* x, int64_t n);")
+    >>> found == {"secateur_count": (ctypes.c_int32, [ctypes.c_void_p, ctypes.c_int64])}
+    True
+    """
+    found = _FUNCTION.findall(header)
+    return {
+        name: (_ctype(result), [_ctype(one) for one in arguments.split(",") if one != "void"])
+        for result, name, arguments in found
+    }
+
+
+def _ctype(declared: str) -> type | None:
+    if "char*" in declared:
+        return ctypes.c_char_p
+    return ctypes.c_void_p if "*" in declared or "[" in declared else _NUMBERS[declared.split()[0]]
 
 
 def isa() -> str | None:
@@ -95,7 +106,7 @@ def _path() -> Path | None:
 def _openmp() -> int | None:
     """Address of GOMP_parallel in the OpenMP library that torch itself runs on: one pool of threads for both."""
     try:
-        return ctypes.cast(ctypes.CDLL(None).GOMP_parallel, _P).value
+        return ctypes.cast(ctypes.CDLL(None).GOMP_parallel, ctypes.c_void_p).value
     except (AttributeError, OSError, TypeError):
         pass
     if sys.platform == "linux":
@@ -103,7 +114,7 @@ def _openmp() -> int | None:
             path = line.rpartition(" ")[2]
             if "omp" in path.rpartition("/")[2] and ".so" in path:
                 try:
-                    return ctypes.cast(ctypes.CDLL(path).GOMP_parallel, _P).value
+                    return ctypes.cast(ctypes.CDLL(path).GOMP_parallel, ctypes.c_void_p).value
                 except (AttributeError, OSError):
                     continue
     return None
