@@ -60,22 +60,23 @@ def _recurrent_shape(
 
 
 def _linear(x: Tensor, *rest: Any) -> Tensor:
-    _require_float(x)
+    require_float(x)
     return products.linear(x, *rest)
 
 
 def _conv2d(x: Tensor, *rest: Any) -> Tensor:
-    _require_float(x)
+    require_float(x)
     given: Any = (tuple(one) if isinstance(one, list) else one for one in rest)
     return products.conv2d(x, *given).contiguous()  # the dense one may give channels_last, the fake one does not
 
 
 def _recurrent(x: Tensor, sizes: Tensor | None, h: Tensor, c: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
-    _require_float(*(tensor for tensor in (x, h, c) if tensor is not None))
+    require_float(*(tensor for tensor in (x, h, c) if tensor is not None))
     return tuple(tensor.contiguous() for tensor in products.recurrent(x, sizes, h, c, *rest))
 
 
-def _require_float(*inputs: Tensor) -> None:
+def require_float(*inputs: Tensor) -> None:
+    """Raise an InputTypeError for an input of a graph that is not float32."""
     for tensor in inputs:
         if tensor.dtype is not torch.float32:
             raise InputTypeError(
@@ -90,7 +91,8 @@ def _refuse(context: Any, *gradients: Any) -> None:
     )
 
 
-def _register(name: str, schema: str, kernel: Callable[..., Any], shape: Callable[..., Any]) -> None:
+def register(name: str, schema: str, kernel: Callable[..., Any], shape: Callable[..., Any]) -> None:
+    """Make `torch.ops.secateur.<name>`: the product, and `shape`, which gives empty tensors like its results."""
     full = f"secateur::{name}"
     torch.library.define(full, schema)
     torch.library.impl(full, "CPU", kernel)
@@ -98,6 +100,6 @@ def _register(name: str, schema: str, kernel: Callable[..., Any], shape: Callabl
     torch.library.register_autograd(full, _refuse)
 
 
-_register("linear", _LINEAR, _linear, _linear_shape)
-_register("conv2d", _CONV2D, _conv2d, _conv2d_shape)
-_register("recurrent", _RECURRENT, _recurrent, _recurrent_shape)
+register("linear", _LINEAR, _linear, _linear_shape)
+register("conv2d", _CONV2D, _conv2d, _conv2d_shape)
+register("recurrent", _RECURRENT, _recurrent, _recurrent_shape)

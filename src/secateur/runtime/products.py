@@ -85,7 +85,7 @@ def linear(x: Tensor, weight: Tensor, packed: Tensor, bias: Tensor | None, choic
     offset = None if bias is None else bias.data_ptr()
     failed = lib.secateur_linear(packed.data_ptr(), source, n, offset, out.data_ptr(), torch.get_num_threads())
     if failed:
-        raise _failure(failed)
+        raise failure(failed)
     return out
 
 
@@ -110,7 +110,7 @@ def chain(
     out = _result(x, n, rows)
     failed = lib.secateur_chain(layers, blobs, biases, relu, source, n, out.data_ptr(), torch.get_num_threads())
     if failed:
-        raise _failure(failed)
+        raise failure(failed)
     return out
 
 
@@ -120,7 +120,7 @@ def _matrix(x: Tensor, columns: int, choices: int) -> tuple[Tensor, int, int] | 
         n = x.numel() // columns
         if n == 0 or x.shape[-1] != columns or not choices >> (n - 1).bit_length() & 1:
             return None
-        if choices & CHECKED and not _finite(x):
+        if choices & CHECKED and not finite(x):
             return None
         if not x.is_contiguous():
             x = x.contiguous()
@@ -129,7 +129,7 @@ def _matrix(x: Tensor, columns: int, choices: int) -> tuple[Tensor, int, int] | 
         return None
 
 
-def _finite(*tensors: Tensor) -> bool:
+def finite(*tensors: Tensor) -> bool:
     """Whether no value is NaN or infinite; False, too, if the sum of all is beyond float32."""
     return all(math.isfinite(float(tensor.sum())) for tensor in tensors)
 
@@ -160,7 +160,7 @@ def conv2d(
     x = x.contiguous()
     try:
         source = x.data_ptr()
-        fits = not choices & CHECKED or _finite(x)
+        fits = not choices & CHECKED or finite(x)
     except RuntimeError:  # under vmap
         fits = False
     if not fits:
@@ -170,7 +170,7 @@ def conv2d(
     threads = torch.get_num_threads()
     failed = lib.secateur_conv2d(packed.data_ptr(), source, geometry, offset, out.data_ptr(), threads)
     if failed:
-        raise _failure(failed)
+        raise failure(failed)
     return out
 
 
@@ -233,7 +233,7 @@ def recurrent(
     dense = functools.partial(_dense_recurrent, x, sizes, h, c, weights, bidirectional)
     if lib is None or not x.numel() or not choices >> bucket(h.shape[1]) & 1:
         return dense()
-    if choices & CHECKED and not _finite(x, h, *(() if c is None else (c,))):
+    if choices & CHECKED and not finite(x, h, *(() if c is None else (c,))):
         return dense()
     layers, directions = h.shape[0], 2 if bidirectional else 1
     per, batch, state = len(weights) // layers, h.shape[1], h.shape[2]
@@ -272,9 +272,9 @@ def recurrent(
                 threads,
             )
             if failed:
-                raise _failure(failed)
+                raise failure(failed)
         rows = out
-    if choices & CHECKED and not _finite(rows, h, *(() if c is None else (c,))):  # gates beyond float32
+    if choices & CHECKED and not finite(rows, h, *(() if c is None else (c,))):  # gates beyond float32
         return dense()
     return rows.view(*shape, -1), h, h.new_empty(0) if c is None else c
 
@@ -335,7 +335,7 @@ def _csr_linear(x: Tensor, weight: Tensor, packed: Tensor, bias: Tensor | None) 
     return out.contiguous().view(*x.shape[:-1], rows)
 
 
-def _failure(code: int) -> Exception:
+def failure(code: int) -> Exception:
     """What a native function's negative answer means."""
     if code == -2:
         return MemoryError("no memory for the scratch of a sparse kernel: use a smaller batch")
