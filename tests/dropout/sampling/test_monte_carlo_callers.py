@@ -57,12 +57,12 @@ def test_an_interrupt_is_not_swallowed():
         x = self.drop(x)
         self.counts[0] += 1
         if self.counts[0] == 6:
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt("by the user")
         return x
 
     model = seeded(forward, drop=nn.Dropout, counts=[0])
     depth = torch._C._len_torch_function_stack()
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt, match="by the user"):
         sample(model, X)
     assert torch._C._len_torch_function_stack() == depth
     assert not sc.dropout.noise.SAMPLING.get()
