@@ -22,8 +22,7 @@ from secateur.support.registry import Registry
 
 Counts = dict[str, int]
 
-
-Share = Callable[[Mapping[str, Tensor], int], Mapping[str, int]]
+Rule = Callable[[Mapping[str, Tensor], int], Mapping[str, int]]
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,7 @@ class Allocation:
         shapes_only: whether `share` looks at nothing but the shapes of the weights, and so serves for files too.
     """
 
-    share: Share | None = None
+    share: Rule | None = None
     min_keep: int | float = 1
     allow_empty: bool = False
     shapes_only: bool = False
@@ -70,7 +69,7 @@ ALLOCATIONS: Registry[_MakesAllocation] = Registry("allocation", "a function (we
 """The allocations that have a name."""
 
 
-def allocation(name: str, *, source: str = "", shapes_only: bool = False) -> Callable[[Share], _MakesAllocation]:
+def allocation(name: str, *, source: str = "", shapes_only: bool = False) -> Callable[[Rule], _MakesAllocation]:
     """Give an allocation a name, under which `prune(allocation=name)`, errors and the docs know it.
 
     What is decorated is the function `(weights, count) -> {name: how many to prune}`; it becomes what makes an
@@ -85,7 +84,7 @@ def allocation(name: str, *, source: str = "", shapes_only: bool = False) -> Cal
         InputError: another allocation has that name.
     """
 
-    def register(share: Share) -> _MakesAllocation:
+    def register(share: Rule) -> _MakesAllocation:
         def make(*, min_keep: int | float = 1, allow_empty: bool = False) -> Allocation:
             return Allocation(share, min_keep, allow_empty, shapes_only)
 
@@ -141,7 +140,7 @@ def _layer_adaptive(weight: Tensor) -> Tensor:
     return torch.where(squares > 0, squares / not_smaller, 0.0).float()
 
 
-def resolve(given: str | Allocation | Share) -> Allocation:
+def resolve(given: str | Allocation | Rule) -> Allocation:
     """Turn what a user may pass as `allocation=` into an Allocation."""
     if isinstance(given, Allocation):
         return given

@@ -254,7 +254,8 @@ def _take_mode(path: Path, old: os.stat_result) -> None:
         for owner, group in ((-1, old.st_gid), (old.st_uid, -1)):
             with suppress(OSError):
                 os.chown(path, owner, group)
-        mode &= ~stat.S_IRWXG if path.stat().st_gid != old.st_gid else ~0
+        if path.stat().st_gid != old.st_gid:
+            mode &= ~stat.S_IRWXG
     os.chmod(path, mode)
 
 
