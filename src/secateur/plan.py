@@ -17,11 +17,12 @@ from torch import Tensor, nn
 
 from secateur import allocation as allocations
 from secateur import patterns, scores, selection
+from secateur import scope as scopes
 from secateur.allocation import Allocation
-from secateur.errors import InputError, InputTypeError, PatternError, warn
+from secateur.errors import InputError, PatternError, warn
 from secateur.masks import Masks
 from secateur.patterns import Joined, Pattern
-from secateur.scope import Member, Scope, unwrap, weights
+from secateur.scope import Member, Scope
 from secateur.scores import Score
 from secateur.selection import Applied, Cut, Stream
 from secateur.sparsity import Count, Sparsity, explicit, fraction, half_up
@@ -353,7 +354,7 @@ def make(
     Raises:
         InputError, InputTypeError, UnknownNameError, PatternError: as `prune` says.
     """
-    chosen = _scope(model, scope)
+    chosen = scopes.resolve(model, scope)
     shape = patterns.resolve(pattern)
     shared = allocations.resolve(allocation)
 
@@ -392,20 +393,6 @@ def _sheets(scope: Scope, names: Sequence[str], pattern: Pattern | None) -> dict
         found[sheet.name] = sheet
     found |= {name: _Sheet((scope.members[name],), (0,)) for name in left}
     return found
-
-
-def _scope(model: nn.Module, scope: Mapping[str, nn.Parameter] | None) -> Scope:
-    if scope is None:
-        return weights(model)
-    if not isinstance(scope, Mapping):
-        raise InputTypeError(f"scope is a {type(scope).__name__}: give sc.weights(model, only=..., skip=...)")
-    if not isinstance(scope, Scope):
-        return weights(model, only=list(scope))
-    own = dict(unwrap(model).named_parameters(remove_duplicate=False))
-    for name, parameter in scope.items():
-        if own.get(name) is not parameter:
-            raise InputError(f"the scope is of another model: {name} is not this model's; call sc.weights(model) anew")
-    return scope
 
 
 def _name(choice: object) -> str:

@@ -175,6 +175,25 @@ def weights(
     return Scope(members, left_out, sum(p.numel() for p in everything if not is_lazy(p)))
 
 
+def resolve(model: nn.Module, given: Mapping[str, nn.Parameter] | None) -> Scope:
+    """Turn what a user may pass as `scope=` into a Scope; None is the default one, of a plain dict the names count.
+
+    Raises:
+        InputTypeError: no mapping. InputError: a scope of another model; and as `weights`.
+    """
+    if given is None:
+        return weights(model)
+    if not isinstance(given, Mapping):
+        raise InputTypeError(f"scope is a {type(given).__name__}: give sc.weights(model, only=..., skip=...)")
+    if not isinstance(given, Scope):
+        return weights(model, only=list(given))
+    own = dict(unwrap(model).named_parameters(remove_duplicate=False))
+    for name, parameter in given.items():
+        if own.get(name) is not parameter:
+            raise InputError(f"the scope is of another model: {name} is not this model's; call sc.weights(model) anew")
+    return given
+
+
 _WRAPPERS = {  # package and class: where the model is
     "torch.DataParallel": "module",
     "torch.DistributedDataParallel": "module",

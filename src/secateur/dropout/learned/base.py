@@ -11,7 +11,7 @@ from torch.utils.hooks import RemovableHandle
 
 from secateur.dropout.substitution import Stand, begin, end
 from secateur.errors import InputError, InputTypeError, StateError
-from secateur.scope import Member, Scope, unwrap, weights
+from secateur.scope import Member, resolve, unwrap
 
 
 class LearnedRates(nn.Module):
@@ -189,16 +189,8 @@ def choose(model: nn.Module, scope: Mapping[str, nn.Parameter] | None) -> list[M
     Raises:
         InputTypeError, InputError: no scope, one of another model, complex weights, or as `sc.weights`.
     """
-    if scope is not None and not isinstance(scope, Mapping):
-        raise InputTypeError(f"scope is a {type(scope).__name__}: give sc.weights(model, only=..., skip=...)")
-    if scope is None or isinstance(scope, Scope):
-        chosen = weights(model) if scope is None else scope
-    else:
-        chosen = weights(model, only=list(scope))
-    own = dict(unwrap(model).named_parameters(remove_duplicate=False))
-    for name, parameter in (chosen if scope is None else scope).items():
-        if own.get(name) is not parameter:
-            raise InputError(f"the scope is of another model: {name} is not this model's; call sc.weights(model) anew")
+    chosen = resolve(model, scope)
+    for name, parameter in chosen.items():
         if parameter.is_complex():
             raise InputError(f"{name} is complex: leave it out, scope=sc.weights(model, skip=[{name!r}])")
     return list(chosen.members.values())
