@@ -1,6 +1,7 @@
 """secateur.cli: commands, JSON, errors and exit statuses."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -133,6 +134,13 @@ def test_an_error_is_one_sentence_on_stderr(flag, demo, tmp_path):
     assert (result.exit_code, result.stdout) == (2, "")
     assert result.stderr.startswith(f"secateur: {tmp_path}/none.pt: no such file")
     assert result.stderr.count("\n") == 1
+
+
+def test_a_name_of_a_million_characters_makes_no_page_of_an_error(tmp_path):
+    torch.save({"w" * 1_000_000: torch.full((2, 2), math.nan)}, tmp_path / "m.pt")
+    result = call("prune", tmp_path / "m.pt", "--sparsity", 0.5, "--dry-run")
+    assert (result.exit_code, len(result.stderr) < 1300) == (2, True)
+    assert result.stderr.endswith("go back to a sound checkpoint, or repair it with torch.nan_to_num_\n")
 
 
 def test_an_error_of_the_system_too(demo, monkeypatch):

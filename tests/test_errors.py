@@ -62,6 +62,7 @@ def test_nearest():
         ("a\nb\r\tc\x85\u2028", r"a\nb\r\tc\x85\u2028"),
         ("\u202ea\u2066b\u200f\ufeff", r"\u202ea\u2066b\u200f\ufeff"),
         ("\ud800\U000e0001", r"\ud800\U000e0001"),
+        ("a\u3164b\u2800c\ufe0fd\U000e0101", r"a\u3164b\u2800c\ufe0fd\U000e0101"),
     ],
 )
 def test_printable(text, want):

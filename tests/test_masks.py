@@ -361,3 +361,42 @@ def test_a_name_that_no_file_holds(tmp_path):
     with pytest.raises(InputError, match=r"whose name has '\\ud800': rename it"):
         Masks({"\ud800": torch.ones(3, dtype=torch.bool)}).save(tmp_path / "m.safetensors")
     assert list(tmp_path.iterdir()) == []
+
+
+LAYOUTS = {"csr": torch.Tensor.to_sparse_csr, "coo": torch.Tensor.to_sparse}
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_sparse_layouts_are_read_and_not_written(layout):
+    model = nn.Sequential(nn.Linear(6, 4))
+    masks = sc.prune(model, 0.5)
+    model[0].weight = nn.Parameter(LAYOUTS[layout](model[0].weight.detach()), requires_grad=False)
+    assert sc.check(model, masks) == {}
+    assert sc.report(model, masks).got == sc.report(model).got == 0.5
+    for verb in (masks.apply, lambda m: sc.remask(m, masks)):
+        with pytest.raises(InputTypeError, match=rf"0\.weight is stored as sparse_{layout}.*use its \.to_dense\(\)"):
+            verb(model)
+    for verb in (sc.weights, lambda m: sc.prune(m, 0.5), lambda m: sc.Pruner(m, 0.5)):
+        with pytest.raises(InputError, match=rf"stored as sparse_{layout}.*make it dense first.*skip=\['0\.weight'\]"):
+            verb(model)
+
+
+def test_what_holds_no_numbers_is_named():
+    masks = sc.prune(nn.Linear(6, 4), 0.5)
+    for model, remedy in [
+        (nn.Linear(6, 4, device="meta"), "materialise it first"),
+        (nn.LazyLinear(4), "run one batch through the model first"),
+    ]:
+        verbs = sc.report, *(lambda m, f=f: f(m, masks) for f in (sc.report, sc.check, sc.remask))
+        for verb in verbs:
+            with pytest.raises(InputError, match=rf"weight is .*{remedy}"):
+                verb(model)
+
+
+def test_what_is_neither_model_nor_state():
+    masks = sc.prune(nn.Linear(6, 4), 0.5)
+    program = torch.export.export(nn.Linear(6, 4), (torch.ones(1, 6),))
+    for verb in (sc.check, sc.remask):
+        with pytest.raises(InputTypeError, match=r"expected a torch\.nn\.Module, got ExportedProgram"):
+            verb(program, masks)

@@ -339,6 +339,24 @@ def test_scripted_and_traced_models_are_refused_before_anything_else():
         assert sc.report(model, masks).got == 0.5
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_scripted_layer_within_a_plain_model():
+    model = nn.Sequential(torch.jit.script(nn.Sequential(nn.Linear(4, 4))), nn.Linear(4, 2))
+    assert list(sc.weights(model)) == ["0.0.weight", "1.weight"]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    pruner = sc.Pruner(model, 0.5)
+    pruner.attach(optimizer)
+    for _ in range(2):
+        model(torch.ones(3, 4)).square().sum().backward()
+        optimizer.step()
+    assert pruner.finish().pruned == 12
+    assert sc.report(model).got == 0.5
+    with pytest.raises(
+        InputError, match=r"nothing in this model is pruned with torch\.nn\.utils\.prune: use it as it is"
+    ):
+        sc.from_torch_prune(model)
+
+
 def test_wrappers_of_other_packages_go_by_their_names():
     for package, name, place in [
         ("lightning", "_FabricModule", "_original_module"),

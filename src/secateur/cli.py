@@ -22,6 +22,8 @@ from typer.core import TyperCommand, TyperGroup
 from secateur.errors import SecateurError, printable
 from secateur.support.tables import Table
 
+_LONGEST = 1200  # characters of an error
+
 
 class _Group(TyperGroup):
     """Turns an error into one sentence and an exit status, for every command."""
@@ -39,12 +41,18 @@ class _Group(TyperGroup):
             typer.echo("secateur: there is not enough memory for this: use a machine that has more", err=True)
             raise typer.Exit(2) from None
         except (SecateurError, OSError) as error:
-            typer.echo("secateur: " + printable(" ".join(str(error).split())), err=True)
+            typer.echo(f"secateur: {_sentence(str(error))}", err=True)
             raise typer.Exit(2) from None
 
 
 def _warn(message: Warning | str, *_: Any, **__: Any) -> None:
-    typer.echo(f"secateur: warning: {printable(str(message))}", err=True)
+    typer.echo(f"secateur: warning: {_sentence(str(message))}", err=True)
+
+
+def _sentence(text: str) -> str:
+    """One line, whatever names are in it; of a very long one beginning and end, where the remedy stands."""
+    line = printable(" ".join(text.split()))
+    return line if len(line) <= _LONGEST else f"{line[: _LONGEST // 2]} ... {line[-_LONGEST // 2 :]}"
 
 
 class _Result(Protocol):

@@ -71,6 +71,12 @@ class SecateurWarning(UserWarning):
     """Something works, but not as one would hope."""
 
 
+_BLANK = frozenset("\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\uffa0") | {
+    chr(mark) for marks in (range(0x180B, 0x1810), range(0xFE00, 0xFE10), range(0xE0100, 0xE01F0)) for mark in marks
+}
+"""Letters and marks that are drawn as nothing: fillers, blanks, variation selectors."""
+
+
 def printable(text: str) -> str:
     r"""Write a name that came from a file or a model so that nothing in it acts on a terminal or hides.
 
@@ -80,7 +86,7 @@ def printable(text: str) -> str:
     >>> printable("a\x1b[31mb\n\u202ec")
     'a\\x1b[31mb\\n\\u202ec'
     """
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return "".join(c if c.isprintable() and c not in _BLANK else c.encode("unicode_escape").decode() for c in text)
 
 
 def warn(message: str) -> None:

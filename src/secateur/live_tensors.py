@@ -18,7 +18,7 @@ MANY = 0.01
 
 def here(scope: Scope) -> dict[str, nn.Parameter]:
     """The Parameters of the layers in scope; one that is computed now is left out."""
-    found = {name: member.module._parameters.get(member.attribute) for name, member in scope.members.items()}
+    found = {name: _own(member.module, member.attribute) for name, member in scope.members.items()}
     return {name: parameter for name, parameter in found.items() if parameter is not None}
 
 
@@ -43,7 +43,7 @@ def troubles(model: nn.Module, scope: Scope, masks: Masks) -> Iterator[str]:
 
 def _gone(model: nn.Module, scope: Scope) -> Iterator[str]:
     for name, member in scope.members.items():
-        parameter = member.module._parameters.get(member.attribute)
+        parameter = _own(member.module, member.attribute)
         if parameter is None or (_at(model, name) is not parameter and not _elsewhere(model, member, parameter)):
             yield _why_gone(name, member)
             continue
@@ -59,11 +59,17 @@ def _gone(model: nn.Module, scope: Scope) -> Iterator[str]:
 
 
 def _at(model: nn.Module, name: str) -> nn.Parameter | None:
-    *path, attribute = name.split(".")
-    module: nn.Module | None = model
-    for part in path:
-        module = module._modules.get(part) if module is not None else None
-    return module._parameters.get(attribute) if module is not None else None
+    place, _, attribute = name.rpartition(".")
+    try:
+        return _own(model.get_submodule(place), attribute)
+    except AttributeError:  # no such module
+        return None
+
+
+def _own(module: nn.Module, attribute: str) -> nn.Parameter | None:
+    """A parameter that a module itself has under a name; one of torch.jit keeps them in no dict."""
+    parameters = module._parameters
+    return parameters[attribute] if attribute in parameters.keys() else None  # noqa: SIM118
 
 
 def _elsewhere(model: nn.Module, member: Member, parameter: nn.Parameter) -> bool:

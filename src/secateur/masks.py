@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from secateur.errors import InputError, InputTypeError, MaskError, UnknownNameError, nearest
-from secateur.scope import effective, unwrap
+from secateur.scope import effective, require_values, unwrap
 from secateur.support import bits
 from secateur.support.files import replacing, require_file
 
@@ -141,14 +141,25 @@ class Masks(Mapping[str, Tensor]):
             UnknownNameError, MaskError: the masks are for another model; nothing was changed.
         """
         zero = bits.Zeroer()
+        for name, tensor in self.writable(model).items():
+            zero(tensor, self._bits[name])
+
+    def writable(self, model: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """As `match`, and see that single weights can be set.
+
+        Raises:
+            InputTypeError: a tensor that is quantized or sparse.
+        """
         matched = self.match(model)
         for name, tensor in matched.items():
+            if tensor.layout is not torch.strided:
+                layout = str(tensor.layout).removeprefix("torch.")
+                raise InputTypeError(f"{name} is stored as {layout}, which masks do not change: use its .to_dense()")
             if bits.is_quantized(tensor):
                 raise InputTypeError(
                     f"{name} is quantized, and no weight of it can be set by itself: prune before quantizing"
                 )
-        for name, tensor in matched.items():
-            zero(tensor, self._bits[name])
+        return matched
 
     def match(self, model: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Find each masked tensor in a model or state_dict, and see that the shapes agree.
@@ -156,9 +167,8 @@ class Masks(Mapping[str, Tensor]):
         Raises:
             UnknownNameError: a name that is not there; MaskError: a shape that differs.
         """
-        plain = unwrap(model) if isinstance(model, nn.Module) else model
         return self._match(
-            dict(plain.named_parameters(remove_duplicate=False)) if isinstance(plain, nn.Module) else plain
+            model if isinstance(model, Mapping) else dict(unwrap(model).named_parameters(remove_duplicate=False))
         )
 
     def read(self, model: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -166,9 +176,9 @@ class Masks(Mapping[str, Tensor]):
 
         So it also finds weights that are quantized, and those under masks of `torch.nn.utils.prune`.
         """
-        if isinstance(model, nn.Module):
-            return self._match(effective(unwrap(model)))
-        return {name: bits.plain(tensor) for name, tensor in self._match(model).items()}
+        if isinstance(model, Mapping):
+            return {name: bits.plain(tensor) for name, tensor in self._match(model).items()}
+        return self._match(effective(unwrap(model)))
 
     def _match(self, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
         matched = {}
@@ -180,6 +190,7 @@ class Masks(Mapping[str, Tensor]):
                 )
             if name not in found:
                 raise UnknownNameError(f"these masks are for another model: it has no {name}; {nearest(name, found)}")
+            require_values(name, found[name])
             if found[name].shape != shape:
                 raise MaskError(
                     f"these masks are for another model: {name} has shape {tuple(found[name].shape)}, "
@@ -264,7 +275,7 @@ def remask(model: nn.Module | Mapping[str, Tensor], masks: Masks) -> dict[str, f
         UnknownNameError, MaskError: the masks are for another model; nothing was changed.
     """
     removed = {}
-    for name, tensor in masks.match(model).items():
+    for name, tensor in masks.writable(model).items():
         gone = whole = 0.0
         packed = masks.packed(name).to(tensor.device)
         for start, piece in bits.chunks(tensor.detach()):

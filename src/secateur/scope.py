@@ -265,7 +265,10 @@ def effective(model: nn.Module) -> dict[str, Tensor]:
     """Every tensor as the model computes with it, to be read only: all names of its parameters, and more.
 
     A weight that `torch.nn.utils.prune` masks is there under its own name, as is that of a quantized module of torch;
-    quantized tensors are there as the numbers they stand for.
+    quantized and sparse tensors are there as the numbers they stand for.
+
+    Raises:
+        InputError: one is lazy, or on the meta device.
     """
     found: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
     for prefix, module in model.named_modules(remove_duplicate=False):
@@ -276,6 +279,8 @@ def effective(model: nn.Module) -> dict[str, Tensor]:
                 found[dot + name] = found.pop(f"{dot}{name}_orig").detach().masked_fill(mask == 0, 0)
         if type(module).__module__.startswith("torch.ao.nn.") and callable(getattr(module, "weight", None)):
             found[dot + "weight"] = module.weight()
+    for name, tensor in found.items():
+        require_values(name, tensor)
     return {name: bits.plain(tensor) for name, tensor in found.items()}
 
 
@@ -443,6 +448,20 @@ def _warn_of_dense(dense: Mapping[str, Member], pruned: int) -> None:
         )
 
 
+def require_values(name: str, tensor: Tensor) -> None:
+    """See that a tensor holds numbers.
+
+    Raises:
+        InputError: it is lazy, or on the meta device.
+    """
+    if is_lazy(tensor):
+        raise InputError(f"{name} is lazy: run one batch through the model first, so that its shape is known")
+    if tensor.is_meta:
+        raise InputError(
+            f"{name} is on the meta device and holds no values: materialise it first (to_empty, then load)"
+        )
+
+
 def require_prunable(member: Member) -> None:
     """See that zeros can be written into a tensor, and stay.
 
@@ -455,15 +474,17 @@ def require_prunable(member: Member) -> None:
             f"{name} is what a parametrization computes a weight from, so its zeros would not be zeros of the weight: "
             "call torch.nn.utils.parametrize.remove_parametrizations on its module, or leave it out of the scope"
         )
-    if is_lazy(parameter):
-        raise InputError(f"{name} is lazy: run one batch through the model first, so that its shape is known")
-    if parameter.is_meta:
-        raise InputError(
-            f"{name} is on the meta device and holds no values: materialise it first (to_empty, then load)"
-        )
+    require_values(name, parameter)
     if type(parameter.data) is not Tensor:
         raise InputError(
             f"{name} is a {type(parameter.data).__name__}, not a plain tensor: prune before sharding or quantizing"
+        )
+    if parameter.layout is not torch.strided:
+        layout = str(parameter.layout).removeprefix("torch.")
+        raise InputError(
+            f"{name} is stored as {layout}, and zeros are written into dense tensors only: make it dense first, "
+            "module.weight = nn.Parameter(module.weight.to_dense()), or leave it out: "
+            f"sc.weights(model, skip=[{name!r}])"
         )
     if any(not stride and length > 1 for stride, length in zip(parameter.stride(), parameter.shape, strict=True)):
         raise InputError(
@@ -485,7 +506,8 @@ def _refuse_computed(model: nn.Module, wanted: _Wanted) -> None:
         if not (listed or by_default) or any(_selects(s, f"{prefix}.weight", module) for s in wanted.skip):
             continue
         place = prefix or "the model"
-        if any(name.endswith("_mask") and f"{name[:-5]}_orig" in module._parameters for name in module._buffers):
+        own = _own_names(module)
+        if any(name.endswith("_mask") and f"{name[:-5]}_orig" in own for name in own):
             raise InputError(
                 f"{place} was pruned with torch.nn.utils.prune, which renames its weights: "
                 "make it plain first, with sc.from_torch_prune(model)"
@@ -497,6 +519,12 @@ def _refuse_computed(model: nn.Module, wanted: _Wanted) -> None:
             )
 
 
+def _own_names(module: nn.Module) -> list[str]:
+    """Names of the parameters and buffers of a module itself, which in one of torch.jit are in no dict."""
+    own = *module.named_parameters(recurse=False), *module.named_buffers(recurse=False)
+    return [name for name, _ in own]
+
+
 def computed(module: nn.Module, place: str) -> Iterator[tuple[str, str, str]]:
     """Name each weight of a module that is computed from others, what computes it, and how to make it plain."""
     if parametrize.is_parametrized(module):
@@ -504,7 +532,7 @@ def computed(module: nn.Module, place: str) -> Iterator[tuple[str, str, str]]:
             if "weight" in name or is_weight(module, name):
                 remedy = f"parametrize.remove_parametrizations({place}, {name!r})"
                 yield name, "a parametrization (weight_norm and its like)", remedy
-    for attribute in module._parameters:
+    for attribute in _own_names(module):
         for norm, ending in (("weight_norm", "_g"), ("spectral_norm", "_orig")):
             if "weight" in attribute and attribute.endswith(ending):
                 name = attribute.removesuffix(ending)

@@ -138,6 +138,12 @@ def masks_of(state_dict: Mapping[str, Tensor]) -> Masks:
 
 def _find(path: str, module: nn.Module) -> Iterable[tuple[str, _Pruned]]:
     """The pruned parameters of one module, by full plain name."""
+    if isinstance(module, torch.jit.ScriptModule):
+        if any(name.endswith(_MASK) for name, _ in module.named_buffers(recurse=False)):
+            raise InputError(
+                f"{path or 'the model'} is of torch.jit, which cannot be changed: make it plain before that"
+            )
+        return
     prefix = f"{path}." if path else ""
     pairs = [n.removesuffix(_ORIG) for n in module._parameters if n.endswith(_ORIG)]
     pairs = [leaf for leaf in pairs if leaf + _MASK in module._buffers]

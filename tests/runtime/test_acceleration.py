@@ -277,6 +277,17 @@ def test_through_torch_compile(sparse_wins):
     assert sc.explain(torch.compile(fast)) == fast.plan
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_model_of_torch_jit_stays_as_it_is():
+    plain = nn.Sequential(nn.Linear(8, 8)).eval()
+    scripted, traced = torch.jit.script(plain), torch.jit.trace(plain, torch.ones(1, 8))
+    for model in (scripted, traced, nn.Sequential(scripted, nn.Linear(8, 8)).eval()):
+        fast = sc.accelerate(model, torch.ones(1, 8))
+        torch.testing.assert_close(fast(torch.ones(2, 8)), model(torch.ones(2, 8)))
+        assert not any(parameter.requires_grad for parameter in fast.parameters())
+        assert all(parameter.requires_grad for parameter in model.parameters())
+
+
 def test_measured_side_by_side(backend, sparse_wins):
     model = mlp()
     fast = sc.accelerate(model, X)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+import secateur as sc
 from secateur.errors import SecateurWarning, StateError
 from secateur.measurement import costs
 from secateur.runtime import native, products, swapping
@@ -196,3 +197,46 @@ def test_unpickled_where_the_library_is_again(monkeypatch):
 def test_shares():
     assert swapping.zero_share(torch.tensor([[0.0, 1.0]])) == 0.5
     assert swapping.zero_share(torch.empty(0, 3)) == 1.0
+
+
+def _stacked(kind):
+    return kind(16, 16, num_layers=2, dropout=0.5)
+
+
+NOISY = {
+    "Dropout in a chain": (lambda: nn.Sequential(nn.Linear(16, 32), nn.Dropout(0.5), nn.Linear(32, 8)), lambda m: None),
+    "LSTM(dropout=)": (lambda: nn.Sequential(_stacked(nn.LSTM)), lambda m: None),
+    "GRU(dropout=)": (lambda: nn.Sequential(_stacked(nn.GRU)), lambda m: None),
+    "recurrent dropout": (lambda: nn.Sequential(nn.LSTM(16, 16)), lambda m: sc.dropout.recurrent(m, hidden=0.5)),
+    "learned rates": (
+        lambda: nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 8)),
+        lambda m: sc.dropout.hard_concrete(m, n_data=10),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NOISY)
+@pytest.mark.filterwarnings("ignore:the standard deviation")  # of outputs that depend on no kept weight
+def test_a_sampled_accelerated_model_has_the_noise_of_the_plain_one(name, isa):
+    make, add = NOISY[name]
+    model = thin(make(), seed=3).eval()
+    fast = sparse(model)
+    assert any(isinstance(m, swapping.Sparse) for m in fast.modules())
+    for one in (model, fast):
+        add(one)
+        one.eval()
+    x = torch.randn(2, 5, 16)
+    take = {"output": lambda out: out[0]} if "Linear" not in str(model) else {}
+    plain, found = (sc.dropout.sample(one, x, n=30, seed=1, **take) for one in (model, fast))
+    assert plain.std.max() > 0
+    torch.testing.assert_close(found.samples, plain.samples, rtol=0, atol=1e-4)
+
+
+def test_a_default_device_costs_no_sparse_kernel(isa, monkeypatch):
+    fast = sparse(thin(nn.Linear(16, 32), seed=3))
+    runs = []
+    linear = products.linear
+    monkeypatch.setattr(products, "linear", lambda *given: runs.append(1) or linear(*given))
+    with torch.device("cpu"), torch.inference_mode():
+        fast(torch.randn(4, 16))
+    assert runs

@@ -466,3 +466,11 @@ def test_an_index_with_a_name_twice_and_a_shard_with_one_more(folder, tmp_path):
     (folder / INDEX).write_text(text.replace('"b0"', '"w0"'))
     with pytest.raises(InputError, match=r"index\.json names w0 twice: leave one of them out"):
         sc.load(folder)
+
+
+def test_an_output_that_links_to_itself_is_refused(tmp_path):
+    save_file({"w": torch.eye(4)}, tmp_path / "m.safetensors")
+    loop = tmp_path / "loop.safetensors"
+    loop.symlink_to(loop)
+    with pytest.raises(WriteError, match=r"leads back to itself: give another name"):
+        sc.pack(tmp_path / "m.safetensors", loop)

@@ -225,3 +225,22 @@ def test_forged_shapes_and_storages(tmp_path, old, new):
     forged(file, old, new)
     with pytest.raises(FileError, match=r"m\.pt is damaged or cut short.*copy or download it again"):
         inspect(file)
+
+
+def rewritten(file, name, content):
+    """The same archive, compressed, with other bytes in one of its entries."""
+    with zipfile.ZipFile(file) as old:
+        entries = {entry: old.read(entry) for entry in old.namelist()}
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as new:
+        for entry, given in entries.items():
+            new.writestr(entry, content if entry.endswith(name) else given)
+
+
+@pytest.mark.parametrize("name", ["data/0", "data.pkl", "nothing"])
+def test_a_compressed_archive_is_refused_before_it_is_unpacked(tmp_path, name):
+    file = saved(tmp_path, {"w": torch.ones(16, 16)})
+    rewritten(file, name, bytes(64 << 20))
+    assert file.stat().st_size < 1 << 17
+    for verb in (inspect, sc.load, lambda f: sc.pack(f, tmp_path / "o.safetensors")):
+        with pytest.raises(FileError, match=r"m\.pt is a compressed archive.*write it again with torch\.save"):
+            verb(file)

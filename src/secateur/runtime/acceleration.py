@@ -248,5 +248,8 @@ def _copy(model: nn.Module) -> tuple[nn.Module, frozenset[str]]:
         module.training = False
     trained = frozenset(name for name, parameter in fast.named_parameters() if parameter.requires_grad)
     for parameter in fast.parameters():
-        parameter.requires_grad_(False)
+        if parameter.is_leaf:
+            parameter.requires_grad_(False)
+        else:  # the copy of a module of torch.jit has a history
+            parameter.detach_()
     return fast, trained

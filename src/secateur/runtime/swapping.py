@@ -11,6 +11,8 @@ from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 
 from secateur.anatomy import Layer
 from secateur.errors import StateError, warn
@@ -23,6 +25,7 @@ SPARSE_ENOUGH = 0.3
 _autocast = torch._C._is_any_autocast_enabled
 _modes = torch._C._len_torch_dispatch_stack  # FlopCounterMode and its like, which ctypes would hide the work from
 _tracing = torch._C._is_tracing
+_function_modes = torch._C._len_torch_function_stack
 _warned: set[str] = set()
 
 
@@ -152,6 +155,7 @@ class Sparse(Swapped):
             or _autocast()
             or _modes()
             or _tracing()
+            or (_function_modes() and _watched_over())
         ):
             if _autocast():
                 _warn_once("autocast is on, so sparse layers run dense in its dtype. Switch it off for their speed.")
@@ -246,6 +250,14 @@ def worth_packing(weight: Tensor) -> bool:
 def _blank(mixin: type[Swapped], plain: type[nn.Module]) -> Swapped:
     made = swapped_class(mixin, plain)
     return made.__new__(made)
+
+
+def _watched_over() -> bool:
+    """Whether somebody on this thread wants to see torch's functions: a sampled dropout, a weight with noise.
+
+    The mode of a default device sees them too, and nothing in them changes by it.
+    """
+    return not all(isinstance(mode, DeviceContext) for mode in _get_current_function_mode_stack())  # type: ignore[no-untyped-call]
 
 
 def _warn_once(message: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -225,7 +226,7 @@ def _contents(
 
 
 def _refuse_same(source: Path, target: Path) -> None:
-    source, resolved = source.resolve(), target.resolve()
+    source, resolved = Path(os.path.realpath(source)), Path(os.path.realpath(target))  # resolve() stumbles over loops
     if resolved == source or (source.is_dir() and source in resolved.parents):
         raise InputError(f"{target} is the source, or lies in it, and the source is never touched: give another place")
 

@@ -171,11 +171,13 @@ def _unpickled(file: Path) -> Any:
     with open(file, "rb") as opened:  # what the system says of a file that may not be read is clear
         if not opened.read(1):
             raise FileError(damaged(file, "it is empty"))
+    zipped = zipfile.is_zipfile(file)  # files of torch < 1.6 are no zip archives, and cannot be mapped
+    if zipped:
+        _refuse_compressed(file)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a TorchScript archive is refused below, in our own words
-            # files of torch < 1.6 are no zip archives, and cannot be mapped
-            return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+            return torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)
     except Exception as error:  # the unpickler of damaged bytes raises whatever it stumbles over
         code = re.search(r"GLOBAL ([\w.]+)|TorchScript", str(error))
         if not code:
@@ -186,3 +188,21 @@ def _unpickled(file: Path) -> Any:
             f"{file} needs pickled code ({code[1] or code[0]}), and secateur runs none: if you trust it, "
             "load it in its own program and torch.save(model.state_dict(), ...)"
         ) from error
+
+
+def _refuse_compressed(file: Path) -> None:
+    """See that an archive is not compressed: mapped, it would give other numbers; unpacked, it may take terabytes.
+
+    Raises:
+        FileError: it is, or its table is damaged.
+    """
+    try:
+        with zipfile.ZipFile(file) as archive:
+            stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in archive.infolist())
+    except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
+        raise FileError(damaged(file, str(error))) from error
+    if not stored:
+        raise FileError(
+            f"{file} is a compressed archive, which torch.save never writes: if you trust it, load it with torch.load, "
+            "and write it again with torch.save"
+        )

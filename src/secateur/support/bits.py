@@ -38,7 +38,9 @@ def is_quantized(tensor: Tensor) -> bool:
 
 
 def plain(tensor: Tensor) -> Tensor:
-    """The numbers that a tensor stands for: itself, or of a quantized one what it is dequantized to."""
+    """The numbers that a tensor stands for: itself, or what a quantized or sparse one is made whole to."""
+    if tensor.layout is not torch.strided:
+        return tensor.detach().to_dense()
     numbers: Tensor = tensor.detach().dequantize() if is_quantized(tensor) else tensor
     return numbers
 
