@@ -9,13 +9,13 @@ import torch
 import zoo_beyond
 import zoo_torch
 from torch import nn
-from zoo_parts import ZOO, Entry, Model, first, linear, scripted, sequences, vectors
+from zoo_parts import ZOO, Entry, Model, deprecated_jit, first, linear, scripted, sequences, vectors
 
 import secateur as sc
 
 __all__ = [
-    "ZOO", "Entry", "Model", "answer", "bits", "first", "fresh", "linear", "loop", "rest", "scripted", "sequences",
-    "untouched", "vectors", "zoo_beyond", "zoo_torch",
+    "ZOO", "Entry", "Model", "answer", "bits", "deprecated_jit", "first", "fresh", "linear", "loop", "rest", "scripted",
+    "sequences", "untouched", "vectors", "zoo_beyond", "zoo_torch",
 ]  # fmt: skip
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_state_dict_hooks")
 

@@ -3,6 +3,7 @@
 import os
 import warnings
 from collections.abc import Callable
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -66,11 +67,17 @@ class Model(nn.Module):
         return self.function(self, *args, **kwargs)
 
 
-def scripted(part):
-    """torch.jit.script is deprecated; people have models of it all the same."""
+@contextmanager
+def deprecated_jit():
+    """torch.jit is deprecated; people have models of it all the same."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        warnings.simplefilter("ignore", FutureWarning)  # torch 2.15
+        warnings.filterwarnings("ignore", r".*torch\.jit", DeprecationWarning)
+        warnings.filterwarnings("ignore", r".*torch\.jit", FutureWarning)  # from torch 2.14 on
+        yield
+
+
+def scripted(part):
+    with deprecated_jit():
         return torch.jit.script(part)
 
 

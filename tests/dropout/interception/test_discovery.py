@@ -310,8 +310,12 @@ def test_off_for_good_is_no_call_of_a_model_that_cannot_be_copied():
     assert kinds(found) == [("drop", "dropout", 0.2)]
 
 
-@pytest.mark.parametrize("make", [torch.jit.script, lambda m: torch.jit.trace(m, X)])
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def traced(model):
+    with zoo.deprecated_jit():
+        return torch.jit.trace(model, X)
+
+
+@pytest.mark.parametrize("make", [zoo.scripted, traced])
 def test_scripted_and_traced_models_are_named(make):
     found = find(make(nn.Sequential(linear(), nn.Dropout(0.3)).eval()), X)
     assert not found.calls
@@ -319,9 +323,9 @@ def test_scripted_and_traced_models_are_named(make):
     assert "before torch.jit.script" in found.table().text(width=None)
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 def test_frozen_graphs_have_no_mode():
-    frozen = torch.jit.freeze(torch.jit.script(nn.Sequential(linear(), nn.Dropout(0.3)).eval()))
+    with zoo.deprecated_jit():
+        frozen = torch.jit.freeze(torch.jit.script(nn.Sequential(linear(), nn.Dropout(0.3)).eval()))
     assert not find(frozen, X).calls
 
 

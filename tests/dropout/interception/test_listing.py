@@ -3,14 +3,13 @@
 import pickle
 import random
 import threading
-import warnings
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-from zoo import Model, linear
+from zoo import Model, linear, scripted
 
 import secateur as sc
 from secateur.dropout.interception.isolation import undisturbed
@@ -121,9 +120,7 @@ def test_two_dropouts_on_one_line_keep_their_rates():
 
 
 def test_what_is_scripted_is_seen_beside_what_is_not():
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        inner = torch.jit.script(_scripted)
+    inner = scripted(_scripted)
 
     def forward(self, x):
         x = self.drop(x)

@@ -2,7 +2,6 @@
 
 import contextlib
 import threading
-import warnings
 
 import numpy as np
 import pytest
@@ -24,7 +23,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from torch.utils._pytree import tree_map
-from zoo import ZOO, Model, bits, first, fresh, linear, rest, sequences, vectors
+from zoo import ZOO, Model, bits, first, fresh, linear, rest, scripted, sequences, vectors
 
 import secateur as sc
 from secateur.dropout.interception.followers import Unsuitable
@@ -246,9 +245,7 @@ def test_no_dropout(make, message):
 
 
 def test_a_scripted_model():
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        model = torch.jit.script(mlp())
+    model = scripted(mlp())
     with pytest.raises(InputError, match=r"no dropout.*torch\.jit runs it.*before torch\.jit\.script"):
         sample(model, X)
 
