@@ -62,7 +62,7 @@ class _Substitution(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if (self._meets(args) or self._meets(kwargs.values())) and self.running:
+        if (self._meets(args) or (kwargs and self._meets(kwargs.values()))) and self.running:
             return func(*self._put(args), **{name: self._put(value) for name, value in kwargs.items()})
         return func(*args, **kwargs)
 
@@ -77,7 +77,10 @@ class _Substitution(TorchFunctionMode):
         return frame is not None
 
     def _meets(self, things: Iterable[Any]) -> bool:
-        return any(id(x) in self._new or (type(x) in (list, tuple) and self._meets(x)) for x in things)
+        for x in things:  # each function of a forward comes by: a loop takes half the time of any()
+            if id(x) in self._new or (type(x) in (list, tuple) and self._meets(x)):
+                return True
+        return False
 
     def _put(self, x: Any) -> Any:
         if id(x) in self._new:

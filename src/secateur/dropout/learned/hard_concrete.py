@@ -180,9 +180,10 @@ class _Rows:
 
     def times(self, gates: Tensor) -> Tensor:
         """The parameter as the gates make it."""
-        block = gates.repeat_interleave(self.width)
-        parts = [torch.ones_like(block)] * (self.copies - self.scaled) + [block] * self.scaled
-        return self.parameter * self._fit(torch.cat(parts)).to(self.parameter.dtype)
+        block = gates.repeat_interleave(self.width) if self.width > 1 else gates
+        if self.copies > 1:
+            block = torch.cat([torch.ones_like(block)] * (self.copies - self.scaled) + [block] * self.scaled)
+        return self.parameter * self._fit(block).to(self.parameter.dtype)
 
     def _fit(self, numbers: Tensor) -> Tensor:
         return numbers.view([-1 if d == self.dim else 1 for d in range(self.parameter.ndim)])
