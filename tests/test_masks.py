@@ -259,6 +259,33 @@ def test_masks_for_another_model_change_nothing(verb):
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("verb", [sc.check, sc.remask, sc.report])
+def test_masks_may_be_a_dict_and_nothing_else(verb):
+    model = net()
+    masks = sc.prune(model, 0.5)
+    assert str(verb(model, dict(masks))) == str(verb(model, masks))
+    with pytest.raises(InputTypeError, match=r"masks is a float: give what sc\.prune returned, or a dict of bool"):
+        verb(model, 0.5)
+
+
+@pytest.mark.parametrize("verb", [sc.check, sc.remask, sc.report, lambda model, masks: masks.apply(model)])
+@pytest.mark.parametrize(
+    ("norm", "remedy"),
+    [
+        (nn.utils.parametrizations.weight_norm, r"parametrize\.remove_parametrizations\(model\.0, 'weight'\)"),
+        (nn.utils.weight_norm, r"remove_weight_norm\(model\.0, 'weight'\)"),
+        (nn.utils.spectral_norm, r"remove_spectral_norm\(model\.0, 'weight'\)"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*deprecated:FutureWarning")
+def test_a_weight_that_a_norm_computes_now_is_told_with_the_remedy(norm, remedy, verb):
+    model = net()
+    masks = sc.prune(model, 0.5)
+    norm(model[0])
+    with pytest.raises(UnknownNameError, match=rf"0\.weight is computed by .*call torch\.nn\.utils\.{remedy}"):
+        verb(model, masks)
+
+
 def test_check_counts_what_came_back():
     model = net()
     masks = sc.prune(model, 0.5)

@@ -11,7 +11,7 @@ from torch import nn
 
 import secateur as sc
 from secateur import optimizers
-from secateur.errors import InputError, InputTypeError, MaskError, SecateurWarning
+from secateur.errors import InputError, InputTypeError, MaskError, SecateurWarning, StateError
 from tiny import batch, net, same, train
 
 
@@ -85,6 +85,21 @@ def test_prune_checks_its_optimizers_before_anything_changes(bad):
     with pytest.raises(InputTypeError, match="give the optimizer it wraps"):
         sc.prune(model, 0.5, optimizer=bad)
     assert same(model, before)
+
+
+def test_prune_while_a_pruner_holds_the_weights_is_refused():
+    """The Pruner would let the further zeros grow back."""
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    first = sc.Pruner(model, 0.3)
+    for given in ((optimizer,), ()):
+        first.attach(*given)
+        before = copy.deepcopy(model)
+        with pytest.raises(StateError, match=r"still holds 0\.weight.*call its finish\(\) or detach\(\)"):
+            sc.prune(model, 0.9, optimizer=given)
+        assert same(model, before)
+        first.detach()
+    assert sc.prune(model, 0.9, optimizer=optimizer).pruned == 81
 
 
 def test_prune_with_an_optimizer_of_another_model():
@@ -402,6 +417,8 @@ class Coded(torch.optim.Optimizer):
                 state.update(state1=(whole + 127).to(torch.uint8), qmap1=table, absmax1=scale)
             elif self._kind == "shifted":
                 state.update(momentum=(whole + 128).to(torch.uint8), scale=scale)
+            elif self._kind == "sparse":
+                state.update(momentum=value.to_sparse())
             elif self._kind == "packed":
                 state.update(momentum=torch.zeros(-(-p.numel() // 2), dtype=torch.uint8))
             else:
@@ -436,13 +453,13 @@ def test_low_bit_states_are_zeroed_by_value(kind):
     assert pruner.finish().pruned == 72
 
 
-@pytest.mark.parametrize("kind", ["shifted", "packed"])
+@pytest.mark.parametrize("kind", ["shifted", "packed", "sparse"])
 def test_low_bit_states_of_an_unknown_code_are_refused_before_anything_is_written(kind):
     model = net()
     optimizer = Coded(model.parameters(), kind)
     train(model, optimizer, range(3))
     before = copy.deepcopy(model)
-    remedy = r"momentum of 0\.weight as a Tensor of torch\.uint8.*make this optimizer anew after the pruning"
+    remedy = r"momentum of 0\.weight as a Tensor of torch\.\w+.*make this optimizer anew after the pruning"
     with pytest.raises(InputError, match=remedy):
         sc.prune(model, 0.5, optimizer=optimizer)
     pruner = sc.Pruner(model, 0.5)
@@ -458,10 +475,12 @@ def test_states_of_other_shapes():
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     state = optimizer.state[model[0].weight]
     state.update(flat=torch.ones(60), rows=torch.ones(10, 1), step=torch.tensor(3), seen=torch.ones(10, 6).bool())
+    state.update(one_more_dimension=torch.ones(1, 10, 6))
     state.update(inside={"more": torch.ones(10, 6)}, complex=torch.ones(10, 6, dtype=torch.complex64))
     masks = sc.prune(model, 0.5, optimizer=optimizer)
     pruned = masks.counts()["0.weight"]
     assert (state["flat"] == 0).sum() == pruned
+    assert (state["one_more_dimension"][0] == 0).equal(~masks["0.weight"])
     assert (state["inside"]["more"] == 0).sum() == pruned
     assert (state["complex"] == 0).sum() == pruned
     assert state["rows"].all()

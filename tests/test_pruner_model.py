@@ -144,6 +144,20 @@ def test_a_weight_of_another_shape():
         pruner.finish()
 
 
+def test_a_layer_that_came_later_is_told_at_the_end():
+    model = net()
+    skipping = sc.Pruner(model, 0.5, scope=sc.weights(model, only="0"))
+    skipping.step()
+    skipping.finish()  # what was left out is no newcomer
+    pruner = sc.Pruner(model, 0.8)
+    pruner.step()
+    model[0] = nn.Sequential(model[0], nn.ReLU())  # wrapped: the same Parameter
+    pruner.finish()
+    model.append(nn.Linear(3, 3))
+    with pytest.warns(SecateurWarning, match=r"3\.weight came into .* 9 weights .*when the model is whole"):
+        assert pruner.finish().pruned == 72
+
+
 def test_a_tie_that_was_cut():
     model = nn.ModuleDict({"a": nn.Linear(8, 8), "b": nn.Linear(8, 8)})
     model["b"].weight = model["a"].weight

@@ -140,6 +140,8 @@ JUNK += [
         torch.zeros(6, 10),
         torch.zeros(10, 6, device="meta"),
         torch.zeros(10, 6, dtype=torch.complex64),
+        torch.zeros(8, dtype=torch.uint8).to_sparse(),
+        torch.zeros(10, 6).to_sparse(),
     )
 ]
 KEYS = ("version", "settings", "steps", "counts", "shapes", "bits", "sums", "generator")

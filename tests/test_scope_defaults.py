@@ -261,10 +261,16 @@ class Standardised(nn.Conv2d):
         return F.conv2d(x, self.weight - self.weight.mean((1, 2, 3), keepdim=True), self.bias)
 
 
-def test_a_forward_of_its_own_is_remarked():
-    model = nn.Sequential(Standardised(3, 4, 3), nn.Conv2d(4, 4, 3))
+class StandardisedInside(nn.Conv2d):
+    def _conv_forward(self, x, weight, bias):
+        return super()._conv_forward(x, weight - weight.mean((1, 2, 3), keepdim=True), bias)
+
+
+@pytest.mark.parametrize("kind", [Standardised, StandardisedInside])
+def test_a_forward_of_its_own_is_remarked(kind):
+    model = nn.Sequential(kind(3, 4, 3), nn.Conv2d(4, 4, 3))
     first, second = (line for line in str(sc.weights(model)).splitlines() if " in " in line and "weight " in line)
-    assert "Standardised; has a forward of its own" in first
+    assert f"{kind.__name__}; has a forward of its own" in first
     assert "forward" not in second
 
 
@@ -314,10 +320,13 @@ def test_a71_neighbours_in_memory_are_no_overlap():
     assert sc.prune(model, 0.5).pruned == 160
 
 
-def test_a71_one_number_that_stands_for_many_is_refused():
+@pytest.mark.parametrize(
+    "data", [torch.randn(1, 4).expand(3, 4), torch.randn(6).as_strided((3, 4), (1, 1))], ids=["expanded", "windows"]
+)
+def test_a71_one_number_that_stands_for_many_is_refused(data):
     layer = nn.Linear(4, 3)
-    layer.weight.data = torch.randn(1, 4).expand(3, 4)
-    with pytest.raises(InputError, match=r"weight holds each of its numbers several times.*contiguous\(\)"):
+    layer.weight.data = data
+    with pytest.raises(InputError, match=r"weight holds numbers of its memory several times.*contiguous\(\)"):
         sc.weights(layer)
 
 

@@ -113,6 +113,11 @@ def test_accumulate_wants_batches_and_a_gradient_score():
         sc.accumulate(linear(), [], total)
     with pytest.raises(InputError, match=r"choose taylor, snip, movement, fisher$"):
         sc.accumulate(linear(), BATCHES, total, score="magnitude")
+    for bad in (lambda m, b: m(b), lambda m, b: 3.0, lambda m, b: m(b).sum().detach()):
+        with pytest.raises(InputError, match=r"the loss is .*: return one number as a Tensor, computed from"):
+            sc.accumulate(linear(), BATCHES, bad)
+    with pytest.raises(InputError, match=r"every tensor in scope is frozen.*requires_grad_\(\)"):
+        sc.accumulate(linear().requires_grad_(False), BATCHES, total)
 
 
 def test_a_frozen_or_unused_tensor_has_no_score_and_the_message_says_what_to_do():

@@ -126,5 +126,7 @@ def test_explicit_is_checked():
         sc.prune(net((3, 3)), {"l9*": 0.5})
     with pytest.raises(InputTypeError, match=r"write 1\.0 for a fraction.*or sc\.Count\(1\)"):
         sc.prune(net((3, 3)), {"l0*": 1})
+    with pytest.raises(InputTypeError, match=r"0 names no tensor: write .*\{'encoder\.\*': 0\.9\}"):
+        sc.prune(net((3, 3)), {0: 0.5})
     with pytest.raises(InputError, match="cannot go"):
         sc.prune(net((3, 3), (4, 4)), {"l0*": 1.0})

@@ -218,7 +218,9 @@ def readers(model: nn.Module) -> dict[int, nn.Module]:
 def has_own_forward(module: nn.Module) -> bool:
     """Whether its class computes otherwise than the layer it is derived from: it may not use the weight as it is."""
     kind, layer = entry(type(module))
-    return layer is not None and type(module).forward is not kind.forward
+    return layer is not None and any(
+        getattr(type(module), name, None) is not getattr(kind, name, None) for name in ("forward", "_conv_forward")
+    )
 
 
 _IN_ORDER = (

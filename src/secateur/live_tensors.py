@@ -9,7 +9,7 @@ from torch.nn.utils import parametrize
 
 from secateur.errors import StateError
 from secateur.masks import Masks
-from secateur.scope import Member, Scope, computed, require_prunable
+from secateur.scope import Member, Scope, computed, require_prunable, weights_as_used
 from secateur.tying import holders, identity
 
 MANY = 0.01
@@ -102,6 +102,18 @@ def _why_gone(name: str, member: Member) -> str:
         f"{name} is no longer the model's: its {type(member.module).__name__} was replaced or removed since the Pruner "
         "was made; make a new Pruner, and a new optimizer, when the model is whole"
     )
+
+
+def newcomers(model: nn.Module, scope: Scope) -> dict[str, int]:
+    """Weights that would be pruned by default, but came into the model after the scope was made; and their sizes."""
+    known = {id(parameter) for parameter in scope.values()}
+    names = {*scope.left_out, *(name for m in scope.members.values() for name in (m.name, *m.aliases))}
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    return {
+        name: tensor.numel()
+        for name, tensor in weights_as_used(model).items()
+        if name not in names and name in parameters and id(parameters[name]) not in known
+    }
 
 
 def loose_zeros(scope: Scope, masks: Masks, names: Iterable[str]) -> int:

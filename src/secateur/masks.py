@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from secateur.errors import InputError, InputTypeError, MaskError, UnknownNameError, nearest
-from secateur.scope import effective, require_values, unwrap
+from secateur.scope import effective, require_values, unwrap, why_computed
 from secateur.support import bits
 from secateur.support.files import replacing, require_file
 
@@ -167,9 +167,12 @@ class Masks(Mapping[str, Tensor]):
         Raises:
             UnknownNameError: a name that is not there; MaskError: a shape that differs.
         """
-        return self._match(
-            model if isinstance(model, Mapping) else dict(unwrap(model).named_parameters(remove_duplicate=False))
-        )
+        if isinstance(model, Mapping):
+            return self._match(model)
+        plain = unwrap(model)
+        found = dict(plain.named_parameters(remove_duplicate=False))
+        self._require_plain(plain, found)
+        return self._match(found)
 
     def read(self, model: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:
         """As `match`, but each tensor is what the model computes with, to be read only.
@@ -178,7 +181,14 @@ class Masks(Mapping[str, Tensor]):
         """
         if isinstance(model, Mapping):
             return {name: bits.plain(tensor) for name, tensor in self._match(model).items()}
-        return self._match(effective(unwrap(model)))
+        found = effective(unwrap(model))
+        self._require_plain(unwrap(model), found)
+        return self._match(found)
+
+    def _require_plain(self, model: nn.Module, found: Mapping[str, Tensor]) -> None:
+        for name in self._shapes:
+            if name not in found and (why := why_computed(model, name)):
+                raise UnknownNameError(why)
 
     def _match(self, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
         matched = {}
@@ -252,29 +262,47 @@ class Masks(Mapping[str, Tensor]):
         return cls.from_bits(packed, shapes)
 
 
-def check(model: nn.Module | Mapping[str, Tensor], masks: Masks) -> dict[str, int]:
+def as_masks(given: object) -> Masks:
+    """Masks, or a dict of boolean tensors, as masks.
+
+    Raises:
+        InputTypeError: anything else.
+    """
+    if isinstance(given, Masks):
+        return given
+    if not isinstance(given, Mapping):
+        raise InputTypeError(
+            f"masks is a {type(given).__name__}: give what sc.prune returned, or a dict of bool tensors"
+        )
+    return Masks(given)
+
+
+def check(model: nn.Module | Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> dict[str, int]:
     """Name the tensors whose zeros came back, each with the number of pruned weights that are not zero.
 
     An empty dict means that every pruned weight is zero. Quantized weights count as the numbers they stand for.
 
     Raises:
-        UnknownNameError, MaskError: the masks are for another model.
+        UnknownNameError, MaskError: the masks are for another model, or a weight is computed by a norm now.
+        InputTypeError: no masks.
     """
+    masks = as_masks(masks)
     tensors = masks.read(model)
     found = {name: bits.alive(tensor, masks.packed(name).to(tensor.device)) for name, tensor in tensors.items()}
     return {name: count for name, count in found.items() if count}
 
 
-def remask(model: nn.Module | Mapping[str, Tensor], masks: Masks) -> dict[str, float]:
+def remask(model: nn.Module | Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> dict[str, float]:
     """Set the pruned weights to zero again: after a LoRA merge, `load_state_dict`, an EMA, an edit by hand.
 
     Returns:
         For each tensor the L2 norm of what was removed, relative to the norm of the tensor before.
 
     Raises:
-        UnknownNameError, MaskError: the masks are for another model; nothing was changed.
+        UnknownNameError, MaskError: the masks are for another model, or a weight is computed by a norm now.
+        InputTypeError: no masks. In each case nothing was changed.
     """
-    removed = {}
+    masks, removed = as_masks(masks), {}
     for name, tensor in masks.writable(model).items():
         gone = whole = 0.0
         packed = masks.packed(name).to(tensor.device)

@@ -252,8 +252,8 @@ def _zeroing(
     what: str, tensor: Tensor, beside: Mapping[str, Any], shape: torch.Size, kept: Tensor, zero: bits.Zeroer
 ) -> Callable[[], object] | None:
     """How one memory of a weight is zeroed where the weight is pruned; None if it is not one number a weight."""
-    each = tensor.shape in (shape, (shape.numel(),))
-    plain = type(tensor) in (Tensor, nn.Parameter) and not tensor.is_quantized
+    each = [n for n in tensor.shape if n != 1] in ([n for n in shape if n != 1], [shape.numel()])
+    plain = type(tensor) in (Tensor, nn.Parameter) and not tensor.is_quantized and tensor.layout is torch.strided
     if plain and (tensor.is_floating_point() or tensor.is_complex()):
         return (lambda: zero(tensor, kept)) if each else None
     if plain and (tensor.dtype == torch.bool or tensor.numel() < shape.numel() / 8):

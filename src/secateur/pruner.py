@@ -17,8 +17,8 @@ from secateur import optimizers as following
 from secateur import pruner_states as states
 from secateur.allocation import Allocation
 from secateur.errors import InputError, MaskError, StateError, listed, warn
-from secateur.live_tensors import MANY, loose_zeros
-from secateur.masks import Masks, check
+from secateur.live_tensors import MANY, loose_zeros, newcomers
+from secateur.masks import Masks, as_masks, check
 from secateur.patterns import Pattern
 from secateur.schedules import Schedule
 from secateur.scope import Scope, unwrap, weights
@@ -56,6 +56,7 @@ def prune(
         InputError, InputTypeError: a value that cannot be used, NaN or inf in a weight.
         UnknownNameError: a name or glob that matches nothing.
         PatternError: the pattern does not fit a tensor.
+        StateError: a Pruner still follows the optimizer and holds some of these weights.
         In each case the model is as it was.
 
     >>> masks = prune(nn.Linear(10, 10), 0.9)
@@ -65,6 +66,8 @@ def prune(
     chosen = _make(model, sparsity, score=score, allocation=allocation, pattern=pattern, scope=scope)
     several = isinstance(optimizer, Iterable) and not isinstance(optimizer, str)
     found = following.resolve([*optimizer] if several else [optimizer], chosen.scope)
+    for one in found or [None]:
+        _require_alone(one, chosen.scope)
     masks = chosen.masks(chosen.counts())
     forgetting = following.forgetting(found, chosen.scope, masks, bits.Zeroer())
     masks.apply(chosen.scope)
@@ -172,7 +175,7 @@ class Pruner:
         scope = self._live()
         found = following.resolve(optimizers, scope)
         for one in found or [None]:
-            self._require_alone(one)
+            _require_alone(one, live_tensors.here(self._plan.scope), self)
         following.forgetting(found, scope, self._masks, self._zero)  # can it be done?
         self._followed = {id(one): following.family(one) for one in found}
         self._given, self._parameters = bool(found), [id(weight) for weight in scope.values()]
@@ -190,6 +193,9 @@ class Pruner:
 
     def step(self) -> None:
         """Count one step: advance the schedule, and set pruned weights to zero again. For loops without `attach`.
+
+        An optimizer that moves weights outside its steps (schedule-free ones do, in `eval()`) must be attached instead:
+        what it remembers of pruned weights is not cleared here.
 
         Raises:
             StateError: attached, so that steps would be counted twice; a tensor that is no longer the model's.
@@ -231,9 +237,9 @@ class Pruner:
             raise StateError(self._unfinished())
         back = check(scope, self._masks)
         if back:
-            listed = ", ".join(f"{name} ({count:,})" for name, count in back.items())
+            counted = ", ".join(f"{name} ({count:,})" for name, count in back.items())
             raise MaskError(
-                f"pruned weights are no longer zero: {listed}; something moved them after the last step of the pruner "
+                f"pruned weights are no longer zero: {counted}; something moved them after the last step of the pruner "
                 "(an optimizer it does not follow, load_state_dict, an average of the weights swapped in): attach() "
                 "that optimizer, or call sc.remask(model, pruner.masks) and finish() again"
             )
@@ -243,6 +249,12 @@ class Pruner:
                 f"{loose:,} weights outside the masks are zero too, so that the sparsity is "
                 f"{(self._masks.pruned + loose) / scope.size:.3g} and not {self.sparsity:.3g}: they were zero before, "
                 "or another pruner holds the model (detach() it)"
+            )
+        new = newcomers(self._model, scope)
+        if new:
+            warn(
+                f"{listed([*new])} came into the model after the Pruner was made, so that these "
+                f"{sum(new.values()):,} weights were not pruned: make the Pruner when the model is whole"
             )
         if lift_denormals:
             for weight in scope.values():
@@ -352,21 +364,6 @@ class Pruner:
                 self._told.add(trouble)
                 warn(trouble)
 
-    def _require_alone(self, optimizer: object) -> None:
-        mine = {id(parameter): name for name, parameter in live_tensors.here(self._plan.scope).items()}
-        for other in following.owners(optimizer):
-            both = (
-                [mine[id(p)] for p in live_tensors.here(other._plan.scope).values() if id(p) in mine]
-                if other is not self
-                else []
-            )
-            if both:
-                raise StateError(
-                    f"another pruner, {other!r}, still holds {listed(both)}: "
-                    "call its finish() or detach() first; if its name is lost, as in a notebook cell that ran twice, "
-                    "make the optimizer anew"
-                )
-
     def _tell_of_zeros(self) -> None:
         """Warn, before the first step, of zeros that nothing holds: those of a pruned checkpoint, most likely."""
         if self._found == 0:
@@ -474,7 +471,7 @@ class Pruner:
         self._warn_of_troubles()
         scope = self._plan.scope
         if id(optimizer) not in self._followed:
-            self._require_alone(optimizer)
+            _require_alone(optimizer, live_tensors.here(self._plan.scope), self)
             self._followed[id(optimizer)] = following.family(optimizer)
         parameters = [id(weight) for weight in scope.values()]
         if self._given and parameters != self._parameters:  # renewed: does an optimizer step the new ones?
@@ -516,6 +513,20 @@ class Pruner:
         self._advance(held)
 
 
+def _require_alone(optimizer: object, scope: Mapping[str, Tensor], me: Pruner | None = None) -> None:
+    """See that no other Pruner follows an optimizer (None: every optimizer) and holds weights of this scope."""
+    mine = {id(parameter): name for name, parameter in scope.items()}
+    for other in following.owners(optimizer):
+        theirs = live_tensors.here(other._plan.scope) if other is not me else {}
+        both = [mine[id(parameter)] for parameter in theirs.values() if id(parameter) in mine]
+        if both:
+            raise StateError(
+                f"another pruner, {other!r}, still holds {listed(both)}: "
+                "call its finish() or detach() first; if its name is lost, as in a notebook cell that ran twice, "
+                "make the optimizer anew"
+            )
+
+
 @dataclass(frozen=True)
 class _Held:
     """A plan whose masks are given."""
@@ -543,7 +554,7 @@ def _make(model: nn.Module, sparsity: Sparsity | Masks, **options: Any) -> plan.
     """A plan, or, where masks are given in place of a sparsity, those."""
     masks: Any = sparsity
     if isinstance(masks, Mapping) and masks and all(isinstance(mask, Tensor) and mask.ndim for mask in masks.values()):
-        masks = masks if isinstance(masks, Masks) else Masks(masks)
+        masks = as_masks(masks)
     if not isinstance(masks, Masks):
         return plan.make(model, masks, **options)
     if options != {"score": "magnitude", "allocation": "global", "pattern": None, "scope": None}:

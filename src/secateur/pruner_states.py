@@ -66,7 +66,8 @@ def read_masks(packed: object, scope: Scope) -> Masks:
     found = {}
     for name, weight in scope.items():
         kept, (whole, spare) = packed[name], divmod(weight.numel(), 8)
-        if not isinstance(kept, Tensor) or kept.is_meta or kept.dtype != torch.uint8:
+        plain = isinstance(kept, Tensor) and kept.layout is torch.strided and not kept.is_meta
+        if not plain or kept.dtype != torch.uint8:
             raise _damaged(f"the bits of {name} are {_told(kept)}, not uint8")
         if kept.shape != (whole + bool(spare),) or (spare and int(kept[-1]) >> spare):
             raise _damaged(f"the bits of {name} are {_told(kept)}, not those of {weight.numel():,} weights")
@@ -106,6 +107,7 @@ def read_sums(state: Mapping[str, Any], scope: Scope) -> dict[str, Tensor]:
         number = isinstance(total, Tensor) and (
             total.is_floating_point() or (total.is_complex() and weight.is_complex())
         )
+        number = number and total.layout is torch.strided
         if not number or total.is_meta or total.shape != weight.shape or not bool(total.isfinite().all()):
             raise _damaged(
                 f"its sum of gradients of {name} is {_told(total)}, not {tuple(weight.shape)} finite numbers"
@@ -128,5 +130,6 @@ def require_generator(state: Mapping[str, Any], generator: torch.Generator) -> N
 
 def _told(thing: object) -> str:
     if isinstance(thing, Tensor):
-        return f"{thing.dtype} {tuple(thing.shape)} on {thing.device}"
+        sparse = "sparse " if thing.layout is not torch.strided else ""
+        return f"{sparse}{thing.dtype} {tuple(thing.shape)} on {thing.device}"
     return f"a {type(thing).__name__}" if thing is not None else "missing"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
@@ -17,7 +17,7 @@ from secateur.anatomy import Layout
 from secateur.errors import InputError, InputTypeError, UnknownNameError, nearest, warn
 from secateur.support import bits
 from secateur.support.tables import Printed, Table, number, percent
-from secateur.tying import Holder, distinct, holders, identity, parameter_of, refuse_overlaps
+from secateur.tying import Holder, distinct, holders, holds_twice, identity, parameter_of, refuse_overlaps
 
 Selector = str | type[nn.Module]
 
@@ -219,6 +219,18 @@ def unwrap(model: nn.Module) -> nn.Module:
         model = inner
 
 
+def why_computed(model: nn.Module, name: str) -> str:
+    """What computes a weight that is no Parameter now, and how to make it one; or an empty string."""
+    path, _, attribute = name.rpartition(".")
+    module = dict(model.named_modules(remove_duplicate=False)).get(path)
+    if module is None or f"{attribute}_mask" in module._buffers:
+        return ""
+    for weight, norm, remedy in computed(module, f"model.{path}" if path else "model"):
+        if weight == attribute:
+            return f"{name} is computed by {norm}, so that it has no zeros of its own: call torch.nn.utils.{remedy}"
+    return ""
+
+
 def _package(kind: type) -> str:
     return kind.__module__.partition(".")[0]
 
@@ -293,7 +305,7 @@ def is_weight(module: nn.Module, attribute: str) -> bool:
 def _selectors(given: Selector | Sequence[Selector] | None) -> tuple[Selector, ...]:
     if given is None:
         return ()
-    listed = (given,) if isinstance(given, (str, type)) else tuple(given)
+    listed = tuple(given) if isinstance(given, Iterable) and not isinstance(given, (str, type)) else (given,)
     for selector in listed:
         if not isinstance(selector, str) and not (isinstance(selector, type) and issubclass(selector, nn.Module)):
             raise InputTypeError(f"{selector!r} selects nothing: give a glob on names or a module type")
@@ -486,10 +498,10 @@ def require_prunable(member: Member) -> None:
             "module.weight = nn.Parameter(module.weight.to_dense()), or leave it out: "
             f"sc.weights(model, skip=[{name!r}])"
         )
-    if any(not stride and length > 1 for stride, length in zip(parameter.stride(), parameter.shape, strict=True)):
+    if holds_twice(parameter):
         raise InputError(
-            f"{name} holds each of its numbers several times (it was expanded), so that no single weight can be zero: "
-            "give it memory of its own, parameter.data = parameter.data.contiguous()"
+            f"{name} holds numbers of its memory several times (it was expanded, or its strides overlap), so that no "
+            "single weight can be zero: give it memory of its own, parameter.data = parameter.data.contiguous()"
         )
     if parameter.dtype not in PRUNABLE:
         raise InputTypeError(

@@ -312,7 +312,8 @@ def accumulate(
         The score, to be passed as `sc.prune(model, 0.9, score=...)`.
 
     Raises:
-        InputError: no batch came (to any rank), or a score that takes no gradients.
+        InputError: no batch came (to any rank), a score that takes no gradients, a loss that is not one number, or no
+            tensor in scope that takes gradients.
     """
     scope = scope if scope is not None else weights(model)
     gathered = resolve(score)
@@ -320,6 +321,8 @@ def accumulate(
         known = ", ".join(SCORES.written(lambda made: _takes_nothing(made) and isinstance(made(), GradientScore)))
         raise InputError(f"the score {score!r} takes no gradients: choose {known}")
     trained = {name: weight for name, weight in scope.items() if weight.requires_grad}
+    if not trained:
+        raise InputError("every tensor in scope is frozen, so that none gets a gradient: call requires_grad_() first")
     # DDP itself counts the backwards that it sees, and these go by it
     parallel = isinstance(model, nn.parallel.DistributedDataParallel)
     inner = model.module if parallel else model
@@ -328,7 +331,13 @@ def accumulate(
     with progress_bar("batches", total, shown=progress) as advance:
         for seen, batch in enumerate(batches, 1):  # noqa: B007
             with torch.enable_grad():
-                gradients = torch.autograd.grad(loss(inner, batch), list(trained.values()), allow_unused=True)
+                value = loss(inner, batch)
+                if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
+                    told = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+                    raise InputError(
+                        f"the loss is {told}: return one number as a Tensor, computed from the weights (its mean())"
+                    )
+                gradients = torch.autograd.grad(value, list(trained.values()), allow_unused=True)
             gathered.observe(trained, dict(zip(trained, gradients, strict=True)))
             advance(1)
     if parallel:

@@ -87,6 +87,8 @@ def explicit(
     found: dict[str, Fraction] = {}
     every = {name: (name, *(aliases or {}).get(name, ())) for name in names}
     for pattern, sparsity in sparsities.items():
+        if not isinstance(pattern, str):
+            raise InputTypeError(f"{pattern!r} names no tensor: write a sparsity for each as {{'encoder.*': 0.9}}")
         matched = [
             name
             for name, known in every.items()

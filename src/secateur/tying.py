@@ -103,9 +103,22 @@ def _crossing(spans: Sequence[_Span]) -> Iterator[tuple[_Span, _Span]]:
 def _share_numbers(one: Tensor, other: Tensor) -> bool:
     if one.dtype != other.dtype:
         return True
-    storage = torch.zeros(one.untyped_storage().nbytes() // one.itemsize, dtype=torch.bool)
-    storage.as_strided(one.shape, one.stride(), one.storage_offset()).fill_(True)
-    return bool(storage.as_strided(other.shape, other.stride(), other.storage_offset()).any())
+    return bool(_used(one).as_strided(other.shape, other.stride(), other.storage_offset()).any())
+
+
+def holds_twice(tensor: Tensor) -> bool:
+    """Whether a tensor holds a number of its memory several times: it was expanded, or its strides overlap."""
+    if not _has_memory(tensor) or _is_gapless(tensor):
+        return False
+    expanded = any(not stride and n > 1 for stride, n in zip(tensor.stride(), tensor.shape, strict=True))
+    return expanded or int(_used(tensor).count_nonzero()) < tensor.numel()
+
+
+def _used(tensor: Tensor) -> Tensor:
+    """Which numbers of its storage a tensor holds, as flat booleans."""
+    storage = torch.zeros(tensor.untyped_storage().nbytes() // tensor.itemsize, dtype=torch.bool)
+    storage.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset()).fill_(True)
+    return storage
 
 
 def distinct(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur import anatomy
-from secateur.errors import InputTypeError
-from secateur.masks import Masks
+from secateur.masks import as_masks
 from secateur.measurement.costs import file_bytes
 from secateur.scope import effective, unwrap, weights_as_used
 from secateur.sparsity import half_up
@@ -105,7 +104,7 @@ class Report(Printed):
         return Table(header, rows, notes=notes)
 
 
-def report(model: nn.Module, masks: Masks | None = None) -> Report:
+def report(model: nn.Module, masks: Mapping[str, Tensor] | None = None) -> Report:
     """Compare what masks ask for with the zeros that a model has; without masks, tell the zeros.
 
     More zeros than asked were there before; fewer came back: `sc.check` says where, `sc.remask` repairs it. Weights
@@ -126,8 +125,7 @@ def report(model: nn.Module, masks: Masks | None = None) -> Report:
     >>> report(model).got
     0.5
     """
-    if masks is not None and not isinstance(masks, Masks):
-        raise InputTypeError(f"masks is a {type(masks).__name__}: give what sc.prune returned, or leave it out")
+    masks = None if masks is None else as_masks(masks)
     plain = unwrap(model)
     modules = dict(plain.named_modules(remove_duplicate=False))
     asked = {} if masks is None else masks.counts()
