@@ -238,7 +238,7 @@ def test_from_zeros_takes_both_zeros_and_no_nan():
     assert found["w"].tolist() == [False, False, True, True, True]
     model = net()
     masks = sc.prune(model, 0.5)
-    assert Masks.from_zeros(sc.weights(model)) == masks
+    assert Masks.from_zeros(sc.weights(model)) == Masks.from_zeros(model) == masks
 
 
 @pytest.mark.parametrize("verb", ["apply", "check", "remask", "match"])

@@ -132,7 +132,7 @@ def prune(
         Path | None, typer.Option("--out", "-o", help="A .safetensors file, or a folder for a folder.")
     ] = None,
     allocation: Annotated[str, typer.Option(help="How the zeros are shared among tensors.")] = "global",
-    pattern: Annotated[str, typer.Option(help="N:M: at most N of every M inputs stay.")] = "",
+    pattern: Annotated[str, typer.Option(help="With 2:4 and the like at most 2 of every 4 inputs stay.")] = "",
     only: Annotated[list[str] | None, typer.Option(help="Prune what this glob names; may be given again.")] = None,
     skip: Annotated[list[str] | None, typer.Option(help="Leave out what this glob names; may be given again.")] = None,
     pack: Annotated[str, typer.Option(help="Pack what is written, at this level: lossless, fp16, ...")] = "",

@@ -19,7 +19,6 @@ Each message says what (tensor, value), why, and what to do; each is raised befo
 from __future__ import annotations
 
 import difflib
-import os
 import sys
 import warnings
 from collections.abc import Iterable, Sequence
@@ -90,10 +89,9 @@ def printable(text: str) -> str:
 
 
 def warn(message: str) -> None:
-    """Issue a SecateurWarning that points at the first line outside this package."""
+    """Issue a SecateurWarning that points at the first line outside this package and torch, whose hooks may call it."""
     level, frame = 1, sys._getframe()
-    package = os.path.dirname(__file__)
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(package):
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("secateur", "torch"):
         level, frame = level + 1, frame.f_back
     warnings.warn(message, SecateurWarning, stacklevel=level)
 

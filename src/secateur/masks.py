@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from secateur.errors import InputError, InputTypeError, MaskError, UnknownNameError, nearest
-from secateur.scope import effective, require_values, unwrap, why_computed
+from secateur.scope import effective, require_values, unwrap, weights, why_computed
 from secateur.support import bits
 from secateur.support.files import replacing, require_file
 
@@ -54,8 +54,9 @@ class Masks(Mapping[str, Tensor]):
         return masks
 
     @classmethod
-    def from_zeros(cls, tensors: Mapping[str, Tensor]) -> Masks:
-        """Take the zeros that are there now as pruned: `Masks.from_zeros(sc.weights(model))`."""
+    def from_zeros(cls, model: nn.Module | Mapping[str, Tensor]) -> Masks:
+        """Take the zeros that are there now as pruned: in the default scope of a model, or in the tensors given."""
+        tensors = weights(model) if isinstance(model, nn.Module) else model
         return cls({name: tensor.detach() != 0 for name, tensor in tensors.items()})
 
     def __getitem__(self, name: str) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
@@ -82,8 +83,8 @@ def resolve(given: Sequence[object], scope: Mapping[str, Tensor]) -> list[Any]:
         if not any(takes_hooks(one) for one in found):
             raise InputTypeError(
                 f"{type(thing).__name__} is no torch.optim.Optimizer that takes step hooks, and holds none in "
-                ".optimizer: give the optimizer it wraps, or train with a Pruner and call pruner.step() after each of "
-                "its steps"
+                ".optimizer: give the optimizer it wraps. A Trainer makes its own late: call attach() without "
+                "arguments, which follows any optimizer. Else call pruner.step() after each step"
             )
     missing = trained(scope) - held(every.values(), scope)
     if given and missing:
@@ -128,6 +129,7 @@ class Hooks:
     def _wrap(self, wrapper: Any, settle: Callable[[], None]) -> None:
         step = wrapper.step
 
+        @functools.wraps(step)  # with the marks that a scheduler of learning rates looks for
         def settled(*args: Any, **kwargs: Any) -> Any:
             out = step(*args, **kwargs)
             settle()

@@ -19,7 +19,7 @@ from secateur import allocation as allocations
 from secateur import patterns, scores, selection
 from secateur import scope as scopes
 from secateur.allocation import Allocation
-from secateur.errors import InputError, PatternError, warn
+from secateur.errors import InputError, PatternError, listed, warn
 from secateur.masks import Masks
 from secateur.patterns import Joined, Pattern
 from secateur.scope import Member, Scope
@@ -402,10 +402,12 @@ def _name(choice: object) -> str:
 def warn_of_collapse(pruned: Mapping[str, int], sizes: Mapping[str, int]) -> None:
     """Warn of tensors that lose far more of their weights than the others do."""
     density = 1 - sum(pruned.values()) / max(sum(sizes.values()), 1)
-    for name, size in sizes.items():
-        kept = size - pruned[name]
-        if kept < 0.01 * size and kept < 0.1 * density * size:
-            warn(
-                f"{name} keeps under 1 % of its weights while the others keep more than ten times as many: it may no "
-                "longer let anything through; raise its share with allocation='erk' or min_keep=0.01"
-            )
+    kept = {name: (size - pruned[name]) / max(size, 1) for name, size in sizes.items()}
+    starved = sorted((name for name in kept if kept[name] < min(0.01, 0.1 * density)), key=kept.__getitem__)
+    if starved:
+        its, they = ("keeps under 1 % of its", "it") if len(starved) == 1 else ("keep under 1 % of their", "they")
+        warn(
+            f"{listed(starved)} {its} weights while all together keep more than ten times as many: {they} may no "
+            "longer let anything through; try allocation='erk' or 'uniform', or "
+            "allocation=sc.allocation.global_(min_keep=0.05)"
+        )

@@ -389,7 +389,10 @@ class Pruner:
         pruned, asked = sum(self._counts), sum(self._plan.counts())
         so_far = f"after {self._steps} steps {pruned:,} weights are pruned, of the {asked:,} asked for"
         if self._steps == 0 and self._hooks is None:
-            return f"{so_far}: attach(optimizer) before the loop, or call step() after each step of the optimizer"
+            return (
+                f"{so_far}: attach(optimizer) before the loop (anew after undo() or detach()), or call step() after "
+                "each step of the optimizer"
+            )
         if self._steps == 0:
             missing = sorted(self._waiting)
             still = f" of {listed(missing)}" if missing else ""

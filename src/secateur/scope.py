@@ -524,10 +524,11 @@ def _refuse_computed(model: nn.Module, wanted: _Wanted) -> None:
                 f"{place} was pruned with torch.nn.utils.prune, which renames its weights: "
                 "make it plain first, with sc.from_torch_prune(model)"
             )
-        for weight, norm, remedy in computed(module, f"model.{prefix}" if prefix else "model"):
+        for weight, norm, remedy in computed(module, f"model.get_submodule({prefix!r})" if prefix else "model"):
+            leave = f", or leave it out: sc.weights(model, skip=[{prefix!r}])" if prefix else ""
             raise InputError(
                 f"{place}: {weight} is computed by {norm}, so zeros in it would not last: call torch.nn.utils.{remedy} "
-                f"and prune, or leave it out: sc.weights(model, skip=[{prefix!r}])"
+                f"and prune{leave}"
             )
 
 

@@ -168,6 +168,8 @@ class Comparison(Printed):
         unclear = f"cannot tell ({least:.2f}x to {most:.2f}x): the machine is busy, so measure longer (seconds=)"
         words = {"no difference": "no faster", "cannot tell": unclear, "no verdict": "speed unknown (subnormals)"}
         parts = [words.get(verdict, verdict)]
+        if most > 2 * least and parts[0] == verdict:
+            parts[0] += f" (a rough figure, {least:.2f}x to {most:.2f}x: the machine is busy)"
         if ("slower" in verdict or verdict == "no difference") and model.zero_share > base.zero_share:
             share = percent(model.zero_share)
             parts[0] += f" although {share} of its MACs meet a zero weight (dense kernels do not skip zeros)"

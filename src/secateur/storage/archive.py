@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from secateur.errors import InputError, InputTypeError, UnknownNameError, nearest
+from secateur.errors import InputError, InputTypeError, UnknownNameError, listed, nearest, warn
 from secateur.masks import FORMAT
 from secateur.scope import unwrap
 from secateur.storage.checkpoints import Checkpoint, opened
@@ -181,6 +181,13 @@ def refuse_names(names: Iterable[str]) -> None:
 
 def _tensors_of(model: nn.Module | Mapping[str, Tensor]) -> list[Stored]:
     state = unwrap(model).state_dict() if isinstance(model, nn.Module) else model
+    if isinstance(model, nn.Module):
+        left = [name for name in model.state_dict() if not any(end in state for end in _ends(name))]
+        if left:
+            warn(
+                f"{listed(left)} of the {type(model).__name__} around the model is not in the file, which is that of "
+                "the model inside: to go on with the wrapper, save its state_dict()"
+            )
     if not isinstance(state, Mapping):
         raise InputTypeError(f"save takes a module or a state_dict, not a {type(state).__name__}")
     for name, tensor in state.items():
@@ -193,6 +200,12 @@ def _tensors_of(model: nn.Module | Mapping[str, Tensor]) -> list[Stored]:
     if not state:
         raise InputError("there is nothing to save: the state holds no tensor")
     return stored_of(state)
+
+
+def _ends(name: str) -> Iterator[str]:
+    """A name, and what is left of it without the modules around: "module.0.weight", "0.weight", "weight"."""
+    parts = name.split(".")
+    return (".".join(parts[i:]) for i in range(len(parts)))
 
 
 def _targets(model: nn.Module, tensors: Mapping[str, Stored], path: Path, strict: bool) -> dict[str, list[Tensor]]:
