@@ -272,9 +272,9 @@ def test_masks_may_be_a_dict_and_nothing_else(verb):
 @pytest.mark.parametrize(
     ("norm", "remedy"),
     [
-        (nn.utils.parametrizations.weight_norm, r"parametrize\.remove_parametrizations\(model\.0, 'weight'\)"),
-        (nn.utils.weight_norm, r"remove_weight_norm\(model\.0, 'weight'\)"),
-        (nn.utils.spectral_norm, r"remove_spectral_norm\(model\.0, 'weight'\)"),
+        (nn.utils.parametrizations.weight_norm, r"parametrize\.remove_parametrizations\(model\[0\], 'weight'\)"),
+        (nn.utils.weight_norm, r"remove_weight_norm\(model\[0\], 'weight'\)"),
+        (nn.utils.spectral_norm, r"remove_spectral_norm\(model\[0\], 'weight'\)"),
     ],
 )
 @pytest.mark.filterwarnings("ignore:.*deprecated:FutureWarning")

@@ -81,7 +81,7 @@ COMPUTED = {
         lambda m: nn.utils.parametrize.register_parametrization(m, "weight", nn.Identity()),
         "parametrize.remove_parametrizations",
     ),
-    "torch prune": (lambda m: torch_prune.identity(m, "weight"), r"torch\.nn\.utils\.prune\.remove\(model\.0"),
+    "torch prune": (lambda m: torch_prune.identity(m, "weight"), r"torch\.nn\.utils\.prune\.remove\(model\[0\]"),
 }
 
 

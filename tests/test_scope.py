@@ -284,7 +284,7 @@ def legacy_weight_norm(layer, name="weight"):
 COMPUTED = {
     "parametrized": (
         lambda: parametrized(nn.Linear(4, 4)),
-        r"remove_parametrizations\(model\.get_submodule\('1'\), 'weight'\)",
+        r"remove_parametrizations\(model\[1\], 'weight'\)",
     ),
     "weight_norm": (lambda: parametrizations.weight_norm(nn.Linear(4, 4)), "remove_parametrizations"),
     "spectral_norm": (lambda: parametrizations.spectral_norm(nn.Linear(4, 4)), "remove_parametrizations"),

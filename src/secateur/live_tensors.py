@@ -9,7 +9,7 @@ from torch.nn.utils import parametrize
 
 from secateur.errors import StateError
 from secateur.masks import Masks
-from secateur.scope import Member, Scope, computed, require_prunable, weights_as_used
+from secateur.scope import Member, Scope, computed, expression, require_prunable, weights_as_used
 from secateur.tying import holders, identity
 
 MANY = 0.01
@@ -85,7 +85,7 @@ def _elsewhere(model: nn.Module, member: Member, parameter: nn.Parameter) -> boo
 
 def _why_gone(name: str, member: Member) -> str:
     layer, _, _ = name.rpartition(".")
-    place = f"model.{layer}" if layer else "model"
+    place = expression(layer)
     since = "since the Pruner was made, so its zeros would not last"
     if f"{member.attribute}_mask" in member.module._buffers:
         return (

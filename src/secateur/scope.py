@@ -225,7 +225,7 @@ def why_computed(model: nn.Module, name: str) -> str:
     module = dict(model.named_modules(remove_duplicate=False)).get(path)
     if module is None or f"{attribute}_mask" in module._buffers:
         return ""
-    for weight, norm, remedy in computed(module, f"model.{path}" if path else "model"):
+    for weight, norm, remedy in computed(module, expression(path)):
         if weight == attribute:
             return f"{name} is computed by {norm}, so that it has no zeros of its own: call torch.nn.utils.{remedy}"
     return ""
@@ -524,7 +524,7 @@ def _refuse_computed(model: nn.Module, wanted: _Wanted) -> None:
                 f"{place} was pruned with torch.nn.utils.prune, which renames its weights: "
                 "make it plain first, with sc.from_torch_prune(model)"
             )
-        for weight, norm, remedy in computed(module, f"model.get_submodule({prefix!r})" if prefix else "model"):
+        for weight, norm, remedy in computed(module, expression(prefix)):
             leave = f", or leave it out: sc.weights(model, skip=[{prefix!r}])" if prefix else ""
             raise InputError(
                 f"{place}: {weight} is computed by {norm}, so zeros in it would not last: call torch.nn.utils.{remedy} "
@@ -536,6 +536,11 @@ def _own_names(module: nn.Module) -> list[str]:
     """Names of the parameters and buffers of a module itself, which in one of torch.jit are in no dict."""
     own = *module.named_parameters(recurse=False), *module.named_buffers(recurse=False)
     return [name for name, _ in own]
+
+
+def expression(path: str) -> str:
+    """How one writes a submodule of `model` in Python: "layers.0.fc" is `model.layers[0].fc`."""
+    return "".join(["model", *(f"[{part}]" if part.isdecimal() else f".{part}" for part in path.split(".") if part)])
 
 
 def computed(module: nn.Module, place: str) -> Iterator[tuple[str, str, str]]:
