@@ -30,7 +30,7 @@ class Tagger(nn.Module):
         return self.head(self.hidden(self.attention(x, x, x, need_weights=False)[0]).relu())
 
 
-@pytest.mark.filterwarnings("ignore:.*it may no longer let anything through:secateur.errors.SecateurWarning")
+@pytest.mark.filterwarnings("ignore:.*may no longer let anything through:secateur.errors.SecateurWarning")
 @pytest.mark.parametrize("sparsity", [0.5, 0.9])
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
 @pytest.mark.parametrize("name", METHODS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
+import warnings
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
@@ -124,7 +125,9 @@ def twin(model: nn.Module, shared: Iterable[Tensor]) -> nn.Module:
     """Copy a model but for some tensors: what the copy writes into itself, other threads do not see in the model."""
     kept = [*shared, *(t for t, _ in held(model) if t.grad_fn is not None)]  # deepcopy refuses what has a history
     try:
-        return copy.deepcopy(model, {id(tensor): tensor for tensor in kept})
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's own, of what it copies inside an exported model
+            return copy.deepcopy(model, {id(tensor): tensor for tensor in kept})
     except Exception:  # of a lock, a file, a generator: then modules are copied, and what else they hold is shared
         return _shallow(model, {})
 
