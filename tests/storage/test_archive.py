@@ -67,6 +67,7 @@ def compiled(model):
     return torch.compile(model, backend="eager")
 
 
+@pytest.mark.filterwarnings("ignore:n_averaged of the AveragedModel")
 @pytest.mark.parametrize(
     "wrap",
     [
@@ -83,6 +84,12 @@ def test_into_a_model_through_its_wrappers(tmp_path, wrap):
     assert list(sc.load(plain, into=fresh)) == list(model.state_dict())
     sc.save(fresh, wrapped)
     assert wrapped.read_bytes() == plain.read_bytes()
+
+
+def test_a_wrapper_with_a_state_of_its_own_is_told(tmp_path):
+    average = torch.optim.swa_utils.AveragedModel(pruned(Mlp))
+    with pytest.warns(sc.errors.SecateurWarning, match=r"n_averaged of the AveragedModel .*save its state_dict\(\)"):
+        sc.save(average, tmp_path / "m.safetensors")
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
@@ -156,7 +163,8 @@ def test_an_optimizer_keeps_its_grip(tmp_path):
 
 @pytest.mark.parametrize("kind", [LanguageModel, Shared])
 def test_tied_weights_are_one_object_stored_once(tmp_path, kind):
-    model = pruned(kind)
+    model = build(kind)
+    sc.prune(model, 0.5, scope=sc.weights(model, only=["decoder.weight"]))
     written = {t.name: t for t in sc.save(model, tmp_path / "m.safetensors").tensors}
     found = sc.load(tmp_path / "m.safetensors")
     assert found["decoder.weight"] is found["embed.weight"]

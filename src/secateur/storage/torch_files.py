@@ -198,7 +198,8 @@ def _refuse_compressed(file: Path) -> None:
     """
     try:
         with zipfile.ZipFile(file) as archive:
-            stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in archive.infolist())
+            read = (entry for entry in archive.infolist() if "/code/" not in entry.filename)  # TorchScript's source
+            stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in read)
     except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
         raise FileError(damaged(file, str(error))) from error
     if not stored:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import sys
-import warnings
 import threading
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
