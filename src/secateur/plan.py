@@ -402,7 +402,7 @@ def _name(choice: object) -> str:
 def warn_of_collapse(pruned: Mapping[str, int], sizes: Mapping[str, int]) -> None:
     """Warn of tensors that lose far more of their weights than the others do."""
     density = 1 - sum(pruned.values()) / max(sum(sizes.values()), 1)
-    kept = {name: (size - pruned[name]) / max(size, 1) for name, size in sizes.items()}
+    kept = {name: 1 - pruned[name] / size for name, size in sizes.items() if size}
     starved = sorted((name for name in kept if kept[name] < min(0.01, 0.1 * density)), key=kept.__getitem__)
     if starved:
         its, they = ("keeps under 1 % of its", "it") if len(starved) == 1 else ("keep under 1 % of their", "they")
