@@ -145,11 +145,13 @@ def test_with_nothing_pruned_the_file_is_that_of_safetensors(folder, file, tmp_p
 
 
 def test_a_folder_of_links(folder, tmp_path):
-    snapshot = tmp_path / "snapshot"  # as in the cache of Hugging Face
-    snapshot.mkdir()
+    snapshot, blobs = tmp_path / "snapshots" / "main", tmp_path / "blobs"  # as in the cache of Hugging Face
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
     for path in folder.iterdir():
         if path.is_file():
-            (snapshot / path.name).symlink_to(path)
+            (blobs / path.name).write_bytes(path.read_bytes())
+            (snapshot / path.name).symlink_to(blobs / path.name)
     before = state_of(folder)
     prune_checkpoint(snapshot, tmp_path / "out", Recipe(0.5))
     prune_checkpoint(folder, tmp_path / "want", Recipe(0.5))

@@ -195,7 +195,7 @@ def _work_folder(path: StrPath) -> Iterator[tuple[Path, Path]]:
     try:
         yield target, work
     finally:
-        shutil.rmtree(work, ignore_errors=True)
+        _remove(work)
         os.close(lock)
 
 
@@ -232,8 +232,19 @@ def _sweep(target: Path) -> None:
         if _lock(lock):
             if (left / _OLD).exists() and not target.exists():
                 os.replace(left / _OLD, target)
-            shutil.rmtree(left, ignore_errors=True)
+            _remove(left)
         os.close(lock)
+
+
+def _remove(work: Path) -> None:
+    """Remove a work folder, its lock last: what a process that is killed meanwhile leaves, the next one can sweep."""
+    for place in (work / _NEW, work / _OLD):
+        if place.is_dir() and not place.is_symlink():
+            shutil.rmtree(place, ignore_errors=True)
+        else:
+            with suppress(OSError):
+                place.unlink()
+    shutil.rmtree(work, ignore_errors=True)
 
 
 def _lock(descriptor: int) -> bool:
