@@ -171,7 +171,7 @@ def _unpickled(file: Path) -> Any:
     with open(file, "rb") as opened:  # what the system says of a file that may not be read is clear
         if not opened.read(1):
             raise FileError(damaged(file, "it is empty"))
-    zipped = zipfile.is_zipfile(file)  # files of torch < 1.6 are no zip archives, and cannot be mapped
+    zipped = _is_zip(file)  # files of torch < 1.6 are no zip archives, and cannot be mapped
     if zipped:
         _refuse_compressed(file)
     try:
@@ -188,6 +188,13 @@ def _unpickled(file: Path) -> Any:
             f"{file} needs pickled code ({code[1] or code[0]}), and secateur runs none: if you trust it, "
             "load it in its own program and torch.save(model.state_dict(), ...)"
         ) from error
+
+
+def _is_zip(file: Path) -> bool:
+    try:
+        return zipfile.is_zipfile(file)
+    except zipfile.BadZipFile as error:
+        raise FileError(damaged(file, str(error))) from error
 
 
 def _refuse_compressed(file: Path) -> None:
