@@ -4,26 +4,14 @@ The verbs are here; the choices they take are in rooms of their own: `secateur.s
 `secateur.patterns`, `secateur.schedules`, `secateur.dropout`, `secateur.errors`.
 """
 
-from secateur import allocation as allocation
-from secateur import dropout as dropout
-from secateur import errors as errors
-from secateur import patterns as patterns
-from secateur import schedules as schedules
-from secateur import scores as scores
-from secateur.errors import SecateurError
-from secateur.masks import Masks, check, remask
-from secateur.measurement.reports import report
-from secateur.measurement.timing import compare, measure
-from secateur.patterns import blocks, n_m
-from secateur.pruner import Pruner, prune
-from secateur.runtime.acceleration import accelerate, dense, explain
-from secateur.schedules import cubic, geometric, linear
-from secateur.scope import weights
-from secateur.scores import accumulate
-from secateur.sparsity import Count
-from secateur.storage import load, load_pretrained, pack, save, save_pretrained, unpack
+from importlib import import_module
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
 from secateur.support.machine import secateur_version as _version
-from secateur.torch_prune import from_torch_prune, plain_state_dict
+
+if TYPE_CHECKING:
+    from secateur.public_names import *
 
 __version__ = _version()
 
@@ -58,3 +46,16 @@ __all__ = [
     "unpack",
     "weights",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a name or a room when it is first used: `secateur --help` and the shell's completion need no torch."""
+    if name in __all__:
+        return getattr(import_module("secateur.public_names"), name)
+    if name.startswith("_") or find_spec(f"secateur.{name}") is None:
+        raise AttributeError(f"module 'secateur' has no attribute {name!r}")
+    return import_module(f"secateur.{name}")
+
+
+def __dir__() -> list[str]:
+    return ["__all__", "__version__", *vars(import_module("secateur.public_names"))]

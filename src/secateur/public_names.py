@@ -1,0 +1,36 @@
+"""The names of `secateur`, each with what it stands for: imported when the first of them is used."""
+
+from secateur import allocation as allocation
+from secateur import dropout as dropout
+from secateur import errors as errors
+from secateur import patterns as patterns
+from secateur import schedules as schedules
+from secateur import scores as scores
+from secateur.errors import SecateurError as SecateurError
+from secateur.masks import Masks as Masks
+from secateur.masks import check as check
+from secateur.masks import remask as remask
+from secateur.measurement.reports import report as report
+from secateur.measurement.timing import compare as compare
+from secateur.measurement.timing import measure as measure
+from secateur.patterns import blocks as blocks
+from secateur.patterns import n_m as n_m
+from secateur.pruner import Pruner as Pruner
+from secateur.pruner import prune as prune
+from secateur.runtime.acceleration import accelerate as accelerate
+from secateur.runtime.acceleration import dense as dense
+from secateur.runtime.acceleration import explain as explain
+from secateur.schedules import cubic as cubic
+from secateur.schedules import geometric as geometric
+from secateur.schedules import linear as linear
+from secateur.scope import weights as weights
+from secateur.scores import accumulate as accumulate
+from secateur.sparsity import Count as Count
+from secateur.storage import load as load
+from secateur.storage import load_pretrained as load_pretrained
+from secateur.storage import pack as pack
+from secateur.storage import save as save
+from secateur.storage import save_pretrained as save_pretrained
+from secateur.storage import unpack as unpack
+from secateur.torch_prune import from_torch_prune as from_torch_prune
+from secateur.torch_prune import plain_state_dict as plain_state_dict
