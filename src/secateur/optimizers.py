@@ -110,8 +110,7 @@ class Hooks:
     def __init__(
         self, optimizers: Sequence[Any], owner: object, before: Before, after: After, settle: Callable[[], None]
     ) -> None:
-        disable: Callable[[Any], Any] = torch.compiler.disable  # a compiled step calls the hooks as they are
-        first, last = disable(before), disable(after)
+        first, last = _eager(before), _eager(after)
         last.owner = owner
         self._handles: list[RemovableHandle] = []
         self._wrapped: list[tuple[Any, Any]] = []
@@ -124,7 +123,7 @@ class Hooks:
             if takes_hooks(one):
                 self._handles += [one.register_step_pre_hook(first), one.register_step_post_hook(last)]
             else:
-                self._wrap(one, disable(settle))
+                self._wrap(one, _eager(settle))
 
     def _wrap(self, wrapper: Any, settle: Callable[[], None]) -> None:
         step = wrapper.step
@@ -147,6 +146,17 @@ class Hooks:
                 del wrapper.step
             else:
                 wrapper.step = own
+
+
+def _eager(function: Callable[..., Any]) -> Any:
+    """The same function, which a compiled step calls as it is; a call in eager mode does not pay for that."""
+    disable: Callable[[Any], Any] = torch.compiler.disable
+    disabled = disable(function)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return disabled(*args, **kwargs) if torch.compiler.is_compiling() else function(*args, **kwargs)
+
+    return call
 
 
 def owners(optimizer: object) -> list[Any]:

@@ -119,7 +119,8 @@ class Pruner:
         self._plan = _make(model, sparsity, score=score, allocation=allocation, pattern=pattern, scope=scope)
         self._schedule = _schedule(schedule, self._plan)
         self._steps = 0
-        self._counts = tuple(0 for _ in self._plan.counts())
+        self._asked = self._plan.counts()
+        self._counts = tuple(0 for _ in self._asked)
         self._masks = _all_kept(self._plan)
         self._zero = bits.Zeroer()
         self._originals: dict[str, Tensor] = {}
@@ -135,7 +136,7 @@ class Pruner:
         self._told: set[str] = set()  # warnings given
 
     def __repr__(self) -> str:
-        asked = sum(self._plan.counts()) / self._plan.scope.size
+        asked = sum(self._asked) / self._plan.scope.size
         return (
             f"Pruner(sparsity={asked:.4g}, schedule={self._schedule_words()}, steps={self._steps}, "
             f"now={self.sparsity:.4g})"
@@ -233,7 +234,7 @@ class Pruner:
             MaskError: pruned weights of the model are not zero.
         """
         scope = self._live()
-        if self._counts != self._plan.counts():
+        if self._counts != self._asked:
             raise StateError(self._unfinished())
         back = check(scope, self._masks)
         if back:
@@ -320,7 +321,7 @@ class Pruner:
         first_version = isinstance(state["settings"], str)  # wrote them as words
         states.require_settings(state["settings"], self._words() if first_version else self._settings())
         masks = states.read_masks(state["bits"], scope)
-        counts = states.read_numbers(state, masks, self._plan.counts(), exact=self._plan.pattern is None)
+        counts = states.read_numbers(state, masks, self._asked, exact=self._plan.pattern is None)
         score = self._plan.score
         sums = states.read_sums(state, scope) if isinstance(score, GradientScore) else {}
         generator = getattr(score, "generator", None)
@@ -386,7 +387,7 @@ class Pruner:
         return loose_zeros(self._plan.scope, self._masks, following.trained(self._plan.scope))
 
     def _unfinished(self) -> str:
-        pruned, asked = sum(self._counts), sum(self._plan.counts())
+        pruned, asked = sum(self._counts), sum(self._asked)
         so_far = f"after {self._steps} steps {pruned:,} weights are pruned, of the {asked:,} asked for"
         if self._steps == 0 and self._hooks is None:
             return (
@@ -422,6 +423,8 @@ class Pruner:
 
     def _update(self) -> bool:
         """Choose new masks if the schedule wants another number of zeros; say whether it did."""
+        if self._counts == self._asked and isinstance(self._schedule, Schedule):
+            return False  # the end of its curve
         counts = self._plan.counts(self._at)
         if counts == self._counts:
             return False
