@@ -18,6 +18,7 @@ from torch import Tensor
 from secateur import selection
 from secateur.errors import InputError, InputTypeError
 from secateur.sparsity import fraction
+from secateur.support import checks
 from secateur.support.registry import Registry
 
 Counts = dict[str, int]
@@ -42,11 +43,14 @@ class Allocation:
     shapes_only: bool = False
 
     def __post_init__(self) -> None:
-        share = isinstance(self.min_keep, float)
-        if isinstance(self.min_keep, bool) or not self.min_keep >= 0 or (share and not self.min_keep <= 1):
-            raise InputError(
-                f"min_keep={self.min_keep!r}: give a number of weights (int) or a fraction (float, 0 to 1)"
-            )
+        if self.share is not None:
+            checks.function("share", self.share, "a function (weights, count), or None")
+        checks.flag("allow_empty", self.allow_empty)
+        checks.flag("shapes_only", self.shapes_only)
+        remedy = "a number of weights (int) or a fraction (float, 0 to 1)"
+        share, whole = isinstance(self.min_keep, float), type(self.min_keep) is int
+        if not (share or whole) or not self.min_keep >= 0 or (share and not self.min_keep <= 1):
+            raise InputError(f"min_keep={self.min_keep!r}: give {remedy}")
         if not self.min_keep and not self.allow_empty:
             raise InputError("min_keep=0 lets a tensor lose all its weights: say so with allow_empty=True")
 
@@ -184,8 +188,9 @@ def shared(
         InputError: the function's numbers are no counts of these tensors, or do not add up to `count`.
     """
     assert allocation.share is not None
-    asked = dict(allocation.share(weights, count))
-    if set(asked) != set(weights) or any(not isinstance(n, int) or n < 0 for n in asked.values()):
+    asked: Any = allocation.share(weights, count)
+    whole = isinstance(asked, Mapping) and all(isinstance(n, int) and n >= 0 for n in asked.values())
+    if not whole or set(asked) != set(weights):
         raise InputError(f"the allocation gave {asked!r}: it must give how many weights (int) to prune for each tensor")
     if sum(asked.values()) != count:
         raise InputError(f"the allocation's counts add up to {sum(asked.values()):,}, not to the {count:,} asked for")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from secateur.errors import InputError, InputTypeError, MaskError, UnknownNameError, nearest
 from secateur.scope import effective, require_values, unwrap, weights, why_computed
-from secateur.support import bits
+from secateur.support import bits, checks
 from secateur.support.files import replacing, require_file
 
 FORMAT = "secateur.masks"
@@ -30,7 +30,7 @@ class Masks(Mapping[str, Tensor]):
         kept: a boolean tensor of the weight's shape for each name.
 
     Raises:
-        InputTypeError: a tensor that is not boolean.
+        InputTypeError: no dict of names, or a tensor that is not boolean.
 
     >>> masks = Masks({"fc.weight": torch.tensor([[True, False, False, True]])})
     >>> masks.sparsity, masks["fc.weight"].tolist()
@@ -38,7 +38,11 @@ class Masks(Mapping[str, Tensor]):
     """
 
     def __init__(self, kept: Mapping[str, Tensor]) -> None:
+        if not isinstance(kept, Mapping):
+            raise checks.wrong("kept", kept, "a dict of bool tensors by name")
         for name, mask in kept.items():
+            if not isinstance(name, str):
+                raise checks.wrong("a name in kept", name, "the name of a tensor, as model.named_parameters() has it")
             if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
                 what = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
                 raise InputTypeError(f"the mask of {name} is {what}: give a bool tensor, True = kept")
@@ -56,7 +60,12 @@ class Masks(Mapping[str, Tensor]):
     @classmethod
     def from_zeros(cls, model: nn.Module | Mapping[str, Tensor]) -> Masks:
         """Take the zeros that are there now as pruned: in the default scope of a model, or in the tensors given."""
+        if not isinstance(model, (nn.Module, Mapping)):
+            raise checks.wrong("model", model, "a module, or a dict of tensors")
         tensors = weights(model) if isinstance(model, nn.Module) else model
+        for name, tensor in tensors.items():
+            if not isinstance(tensor, Tensor):
+                raise checks.wrong(name, tensor, "tensors only")
         return cls({name: tensor.detach() != 0 for name, tensor in tensors.items()})
 
     def __getitem__(self, name: str) -> Tensor:
@@ -114,10 +123,14 @@ class Masks(Mapping[str, Tensor]):
 
     def __and__(self, other: Masks) -> Masks:
         """Keep what both keep; a name that only one of them holds stays as it is there."""
+        if not isinstance(other, Masks):
+            return NotImplemented
         return self._combine(other, torch.bitwise_and)
 
     def __or__(self, other: Masks) -> Masks:
         """Keep what either keeps; a name that only one of them holds stays as it is there."""
+        if not isinstance(other, Masks):
+            return NotImplemented
         return self._combine(other, torch.bitwise_or)
 
     def _combine(self, other: Masks, join: Callable[[Tensor, Tensor], Tensor]) -> Masks:
@@ -201,6 +214,8 @@ class Masks(Mapping[str, Tensor]):
                 )
             if name not in found:
                 raise UnknownNameError(f"these masks are for another model: it has no {name}; {nearest(name, found)}")
+            if not isinstance(found[name], Tensor):
+                raise checks.wrong(name, found[name], "a state_dict, whose weights are tensors")
             require_values(name, found[name])
             if found[name].shape != shape:
                 raise MaskError(
@@ -218,6 +233,7 @@ class Masks(Mapping[str, Tensor]):
         Raises:
             InputError: a name that no file can hold. WriteError: the system refuses to write.
         """
+        checks.path("path", path)
         names = sorted(self._bits)
         shapes = json.dumps({name: list(self._shapes[name]) for name in names})
         header: dict[str, Any] = {"__metadata__": {"format": FORMAT, "version": "1", "shapes": shapes}}
@@ -242,7 +258,7 @@ class Masks(Mapping[str, Tensor]):
         Raises:
             InputError: there is no such file. MaskError: it is not one of masks, or is damaged.
         """
-        require_file(path)
+        require_file(checks.path("path", path))
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from secateur.errors import InputError, InputTypeError, PatternError
-from secateur.support import bits
+from secateur.support import bits, checks
 from secateur.support.registry import Registry
 
 Tail = Literal["error", "keep"]
@@ -118,6 +118,8 @@ class n_m:
     tail: Tail = "error"
 
     def __post_init__(self) -> None:
+        checks.whole("n", self.n)
+        checks.whole("m", self.m)
         if not 0 < self.n < self.m:
             raise InputError(f"n_m({self.n}, {self.m}): n of m weights are kept, so 0 < n < m")
         _check_tail(self.tail)
@@ -181,6 +183,8 @@ class blocks:
     tail: Tail = "error"
 
     def __post_init__(self) -> None:
+        checks.whole("height", self.height)
+        checks.whole("width", self.width)
         if self.height < 1 or self.width < 1:
             raise InputError(f"blocks({self.height}, {self.width}): both sides must be at least 1")
         _check_tail(self.tail)
@@ -244,6 +248,7 @@ class lines:
         return self.along == 0
 
     def __post_init__(self) -> None:
+        checks.whole("along", self.along)
         if self.along not in (0, 1):
             raise InputError(f"lines({self.along!r}): choose 0 for rows (outputs) or 1 for columns (inputs)")
 

@@ -24,7 +24,7 @@ from secateur.schedules import Schedule
 from secateur.scope import Scope, unwrap, weights
 from secateur.scores import GradientScore, Score
 from secateur.sparsity import Sparsity, fraction
-from secateur.support import bits
+from secateur.support import bits, checks
 
 
 def prune(
@@ -233,6 +233,7 @@ class Pruner:
             StateError: the schedule has not come to its end; a tensor in scope is no longer the model's.
             MaskError: pruned weights of the model are not zero.
         """
+        checks.flag("lift_denormals", lift_denormals)
         scope = self._live()
         if self._counts != self._asked:
             raise StateError(self._unfinished())

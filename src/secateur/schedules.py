@@ -14,6 +14,7 @@ from fractions import Fraction
 from typing import Protocol
 
 from secateur.errors import InputError, InputTypeError
+from secateur.support import checks
 from secateur.support.registry import Registry
 
 Curve = Callable[[Fraction, Fraction], Fraction | float]
@@ -39,6 +40,8 @@ class Schedule:
     every: int = 1
 
     def __post_init__(self) -> None:
+        if not isinstance(self.kind, str):
+            raise checks.wrong("kind", self.kind, f"the name of a curve: {', '.join(SCHEDULES)}")
         if self.kind not in SCHEDULES:
             raise SCHEDULES.unknown(self.kind)
         for name in ("start", "stop", "every"):
@@ -62,6 +65,7 @@ class Schedule:
 
     def in_epochs(self, steps_per_epoch: int) -> Schedule:
         """Read start, stop and every as epochs where a Pruner counts steps: `linear(2, 10).in_epochs(len(loader))`."""
+        checks.whole("steps_per_epoch", steps_per_epoch)
         if steps_per_epoch < 1:
             raise InputError(f"in_epochs({steps_per_epoch!r}): an epoch has at least one step")
         n = steps_per_epoch

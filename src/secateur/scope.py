@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from torch.nn.utils import parametrize
 from secateur import anatomy
 from secateur.anatomy import Layout
 from secateur.errors import InputError, InputTypeError, UnknownNameError, nearest, warn
-from secateur.support import bits
+from secateur.support import bits, checks
 from secateur.support.tables import Printed, Table, number, percent
 from secateur.tying import Holder, distinct, holders, holds_twice, identity, parameter_of, refuse_overlaps
 
@@ -144,8 +145,11 @@ def weights(
     """
     model = unwrap(model)
     _refuse_model(model)
-    default = only is None and where is None and not also and not skip
-    wanted = _Wanted(None if only is None else _selectors(only), _selectors(also), _selectors(skip), where)
+    if where is not None:
+        checks.function("where", where, "a function (name, parameter) that says whether a tensor is in")
+    chosen = None if only is None else _selectors("only", only)
+    wanted = _Wanted(chosen, _selectors("also", also), _selectors("skip", skip), where)
+    default = wanted == _Wanted(None, (), (), None)
     places = holders(model)
     names = [name for found in places for name, _, _ in found]
     for selector in (*(wanted.only or ()), *wanted.also, *wanted.skip):
@@ -302,13 +306,16 @@ def is_weight(module: nn.Module, attribute: str) -> bool:
     return layer is not None and layer.family != "embedding" and bool(layer.dims(attribute))
 
 
-def _selectors(given: Selector | Sequence[Selector] | None) -> tuple[Selector, ...]:
-    if given is None:
+def _selectors(name: str, chosen: Selector | Sequence[Selector] | None) -> tuple[Selector, ...]:
+    if chosen is None:
         return ()
-    listed = tuple(given) if isinstance(given, Iterable) and not isinstance(given, (str, type)) else (given,)
+    one = isinstance(chosen, (str, bytes, type, Tensor)) or not isinstance(chosen, Iterable)
+    listed: tuple[Any, ...] = (chosen,) if one else tuple(chosen)  # type: ignore[arg-type]
     for selector in listed:
         if not isinstance(selector, str) and not (isinstance(selector, type) and issubclass(selector, nn.Module)):
-            raise InputTypeError(f"{selector!r} selects nothing: give a glob on names or a module type")
+            raise InputTypeError(
+                f"{name}: {checks.told(selector)} selects nothing: give a glob on names or a module type"
+            )
     return listed
 
 

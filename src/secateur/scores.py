@@ -18,8 +18,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, distributed, nn
 
+from secateur import scope as scopes
 from secateur.errors import InputError, InputTypeError, StateError, UnknownNameError, nearest
-from secateur.scope import Scope, unwrap, weights
+from secateur.scope import unwrap
+from secateur.support import checks
 from secateur.support.progress import progress_bar
 from secateur.support.registry import Registry
 
@@ -62,6 +64,7 @@ def score(name: str, *, source: str = "", call: str = "") -> Callable[[_G], _G]:
 
 def elementwise(score: _F) -> _F:
     """Mark a score that looks at each weight alone: it is called on flat pieces of a tensor, on each more than once."""
+    checks.function("score", score, "a function (name, weight)")
     score.elementwise = True  # type: ignore[attr-defined]
     return score
 
@@ -83,6 +86,11 @@ def random(seed: int = 0, *, generator: torch.Generator | None = None) -> Score:
         seed: of the generator; the same seed draws the same masks.
         generator: draw from this one instead, and leave it further on.
     """
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise checks.wrong("generator", generator, "a torch.Generator, or leave it out and give a seed")
+    checks.whole("seed", seed, -(2**63), "a whole number of 64 bits")
+    if seed >= 2**64:
+        raise InputError(f"seed is {seed}: give a whole number of 64 bits")
     source = generator if generator is not None else torch.Generator().manual_seed(seed)
 
     def score(name: str, weight: Tensor) -> Tensor:
@@ -95,6 +103,8 @@ def random(seed: int = 0, *, generator: torch.Generator | None = None) -> Score:
 
 def given(table: Mapping[str, Tensor]) -> Score:
     """Scores computed beforehand: a tensor of the weight's shape for each name in scope."""
+    if not isinstance(table, Mapping):
+        raise checks.wrong("table", table, "a dict of tensors, one for each name in scope")
 
     def score(name: str, weight: Tensor) -> Tensor:
         if name not in table:
@@ -125,6 +135,9 @@ class GradientScore:
         *,
         forget: bool = True,
     ) -> None:
+        checks.function("statistic", statistic, "a function (weight, gradient)")
+        checks.function("score", score, "a function (weight, sum)")
+        checks.flag("forget", forget)
         self.__name__ = name
         self.forget = forget
         self.sums: dict[str, Tensor] = {}
@@ -199,11 +212,17 @@ class synflow:
     Args:
         model: its parameters as they are when the masks are chosen.
         inputs: example input or inputs; floating-point ones are replaced by ones of their shape, others kept.
+
+    Raises:
+        InputTypeError: no module, or inputs that are no tensors.
     """
 
     def __init__(self, model: nn.Module, inputs: Tensor | tuple[Tensor, ...]) -> None:
+        several = inputs if isinstance(inputs, tuple) else (inputs,)
+        if not several or not all(isinstance(one, Tensor) for one in several):
+            raise checks.wrong("inputs", inputs, "an example input, a Tensor or a tuple of them")
         self._model = unwrap(model)
-        self._inputs = inputs
+        self._inputs = several
         self._table: dict[str, Tensor] = {}
 
     def prepare(self) -> None:
@@ -216,9 +235,8 @@ class synflow:
         return self._table[name]
 
 
-def _synaptic_flow(model: nn.Module, inputs: Tensor | tuple[Tensor, ...]) -> dict[str, Tensor]:
-    arguments = inputs if isinstance(inputs, tuple) else (inputs,)
-    ones = tuple(torch.ones_like(x, dtype=torch.float64) if x.is_floating_point() else x for x in arguments)
+def _synaptic_flow(model: nn.Module, inputs: tuple[Tensor, ...]) -> dict[str, Tensor]:
+    ones = tuple(torch.ones_like(x, dtype=torch.float64) if x.is_floating_point() else x for x in inputs)
     # a copy, not functional_call: that leaves the fused weights of an LSTM pointing at what it was called with
     stand_in = copy.deepcopy(model).double().eval()
     linear = dict(stand_in.named_parameters())
@@ -269,6 +287,7 @@ def evaluate(score: Score, name: str, weight: Tensor) -> Tensor:
     Raises:
         InputTypeError: no real tensor; InputError: another shape, NaN or -inf.
     """
+    checks.function("score", score, "a function (name, weight)")
     with torch.no_grad():
         found = score(name, weight.detach())
     if not isinstance(found, Tensor):
@@ -291,7 +310,7 @@ def accumulate(
     loss: Callable[..., Tensor],
     *,
     score: str | GradientScore = "taylor",
-    scope: Scope | None = None,
+    scope: Mapping[str, nn.Parameter] | None = None,
     progress: bool = False,
 ) -> GradientScore:
     """Feed a gradient score with a few batches, without training: `.grad` and the mode of the model are untouched.
@@ -312,10 +331,14 @@ def accumulate(
         The score, to be passed as `sc.prune(model, 0.9, score=...)`.
 
     Raises:
+        InputTypeError: an argument of another type. What `loss` itself raises passes on.
         InputError: no batch came (to any rank), a score that takes no gradients, a loss that is not one number, or no
             tensor in scope that takes gradients.
     """
-    scope = scope if scope is not None else weights(model)
+    checks.several("batches", batches, "an iterable of batches, such as [batch] or a DataLoader")
+    checks.function("loss", loss, "a function (model, batch) that returns a scalar Tensor")
+    checks.flag("progress", progress)
+    scope = scopes.resolve(model, scope)
     gathered = resolve(score)
     if not isinstance(gathered, GradientScore):
         known = ", ".join(SCORES.written(lambda made: _takes_nothing(made) and isinstance(made(), GradientScore)))

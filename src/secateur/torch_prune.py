@@ -17,6 +17,7 @@ from secateur import anatomy
 from secateur.errors import InputError, InputTypeError, MaskError
 from secateur.masks import Masks
 from secateur.scope import unwrap
+from secateur.support import checks
 
 _ORIG, _MASK = "_orig", "_mask"
 
@@ -211,7 +212,11 @@ def _pairs(state_dict: Mapping[str, Tensor]) -> dict[str, tuple[str, list[str]]]
             f"expected a state_dict, got {type(state_dict).__name__}: for a model use from_torch_prune"
         )
     pairs: dict[str, tuple[str, list[str]]] = {}
-    for key in state_dict:
+    for key, value in state_dict.items():
+        if not isinstance(key, str):
+            raise checks.wrong("a name in state_dict", key, "names of tensors")
+        if key.endswith((_ORIG, _MASK)) and not isinstance(value, Tensor):
+            raise checks.wrong(key, value, "a state_dict, whose weights and masks are tensors")
         stem = key.removesuffix(_ORIG)
         if stem != key and stem + _MASK in state_dict:
             pairs[stem] = key, [stem + _MASK]

@@ -13,7 +13,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import nn
 
-from secateur.errors import InputError, InputTypeError
+from secateur.errors import InputError
+from secateur.support import checks
 from secateur.support.files import replacing
 from secateur.support.machine import secateur_version
 
@@ -33,11 +34,8 @@ def require(epochs: int, seed: int, *folders: Path) -> None:
     Raises:
         InputError, InputTypeError: a setting that cannot be used, or a file in the place of a folder.
     """
-    for name, value in (("epochs", epochs), ("seed", seed)):
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise InputTypeError(f"{name} is {value!r}: give a whole number")
-    if epochs < 1:
-        raise InputError(f"epochs is {epochs}: give 1 or more")
+    checks.whole("epochs", epochs, 1)
+    checks.whole("seed", seed)
     if not 0 <= seed < 2**64:
         raise InputError(f"seed is {seed}: give a number from 0 to 2^64 - 1")
     for folder in folders:

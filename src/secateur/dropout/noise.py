@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
-from secateur.errors import InputError, InputTypeError
+from secateur.errors import InputError
+from secateur.support import checks
 
 SAMPLING: ContextVar[bool] = ContextVar("secateur.dropout.sampling", default=False)
 """Whether `sample` or `find` is running a model."""
@@ -32,8 +33,7 @@ def require_rate(rate: float, name: str = "p") -> float:
     Raises:
         InputTypeError: no number; InputError: outside [0, 1).
     """
-    if isinstance(rate, bool) or not isinstance(rate, (int, float)):
-        raise InputTypeError(f"{name} is {rate!r}: give a rate, the fraction that is dropped, such as 0.5")
+    checks.number(name, rate, "a rate, the fraction that is dropped, such as 0.5")
     if not 0 <= rate < 1:
         raise InputError(
             f"{name} is {rate}: give a rate of at least 0 and below 1 (0.1 drops a tenth); at 1 nothing would be left"

@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from secateur.errors import InputError, InputTypeError
 from secateur.measurement.costs import devices, file_bytes, join, macs, peak_bytes, weight_facts
+from secateur.support import checks
 from secateur.support.inputs import Arguments, arguments
 from secateur.support.tables import Printed, Table, number, percent, size
 
@@ -244,7 +245,7 @@ def compare(
         [32320000, 6400]
     """
     call = arguments(inputs)
-    _check(models, call, threads, seconds)
+    _check(models, call, metric, threads, seconds)
     found = {}
     with evaluating(models, threads or torch.get_num_threads()):
         first = {name: _first_call(name, model, call) for name, model in models.items()}
@@ -260,20 +261,28 @@ def compare(
                     **macs(model, call),
                     file_bytes=file_bytes(model),
                     peak_bytes=peak_bytes(model, call),
-                    metric=None if metric is None else float(metric(model)),
+                    metric=None if metric is None else _number(metric(model)),
                 )
     return Comparison(found)
 
 
-def _check(models: Mapping[str, nn.Module], call: Arguments, threads: int | None, seconds: float) -> None:
+def _check(
+    models: Mapping[str, nn.Module],
+    call: Arguments,
+    metric: Callable[[Any], float] | None,
+    threads: int | None,
+    seconds: float,
+) -> None:
     if not isinstance(models, Mapping):
         raise InputTypeError(f'models is a {type(models).__name__}. Pass a dict such as {{"dense": model}}.')
     if not models:
         raise InputError("models is empty: there is nothing to measure. Pass at least one named model.")
-    if threads is not None and threads < 1:
-        raise InputError(f"threads is {threads}, but a model needs one at least. Leave it out for torch's own.")
+    checks.threads(threads)
+    if metric is not None:
+        checks.function("metric", metric, "a function (model) -> float, or leave it out")
+    checks.number("seconds", seconds, "a number above 0")
     if not 0 < seconds < math.inf:
-        raise InputError(f"seconds is {seconds}, in which nothing can be timed. Pass a number above 0.")
+        raise InputError(f"seconds is {seconds}, in which nothing can be timed: give a number above 0")
     given = {t.device for t in tree_leaves(call) if isinstance(t, Tensor)}
     for name, model in models.items():
         if not isinstance(model, nn.Module):
@@ -318,6 +327,13 @@ def evaluating(models: Mapping[str, nn.Module], threads: int) -> Iterator[None]:
         torch.set_num_threads(before)
         for module, training in flags:
             module.training = training
+
+
+def _number(value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputTypeError(f"metric gave {checks.told(value)}: let it return one number") from error
 
 
 def _first_call(name: str, model: nn.Module, call: Arguments) -> float:

@@ -18,6 +18,7 @@ from secateur.runtime.kernel_plans import KernelPlan
 from secateur.runtime.swapping import Sparse, Swapped
 from secateur.runtime.tuner import Tuning
 from secateur.scope import unwrap
+from secateur.support import checks
 from secateur.support.inputs import Arguments, arguments
 from secateur.support.progress import progress_bar
 
@@ -86,6 +87,8 @@ def accelerate(
     """
     model = unwrap(model)
     calls = [arguments(one) for one in (example_inputs if isinstance(example_inputs, list) else [example_inputs])]
+    checks.flag("check_inputs", check_inputs)
+    checks.flag("progress", progress)
     given = plan if plan is None or isinstance(plan, KernelPlan) else KernelPlan.from_dict(plan)
     _check(model, calls, threads, values)
     with _threads(threads), torch.inference_mode(False):
@@ -188,6 +191,7 @@ def trust_weights(fast: nn.Module, trusted: bool = True) -> None:
     >>> fast = sc.accelerate(nn.Linear(8, 8), torch.zeros(1, 8))
     >>> trust_weights(fast)
     """
+    checks.flag("trusted", trusted)
     check_weights(fast)
     for layer in _sparse_layers(fast):
         layer._trusted = trusted
@@ -207,8 +211,7 @@ def _sparse_layers(fast: nn.Module) -> list[Sparse]:
 def _check(model: nn.Module, calls: Sequence[Arguments], threads: int | None, values: torch.dtype) -> None:
     if not calls:
         raise InputError("example_inputs is an empty list: give at least one example to tune for")
-    if threads is not None and threads < 1:
-        raise InputError(f"threads is {threads}, but a model needs one at least. Leave it out for torch's own.")
+    checks.threads(threads)
     if values not in (torch.float32, torch.float16):
         raise InputError(f"values is {values}: packed weights are torch.float32 or, rounded, torch.float16")
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):

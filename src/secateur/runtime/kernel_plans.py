@@ -8,6 +8,7 @@ from typing import Any
 
 from secateur.errors import FileError
 from secateur.measurement.timing import NO_DIFFERENCE, duration
+from secateur.support import checks
 from secateur.support.tables import Printed, Table, percent
 
 _VERSION = 1
@@ -128,12 +129,14 @@ class KernelPlan(Printed):
         """A plan from `to_dict()`, also after JSON.
 
         Raises:
-            FileError: it is none, or of another version.
+            InputTypeError: no dict. FileError: it is no plan, or of another version.
 
         >>> plan = KernelPlan("cpu", "avx2", 1, (LayerPlan("0", "Linear", (4, 4), 0.5, reason="too dense"),))
         >>> KernelPlan.from_dict(plan.to_dict()) == plan
         True
         """
+        if not isinstance(data, Mapping):
+            raise checks.wrong("plan", data, "fast.plan, or its to_dict()")
         try:
             if data["version"] != _VERSION:
                 raise ValueError(f"version {data['version']}")

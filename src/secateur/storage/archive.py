@@ -23,6 +23,7 @@ from secateur.storage.reading import SUFFIX
 from secateur.storage.state_hash import StateHash
 from secateur.storage.stored import Alias, Stored, stored_of
 from secateur.storage.writing import write_packed
+from secateur.support import checks
 from secateur.support.files import StrPath, replacing
 from secateur.support.machine import free_memory
 from secateur.support.tables import size
@@ -107,6 +108,8 @@ def load(
         UnknownNameError: (strict) names that differ; no such key. InputError: a shape that differs; a file of masks;
             more than the memory that is free. Nothing was changed.
     """
+    checks.flag("strict", strict)
+    checks.flag("verify", verify)
     checkpoint = opened(path, key)
     tensors = checkpoint.tensors
     if any(shard.metadata.get("format") == FORMAT for shard in checkpoint.shards):
@@ -159,7 +162,7 @@ def packed_name(path: StrPath) -> Path:
     Raises:
         InputError: it does not end in `.safetensors`.
     """
-    target = Path(path)
+    target = checks.path("path", path)
     if target.suffix != ".safetensors":
         better = f"{target.stem or 'model'}.safetensors"
         raise InputError(f"{target}: secateur writes .safetensors files, so let its name end so: {better}")

@@ -18,6 +18,7 @@ from secateur.storage.contents import Contents, info, notes
 from secateur.storage.reading import SUFFIX, is_packed, read_packed
 from secateur.storage.stored import Alias, InFile, Stored, stored_of
 from secateur.storage.torch_files import SUFFIXES, read_states
+from secateur.support import checks
 from secateur.support.files import StrPath, require_file
 
 INDEX = ".safetensors.index.json"
@@ -109,7 +110,9 @@ def opened(path: StrPath | Checkpoint, key: str | None = None) -> Checkpoint:
     """
     if isinstance(path, Checkpoint):
         return path
-    given = path = Path(path)
+    given = path = checks.path("the path of a checkpoint", path)
+    if key is not None and not isinstance(key, str):
+        raise checks.wrong("key", key, "the name of a state in the file, such as 'ema'")
     if not path.exists():
         there = [p.name for p in path.parent.glob("*")]
         raise InputError(f"{path}: no such file; in that folder {nearest(path.name, there)}")

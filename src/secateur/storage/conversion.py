@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,8 @@ from secateur.storage.state_hash import StateHash
 from secateur.storage.stored import Stored
 from secateur.storage.torch_files import SUFFIXES
 from secateur.storage.writing import Progress, write_packed
-from secateur.support import bits
-from secateur.support.files import StrPath, narrow, replacing, require_covered
+from secateur.support import bits, checks
+from secateur.support.files import StrPath, narrow, replacing, require_covered, require_place
 from secateur.support.process_groups import ALONE, Processes
 from secateur.support.progress import progress_bar
 
@@ -95,6 +96,8 @@ def unpack(src: StrPath | Checkpoint, dst: StrPath, *, progress: Progress | bool
 @contextmanager
 def watching(progress: Progress | bool | None, what: str, checkpoint: Checkpoint) -> Iterator[Progress | None]:
     """Yield what is to be called with the bytes done: a bar's, if `progress` is True, or the function it is."""
+    if not (progress is None or isinstance(progress, bool) or callable(progress)):
+        raise checks.wrong("progress", progress, "True, or a function of the bytes done")
     if progress is True:
         total = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
         with progress_bar(what, total, shown=True, in_bytes=True) as advance:
@@ -151,6 +154,62 @@ def _slot(tensor: Stored, start: int) -> Slot:
     return Slot(tensor.name, code, shape, start, start + tensor.nbytes)
 
 
+@dataclass(frozen=True)
+class _Target:
+    """Where a checkpoint goes.
+
+    Attributes:
+        path: of the file, or of the folder.
+        folder: the source's, if a folder is written.
+        beside: files in it that go with the weights, relative to it.
+        left_out: what does not, in words.
+    """
+
+    path: Path
+    folder: Path | None = None
+    beside: Sequence[Path] = ()
+    left_out: Sequence[str] = ()
+
+
+def target_of(checkpoint: Checkpoint, dst: StrPath, rename: Callable[[str], str]) -> _Target:
+    """See that `rewrite` can write to `dst`; nothing is written yet.
+
+    Raises:
+        InputTypeError: `dst` is no path.
+        InputError: `dst` is the source, or lies in it, or is a file where a folder is due; a name that no file can
+            hold; weights that lie outside the folder. WriteError: there is no folder to write into, or files would have
+            to be removed of which there is no new version.
+    """
+    source, target, first = checkpoint.path, checks.path("dst", dst), checkpoint.shards[0]
+    try:
+        refuse_names(checkpoint.tensors)
+    except InputError as error:
+        raise InputError(f"{source}: {error}") from error
+    folder = first.file.parent if checkpoint.index is None else checkpoint.index.parent
+    if checkpoint.index is not None or source.is_dir():
+        for shard in checkpoint.shards:
+            if not _inside(shard.file, folder):
+                raise InputError(f"{shard.file} leads out of its folder: copy the file there in place of the link")
+    if checkpoint.index is None and not (source.is_dir() and target.suffix != _ENDING):
+        target = packed_name(target)
+        _refuse_same(first.file, target)
+        require_place(target)
+        return _Target(target)
+    if target.suffix == _ENDING and not target.is_file():  # what is one is refused below
+        raise InputError(f"{target}: the source is a folder of several files, so give the name of a folder")
+    _refuse_same(folder, target)
+    beside, left_out = _beside(folder, checkpoint)
+    sources = [*(shard.file for shard in checkpoint.shards), *filter(None, [checkpoint.index])]
+    made: dict[Path, Path] = {}
+    for path in (file.relative_to(folder) for file in sources):
+        other = made.setdefault(path.with_name(rename(path.name)), path)
+        if other != path:
+            raise InputError(f"{folder}: {other} and {path} would both become {rename(path.name)}: rename one of them")
+    require_place(target)
+    require_covered(target, [*beside, *made])
+    return _Target(target, folder, beside, left_out)
+
+
 def rewrite(
     checkpoint: Checkpoint,
     dst: StrPath,
@@ -164,40 +223,17 @@ def rewrite(
     under its name when it is whole. Files that a folder only links to, outside of it, are not copied.
 
     Raises:
-        InputError: `dst` is the source, or lies in it, or is a file where a folder is due; a name that no file can
-            hold; weights that lie outside the folder. WriteError: the system refuses to write, or would have to remove
-            files of which there is no new version.
+        InputError, InputTypeError, WriteError: as `target_of`; the system refuses to write.
     """
-    source, target, first = checkpoint.path, Path(dst), checkpoint.shards[0]
-    try:
-        refuse_names(checkpoint.tensors)
-    except InputError as error:
-        raise InputError(f"{source}: {error}") from error
-    folder = first.file.parent if checkpoint.index is None else checkpoint.index.parent
-    if checkpoint.index is not None or source.is_dir():
-        for shard in checkpoint.shards:
-            if not _inside(shard.file, folder):
-                raise InputError(f"{shard.file} leads out of its folder: copy the file there in place of the link")
-    if checkpoint.index is None and not (source.is_dir() and target.suffix != _ENDING):
-        target = packed_name(target)
-        _refuse_same(first.file, target)
+    found = target_of(checkpoint, dst, rename)
+    target, folder = found.path, found.folder
+    if folder is None:
         written: Sequence[TensorInfo] = ()
         if processes.rank == 0:
-            with replacing(target, like=first.file) as temporary:
-                written = write(temporary, first)
+            with replacing(target, like=checkpoint.shards[0].file) as temporary:
+                written = write(temporary, checkpoint.shards[0])
         wait(processes)
         return _contents(checkpoint, dst, written, target.stat().st_size)
-    if target.suffix == _ENDING and not target.is_file():  # what is one is refused below
-        raise InputError(f"{target}: the source is a folder of several files, so give the name of a folder")
-    _refuse_same(folder, target)
-    beside, left_out = _beside(folder, checkpoint)
-    sources = [*(shard.file for shard in checkpoint.shards), *filter(None, [checkpoint.index])]
-    made: dict[Path, Path] = {}
-    for path in (file.relative_to(folder) for file in sources):
-        other = made.setdefault(path.with_name(rename(path.name)), path)
-        if other != path:
-            raise InputError(f"{folder}: {other} and {path} would both become {rename(path.name)}: rename one of them")
-    require_covered(target, [*beside, *made])
     infos: dict[str, TensorInfo] = {}
     with shared_folder(target, processes) as temporary:
         for shard in mine(checkpoint, processes):
@@ -207,7 +243,7 @@ def rewrite(
             infos |= {done.name: done for done in write(path, shard)}
             narrow(path, shard.file)
         if processes.rank == 0:
-            for path in beside:
+            for path in found.beside:
                 (temporary / path).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy2(folder / path, temporary / path)
             if checkpoint.index is not None:
@@ -215,7 +251,7 @@ def rewrite(
             narrow(temporary, folder)
     size = sum(p.stat().st_size for p in target.rglob("*.safetensors"))
     tensors = [infos[name] for name in checkpoint.tensors if name in infos]
-    return _contents(checkpoint, dst, tensors, size, left_out)
+    return _contents(checkpoint, dst, tensors, size, found.left_out)
 
 
 def _contents(

@@ -13,6 +13,7 @@ from secateur.errors import InputTypeError
 from secateur.storage.archive import load
 from secateur.storage.contents import Contents
 from secateur.storage.conversion import pack
+from secateur.support import checks
 from secateur.support.files import StrPath, scratch_folder
 
 
@@ -38,7 +39,7 @@ def save_pretrained(
     """
     if not hasattr(model, "save_pretrained"):
         raise InputTypeError(f"{type(model).__name__} is no model of transformers: use secateur.save for it")
-    target = Path(folder)
+    target = checks.path("folder", folder)
     with scratch_folder(folder) as plain:
         if target.is_dir():  # a tokenizer may be there already
             shutil.copytree(target, plain, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.safetensors*"))
@@ -61,6 +62,7 @@ def load_pretrained(folder: StrPath, cls: Any) -> Any:
     """
     if not hasattr(cls, "from_pretrained"):
         raise InputTypeError(f"{cls!r} is no class of transformers: use secateur.load(path, into=model)")
+    checks.path("folder", folder)
     from transformers import AutoConfig, GenerationConfig
 
     config = getattr(cls, "config_class", None) or AutoConfig

@@ -27,12 +27,12 @@ from secateur.sparsity import Sparsity, explicit
 from secateur.storage.checkpoints import Checkpoint, Shard, opened
 from secateur.storage.coding import effort_of, level_of
 from secateur.storage.contents import Contents, TensorInfo, info
-from secateur.storage.conversion import packed_file_name, plain_file_name, rewrite, write_plain
+from secateur.storage.conversion import packed_file_name, plain_file_name, rewrite, target_of, write_plain
 from secateur.storage.dtypes import name_of, words_of
 from secateur.storage.sharing import mine
 from secateur.storage.stored import Alias, Stored, parts, regrouped
 from secateur.storage.writing import Progress, write_packed
-from secateur.support import bits
+from secateur.support import bits, checks
 from secateur.support.files import StrPath
 from secateur.support.process_groups import ALONE, Processes
 from secateur.support.tables import percent
@@ -62,7 +62,13 @@ class Recipe:
     def __post_init__(self) -> None:
         for name in ("only", "skip"):  # one glob may stand alone, as for `secateur.weights`
             globs = getattr(self, name)
-            object.__setattr__(self, name, (globs,) if isinstance(globs, str) else tuple(globs))
+            if not isinstance(globs, str):
+                checks.several(name, globs, "globs on the names of tensors, such as ('encoder.*',)")
+            globs = (globs,) if isinstance(globs, str) else tuple(globs)
+            for glob in globs:
+                if not isinstance(glob, str):
+                    raise checks.wrong(name, glob, "globs on the names of tensors, such as ('encoder.*',)")
+            object.__setattr__(self, name, globs)
 
 
 def prune_checkpoint(
@@ -92,12 +98,18 @@ def prune_checkpoint(
         Each tensor that is pruned, with its zeros; and what was left as it is.
 
     Raises:
-        InputError: a sparsity, level or source that cannot be used, NaN or inf in a weight, a count that cannot be
-            met. UnknownNameError: a glob that matches nothing. PatternError: a tensor that the pattern does not fit.
-            WriteError: the system refuses to write. In each case nothing was changed.
+        InputTypeError: an argument of another type.
+        InputError: a sparsity, level, source or target that cannot be used, NaN or inf in a weight, a count that
+            cannot be met. UnknownNameError: a glob that matches nothing. PatternError: a tensor that the pattern
+            does not fit. WriteError: the system refuses to write. In each case nothing was changed.
     """
     packing = None if level is None else level_of(level, None)
+    if progress is not None:
+        checks.function("progress", progress, "a function of the bytes done")
     checkpoint = opened(src)
+    rename = packed_file_name if packing is not None else plain_file_name
+    if dst is not None:
+        target_of(checkpoint, dst, rename)  # seen before the weights are read
     chosen, left = _chosen(checkpoint, recipe)
     here = {tensor.name for shard in mine(checkpoint, processes) for tensor in shard.tensors}
     with _one_thread():
@@ -117,7 +129,6 @@ def prune_checkpoint(
             write_plain(path, replace(shard, tensors=tuple(tensors), sha256=None), progress)
         return [info(tensor, 0, stored_bytes=tensor.nbytes) for tensor in tensors]
 
-    rename = packed_file_name if packing is not None else plain_file_name
     written = rewrite(checkpoint, dst, rename, write, processes)
     tensors = _gathered(written, pruned, ("plain", "lossless", str(packing)), processes)
     return replace(written, tensors=tensors, notes=(*said, *written.notes))
@@ -143,6 +154,8 @@ def work(src: StrPath | Checkpoint, recipe: Recipe) -> int:
 
 def _chosen(checkpoint: Checkpoint, recipe: Recipe) -> tuple[dict[str, Stored], dict[str, str]]:
     """The tensors to prune, tied ones once, and why the others stay as they are."""
+    if not isinstance(recipe, Recipe):
+        raise checks.wrong("recipe", recipe, "a secateur.storage.Recipe, such as Recipe(0.9)")
     tensors, pattern = checkpoint.tensors, patterns.for_files(recipe.pattern)
     for glob in (*recipe.only, *recipe.skip):
         if not any(matches(glob, name) for name in tensors):
@@ -158,7 +171,7 @@ def _chosen(checkpoint: Checkpoint, recipe: Recipe) -> tuple[dict[str, Stored], 
         left |= dict.fromkeys([name for name in chosen if name not in wanted], "no sparsity is given for them")
         chosen = {name: chosen[name] for name in wanted}
     if not chosen:
-        raise InputError("nothing to prune: " + "; ".join(f"{n}: {r}" for n, r in list(left.items())[:3]))
+        raise InputError("nothing to prune: " + "; ".join(f"{n or repr(n)}: {r}" for n, r in list(left.items())[:3]))
     for name, tensor in chosen.items():
         if tensor.dtype not in PRUNABLE:
             raise InputTypeError(f"{name} is {tensor.dtype}: only fp16, bf16, fp32, fp64 and complex can be pruned")

@@ -146,6 +146,19 @@ def scratch_folder(path: StrPath) -> Iterator[Path]:
         yield work / _NEW
 
 
+def require_place(path: Path) -> None:
+    """See that there is a folder to write `path` into, and that it may be written.
+
+    Raises:
+        WriteError: there is none, or it may not.
+    """
+    with _refusals(path):
+        folder = Path(os.path.realpath(path)).parent
+        os.stat(folder)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+
 def require_covered(old: Path, new: Collection[Path]) -> None:
     """See that all that a folder holds would be written again.
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from secateur.errors import InputError
+from secateur.support import checks
 
 T = TypeVar("T")
 
@@ -57,8 +58,10 @@ class Registry(Mapping[str, Choice[T]], Generic[T]):
         """Register something under a name, and give it back; its meaning is the first line of its docstring.
 
         Raises:
-            InputError: the name is taken by something else.
+            InputTypeError: no name. InputError: the name is taken by something else.
         """
+        if not isinstance(name, str) or not name:
+            raise checks.wrong(f"the name of a {self.kind}", name, "some letters")
         old = self._choices.get(name)
         if old is not None and _place(old.value) != _place(value):
             raise InputError(f"a {self.kind} named {name!r} exists already: register yours under another name")

@@ -18,6 +18,7 @@ from secateur.dropout import noise
 from secateur.dropout.layers.recurrent import locked
 from secateur.errors import InputError, InputTypeError
 from secateur.sparsity import fraction, half_up
+from secateur.support import checks
 
 __all__ = ["DropBlock2d", "DropConnect", "LockedDropout", "StochasticDepth", "TargetedDropout", "WordDropout"]
 
@@ -48,6 +49,7 @@ class LockedDropout(nn.Module):
     def __init__(self, p: float = 0.5, batch_first: bool = False) -> None:
         super().__init__()
         self.p = noise.require_rate(p)
+        checks.flag("batch_first", batch_first)
         self.batch_first = batch_first
 
     def forward(self, x: _Sequences) -> _Sequences:
@@ -84,8 +86,11 @@ class WordDropout(nn.Module):
     def __init__(self, p: float, replacement: int, *, keep: Sequence[int] = ()) -> None:
         super().__init__()
         self.p = noise.require_rate(p)
-        self.replacement = _require_whole(replacement, "replacement", 0, "the id of a token")
-        self.keep = tuple(_require_whole(token, "keep", 0, "ids of tokens") for token in keep)
+        checks.whole("replacement", replacement, 0, "the id of a token, a whole number")
+        checks.several("keep", keep, "a list of the ids of tokens")
+        self.replacement, self.keep = replacement, tuple(keep)
+        for token in self.keep:
+            checks.whole("keep", token, 0, "ids of tokens, whole numbers")
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Replace some."""
@@ -126,6 +131,7 @@ class DropConnect(nn.Linear):
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True, *, p: float = 0.5) -> None:
         rate = noise.require_rate(p)
+        _require_sizes(in_features, out_features, bias)
         super().__init__(in_features, out_features, bias)
         self.p = rate
 
@@ -162,7 +168,8 @@ class DropBlock2d(nn.Module):
     def __init__(self, p: float, size: int) -> None:
         super().__init__()
         self.p = noise.require_rate(p)
-        self.size = _require_whole(size, "size", 1, "the side of a square in activations")
+        checks.whole("size", size, 1, "the side of a square in activations, a whole number")
+        self.size = size
 
     def forward(self, x: Tensor) -> Tensor:
         """Drop squares."""
@@ -210,6 +217,7 @@ class StochasticDepth(nn.Module):
     def __init__(self, p: float, *, per_batch: bool = False) -> None:
         super().__init__()
         self.p = noise.require_rate(p)
+        checks.flag("per_batch", per_batch)
         self.per_batch = per_batch
 
     def forward(self, x: Tensor) -> Tensor:
@@ -254,8 +262,9 @@ class TargetedDropout(nn.Linear):
         self, in_features: int, out_features: int, bias: bool = True, *, p: float, target: float, units: bool = False
     ) -> None:
         rate = noise.require_rate(p)
-        if isinstance(target, bool) or not isinstance(target, (int, float)):
-            raise InputTypeError(f"target is {target!r}: give the fraction of weights that may be dropped, such as 0.5")
+        _require_sizes(in_features, out_features, bias)
+        checks.flag("units", units)
+        checks.number("target", target, "the fraction of weights that may be dropped, such as 0.5")
         if not 0 < target <= 1:
             raise InputError(
                 f"target is {target}: give the fraction of weights that may be dropped, above 0 and at most 1"
@@ -290,9 +299,7 @@ def _require_dimensions(layer: nn.Module, x: Tensor, allowed: Sequence[int], sha
         raise InputError(f"{type(layer).__name__} got a tensor of shape {tuple(x.shape)}: give it {shapes}")
 
 
-def _require_whole(value: int, name: str, least: int, what: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise InputTypeError(f"{name} is {value!r}: give {what}, a whole number")
-    if value < least:
-        raise InputError(f"{name} is {value}: give {what}, {least} or more")
-    return value
+def _require_sizes(in_features: int, out_features: int, bias: bool) -> None:
+    checks.whole("in_features", in_features, 0, "the number of inputs")
+    checks.whole("out_features", out_features, 0, "the number of outputs")
+    checks.flag("bias", bias)

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from secateur.dropout.substitution import Stand, begin, end
-from secateur.errors import InputError, InputTypeError, StateError
+from secateur.errors import InputError, StateError
 from secateur.scope import Member, resolve, unwrap
+from secateur.support import checks
 
 
 class LearnedRates(nn.Module):
@@ -234,14 +235,13 @@ def first(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
     return found
 
 
-def require_positive(given: object, name: str, what: str) -> float:
+def require_positive(given: float, name: str, what: str) -> float:
     """Return a number above 0 as a float.
 
     Raises:
         InputTypeError: no number; InputError: not above 0, or not finite.
     """
-    if isinstance(given, bool) or not isinstance(given, (int, float)):
-        raise InputTypeError(f"{name} is {given!r}: give {what}")
+    checks.number(name, given, what)
     if not 0 < given < float("inf"):
         raise InputError(f"{name} is {given}: give {what}, above 0")
     return float(given)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -14,8 +15,9 @@ from secateur.dropout import noise
 from secateur.dropout.learned import base
 from secateur.dropout.learned.base import LearnedRates, Place, SubstitutePlace
 from secateur.dropout.substitution import Stand
-from secateur.errors import InputError, InputTypeError
+from secateur.errors import InputError
 from secateur.scope import Member, unwrap
+from secateur.support import checks
 
 THRESHOLD = 3.0
 """Weights of a higher log alpha are pruned: noise of 20 times the weight's square, a dropout rate above 0.95."""
@@ -67,12 +69,10 @@ def variational(
     >>> finish(model)
     Masks(2 tensors, 0 of 160 weights pruned)
     """
-    if isinstance(warmup, bool) or not isinstance(warmup, int):
-        raise InputTypeError(f"warmup is {warmup!r}: give a number of steps, such as a third of the training")
-    if warmup < 0:
-        raise InputError(f"warmup is {warmup}: give a number of steps, 0 or more")
-    if isinstance(log_sigma2, bool) or not isinstance(log_sigma2, (int, float)):
-        raise InputTypeError(f"log_sigma2 is {log_sigma2!r}: give the log of a small variance, such as -10.0")
+    checks.whole("warmup", warmup, 0, "a number of steps, such as a third of the training")
+    checks.number("log_sigma2", log_sigma2, "the log of a small variance, such as -10.0")
+    if not math.isfinite(log_sigma2):
+        raise InputError(f"log_sigma2 is {log_sigma2}: give the log of a small variance, such as -10.0")
     rates = VariationalRates(n_data, warmup)
     members = base.choose(model, scope)
     users = anatomy.readers(unwrap(model))

@@ -20,8 +20,9 @@ from secateur.dropout.sampling.fingerprints import fingerprint, identity, spec
 from secateur.dropout.sampling.passes import Output, Run, SamplingPlan, joined
 from secateur.dropout.sampling.strategies import Outputs
 from secateur.dropout.uncertainty.predictions import Prediction
-from secateur.errors import InputError, InputTypeError, warn
+from secateur.errors import InputError, warn
 from secateur.measurement.costs import peak_bytes
+from secateur.support import checks
 from secateur.support.inputs import arguments
 from secateur.support.progress import progress_bar
 
@@ -82,6 +83,10 @@ def sample(
     call = arguments(inputs)
     require_rest(model)
     _require(n, seed, max_memory)
+    checks.flag("shared", shared)
+    checks.flag("progress", progress)
+    if output is not None:
+        checks.function("output", output, "a function that takes the tensor out of what the model gives")
     if seed is None:
         seed = int(torch.randint(2**62, ()))
     with undisturbed(), progress_bar("samples", n, shown=progress) as advance:
@@ -243,13 +248,10 @@ def _room(run: Run, max_memory: int) -> int:
 
 
 def _require(n: int, seed: int | None, max_memory: int) -> None:
-    for name, value, least in (("n", n, 2), ("max_memory", max_memory, 1)):
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise InputTypeError(f"{name} is {value!r}: give a whole number")
-        if value < least:
-            raise InputError(f"{name} is {value}: give {least} or more")
+    checks.whole("n", n, 2)
+    checks.whole("max_memory", max_memory, 1)
     if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
-        raise InputTypeError(f"seed is {seed!r}: give a whole number, or None for a new one at each call")
+        raise checks.wrong("seed", seed, "a whole number, or None for a new one at each call")
 
 
 def _explain_zeros(prediction: Prediction, found: Found) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from secateur.errors import InputError, InputTypeError
+from secateur.support import checks
 from secateur.support.tables import Printed, Table, number
 
 __all__ = ["Calibration", "RiskCoverage", "adaptive_ece", "brier", "calibration_curve", "coverage", "crps", "ece"]
@@ -141,6 +142,7 @@ def calibration_curve(probabilities: Tensor, labels: Tensor, *, bins: int = 15, 
     """
     probabilities, labels = _checked(probabilities, labels)
     _require_bins(bins)
+    checks.flag("adaptive", adaptive)
     confidence, predicted = probabilities.max(1)
     if adaptive:
         if bins > len(labels):
@@ -283,8 +285,7 @@ def _require_shape(name: str, value: Tensor, shape: tuple[int, ...]) -> None:
 
 
 def _require_bins(bins: int) -> None:
-    if not isinstance(bins, int) or bins < 1:
-        raise InputError(f"bins is {bins!r}: give a count of at least 1, such as 15")
+    checks.whole("bins", bins, 1, "a whole number of bins, such as 15")
 
 
 def _torchmetrics(part: str, name: str) -> Callable[..., Tensor]:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from secateur.errors import InputError, InputTypeError
+from secateur.support import checks
 from secateur.support.tables import Printed, Table
 
 __all__ = ["Prediction"]
@@ -124,6 +125,7 @@ class Prediction(Printed):
             >>> lower, upper
             (tensor([5.]), tensor([95.]))
         """
+        checks.number("level", level, "a probability between 0 and 1, such as 0.9 for 90 %")
         if not 0 < level < 1:
             raise InputError(f"level is {level}: give a probability between 0 and 1, such as 0.9 for 90 %")
         needed = math.ceil((1 + level) / (1 - level) - 1e-9)
