@@ -25,7 +25,8 @@ def switches():
     """The settings of the process that a measurement changes for a while."""
     backends = torch.backends
     kernels = backends.mkldnn.enabled, backends.cudnn.enabled, backends.mha.get_fastpath_enabled()
-    return *kernels, os.environ.get("KINETO_LOG_LEVEL"), torch.is_grad_enabled()
+    memory = os.environ.get("KINETO_LOG_LEVEL"), torch.is_autocast_cache_enabled()
+    return *kernels, *memory, torch.is_grad_enabled()
 
 
 AT_IMPORT = switches()  # before the first measurement of this process, which might spoil them

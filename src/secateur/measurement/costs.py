@@ -99,18 +99,24 @@ def macs(model: nn.Module, call: Arguments) -> dict[str, Any]:
 
 @contextmanager
 def _plain_kernels() -> Iterator[None]:
-    """Switch off the fused kernels (LSTM, transformer layer) that hide their matrix products."""
+    """Switch off the fused kernels (LSTM, transformer layer) that hide their matrix products.
+
+    Autocast may not use the casts of an earlier call, as torch 2.9 does in inference mode: a weight is known by its cast.
+    """
     fused: list[Any] = [torch.backends.mkldnn, torch.backends.cudnn]
     before, fast = [one.enabled for one in fused], torch.backends.mha.get_fastpath_enabled()
+    cached = torch.is_autocast_cache_enabled()
     try:
         for one in fused:
             one.enabled = False
         torch.backends.mha.set_fastpath_enabled(False)
+        torch.set_autocast_cache_enabled(False)
         yield
     finally:
         for one, enabled in zip(fused, before, strict=True):
             one.enabled = enabled
         torch.backends.mha.set_fastpath_enabled(fast)
+        torch.set_autocast_cache_enabled(cached)
 
 
 class _ZeroMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]
