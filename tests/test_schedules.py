@@ -5,7 +5,7 @@ import math
 from fractions import Fraction
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from secateur import schedules
@@ -35,6 +35,7 @@ def test_exact_at_the_end_and_zero_before_the_start(schedule, final):
 
 
 @given(any_schedule(), finals, st.lists(st.integers(0, 3 * 10**4), min_size=2, max_size=20))
+@example(Schedule("geometric", 0, 4), Fraction("2.220446049250313e-16"), [0, 3])  # rounds to 2**-52, which is more
 @settings(deadline=None, max_examples=300)
 def test_within_zero_and_the_target_and_never_falling(schedule, final, steps):
     steps = sorted([*steps, schedule.start, max(schedule.stop - 1, 0), schedule.stop])

@@ -137,9 +137,9 @@ def cubic(p: Fraction, s: Fraction) -> Fraction:
 
 
 @schedule("geometric", source='Frankle & Carbin 2019, "The Lottery Ticket Hypothesis"')
-def geometric(p: Fraction, s: Fraction) -> float:
+def geometric(p: Fraction, s: Fraction) -> Fraction:
     """1 - (1 - s)^p: the same fraction of the remaining weights at each update, as lottery tickets and SynFlow do."""
-    return 1 - math.pow(1 - s, p)
+    return min(s, Fraction(1 - math.pow(1 - s, p)))  # rounded, the curve may pass its end
 
 
 @schedule("cosine")

@@ -101,7 +101,8 @@ def macs(model: nn.Module, call: Arguments) -> dict[str, Any]:
 def _plain_kernels() -> Iterator[None]:
     """Switch off the fused kernels (LSTM, transformer layer) that hide their matrix products.
 
-    Autocast may not use the casts of an earlier call, as torch 2.9 does in inference mode: a weight is known by its cast.
+    Autocast may not use the casts of an earlier call, as it does in inference mode of torch 2.9: the meter has to see
+    a weight being cast.
     """
     fused: list[Any] = [torch.backends.mkldnn, torch.backends.cudnn]
     before, fast = [one.enabled for one in fused], torch.backends.mha.get_fastpath_enabled()
