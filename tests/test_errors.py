@@ -15,6 +15,7 @@ TREE = {
     "UnknownNameError": KeyError,
     "MaskError": ValueError,
     "PatternError": ValueError,
+    "StructureError": RuntimeError,
     "StateError": RuntimeError,
     "WriteError": OSError,
 }

@@ -43,6 +43,7 @@ __all__ = [
     "report",
     "save",
     "save_pretrained",
+    "shrink",
     "unpack",
     "weights",
 ]

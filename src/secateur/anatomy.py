@@ -278,3 +278,75 @@ def _shaped(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for name, parameter in module._parameters.items():
         if parameter is not None and not is_lazy(parameter):
             yield name, parameter
+
+
+def sizes(module: nn.Module, whole_heads: bool = True) -> dict[str, object]:
+    """The attributes of one of torch's layers that repeat sizes of its tensors, as the tensors say now.
+
+    Args:
+        module: whose tensors may have been cut since it was made.
+        whole_heads: of an attention: whether heads went, and not parts of each.
+
+    >>> layer = nn.Linear(4, 2)
+    >>> layer.weight = nn.Parameter(torch.zeros(2, 3))
+    >>> sizes(layer)
+    {'out_features': 2, 'in_features': 3}
+    """
+    weight = module._parameters.get("weight")
+    shape = tuple(weight.shape) if weight is not None else ()
+    if isinstance(module, nn.RNNBase | nn.RNNCellBase):
+        return _recurrent_sizes(module)
+    if isinstance(module, nn.MultiheadAttention):
+        return _attention_sizes(module, whole_heads)
+    if not shape:
+        return {}
+    if isinstance(module, nn.Linear):
+        return {"out_features": shape[0], "in_features": shape[1]}
+    if isinstance(module, nn.modules.conv._ConvNd):
+        return _convolution_sizes(module, shape[0], shape[1])
+    if isinstance(module, nn.GroupNorm):
+        groups = shape[0] if module.num_groups == module.num_channels else module.num_groups
+        return {"num_groups": groups, "num_channels": shape[0]}
+    if isinstance(module, nn.modules.batchnorm._NormBase):
+        return {"num_features": shape[0]}
+    if isinstance(module, nn.LayerNorm | nn.RMSNorm):
+        return {"normalized_shape": shape}
+    if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+        return {"embedding_dim": shape[1]}
+    if isinstance(module, nn.Bilinear):
+        return {"out_features": shape[0], "in1_features": shape[1], "in2_features": shape[2]}
+    if isinstance(module, nn.PReLU):
+        return {"num_parameters": shape[0]}
+    return {}
+
+
+def _convolution_sizes(module: nn.modules.conv._ConvNd, rows: int, columns: int) -> dict[str, object]:
+    groups = module.groups
+    if groups > 1 and columns == 1:  # depthwise: groups go with their channels
+        old = module.in_channels if module.transposed else module.out_channels
+        groups = rows // max(1, old // groups)
+    inner, outer = (rows, columns * groups) if module.transposed else (columns * groups, rows)
+    return {"groups": groups, "in_channels": inner, "out_channels": outer}
+
+
+def _recurrent_sizes(module: nn.RNNBase | nn.RNNCellBase) -> dict[str, object]:
+    shape = {name: tuple(p.shape) for name, p in _shaped(module)}
+    if isinstance(module, nn.RNNCellBase):
+        return {"input_size": shape["weight_ih"][1], "hidden_size": shape["weight_hh"][1]}
+    layer = known(type(module))
+    found: dict[str, object] = {
+        "input_size": shape["weight_ih_l0"][1],
+        "hidden_size": shape["weight_hh_l0"][0] // (layer.gates if layer is not None else 1),
+    }
+    return {**found, "proj_size": shape["weight_hr_l0"][0]} if module.proj_size else found
+
+
+def _attention_sizes(module: nn.MultiheadAttention, whole_heads: bool) -> dict[str, object]:
+    outer, inner = module.out_proj.weight.shape
+    heads = module.num_heads
+    if whole_heads and inner % module.head_dim == 0:
+        heads = inner // module.head_dim
+    sides = {"kdim": outer, "vdim": outer}
+    if not module._qkv_same_embed_dim:
+        sides = {"kdim": module.k_proj_weight.shape[1], "vdim": module.v_proj_weight.shape[1]}
+    return {"embed_dim": outer, "num_heads": heads, "head_dim": inner // heads, **sides}

@@ -9,6 +9,7 @@ SecateurError
 |- MaskError        (also a ValueError)    masks of another shape or for another model; zeros that came back
 |- PatternError     (also a ValueError)    a tensor on which a pattern of zeros cannot be laid
 |- StateError       (also a RuntimeError)  a call that comes too early, too late or twice
+|- StructureError   (also a RuntimeError)  a model from which no unit can go, or not without a change of its function
 '- WriteError       (also an OSError)      a file that could not be written; the old one is intact
 SecateurWarning     (a UserWarning)        something works, but not as one would hope
 ```
@@ -60,6 +61,10 @@ class PatternError(SecateurError, ValueError):
 
 class StateError(SecateurError, RuntimeError):
     """A call that comes too early, too late or twice."""
+
+
+class StructureError(SecateurError, RuntimeError):
+    """A model from which no unit can go, or not without a change of its function."""
 
 
 class WriteError(SecateurError, OSError):

@@ -1,0 +1,10 @@
+"""Really smaller shapes: the same model with fewer units, proven equal to the masked original.
+
+`sc.shrink` gives the smaller model; `propose` gives the plan: what goes, as plain data, and what holds the rest.
+"""
+
+from secateur.structure.capture import table as table
+from secateur.structure.plan import Plan as Plan
+from secateur.structure.shrink import Options as Options
+from secateur.structure.shrink import propose as propose
+from secateur.structure.shrink import shrink as shrink

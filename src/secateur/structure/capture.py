@@ -1,0 +1,520 @@
+"""One real forward, with labels riding along.
+
+What each function of torch does to labels stands in `rules/`, under `@rule`. Here are the two primitives that rules are
+built of (`unite`, `rigid`), what follows from them (`join`, `reduce`, `contract`), and the run itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from secateur.structure.fields import Labelled, Shape, along, labels, misfit, squeeze, support
+from secateur.structure.policy import Policy, contract
+from secateur.structure.units import Ledger
+from secateur.support.inputs import Arguments
+from secateur.support.registry import Registry
+
+Letter = str | int
+
+
+@dataclass
+class Site:
+    """One call of a function of torch, as a rule sees it.
+
+    Attributes:
+        capture: of the running forward.
+        func, args, kwargs, out: the call.
+        before: shape and fields of each operand before the call, by id.
+    """
+
+    capture: Capture
+    func: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    out: Any
+    before: dict[int, Labelled]
+
+    @property
+    def name(self) -> str:
+        return key(self.func)
+
+    @property
+    def operand(self) -> Tensor:
+        """The first argument."""
+        found: Tensor = self.argument(0, "input")
+        return found
+
+    def argument(self, at: int, name: str, default: Any = None) -> Any:
+        """An argument by place or by name."""
+        return self.args[at] if len(self.args) > at else self.kwargs.get(name, default)
+
+    def of(self, tensor: Tensor) -> Labelled:
+        """Shape and fields of an operand."""
+        return self.before[id(tensor)]
+
+    def rigid(self, fields: Sequence[Tensor], dims: Any) -> list[Tensor]:
+        """What is left of some fields when positions along dims never go one by one."""
+        return [g for f in fields if (g := self.capture.rigid(f, dims)) is not None]
+
+
+class Rule(NamedTuple):
+    """What a function of torch does to labels.
+
+    Attributes:
+        apply: the rule.
+        always: apply it also where no operand has labels.
+        moves: it moves data only: a tensor of any size stays one.
+    """
+
+    apply: Callable[[Site], None]
+    always: bool = False
+    moves: bool = False
+
+
+RULES: Registry[Rule] = Registry("rule", "")
+"""The rule of each function of torch, by the function's plain name."""
+
+
+def rule(
+    names: str, *, always: bool = False, moves: bool = False
+) -> Callable[[Callable[[Site], None]], Callable[[Site], None]]:
+    """Let a function be the rule for some functions of torch.
+
+    Args:
+        names: plain names of the functions, with spaces between: `add` stands for add, add_, __iadd__, Tensor.add.
+        always: see `Rule`.
+        moves: see `Rule`.
+
+    Raises:
+        InputError: one of them has a rule already.
+    """
+
+    def register(apply: Callable[[Site], None]) -> Callable[[Site], None]:
+        meaning = (apply.__doc__ or "").partition("\n")[0].rstrip(".")
+        one = Rule(apply, always, moves)
+        for name in names.split():
+            RULES.add(name, one, meaning=meaning)
+        return apply
+
+    return register
+
+
+def table() -> str:
+    """The table of the docs: which functions of torch are known, and what they do to labels."""
+    rows: dict[str, list[str]] = {}
+    for name, choice in RULES.items():
+        rows.setdefault(choice.meaning, []).append(f"`{name}`")
+    lines = ["| what it does to labels | functions of torch |", "|---|---|"]
+    return "\n".join(lines + [f"| {meaning} | {' '.join(sorted(names))} |" for meaning, names in rows.items()])
+
+
+def key(func: Any) -> str:
+    """A function's plain name: "add" for add, add_ and Tensor.add; "__add" for +; "get.T" for a property."""
+    name = getattr(func, "__name__", "") or str(func)
+    if name in ("__get__", "__set__"):
+        return f"{name.strip('_')}.{getattr(func.__self__, '__name__', '')}"
+    return f"__{name.strip('_')}" if name.startswith("__") else name.strip("_")
+
+
+def tensors(tree: Any) -> list[Tensor]:
+    """The tensors in nested containers."""
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def results(name: str, args: tuple[Any, ...], out: Any) -> list[Tensor]:
+    """The tensors that a call makes or writes into."""
+    return [args[0]] if name in ("__setitem", "set.data") else tensors(out)
+
+
+@dataclass
+class Call:
+    """What is remembered of one call.
+
+    Attributes:
+        name: plain name of the function.
+        module: path of the module whose forward made it.
+        line: file and line of the code that made it.
+        outs, ins: shape and fields of the results and of the operands.
+        elastic: made of zeros or the like: any size will do.
+        used: which results a later call took up.
+    """
+
+    name: str
+    module: str
+    line: str
+    outs: list[Labelled] = field(default_factory=list)
+    ins: list[Labelled] = field(default_factory=list)
+    elastic: bool = False
+    used: set[int] = field(default_factory=set)
+
+    def __str__(self) -> str:
+        return f"{self.name} in {self.module or 'the model'} ({self.line})"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One forward: its arguments, whether in training mode, and its calls."""
+
+    arguments: Arguments
+    training: bool
+    calls: list[Call]
+
+
+class Capture(TorchFunctionMode):
+    """The labels of a model's tensors, and what its forwards do to them.
+
+    Attributes:
+        policy: where several answers are right, which is taken.
+        ledger: of the labels.
+        home: name and tensor of each parameter and buffer that may be cut, by id.
+        runs: the forwards seen.
+        unseen: names of parameters that no forward reached.
+    """
+
+    def __init__(self, model: nn.Module, policy: Policy) -> None:
+        super().__init__()
+        self.policy = policy
+        self.ledger = Ledger()
+        self.runs: list[Run] = []
+        self.unseen: list[str] = []
+        remade = {id(m._buffers[k]) for m in model.modules() for k in m._non_persistent_buffers_set}
+        self.home: dict[int, tuple[str, Tensor]] = {}
+        for name, t in [*model.named_parameters(), *model.named_buffers()]:
+            if t.is_floating_point() and (id(t) not in remade or policy.cut_remade or _alike(t)):
+                self.home.setdefault(id(t), (name, t))
+        self._fields = WeakTensorKeyDictionary()
+        self._elastic = WeakTensorKeyDictionary()  # zeros(n) and the like: any number of positions without identity
+        self._made = WeakTensorKeyDictionary()  # tensor -> (call, which result)
+        self._calls: list[Call] = []
+        self._depth = 0
+        self._stack: list[str] = [""]
+        self.now: Call = Call("", "", "")
+
+    def fields(self, tensor: Tensor) -> list[Tensor]:
+        """The fields of a tensor."""
+        if tensor not in self._fields:
+            self._fields[tensor] = self.fresh(tensor) if id(tensor) in self.home else []
+        found: list[Tensor] = self._fields[tensor]
+        return found
+
+    def fresh(self, tensor: Tensor) -> list[Tensor]:
+        """New labels for each dimension of a tensor."""
+        new = self.ledger.new
+        sizes = enumerate(tensor.shape)
+        return [along(new(n, tensor.numel() / n), tensor.ndim, d) for d, n in sizes if n > 1]
+
+    def label(self, tensor: Tensor, fields: Sequence[Tensor]) -> None:
+        """Give a result its fields."""
+        for f in fields:
+            if f.ndim != tensor.ndim or any(a not in (1, b) for a, b in zip(f.shape, tensor.shape, strict=True)):
+                raise ValueError(f"a field {tuple(f.shape)} for a tensor {tuple(tensor.shape)}")
+            if not support(f):  # one unit is all there is: it stays
+                self.hold(f)
+        self._fields[tensor] = [f for f in fields if support(f)]
+
+    def make_elastic(self, tensor: Tensor, elastic: bool = True) -> None:
+        """Note that a tensor may have any size, or that it no longer may."""
+        if elastic:
+            self._elastic[tensor] = True
+        elif tensor in self._elastic:
+            del self._elastic[tensor]
+
+    # ----------------------------------------------------------------------------------------------------- primitives
+
+    def hold(self, f: Tensor, why: str = "") -> bool:
+        """Let no unit of a field go."""
+        return self.ledger.hold(labels(f), why or str(self.now))
+
+    def balance(self, rows: Tensor) -> None:
+        """Let equally many units stay in each row."""
+        self.ledger.balance(labels(rows), str(self.now))
+
+    def unite(self, f: Tensor, g: Tensor) -> None:
+        """Let units at equal positions stay or go together."""
+        a, b = np.broadcast_arrays(labels(f), labels(g))
+        self.ledger.unite(a, b, str(self.now))
+
+    def rigid(self, f: Tensor, dims: Any) -> Tensor | None:
+        """Let positions along dims never go one by one: unite the labels along them.
+
+        Returns the field that is left, which varies along the other dimensions only; None if there is none: then all
+        of its units are held.
+        """
+        within = support(f) & set(dims)
+        if within and within == support(f):
+            self.hold(f)
+            return None
+        for d in within:
+            first = f.narrow(d, 0, 1)
+            self.unite(first.expand_as(f), f)
+            f = first
+        return f
+
+    # ------------------------------------------------------------------------------------------------------ arithmetic
+
+    def join(self, operands: Sequence[Labelled]) -> list[Tensor]:
+        """Element by element: equal positions are one unit. All shapes have the dimensions of the result."""
+        shape, out = operands[0]
+        for size, fields in operands[1:]:
+            out = self._meet(shape, out, size, fields)
+            shape = tuple(max(a, b) for a, b in zip(shape, size, strict=True))
+        return out
+
+    def _meet(self, shape: Shape, ours: Sequence[Tensor], size: Shape, theirs: Sequence[Tensor]) -> list[Tensor]:
+        left, right = list(ours), list(theirs)
+        out: list[Tensor] = []
+        while pairs := [
+            (misfit(f, g), i, j) for i, f in enumerate(left) for j, g in enumerate(right) if support(f) & support(g)
+        ]:
+            _, i, j = min(pairs)
+            f, g = left.pop(i), right.pop(j)
+            if support(f) == support(g):
+                self.unite(f, g)
+                out.append(f)
+            elif support(f) < support(g) or support(g) < support(f):
+                small, big, side = (f, g, right) if support(f) < support(g) else (g, f, left)
+                if self._rows_go(small, big):
+                    self.unite(small, big)
+                    out.append(small)
+                else:
+                    self.rigid(small, support(small))
+                    side += [h] if (h := self.rigid(big, support(small))) is not None else []
+            else:
+                both = support(f) & support(g)
+                for mine, h in ((left, self.rigid(f, both)), (right, self.rigid(g, both))):
+                    mine += [h] if h is not None else []
+        for mine, other in ((left, size), (right, shape)):
+            for f in mine:  # without a partner: where the other operand is as large, nothing can go
+                h = self.rigid(f, {d for d in support(f) if other[d] > 1})
+                out += [h] if h is not None else []
+        return out
+
+    def _rows_go(self, small: Tensor, big: Tensor) -> bool:
+        """Where [h] meets [h, d]: whether whole rows go, as `small` asks, or h stays whole so that d can go instead.
+
+        The latter where `small` is a trifle beside `big` (a scale per head) and d is the finer of the two.
+        """
+        rest = big
+        for d in support(small):
+            rest = rest.narrow(d, 0, 1)
+        if _distinct(small) >= _distinct(rest):
+            return True
+        return 4 * self.ledger.mass(labels(small)) >= self.ledger.mass(labels(big))
+
+    def reduce(self, fields: Sequence[Tensor], dims: Any) -> list[Tensor]:
+        """Sum over dims: labels that vary along them end here, and may not differ along the rest."""
+        out: list[Tensor] = []
+        for f in fields:
+            if not support(f) & set(dims):
+                out.append(f)
+            elif self.policy.whole_heads and support(f) - set(dims):
+                left = self.rigid(f, dims)
+                left = None if left is None else squeeze(left)
+                out += [left] if left is not None else []
+            else:
+                self.rigid(f, support(f) - set(dims))
+        return out
+
+    def contract(self, operands: Sequence[tuple[Labelled, Sequence[Letter]]], result: Sequence[Letter]) -> list[Tensor]:
+        """A product over shared letters, summed over those that are not in the result.
+
+        Args:
+            operands: shape and fields of each operand, and a letter for each of its dimensions.
+            result: the letters of the result; one that no operand has is a new dimension of size 1.
+        """
+        space = sorted({c for _, letters in operands for c in letters}, key=str)
+        at = {c: i for i, c in enumerate(space)}
+        spread: list[Labelled] = []
+        for (shape, fields), letters in operands:
+            order = sorted(range(len(letters)), key=lambda d: at[letters[d]])
+
+            def wide(sizes: Sequence[int], letters: Sequence[Letter] = letters) -> Shape:
+                full = [1] * len(space)
+                for d, c in enumerate(letters):
+                    full[at[c]] = sizes[d]
+                return tuple(full)
+
+            spread.append((wide(shape), [f.permute(order).reshape(wide(f.shape)) for f in fields]))
+        kept = self.reduce(self.join(spread), [at[c] for c in space if c not in result])
+        back = [at[c] for c in result if c in at]
+        out: list[Tensor] = []
+        for f in kept:
+            g = f.permute(back + [i for i in range(len(space)) if i not in back])
+            g = g.reshape(g.shape[: len(back)])
+            for i, c in enumerate(result):
+                g = g if c in at else g.unsqueeze(i)
+            out.append(g)
+        return out
+
+    # -------------------------------------------------------------------------------------------------------- the mode
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs, name = dict(kwargs or {}), key(func)
+        known = RULES.get(name.removeprefix("get."))
+        if name.startswith(("get.", "__len")) and known is None:
+            return func(*args, **kwargs)
+        operands = tensors((args, kwargs))
+        before = {id(t): (tuple(t.shape), self.fields(t)) for t in operands}
+        out = func(*args, **kwargs)
+        outs = results(name, args, out)
+        if not outs:
+            return out
+        outer = self.now
+        if self._depth == 0:
+            self.now = Call(name, self._stack[-1], _line(), ins=list(before.values()))
+            for t in operands:
+                if t in self._made:
+                    call, which = self._made[t]
+                    call.used.add(which)
+        live = any(fields for _, fields in before.values())
+        if known is not None and (live or known.value.always):
+            self._apply(known.value, Site(self, func, args, kwargs, out, before), operands, outs)
+        elif live:
+            self._hold_all(before, f"unknown function {self.now}")
+        for t in outs:
+            if t not in self._fields:
+                self._fields[t] = []
+        if self._depth == 0:
+            self.now.elastic = any(t in self._elastic for t in outs)
+            self.now.outs = [(tuple(t.shape), self.fields(t)) for t in outs]
+            for i, t in enumerate(outs):
+                self._made[t] = self.now, i
+            self._calls.append(self.now)
+            self.now = outer
+        return out
+
+    def _apply(self, known: Rule, site: Site, operands: list[Tensor], outs: list[Tensor]) -> None:
+        elastic = [t for t in operands if t in self._elastic]
+        moved = known.moves or len(elastic) == len(operands)
+        if elastic and not moved:
+            site.before = {**site.before, **{id(t): ((1,) * t.ndim, []) for t in elastic}}
+        try:
+            known.apply(site)
+        except Exception as error:  # a rule that does not fit this call: nothing that it touches may go
+            self._hold_all(site.before, f"{self.now}: its rule does not fit ({type(error).__name__}: {error})")
+            for t in outs:
+                self._fields[t] = []
+        if elastic and moved:
+            for t in outs:
+                self._elastic[t] = True
+
+    def _hold_all(self, before: Mapping[int, Labelled], why: str) -> None:
+        for _, fields in before.values():
+            for f in fields:
+                self.hold(f, why)
+
+    @contextlib.contextmanager
+    def inside(self) -> Iterator[None]:
+        """Run a composite written in simpler functions: its calls label, but are not recorded."""
+        self._depth += 1
+        try:
+            with self:
+                yield
+        finally:
+            self._depth -= 1
+
+    def forward(self, model: nn.Module, arguments: Arguments, training: bool) -> None:
+        """Add one forward of the model."""
+        args, kwargs = arguments
+        self._calls = []
+        with calm(model, training), _module_stack(model) as self._stack, self:
+            out = model(*args, **kwargs)
+        for t in tensors(contract(out)):
+            if t in self._made:
+                call, which = self._made[t]
+                call.used.add(which)
+            for f in self.fields(t):
+                self.hold(f, "an output of the model")
+        self.runs.append(Run(arguments, training, self._calls))
+
+
+def capture(model: nn.Module, examples: Sequence[Arguments], policy: Policy) -> Capture:
+    """Run each example once in eval mode, and in training mode too if that did not reach every parameter."""
+    cap = Capture(model, policy)
+    for arguments in examples:
+        cap.forward(model, arguments, False)
+    cap.unseen = [n for n, p in model.named_parameters() if p not in cap._fields]
+    if cap.unseen:
+        for arguments in examples:
+            cap.forward(model, arguments, True)
+        cap.unseen = [n for n, p in model.named_parameters() if p not in cap._fields]
+    return cap
+
+
+@contextlib.contextmanager
+def calm(model: nn.Module, training: bool) -> Iterator[None]:
+    """Eval or training mode without gradients; then modes, buffers, caches and random numbers are as before."""
+    modes = [(m, m.training) for m in model.modules()]
+    buffers = [(m, k, b, b.clone()) for m in model.modules() for k, b in m._buffers.items() if b is not None]
+    caches = [
+        (m, k, v, dict(v)) for m in model.modules() for k, v in vars(m).items() if type(v) is dict and k[0] != "_"
+    ]
+    try:
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            torch.manual_seed(0)
+            model.train(training)
+            yield
+    finally:
+        for m, flag in modes:
+            m.training = flag
+        for m, name, cache, content in caches:
+            cache.clear()
+            cache.update(content)
+            setattr(m, name, cache)
+        for m, name, buffer, value in buffers:
+            m._buffers[name] = buffer
+            with torch.no_grad():
+                buffer.copy_(value)
+
+
+@contextlib.contextmanager
+def _module_stack(model: nn.Module) -> Iterator[list[str]]:
+    """The path of the module whose forward is running, as the last item of a list."""
+    names = {m: n for n, m in model.named_modules()}
+    stack = [""]
+
+    def enter(module: nn.Module, args: Any) -> None:
+        stack.append(names.get(module, stack[-1]))
+
+    def leave(module: nn.Module, args: Any, out: Any) -> None:
+        stack.pop()
+
+    handles = [
+        nn.modules.module.register_module_forward_pre_hook(enter),
+        nn.modules.module.register_module_forward_hook(leave, always_call=True),
+    ]
+    try:
+        yield stack
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _line() -> str:
+    """File and line of the code that called torch."""
+    frame = sys._getframe(2)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(("torch.", "secateur.structure")):
+        frame = frame.f_back
+    return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
+
+
+def _distinct(f: Tensor) -> int:
+    return len(np.unique(labels(f)))
+
+
+def _alike(t: Tensor) -> bool:
+    return t.numel() > 1 and bool((t == t.flatten()[0]).all())

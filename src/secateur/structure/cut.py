@@ -1,0 +1,97 @@
+"""Smaller tensors in place of the old ones: parameters, buffers, gradients, and what an optimizer remembers."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from secateur.errors import InputError
+
+Kept = dict[str, dict[int, list[int]]]
+"""For each tensor by name, for each dimension that is cut, the positions that stay."""
+
+
+def sliced(tensor: Tensor, dims: Mapping[int, list[int]]) -> Tensor:
+    """A tensor without the positions that go."""
+    for d, kept in dims.items():
+        tensor = tensor.index_select(d, torch.tensor(kept, device=tensor.device))
+    return tensor.contiguous()
+
+
+def named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by name; tied ones under each of their names."""
+    return {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
+
+
+def twin(model: nn.Module) -> nn.Module:
+    """A deep copy whose parameters share their memory with the model's, until they are cut."""
+    memo: dict[int, object] = {}
+    for p in model.parameters():
+        if type(p) is nn.Parameter:
+            shared = nn.Parameter(p.data, p.requires_grad)
+            vars(shared).update(copy.deepcopy(vars(p)))
+            memo[id(p)] = shared
+    return copy.deepcopy(model, memo)
+
+
+def cut(model: nn.Module, kept: Kept) -> list[tuple[Tensor, Tensor]]:
+    """Cut parameters and buffers in place: they stay the same objects, so ties hold. Returns what `undo` needs."""
+    named = named_tensors(model)
+    done: dict[int, tuple[Tensor, Tensor]] = {}
+    for name, dims in kept.items():
+        t = named[name]
+        if id(t) not in done:
+            done[id(t)] = t, t.data
+            t.data = sliced(t.data, dims)
+    return list(done.values())
+
+
+def undo(done: list[tuple[Tensor, Tensor]]) -> None:
+    """Give the tensors their old contents back."""
+    for t, data in done:
+        t.data = data
+
+
+def part(model: nn.Module, small: nn.Module, kept: Kept) -> None:
+    """Give the small model memory of its own, and the gradients of the model, cut."""
+    old = named_tensors(model)
+    for name, t in small.named_parameters():
+        source = old[name]
+        if t.untyped_storage().data_ptr() == source.untyped_storage().data_ptr():
+            t.data = t.data.clone()
+        if source.grad is not None:
+            t.grad = sliced(source.grad, kept.get(name, {})).clone()
+
+
+def check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Check that an optimizer trains this model.
+
+    Raises:
+        InputError: it holds a parameter that is none of the model's.
+    """
+    own = {id(p) for p in model.parameters()}
+    for i, group in enumerate(optimizer.param_groups):
+        for p in group["params"]:
+            if id(p) not in own:
+                raise InputError(
+                    f"group {i} of the optimizer holds a parameter {tuple(p.shape)} that is none of the model's: "
+                    "give the optimizer that trains this model"
+                )
+
+
+def follow(model: nn.Module, small: nn.Module, kept: Kept, optimizer: torch.optim.Optimizer) -> None:
+    """Let an optimizer of the model train the small one: its parameters, and what it remembers of them, cut."""
+    new: Mapping[str, Tensor] = named_tensors(small)
+    names = {id(p): name for name, p in model.named_parameters()}
+    for group in optimizer.param_groups:
+        group["params"] = [new[names[id(p)]] for p in group["params"]]
+    for p, state in list(optimizer.state.items()):
+        name = names[id(p)]
+        optimizer.state[new[name]] = {
+            k: sliced(v, kept[name]) if isinstance(v, Tensor) and v.shape == p.shape and name in kept else v
+            for k, v in state.items()
+        }
+        del optimizer.state[p]

@@ -1,0 +1,90 @@
+"""Fields: tensors of labels that ride along with a tensor.
+
+A field has as many dimensions as its tensor, and size 1 along those where its labels do not vary. Labels are float64,
+exact to 2^53, because torch moves floats in every way and integers in some. A number of the tensor goes when the label
+of any of its fields goes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from secateur.structure.units import Labels
+
+Shape = tuple[int, ...]
+Labelled = tuple[Shape, list[Tensor]]
+"""The shape of a tensor, and its fields."""
+
+
+def labels(field: Tensor) -> Labels:
+    """The labels of a field as integers of the same shape."""
+    found: Labels = field.to(torch.int64).numpy()
+    return found
+
+
+def support(field: Tensor) -> frozenset[int]:
+    """The dimensions along which a field varies."""
+    return frozenset(d for d, n in enumerate(field.shape) if n > 1)
+
+
+def squeeze(field: Tensor) -> Tensor | None:
+    """Give a field size 1 along each dimension where its labels do not vary; None if nothing is labelled."""
+    for d in range(field.ndim):
+        if field.shape[d] > 1 and (field.stride(d) == 0 or bool((field == field.narrow(d, 0, 1)).all())):
+            field = field.narrow(d, 0, 1)
+    return field.clone() if bool((field != 0).any()) else None
+
+
+def lead(field: Tensor, ndim: int) -> Tensor:
+    """The same field for a tensor with more dimensions in front."""
+    return field.reshape((1,) * (ndim - field.ndim) + tuple(field.shape))
+
+
+def along(values: Labels | Tensor, ndim: int, dim: int) -> Tensor:
+    """A field that varies along one dimension only."""
+    shape = [-1 if d == dim else 1 for d in range(ndim)]
+    return torch.as_tensor(values, dtype=torch.float64).reshape(shape)
+
+
+def blend(fields: Iterable[Tensor]) -> list[Tensor]:
+    """Join the fields that never label the same element: the parts of a concatenation are one field."""
+    out: list[Tensor] = []
+    for f in fields:
+        for i, g in enumerate(out):
+            if support(f) == support(g) and not bool(((f != 0) & (g != 0)).any()):
+                out[i] = f + g
+                break
+        else:
+            out.append(f)
+    return out
+
+
+def variation(field: Tensor, dims: Iterable[int]) -> float:
+    """How much labels vary along some dimensions: 0 not at all, 1 at every step."""
+    return max((float((field.diff(dim=d) != 0).double().mean()) for d in dims), default=0.0)
+
+
+def misfit(f: Tensor, g: Tensor) -> float:
+    """How badly two fields fit: how much one varies where the other does not."""
+    return variation(f, support(f) - support(g)) + variation(g, support(g) - support(f))
+
+
+def masks(shape: Sequence[int], fields: Iterable[Tensor], kept: Tensor) -> list[Tensor | None]:
+    """For each dimension, the positions at which something stays; None where all do.
+
+    Args:
+        shape: of the tensor.
+        fields: of the tensor.
+        kept: for each label, whether it stays.
+    """
+    out: list[Tensor | None] = [None] * len(shape)
+    for f in fields:
+        stays = kept[f.long()]
+        for d in support(f):
+            mask = stays.movedim(d, 0).reshape(shape[d], -1).any(1)
+            old = out[d]
+            out[d] = mask if old is None else old & mask
+    return [None if mask is None or bool(mask.all()) else mask for mask in out]

@@ -1,0 +1,222 @@
+"""What is to go, as plain data: positions that stay, attributes that follow, and why the rest is held."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+
+from secateur.errors import InputError, MaskError
+from secateur.structure.cut import Kept, cut, named_tensors, sliced
+from secateur.structure.groups import Groups
+from secateur.structure.units import Labels
+from secateur.support.tables import Table
+
+
+@dataclass(frozen=True)
+class Group:
+    """Units that may stand for one another, or that are held for the same reason.
+
+    Attributes:
+        units: how many there are; each is one position, or several that stay or go together.
+        removed: how many of them go.
+        axes: where they lie: "conv.weight[0]" is dimension 0 of conv.weight.
+        held: why they stay; empty if they may go.
+    """
+
+    units: int
+    removed: int
+    axes: tuple[str, ...]
+    held: str = ""
+
+
+@dataclass(frozen=True)
+class Attribute:
+    """An attribute that repeats a size.
+
+    Attributes:
+        module: path of the module that has it.
+        keys: from there to the value: ("config", "hidden_size") is module.config.hidden_size.
+        value: the new one.
+    """
+
+    module: str
+    keys: tuple[str | int, ...]
+    value: Any
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What goes from a model: plain data, which another copy of the model or its state_dict can be cut by.
+
+    Attributes:
+        kept: positions that stay, by tensor and dimension; tied tensors under each of their names.
+        shapes: of these tensors before, by name.
+        unsaved: those of them that a state_dict does not hold.
+        attributes: that follow the sizes.
+        groups: all units of the model.
+    """
+
+    kept: Kept
+    shapes: dict[str, tuple[int, ...]]
+    unsaved: tuple[str, ...]
+    attributes: tuple[Attribute, ...]
+    groups: tuple[Group, ...]
+
+    @property
+    def removed(self) -> int:
+        """How many units go."""
+        return sum(group.removed for group in self.groups)
+
+    def explain(self, axes: int = 3) -> Table:
+        """A table of the groups: how many units, how many of them go, where they lie, what holds them.
+
+        Args:
+            axes: how many places to name in each row.
+        """
+        rows = []
+        for group in self.groups:
+            more = len(group.axes) - axes
+            where = ", ".join(group.axes[:axes]) + (f" and {more} more" if more > 0 else "")
+            rows.append((where, str(group.units), str(group.removed), group.held))
+        return Table(("where", "units", "go", "held by"), rows)
+
+    def to_json(self) -> str:
+        """The plan as text, for `Plan.from_json`."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """Read a plan.
+
+        Raises:
+            InputError: the text is no plan.
+        """
+        try:
+            data = json.loads(text)
+            return cls(
+                {name: {int(d): [*map(int, at)] for d, at in dims.items()} for name, dims in data["kept"].items()},
+                {name: tuple(shape) for name, shape in data["shapes"].items()},
+                tuple(data["unsaved"]),
+                tuple(Attribute(a["module"], tuple(a["keys"]), _tuples(a["value"])) for a in data["attributes"]),
+                tuple(Group(g["units"], g["removed"], tuple(g["axes"]), g["held"]) for g in data["groups"]),
+            )
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"this is no plan ({error!r}): give what to_json() of a plan wrote") from error
+
+    def apply_state_dict(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors of a state_dict, cut: new tensors where something goes, the same ones elsewhere.
+
+        Raises:
+            MaskError: a tensor is missing or has another shape.
+        """
+        self._check({name: t for name, t in state.items() if isinstance(t, Tensor)}, but=self.unsaved)
+        return {name: sliced(t, self.kept[name]) if name in self.kept else t for name, t in state.items()}
+
+    def apply(self, model: nn.Module) -> None:
+        """Cut another copy of the model, in place.
+
+        Raises:
+            MaskError: it is another model: a tensor or attribute is missing or has another shape. Nothing is changed.
+        """
+        named = named_tensors(model)
+        self._check(named)
+        owners = [(self._owner(model, one), one) for one in self.attributes]
+        cut(model, self.kept)
+        for owner, one in owners:
+            owner[one.keys[-1]] = one.value
+
+    def _owner(self, model: nn.Module, one: Attribute) -> Any:
+        try:
+            owner: Any = vars(model.get_submodule(one.module))
+            for key in one.keys[:-1]:
+                inner = owner[key]
+                owner = inner if isinstance(inner, list | dict) else vars(inner)
+            owner[one.keys[-1]]
+        except (AttributeError, LookupError, TypeError) as error:
+            path = ".".join(map(str, (one.module, *one.keys)))
+            raise MaskError(
+                f"the model has no {path}: apply the plan to a copy of the model it was made for"
+            ) from error
+        return owner
+
+    def _check(self, named: Mapping[str, Tensor], but: tuple[str, ...] = ()) -> None:
+        for name, shape in self.shapes.items():
+            if name not in named:
+                if name in but:
+                    continue
+                raise MaskError(f"there is no {name}: apply the plan to a copy of the model it was made for")
+            if tuple(named[name].shape) != shape:
+                raise MaskError(
+                    f"{name} has the shape {tuple(named[name].shape)}, and the plan was made for {shape}: "
+                    "apply it to a copy of the model, before anything is cut from it"
+                )
+
+
+def as_plan(
+    model: nn.Module, groups: Groups, kept: Labels, counts: list[int], attributes: tuple[Attribute, ...]
+) -> Plan:
+    """Write a choice of units as plain data.
+
+    Args:
+        model: as it was captured, not cut.
+        groups: of the model.
+        kept: mask of the labels that stay.
+        counts: how many go of each of `groups.cells`.
+        attributes: that follow.
+    """
+    positions: dict[int, dict[int, list[int]]] = {}
+    shapes: dict[int, tuple[int, ...]] = {}
+    for axis in groups.axes:
+        stays = kept[axis.labels]
+        if not stays.all():
+            positions.setdefault(id(axis.tensor), {})[axis.dim] = np.flatnonzero(stays).tolist()
+            shapes[id(axis.tensor)] = tuple(axis.tensor.shape)
+    named = {name: id(t) for name, t in named_tensors(model).items() if id(t) in positions}
+    saved = set(model.state_dict())
+    return Plan(
+        {name: positions[i] for name, i in named.items()},
+        {name: shapes[i] for name, i in named.items()},
+        tuple(name for name in named if name not in saved),
+        attributes,
+        tuple(_rows(groups, counts)),
+    )
+
+
+def _rows(groups: Groups, counts: list[int]) -> list[Group]:
+    kind = np.full(len(groups.root), -1)  # of each group: its cell, or behind those its reason
+    reasons = list(dict.fromkeys(why for group, why in groups.held.items() if group))
+    place = {why: len(counts) + i for i, why in enumerate(reasons)}
+    for c, cell in enumerate(groups.cells):
+        kind[cell] = c
+    for group, why in groups.held.items():
+        if group:
+            kind[group] = place[why]
+    axes: dict[int, list[str]] = {}
+    members: dict[int, set[int]] = {}
+    for axis in groups.axes:
+        own = np.unique(groups.root[axis.labels])
+        for k in np.unique(kind[own]).tolist():
+            axes.setdefault(k, []).append(str(axis))
+            members.setdefault(k, set()).update(own[kind[own] == k].tolist())
+    rows = []
+    for k in sorted(axes):
+        if k < 0:
+            held = "no weights of their own"
+        elif k >= len(counts):
+            held = reasons[k - len(counts)]
+        elif counts[k]:
+            held = ""
+        else:
+            held = "only one of its kind" if len(members[k]) == 1 else "none was to go"
+        rows.append(Group(len(members[k]), counts[k] if 0 <= k < len(counts) else 0, tuple(axes[k]), held))
+    return rows
+
+
+def _tuples(value: Any) -> Any:
+    """JSON has lists only; torch's own sizes are tuples or ints."""
+    return tuple(value) if isinstance(value, list) else value

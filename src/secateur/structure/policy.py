@@ -1,0 +1,44 @@
+"""Where several answers are right, which is taken; and what callers rely on."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What may go where several answers are right.
+
+    Attributes:
+        whole_heads: where a product sums over the inner of two joint dimensions, the outer goes whole. The size of a
+            head is often used as a scale (head_dim ** -0.5), which would change.
+        cut_remade: buffers that are not saved may be cut too. A constructor makes them anew, at full size.
+        cut_softmax: a softmax over units may run over those that stay.
+    """
+
+    whole_heads: bool = True
+    cut_remade: bool = False
+    cut_softmax: bool = False
+
+
+POLICIES = (
+    Policy(),
+    Policy(cut_remade=True),
+    Policy(cut_softmax=True),
+    Policy(cut_remade=True, cut_softmax=True),
+    Policy(whole_heads=False),
+    Policy(whole_heads=False, cut_remade=True, cut_softmax=True),
+)
+"""In the order in which they are tried."""
+
+_INNER = re.compile("hidden_state|attentions|past_key|cache|model_output|pooler")
+
+
+def contract(out: Any) -> Any:
+    """What callers rely on: every tensor of an output; beside logits, not the states that it carries along."""
+    if isinstance(out, Mapping) and any("logits" in str(name) for name in out):
+        return {name: value for name, value in out.items() if not _INNER.search(str(name))}
+    return out

@@ -1,0 +1,136 @@
+"""Products summed over shared letters: linear, matmul, einsum, convolutions; and rows looked up."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from secateur.structure.capture import Letter, Site, rule, tensors
+from secateur.structure.fields import Labelled, lead, squeeze
+from secateur.structure.rules.norms import with_vectors
+
+
+def _multiply(site: Site, pairs: Sequence[tuple[Tensor, Sequence[Letter]]], result: Sequence[Letter]) -> None:
+    cap = site.capture
+    cap.label(site.out, cap.contract([(site.of(t), letters) for t, letters in pairs], result))
+
+
+def _add_bias(site: Site, bias: Tensor | None, dim: int) -> None:
+    if bias is not None and bias.ndim == 1:
+        with_vectors(site, (tuple(site.out.shape), site.capture.fields(site.out)), [bias], dim)
+
+
+@rule("linear")
+def linear(site: Site) -> None:
+    """Summed over inputs; outputs are the rows of the weight."""
+    x, w = site.operand, site.argument(1, "weight")
+    batch: list[Letter] = list(range(x.ndim - 1))
+    _multiply(site, [(x, [*batch, "i"]), (w, "oi" if w.ndim > 1 else "i")], [*batch, "o"][: site.out.ndim])
+    _add_bias(site, site.argument(2, "bias"), -1)
+
+
+@rule("matmul bmm mm mv dot __matmul __rmatmul __imatmul")
+def matmul(site: Site) -> None:
+    """Summed over the shared dimension."""
+    a, b = site.operand, site.argument(1, "other", site.kwargs.get("mat2"))
+    if site.name == "__rmatmul":
+        a, b = b, a
+    n = max(a.ndim, b.ndim)
+    left = [*range(2 - a.ndim, 0), "m", "k"] if a.ndim > 1 else ["k"]  # batch dimensions count from the right
+    right = [*range(2 - b.ndim, 0), "k", "n"] if b.ndim > 1 else ["k"]
+    ends = [*(["m"] if a.ndim > 1 else []), *(["n"] if b.ndim > 1 else [])]
+    _multiply(site, [(a, left), (b, right)], [*range(2 - n, 0), *ends])
+
+
+@rule("addmm baddbmm addbmm addmv")
+def addmm(site: Site) -> None:
+    """A matrix product and a sum."""
+    a = site.argument(1, "mat1", site.kwargs.get("batch1", site.kwargs.get("mat")))
+    b = site.argument(2, "mat2", site.kwargs.get("batch2", site.kwargs.get("vec")))
+    with site.capture.inside():
+        product = torch.matmul(a, b)
+        y = (product.sum(0) if site.name == "addbmm" else product) + site.operand
+    site.capture.label(site.out, site.capture.fields(y))
+
+
+@rule("grouped_mm")
+def grouped_mm(site: Site) -> None:
+    """Rows meet one of the experts' matrices [e, k, n]: experts stay."""
+    x, w = site.args[:2]
+    if w.ndim != 3:
+        raise ValueError("its second operand is no stack of matrices")
+    shape, fields = site.of(w)
+    experts = shape, site.rigid(fields, {0})
+    site.capture.label(site.out, site.capture.contract([(site.of(x), "tk"), (experts, "ekn")], "tn"))
+
+
+@rule("einsum")
+def einsum(site: Site) -> None:
+    """Summed over the letters that the result lacks."""
+    equation, operands = site.args[0].replace(" ", ""), site.args[1:]
+    if len(operands) == 1 and isinstance(operands[0], list | tuple):
+        operands = tuple(operands[0])
+    left, arrow, right = equation.partition("->")
+    if not arrow:
+        right = ("..." if "." in left else "") + "".join(sorted(c for c in {*left} - {*",."} if left.count(c) == 1))
+
+    def letters(term: str, ndim: int) -> list[Letter]:
+        head, dots, tail = term.partition("...")
+        return [*head, *range(-(ndim - len(head) - len(tail)) if dots else 0, 0), *tail]
+
+    pairs = [(t, letters(term, t.ndim)) for t, term in zip(operands, left.split(","), strict=True)]
+    if any(len(set(own)) < len(own) for _, own in pairs):
+        raise ValueError("a letter stands twice in one operand")
+    _multiply(site, pairs, letters(right, site.out.ndim))
+
+
+def _convolution(site: Site, transposed: bool) -> None:
+    cap, out = site.capture, site.out
+    x, w, groups = site.operand, site.argument(1, "weight"), site.argument(6, "groups", 1)
+    k = w.ndim - 2
+    with cap.inside():
+        x = x if x.ndim == k + 2 else x.unsqueeze(0)
+        if groups > 1:
+            x = x.reshape(x.shape[0], groups, -1, *x.shape[2:])
+            w = w.reshape(groups, -1, *w.shape[1:])
+
+    def whole(t: Tensor) -> Labelled:
+        return tuple(t.shape), site.rigid(cap.fields(t), range(t.ndim - k, t.ndim))
+
+    space: dict[str, list[Letter]] = {c: [f"{c}{i}" for i in range(k)] for c in "xwo"}
+    group: list[Letter] = ["g"] if groups > 1 else []
+    sides: list[Letter] = ["i", "o"] if transposed else ["o", "i"]
+    left: list[Letter] = ["n", *group, "i", *space["x"]]
+    got = cap.contract([(whole(x), left), (whole(w), [*group, *sides, *space["w"]])], ["n", *group, "o", *space["o"]])
+    if groups > 1:
+        each = out.shape[-k - 1] // groups
+        flat = [squeeze(f.expand(1, groups, each, *[1] * k).reshape(1, -1, *[1] * k)) for f in got]
+        got = [f for f in flat if f is not None]
+        for f in got:
+            if each > 1:
+                cap.balance(f.reshape(groups, -1))
+    cap.label(out, got if out.ndim == k + 2 else [f.squeeze(0) for f in got])
+    _add_bias(site, site.argument(2, "bias"), -k - 1)
+
+
+@rule("conv1d conv2d conv3d")
+def conv(site: Site) -> None:
+    """Summed over inputs; places in space and in the kernel stay."""
+    _convolution(site, False)
+
+
+@rule("conv_transpose1d conv_transpose2d conv_transpose3d")
+def conv_transpose(site: Site) -> None:
+    """Summed over inputs, which are the rows of the weight; places in space and in the kernel stay."""
+    _convolution(site, True)
+
+
+@rule("embedding")
+def embedding(site: Site) -> None:
+    """Rows are picked by data, and stay."""
+    table: Any = next(t for t in (site.argument(1, "weight"), *tensors(site.args)) if t.is_floating_point())
+    left = site.rigid(site.of(table)[1], {0})
+    site.capture.label(site.out, [lead(f.squeeze(0), site.out.ndim) for f in left])

@@ -1,0 +1,249 @@
+"""`sc.shrink`: really smaller shapes, in a transaction that proves itself."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple, TypedDict, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from typing_extensions import Unpack
+
+from secateur.errors import InputError, InputTypeError, StructureError
+from secateur.scores import SCORES, Score
+from secateur.structure import rules as rules  # registers what is known of torch's functions
+from secateur.structure.attributes import Edits, follow_forward, follow_modules
+from secateur.structure.capture import Call, Capture, capture
+from secateur.structure.cut import check_optimizer, cut, follow, part, twin, undo
+from secateur.structure.fields import Labelled
+from secateur.structure.groups import Groups, as_mask, size
+from secateur.structure.plan import Plan, as_plan
+from secateur.structure.policy import POLICIES, Policy
+from secateur.structure.proof import difference, fresh, tolerance
+from secateur.support.inputs import Arguments, arguments
+
+_M = TypeVar("_M", bound=nn.Module)
+_log = logging.getLogger(__name__)
+_ROUNDS = 40
+
+
+class Options(TypedDict, total=False):
+    """What `shrink` and `propose` can be told.
+
+    Attributes:
+        score: how much each weight matters: a name, or (name, parameter) to scores of its shape. A unit's score is
+            the sum over all of its weights. Default: their squares.
+        verify: compare with the masked original, on the examples and on fresh inputs. Default: True.
+        optimizer: of the model; it trains the small model from then on, with what it remembers cut.
+    """
+
+    score: str | Score
+    verify: bool
+    optimizer: torch.optim.Optimizer | None
+
+
+class _Result(NamedTuple):
+    model: nn.Module
+    plan: Plan
+
+
+def shrink(model: _M, example_inputs: Any, sparsity: float = 0.5, **options: Unpack[Options]) -> _M:
+    """Return the same model with fewer units: smaller layers, heads and embeddings of the same classes.
+
+    Args:
+        model: stays as it is.
+        example_inputs: a tensor, a tuple of positional or a dict of keyword arguments; or a list of several of these.
+        sparsity: fraction of the units of each group that go, 0 < sparsity < 1. A group keeps at least one unit.
+        **options: see `Options`.
+
+    Returns a new model of the same class; it equals the given one with the same units masked.
+
+    Raises:
+        InputError: a sparsity, score or optimizer that cannot be used, or a model that is lazy, compiled or scripted.
+        InputTypeError: inputs of another type, or inputs that the model cannot take.
+        StructureError: nothing could be removed, or what was removed changed the function; says what holds it.
+
+    >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+    >>> shrink(model, torch.randn(2, 8), 0.5)
+    Sequential(
+      (0): Linear(in_features=8, out_features=8, bias=True)
+      (1): ReLU()
+      (2): Linear(in_features=8, out_features=4, bias=True)
+    )
+    """
+    small = _transact(model, example_inputs, sparsity, options).model
+    assert isinstance(small, type(model))
+    return small
+
+
+def propose(model: nn.Module, example_inputs: Any, sparsity: float = 0.5, **options: Unpack[Options]) -> Plan:
+    """Return what `shrink` would remove, as plain data, proven in the same way.
+
+    Arguments and errors are those of `shrink`; an optimizer is left as it is.
+
+    >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+    >>> plan = propose(model, torch.randn(2, 8), 0.5)
+    >>> len(plan.kept["0.weight"][0])
+    8
+    """
+    return _transact(model, example_inputs, sparsity, {**options, "optimizer": None}).plan
+
+
+def _transact(model: nn.Module, inputs: Any, sparsity: float, options: Options) -> _Result:
+    examples = _checked(model, inputs, sparsity)
+    score = options.get("score", _square)
+    score = SCORES.find(score) if isinstance(score, str) else score
+    optimizer = options.get("optimizer")
+    if optimizer is not None:
+        check_optimizer(model, optimizer)
+    best, errors = None, []
+    for policy in POLICIES:
+        try:
+            found = _attempt(model, examples, sparsity, policy, score, options.get("verify", True))
+        except StructureError as error:
+            errors.append(str(error))
+            continue
+        if best is None or _weights(found.model) < 0.93 * _weights(best.model):
+            best = found
+        if _weights(best.model) < (1 - sparsity) ** 1.6 * _weights(model):
+            break
+    if best is None:
+        raise StructureError("; then ".join(dict.fromkeys(errors)))
+    part(model, best.model, best.plan.kept)
+    if optimizer is not None:
+        follow(model, best.model, best.plan.kept, optimizer)
+    return best
+
+
+def _attempt(
+    model: nn.Module, examples: Sequence[Arguments], sparsity: float, policy: Policy, score: Score, verify: bool
+) -> _Result:
+    """Capture, choose, cut and prove; on a failure hold what surrounds the call, and choose again."""
+    small = twin(model)
+    try:
+        cap = capture(small, examples, policy)
+    except StructureError:
+        raise
+    except Exception as error:
+        raise InputTypeError(
+            f"the model cannot take the example inputs ({type(error).__name__}: {error}): "
+            "give inputs with which model(...) runs"
+        ) from error
+    trouble = ""
+    for _ in range(_ROUNDS):
+        groups = Groups(cap)
+        kept, counts = groups.select(groups.scores(score), sparsity)
+        unequal = list(groups.unequal(kept))
+        if unequal:
+            for rows, why in unequal:
+                cap.ledger.hold(rows, f"unequal parts: {why}")
+            continue
+        plan = as_plan(small, groups, kept, counts, ())
+        if not plan.removed:
+            raise StructureError(_nothing(plan, trouble))
+        done, edits = cut(small, plan.kept), Edits()
+        failure = _fit(small, cap, as_mask(kept), policy, edits) or (
+            _prove(model, small, cap, as_mask(kept), groups) if verify else None
+        )
+        if failure is None:
+            return _Result(small, dataclasses.replace(plan, attributes=edits.listed()))
+        edits.undo()
+        undo(done)
+        call, trouble = failure
+        _log.info("held: %s", trouble)
+        if not _hold_around(cap, as_mask(kept), call, trouble):
+            break
+    raise StructureError(f"the smaller model could not be proven equal to the masked one: {trouble}")
+
+
+def _fit(small: nn.Module, cap: Capture, kept: Tensor, policy: Policy, edits: Edits) -> tuple[Call, str] | None:
+    """Let attributes follow. Returns the call that does not fit, and why, if there is one."""
+    follow_modules(small, edits, policy.whole_heads)
+    for run in cap.runs:
+        sizes = [None if c.elastic else [size(*known, kept) for known in c.outs] for c in run.calls]
+        failed = follow_forward(small, run, sizes, edits)
+        if failed is not None:
+            return run.calls[failed[0]], failed[1]
+    return None
+
+
+def _prove(model: nn.Module, small: nn.Module, cap: Capture, kept: Tensor, groups: Groups) -> tuple[Call, str] | None:
+    """Compare with the masked original. Returns the first call that differs, and how, if outputs differ."""
+    limit = tolerance(model)
+    for run in cap.runs:
+        if run.training:
+            continue
+        for inputs in (run.arguments, fresh(run.arguments)):
+            try:
+                found = difference(model, small, run, inputs, kept, groups.axes)
+            except Exception as error:
+                if inputs is run.arguments:
+                    raise
+                _log.info("no proof on fresh inputs: %s", error)
+                continue
+            if found is None:
+                if inputs is run.arguments:
+                    return run.calls[-1], "the masked original makes other calls than the smaller model"
+                continue
+            worst, call = found
+            if not worst <= limit:
+                call = call or run.calls[-1]
+                return call, f"differs from the masked original by {worst:.1e}, first after {call}"
+    return None
+
+
+def _hold_around(cap: Capture, kept: Tensor, call: Call, why: str) -> bool:
+    """Hold the axes that lose units around one call, or in its module, or out of sight. Returns whether any does."""
+
+    def hold(known: Iterable[Tensor]) -> bool:
+        held = [cap.hold(f, why) for f in known if not bool(kept[f.long()].all())]
+        return any(held)
+
+    every = [c for run in cap.runs for c in run.calls]
+    beside = [f for c in every if c.module == call.module for f in _fields(c.outs, c.ins)]
+    unused = [f for c in every for i, known in enumerate(c.outs) if i not in c.used for f in _fields([known])]
+    return hold(_fields(call.outs)) or hold(_fields(call.ins)) or hold(beside) or hold(unused)
+
+
+def _fields(*known: Sequence[Labelled]) -> list[Tensor]:
+    return [f for some in known for _, fields in some for f in fields]
+
+
+def _nothing(plan: Plan, trouble: str) -> str:
+    held = [f"{', '.join(group.axes[:2])}: {group.held}" for group in plan.groups if group.held]
+    why = "; ".join(held[:4]) or "it has no units to remove"
+    return f"nothing can be removed: {trouble or why}. Ask for a larger sparsity, or see what holds each group"
+
+
+def _checked(model: nn.Module, inputs: Any, sparsity: float) -> list[Arguments]:
+    if not isinstance(model, nn.Module):
+        raise InputTypeError(f"model is a {type(model).__name__}: give an nn.Module")
+    if isinstance(model, torch.jit.ScriptModule) or any(isinstance(m, torch.jit.ScriptModule) for m in model.modules()):
+        raise InputError("the model is scripted, and its code cannot be followed: shrink the model it was made from")
+    if hasattr(model, "_orig_mod"):
+        raise InputError("the model is compiled: shrink model._orig_mod, and compile what is returned")
+    for name, t in (*model.named_parameters(), *model.named_buffers()):
+        if is_lazy(t):
+            raise InputError(f"{name} has no shape yet: run the model once, then shrink it")
+        if t.is_quantized:
+            raise InputError(f"{name} is quantized: shrink the model first, then quantize it")
+        if type(t).__module__.startswith("torch.distributed"):
+            raise InputError(f"{name} is sharded: shrink the whole model on one process, then shard it")
+    if isinstance(sparsity, bool) or not isinstance(sparsity, int | float) or not 0 < sparsity < 1:
+        raise InputError(f"sparsity is {sparsity!r}: give the fraction of units to remove, between 0 and 1")
+    if isinstance(inputs, list):
+        if not inputs:
+            raise InputError("example_inputs is an empty list: give at least one example")
+        return [arguments(one) for one in inputs]
+    return [arguments(inputs)]
+
+
+def _square(name: str, weight: Tensor) -> Tensor:
+    return weight.double().square()
+
+
+def _weights(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())

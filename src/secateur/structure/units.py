@@ -1,0 +1,92 @@
+"""The ledger of units: integer labels, what unites them, and what holds them.
+
+A unit is one position along one dimension of a parameter or a buffer. Label 0 means "no unit: always kept".
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+Labels = NDArray[np.int64]
+
+
+class Ledger:
+    """Labels and the relations between them.
+
+    Attributes:
+        size: labels given out so far, 0 among them.
+        held: (labels, why): units that never go.
+        blocks: (labels [blocks, members], why): equally many units must stay in each row, or none of it.
+    """
+
+    def __init__(self) -> None:
+        self.size = 1
+        self.held: list[tuple[Labels, str]] = []
+        self.blocks: list[tuple[Labels, str]] = []
+        self._mass: list[NDArray[np.float32]] = [np.zeros(1, np.float32)]
+        self._pairs: list[Labels] = []
+
+    def new(self, count: int, mass: float = 0.0) -> Labels:
+        """Give out fresh labels, each of which carries `mass` numbers of a tensor."""
+        first, self.size = self.size, self.size + count
+        self._mass.append(np.full(count, mass, np.float32))
+        return np.arange(first, first + count)
+
+    def mass(self, labels: Labels) -> float:
+        """How many numbers a unit among these carries, on average."""
+        if len(self._mass) > 1:
+            self._mass = [np.concatenate(self._mass)]
+        return float(self._mass[0][labels].mean())
+
+    def unite(self, a: Labels, b: Labels, why: str) -> None:
+        """Let a[i] and b[i] stay or go together; what meets label 0 is held."""
+        a, b = a.ravel(), b.ravel()
+        free = (a > 0) & (b > 0) & (a != b)
+        if free.any():
+            code = np.unique(np.minimum(a[free], b[free]) * self.size + np.maximum(a[free], b[free]))
+            self._pairs.append(np.stack(np.divmod(code, self.size)))
+        alone = (a > 0) ^ (b > 0)
+        if alone.any():
+            self.hold(np.maximum(a[alone], b[alone]), f"{why}: meets positions that belong to no unit")
+
+    def hold(self, labels: Labels, why: str) -> bool:
+        """Let none of these go. Returns whether there were any."""
+        labels = np.unique(labels)
+        labels = labels[labels > 0]
+        if len(labels):
+            self.held.append((labels, why))
+        return len(labels) > 0
+
+    def balance(self, rows: Labels, why: str) -> None:
+        """Let equally many units stay in each row of [blocks, members]."""
+        if len(rows) > 1:
+            self.blocks.append((rows, why))
+
+    def solve(self) -> tuple[Labels, dict[int, str]]:
+        """The smallest label of the group of each label, and for each held group, by that label, the first reason."""
+        pairs = np.concatenate([np.zeros((2, 0), np.int64), *self._pairs], 1)
+        root = components(self.size, pairs[0], pairs[1])
+        why = {0: "no unit"}
+        for labels, reason in self.held:
+            for group in np.unique(root[labels]).tolist():
+                why.setdefault(group, reason)
+        return root, why
+
+
+def components(nodes: int, a: Labels, b: Labels) -> Labels:
+    """Smallest member of the connected component of each node, for edges a[i] - b[i] (hook and jump).
+
+    >>> components(5, np.array([1, 3]), np.array([2, 2])).tolist()
+    [0, 1, 1, 1, 4]
+    """
+    root = np.arange(nodes)
+    while True:
+        ends = root[a], root[b]
+        apart = ends[0] != ends[1]
+        if not apart.any():
+            return root
+        a, b = ends[0][apart], ends[1][apart]
+        np.minimum.at(root, np.maximum(a, b), np.minimum(a, b))
+        while not np.array_equal(up := root[root], root):
+            root = up

@@ -1,0 +1,68 @@
+import pytest
+import torch
+from torch import nn
+
+import secateur as sc
+
+
+@pytest.mark.parametrize(
+    ("layer", "kernel"),
+    [
+        (nn.Conv2d(16, 16, 3, padding=1), 2),
+        (nn.Conv2d(16, 16, 3, padding=1, groups=16), 2),
+        (nn.Conv2d(16, 16, 3, padding=1, groups=4), 2),
+        (nn.ConvTranspose2d(16, 16, 3, padding=1), 2),
+        (nn.ConvTranspose2d(16, 16, 3, padding=1, groups=4), 2),
+        (nn.Conv1d(16, 16, 3, padding=1), 1),
+        (nn.Conv3d(16, 16, 3, padding=1), 3),
+    ],
+)
+def test_convolutions(layer, kernel):
+    torch.manual_seed(0)
+    conv = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[kernel - 1]
+    model = nn.Sequential(conv(3, 16, 1), nn.ReLU(), layer, nn.ReLU(), conv(16, 5, 1)).eval()
+    small = sc.shrink(model, torch.randn(2, 3, *[5] * kernel), 0.5)
+    assert small[2].in_channels == small[2].out_channels == 8
+    assert sum(p.numel() for p in small.parameters()) < 0.65 * sum(p.numel() for p in model.parameters())
+
+
+class Product(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.a, self.w, self.c = nn.Linear(6, 16), nn.Parameter(torch.randn(16, 12)), nn.Linear(12, 3)
+        self.function = function
+
+    def forward(self, x):
+        return self.c(self.function(self.a(x), self.w))
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda y, w: y @ w,
+        lambda y, w: torch.einsum("bi,io->bo", y, w),
+        lambda y, w: torch.einsum("...i,io", y, w),
+        lambda y, w: torch.addmm(torch.zeros(w.shape[1]), y, w),
+        lambda y, w: torch.bmm(y[None], w[None])[0],
+    ],
+)
+def test_products(function):
+    torch.manual_seed(0)
+    small = sc.shrink(Product(function).eval(), torch.randn(4, 6), 0.5)
+    assert small.w.shape == (8, 6)
+
+
+def test_tied_embeddings_stay_tied():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = nn.Embedding(9, 16), nn.Linear(16, 16), nn.Linear(16, 9, bias=False)
+            self.c.weight = self.a.weight
+
+        def forward(self, x):
+            return self.c(self.b(self.a(x)))
+
+    small = sc.shrink(Tied().eval(), torch.randint(0, 9, (2, 5)), 0.5)
+    assert small.c.weight is small.a.weight
+    assert small.a.weight.shape == (9, 8)
+    assert small.a.embedding_dim == 8

@@ -1,0 +1,62 @@
+import pytest
+import torch
+from torch import nn
+
+import secateur as sc
+from secateur.structure.rules.move import dims_of, factors
+
+
+class Net(nn.Module):
+    """A function of 16 hidden units between two Linears."""
+
+    def __init__(self, function, width=16):
+        super().__init__()
+        self.a, self.c, self.function = nn.Linear(6, 16), nn.Linear(width, 3), function
+
+    def forward(self, x):
+        return self.c(self.function(self.a(x)))
+
+
+def width(function, out=16, sparsity=0.5):
+    torch.manual_seed(0)
+    return sc.shrink(Net(function, out).eval(), torch.randn(4, 6), sparsity).a.out_features
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda y: y.t().contiguous().t(),
+        lambda y: y.unsqueeze(1).expand(-1, 3, -1).sum(1),
+        lambda y: torch.cat([y.flip(-1)], 1),
+        lambda y: torch.stack(y.chunk(2, -1), 1).flatten(1),
+        lambda y: y.unflatten(-1, (4, -1)).transpose(1, 2).flatten(1).relu(),
+        lambda y: torch.cat([y[:, y.shape[1] // 2 :], y[:, : y.shape[1] // 2]], 1),
+    ],
+)
+def test_labels_move_with_the_data(function):
+    assert width(function) == 8
+
+
+@pytest.mark.parametrize("function", [lambda y: y.repeat(1, 2), lambda y: y.repeat_interleave(2, 1)])
+def test_copies_go_together(function):
+    assert width(function, 32) == 8
+
+
+@pytest.mark.parametrize("function", [lambda y: y.roll(1, -1), lambda y: y[:, torch.randperm(16)]])
+def test_what_mixes_positions_is_held(function):
+    with pytest.raises(sc.errors.StructureError, match=r"roll|getitem"):
+        width(function)
+
+
+def test_equal_parts_stay_equal():
+    small = width(lambda y: y.view(len(y), 2, -1)[:, 0].repeat(1, 2) + y)
+    assert small % 2 == 0
+
+
+def test_dims():
+    assert dims_of(None, 3) == {0, 1, 2}
+    assert dims_of((-1, 0), 3) == {0, 2}
+
+
+def test_factors_of_a_view():
+    assert list(factors((2, 12), (2, 3, 4)))[:2] == [([0], [0]), ([1], [1, 2])]

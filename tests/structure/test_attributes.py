@@ -1,0 +1,58 @@
+import torch
+from torch import nn
+
+from secateur.structure import shrink
+from secateur.structure.attributes import Edit, Edits
+
+
+def test_edits_are_taken_back():
+    space = {"a": 1}
+    edits = Edits()
+    edits.set(Edit("m", ("a",), space), 2)
+    mark = len(edits)
+    edits.set(Edit("m", ("a",), space), 3)
+    assert [(a.module, a.keys, a.value) for a in edits.listed()] == [("m", ("a",), 3)]
+    edits.undo(mark)
+    assert space == {"a": 2}
+    edits.undo()
+    assert space == {"a": 1}
+
+
+class Split(nn.Module):
+    """Keeps its sizes in a list, a dict and an object."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 12), nn.Linear(8, 3)
+        self.parts, self.config = [4, 8], {"sizes": {"heads": 2, "each": 4}}
+
+    def forward(self, x):
+        gate, value = self.a(x).split(self.parts, -1)
+        sizes = self.config["sizes"]
+        return self.b((value.view(-1, sizes["heads"], sizes["each"]) * gate.view(-1, 1, sizes["each"])).flatten(1))
+
+
+def test_sizes_in_lists_and_dicts_follow():
+    torch.manual_seed(0)
+    model = Split().eval()
+    small = shrink(model, torch.randn(5, 4), 0.5)
+    assert sum(small.parts) == small.a.out_features < 12
+    assert model.parts == [4, 8]
+    assert small(torch.randn(2, 4)).shape == (2, 3)
+
+
+class Literal(nn.Module):
+    """The size stands in the code: nothing can follow."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(4, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.c(self.b(self.a(x).view(-1, 8) * 2).relu())
+
+
+def test_a_size_in_the_code_holds_its_axis():
+    torch.manual_seed(0)
+    small = shrink(Literal().eval(), torch.randn(5, 4), 0.5)
+    assert (small.a.out_features, small.b.out_features) == (8, 4)

@@ -1,0 +1,95 @@
+import pytest
+import torch
+from torch import nn
+
+from secateur.errors import InputError
+from secateur.structure import capture as room
+from secateur.structure import rules
+from secateur.structure.capture import RULES, calm, capture, key, rule, table
+from secateur.structure.policy import Policy
+
+assert rules
+
+
+class Two(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(4, 6), nn.Linear(6, 2), nn.Linear(6, 2)
+
+    def forward(self, x):
+        x = self.a(x)
+        return self.c(x) if self.training else self.b(x)
+
+
+def seen(model, *inputs, **policy):
+    return capture(model, [(inputs, {})], Policy(**policy))
+
+
+def test_calls_are_remembered_with_their_place():
+    run = seen(Two(), torch.randn(3, 4)).runs[0]
+    assert [(c.name, c.module) for c in run.calls] == [("linear", "a"), ("linear", "b")]
+    assert run.calls[0].line.startswith("linear.py:") or run.calls[0].line.startswith("test_capture.py:")
+    assert run.calls[0].used == {0}
+
+
+def test_what_only_training_reaches_is_captured_too():
+    cap = seen(Two(), torch.randn(3, 4))
+    assert [run.training for run in cap.runs] == [False, True]
+    assert cap.unseen == []
+
+
+def test_parameters_that_no_forward_reaches_are_named():
+    model = Two()
+    model.d = nn.Linear(2, 2)
+    assert seen(model, torch.randn(3, 4)).unseen == ["d.weight", "d.bias"]
+
+
+def test_outputs_are_held():
+    cap = seen(Two(), torch.randn(3, 4))
+    root, held = cap.ledger.solve()
+    (field,) = cap.fields(cap.home[id(dict(cap.home.values())["b.bias"])][1])
+    assert {held[root[i]] for i in field.flatten().long().tolist()} == {"an output of the model"}
+
+
+def test_an_unknown_function_holds_with_its_name():
+    model = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 2))
+    model[0].register_forward_hook(lambda m, a, out: torch.fft.fft(out).real)
+    root, held = (cap := seen(model, torch.randn(3, 4))).ledger.solve()
+    (field,) = cap.fields(model[0].bias)
+    assert "unknown function fft_fft in the model" in held[root[int(field[0])]]
+
+
+def test_a_rule_that_does_not_fit_holds(monkeypatch):
+    def bad(site):
+        raise RuntimeError("oops")
+
+    monkeypatch.setitem(RULES._choices, "linear", RULES._choices["linear"].__class__("linear", room.Rule(bad), ""))
+    model = nn.Linear(4, 6)
+    root, held = (cap := seen(model, torch.randn(3, 4))).ledger.solve()
+    (field,) = cap.fields(model.bias)
+    assert "its rule does not fit (RuntimeError: oops)" in held[root[int(field[0])]]
+
+
+def test_a_function_has_one_rule():
+    with pytest.raises(InputError, match="register yours under another name"):
+        rule("linear")(lambda site: None)
+
+
+def test_plain_names():
+    assert [key(f) for f in (torch.add, torch.Tensor.add_, torch.Tensor.__iadd__)] == ["add", "add", "__iadd"]
+
+
+def test_the_table_lists_every_rule():
+    assert all(f"`{name}`" in table() for name in RULES)
+
+
+def test_calm_leaves_modes_buffers_and_random_numbers():
+    model = nn.Sequential(nn.BatchNorm1d(3), nn.Dropout())
+    model[1].eval()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    state = torch.get_rng_state()
+    with calm(model, True):
+        model(torch.randn(5, 3))
+    assert [m.training for m in model.modules()] == [True, True, False]
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), state)

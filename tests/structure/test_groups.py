@@ -1,0 +1,58 @@
+import torch
+from torch import nn
+
+from secateur.structure import rules
+from secateur.structure.capture import capture
+from secateur.structure.fields import along
+from secateur.structure.groups import Groups, as_mask, size
+from secateur.structure.policy import Policy
+
+assert rules
+
+
+def of(model, *inputs):
+    return Groups(capture(model, [(inputs, {})], Policy()))
+
+
+def mlp():
+    return nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 2))
+
+
+def test_cells_are_the_hidden_layers():
+    assert [len(cell) for cell in of(mlp(), torch.randn(3, 4)).cells] == [8, 6]
+
+
+def test_scores_are_summed_over_all_tensors_of_a_group():
+    model = mlp()
+    groups = of(model, torch.randn(3, 4))
+    scores = groups.scores(lambda name, w: w.abs())
+    first, second = model[0], model[2]
+    want = first.weight.abs().sum(1) + first.bias.abs() + second.weight.abs().sum(0)
+    assert torch.allclose(torch.tensor(scores[groups.cells[1]]), want.double().detach(), atol=1e-5)
+
+
+def test_the_lowest_go_and_one_stays():
+    groups = of(mlp(), torch.randn(3, 4))
+    scores = groups.scores(lambda name, w: w.abs())
+    kept, counts = groups.select(scores, 0.5)
+    assert counts == [4, 3]
+    cell = groups.cells[0]
+    assert max(scores[cell[~kept[cell]]]) <= min(scores[cell[kept[cell]]])
+    assert groups.select(scores, 0.99)[1] == [7, 5]
+
+
+def test_equal_parts_are_checked():
+    groups = of(
+        nn.Sequential(nn.Linear(4, 6), nn.Unflatten(1, (2, 3)), nn.Flatten(), nn.Linear(6, 2)), torch.randn(3, 4)
+    )
+    kept, _ = groups.select(groups.scores(lambda name, w: w.abs()), 0.5)
+    rows, why = groups.blocks[0]
+    kept[rows[0]], kept[rows[1][0]] = True, False
+    kept[rows[1][1:]] = True
+    assert "unflatten" in next(groups.unequal(kept))[1]
+    assert "unflatten" in why
+
+
+def test_the_size_that_remains():
+    kept = as_mask([True, True, False, True])
+    assert size((3, 5), [along(torch.tensor([1, 2, 3]), 2, 0)], kept) == (2, 5)

@@ -1,0 +1,74 @@
+import torch
+from torch import nn
+
+from secateur.structure import rules
+from secateur.structure.capture import capture
+from secateur.structure.cut import cut, twin
+from secateur.structure.groups import Groups, as_mask
+from secateur.structure.plan import as_plan
+from secateur.structure.policy import Policy
+from secateur.structure.proof import difference, fresh, tolerance
+
+assert rules
+
+
+def halved(model, x):
+    small = twin(model)
+    cap = capture(small, [((x,), {})], Policy())
+    groups = Groups(cap)
+    kept, counts = groups.select(groups.scores(lambda name, w: w.square()), 0.5)
+    cut(small, as_plan(small, groups, kept, counts, ()).kept)
+    return small, cap.runs[0], as_mask(kept), groups.axes
+
+
+def mlp():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 8), nn.Sigmoid(), nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 2)).eval()
+
+
+def test_a_right_cut_differs_by_rounding():
+    model, x = mlp(), torch.randn(3, 4)
+    small, run, kept, axes = halved(model, x)
+    small[3].normalized_shape = (4,)
+    worst, call = difference(model, small, run, ((x,), {}), kept, axes)
+    assert worst < 1e-6
+    assert call is None
+
+
+def test_a_wrong_cut_is_found_where_it_begins():
+    model, x = mlp(), torch.randn(3, 4)
+    small, run, kept, axes = halved(model, x)
+    small[3].normalized_shape = (4,)
+    small[2].weight.data[0] += 1
+    worst, call = difference(model, small, run, ((x,), {}), kept, axes)
+    assert worst > tolerance(model)
+    assert (call.name, call.module) == ("linear", "2")
+
+
+def test_nan_is_a_difference():
+    model, x = mlp(), torch.randn(3, 4)
+    small, run, kept, axes = halved(model, x)
+    small[3].normalized_shape = (4,)
+    small[2].weight.data[0] = float("nan")
+    assert difference(model, small, run, ((x,), {}), kept, axes)[0] == float("inf")
+
+
+def test_the_original_is_untouched():
+    model, x = mlp(), torch.randn(3, 4)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    small, run, kept, axes = halved(model, x)
+    small[3].normalized_shape = (4,)
+    difference(model, small, run, ((x,), {}), kept, axes)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_fresh_inputs_are_of_the_same_kind():
+    ids = torch.arange(6).reshape(2, 3)
+    (x,), kwargs = fresh(((torch.randn(4, 5),), {"ids": ids, "flag": True}))
+    assert x.shape == (4, 5)
+    assert sorted(kwargs["ids"].flatten().tolist()) == list(range(6))
+    assert kwargs["flag"] is True
+
+
+def test_half_precision_has_a_wider_tolerance():
+    assert tolerance(nn.Linear(2, 2)) == 1e-4 < tolerance(nn.Linear(2, 2).bfloat16())

@@ -1,0 +1,106 @@
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import secateur as sc
+from secateur.errors import InputError, InputTypeError, StructureError
+
+
+def mlp():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 2)).eval()
+
+
+X = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
+
+
+def test_half_of_each_layer_goes_and_the_given_model_stays():
+    model = mlp()
+    before = copy.deepcopy(model)
+    small = sc.shrink(model, X, 0.5)
+    assert type(small) is nn.Sequential
+    assert [m.out_features for m in small if isinstance(m, nn.Linear)] == [4, 3, 2]
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before.parameters(), strict=True))
+    assert [m.out_features for m in model if isinstance(m, nn.Linear)] == [8, 6, 2]
+    small[4].bias.data += 1
+    assert torch.equal(model[4].bias, before[4].bias)
+
+
+def test_a_score_by_name_or_function():
+    def first(name, weight):
+        return torch.arange(weight.numel()).reshape(weight.shape).float() if name == "0.bias" else weight * 0
+
+    small = sc.shrink(mlp(), X, 0.5, score=first)
+    assert torch.equal(small[0].bias, mlp()[0].bias[4:])
+    assert sc.shrink(mlp(), X, 0.5, score="magnitude")[0].out_features == 4
+
+
+def test_several_examples():
+    class Branch(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(4, 8), nn.Linear(8, 2), nn.Linear(8, 2)
+
+        def forward(self, x, second=False):
+            return self.c(self.a(x)) if second else self.b(self.a(x))
+
+    small = sc.shrink(Branch().eval(), [X, {"x": X, "second": True}], 0.5)
+    assert small(X, second=True).shape == small(X).shape == (3, 2)
+
+
+def test_an_optimizer_goes_on():
+    model = mlp()
+    optimizer = torch.optim.Adam(model.parameters())
+    model(X).sum().backward()
+    optimizer.step()
+    small = sc.shrink(model, X, 0.5, optimizer=optimizer)
+    small(X).sum().backward()
+    optimizer.step()
+    assert small[0].weight.grad is not None
+
+
+def test_a_model_with_nothing_to_remove_is_an_error():
+    with pytest.raises(StructureError, match=r"0\.weight\[.\].*: an output of the model.*Ask for a larger sparsity"):
+        sc.shrink(nn.Sequential(nn.Linear(4, 2)), X, 0.5)
+
+
+def test_too_small_a_sparsity_is_an_error():
+    with pytest.raises(StructureError, match="Ask for a larger sparsity"):
+        sc.shrink(mlp(), X, 0.01)
+
+
+@pytest.mark.parametrize("sparsity", [0, 1, -0.1, 1.5, float("nan"), True, "half"])
+def test_sparsity(sparsity):
+    with pytest.raises(InputError, match="between 0 and 1"):
+        sc.shrink(mlp(), X, sparsity)
+
+
+def test_inputs():
+    with pytest.raises(InputTypeError, match=r"give inputs with which model\(...\) runs"):
+        sc.shrink(mlp(), torch.randn(3, 5), 0.5)
+    with pytest.raises(InputTypeError, match="Pass a tensor"):
+        sc.shrink(mlp(), None, 0.5)
+    with pytest.raises(InputError, match="give at least one example"):
+        sc.shrink(mlp(), [], 0.5)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_models_that_cannot_be_followed():
+    with pytest.raises(InputTypeError, match=r"give an nn\.Module"):
+        sc.shrink("model", X)
+    with pytest.raises(InputError, match="run the model once"):
+        sc.shrink(nn.LazyLinear(3), X)
+    with pytest.raises(InputError, match=r"shrink model\._orig_mod"):
+        sc.shrink(torch.compile(mlp()), X)
+
+
+def test_an_optimizer_of_another_model():
+    with pytest.raises(InputError, match="give the optimizer that trains this model"):
+        sc.shrink(mlp(), X, optimizer=torch.optim.SGD(mlp().parameters(), 0.1))
+
+
+def test_an_unknown_score():
+    with pytest.raises(InputError, match="choose"):
+        sc.shrink(mlp(), X, score="weight")
