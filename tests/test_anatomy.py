@@ -165,3 +165,9 @@ def test_a_lazy_layer_has_the_layout_it_will_have_when_it_has_a_shape():
     assert layout_of(nn.Linear(2, 2), "bias") == Layout("o")
     for groups, kernel in itertools.product((1, 2), (1, 3)):
         assert layout_of(nn.ConvTranspose1d(2, 2, kernel, groups=groups), "weight") == Layout("gio", groups)
+
+
+def test_normalisations_keep_statistics():
+    assert anatomy.keeps_statistics(nn.BatchNorm2d(3))
+    assert anatomy.keeps_statistics(nn.InstanceNorm1d(3))
+    assert not anatomy.keeps_statistics(nn.LayerNorm(3))

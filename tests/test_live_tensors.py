@@ -53,3 +53,20 @@ def test_zeros_that_nothing_holds_are_counted():
         model[1].weight.zero_()  # begun so
     assert live_tensors.loose_zeros(scope, masks, scope) == 8
     assert live_tensors.loose_zeros(scope, masks, ["1.weight"]) == 0
+
+
+class Wrapped(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+
+def test_a_layer_that_was_left_out_and_wrapped_since_is_no_newcomer():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8))
+    scope = sc.weights(model, skip=["1", "2"])
+    model[1] = Wrapped(model[1])
+    assert live_tensors.newcomers(model, scope) == {}
+    model[1].inner.weight = nn.Parameter(torch.zeros(8, 8))
+    assert live_tensors.newcomers(model, scope) == {}
+    model.append(nn.Linear(8, 2))
+    assert live_tensors.newcomers(model, scope) == {"3.weight": 16}

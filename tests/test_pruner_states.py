@@ -186,3 +186,12 @@ def test_states_of_the_first_versions_load():
     assert (again.steps, again.masks) == (1, pruner.masks)
     with pytest.raises(InputError, match=r"sparsity 0\.5 of 90.* there, .*sparsity 0\.6 of 90.* here; build this one"):
         sc.Pruner(net(), 0.6, schedule=sc.linear(0, 9)).load_state_dict({**pruner.state_dict(), "settings": words})
+
+
+@pytest.mark.parametrize("steps", [10**12, 10**18, 2**80])
+def test_more_steps_than_any_training_makes_are_damage(steps):
+    pruner = sc.Pruner(net(), 0.5)
+    pruner.step()
+    with pytest.raises(InputError, match="not a whole number from 0 to 1,000,000,000,000; load an earlier checkpoint"):
+        pruner.load_state_dict({**pruner.state_dict(), "steps": steps})
+    assert pruner.steps == 1

@@ -215,6 +215,11 @@ def readers(model: nn.Module) -> dict[int, nn.Module]:
     return found
 
 
+def keeps_statistics(module: nn.Module) -> bool:
+    """Whether a layer changes what it remembers of its inputs when it runs in training: a normalisation."""
+    return isinstance(module, nn.modules.batchnorm._NormBase)
+
+
 def has_own_forward(module: nn.Module) -> bool:
     """Whether its class computes otherwise than the layer it is derived from: it may not use the weight as it is."""
     kind, layer = entry(type(module))

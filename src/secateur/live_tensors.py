@@ -109,10 +109,12 @@ def newcomers(model: nn.Module, scope: Scope) -> dict[str, int]:
     known = {id(parameter) for parameter in scope.values()}
     names = {*scope.left_out, *(name for m in scope.members.values() for name in (m.name, *m.aliases))}
     parameters = dict(model.named_parameters(remove_duplicate=False))
+    looked_at = {id(module) for module in scope.modules}  # what was left out then may have been wrapped since
     return {
         name: tensor.numel()
         for name, tensor in weights_as_used(model).items()
         if name not in names and name in parameters and id(parameters[name]) not in known
+        if id(model.get_submodule(name.rpartition(".")[0])) not in looked_at
     }
 
 

@@ -12,6 +12,9 @@ from secateur.errors import InputError, listed
 from secateur.masks import Masks
 from secateur.scope import Scope
 
+_MOST_STEPS = 10**12
+"""No training makes so many: at a thousand a second it would take 30 years."""
+
 
 def _damaged(what: str) -> InputError:
     return InputError(f"the saved pruner is damaged: {what}; load an earlier checkpoint")
@@ -82,8 +85,8 @@ def read_numbers(state: Mapping[str, Any], masks: Masks, most: Sequence[int], *,
         InputError: the steps or the counts are damaged.
     """
     steps, counts = state["steps"], state["counts"]
-    if type(steps) is not int or steps < 0:
-        raise _damaged(f"its steps are {steps!r}, not a whole number of 0 or more")
+    if type(steps) is not int or not 0 <= steps < _MOST_STEPS:
+        raise _damaged(f"its steps are {steps!r}, not a whole number from 0 to {_MOST_STEPS:,}")
     if not isinstance(counts, (list, tuple)) or len(counts) != len(most) or any(type(n) is not int for n in counts):
         raise _damaged(f"its counts are {counts!r}, not {len(most)} whole numbers")
     if any(not 0 <= count <= limit for count, limit in zip(counts, most, strict=True)):

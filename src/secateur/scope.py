@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -67,9 +68,17 @@ class Scope(Printed, Mapping[str, nn.Parameter]):
     Reads as `dict[str, Parameter]`; prints as a table of what is in and what was left out. Made by `weights`.
     """
 
-    def __init__(self, members: Mapping[str, Member], left_out: Mapping[str, str], parameters: int) -> None:
+    def __init__(
+        self,
+        members: Mapping[str, Member],
+        left_out: Mapping[str, str],
+        parameters: int,
+        modules: Sequence[nn.Module] = (),
+    ) -> None:
         self.members = dict(members)
         self.left_out = dict(left_out)
+        self.modules = tuple(modules)
+        """The modules that were looked at, of what is left out too."""
         self.parameters = parameters
         """Numbers in all parameters of the model, tied ones once."""
 
@@ -176,7 +185,8 @@ def weights(
     if default:
         _warn_of_dense(dense, sum(member.parameter.numel() for member in members.values()))
     everything = (parameter_of(found[0]) for found in places)
-    return Scope(members, left_out, sum(p.numel() for p in everything if not is_lazy(p)))
+    modules = [module for found in places for _, module, _ in found]
+    return Scope(members, left_out, sum(p.numel() for p in everything if not is_lazy(p)), modules)
 
 
 def resolve(model: nn.Module, given: Mapping[str, nn.Parameter] | None) -> Scope:
@@ -263,10 +273,18 @@ class _Wanted:
 
 
 def weights_as_used(model: nn.Module) -> dict[str, Tensor]:
-    """Those of `effective` that are pruned by default, or would be if they were plain: to be read only."""
+    """Those of `effective` that are pruned by default, or would be if they were plain: to be read only.
+
+    A weight that a norm or a parametrization computes is there under its own name, as the model computes it.
+    """
     tensors, apart = effective(model), _apart(model)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     modules = dict(model.named_modules(remove_duplicate=False))
+    for prefix, module in modules.items():
+        for attribute, _, _ in computed(module, prefix):
+            name = f"{prefix}.{attribute}".removeprefix(".")
+            if name not in tensors and is_weight(module, attribute):
+                tensors[name] = _as_computed(module, attribute)
     places = {name: (modules[name.rpartition(".")[0]], name.rpartition(".")[2]) for name in tensors}
     out = {identity(t) for name, t in tensors.items() if name in apart or _family(places[name][0]) == "embedding"}
     return {
@@ -275,6 +293,17 @@ def weights_as_used(model: nn.Module) -> dict[str, Tensor]:
         if tensor.ndim > 1 and identity(tensor) not in out
         if is_weight(*_user_of(*places[name])) or name not in parameters
     }
+
+
+def _as_computed(module: nn.Module, attribute: str) -> Tensor:
+    """What a norm or a parametrization computes of a weight; of a norm that is a hook, at the last forward."""
+    with torch.no_grad():
+        if parametrize.is_parametrized(module, attribute):
+            steps: Any = copy.deepcopy(module.parametrizations[attribute])  # type: ignore[index]
+            found: Tensor = steps.eval()()  # in training some change what they remember
+            return found
+        found = getattr(module, attribute)
+        return found.detach()
 
 
 def effective(model: nn.Module) -> dict[str, Tensor]:

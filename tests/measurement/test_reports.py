@@ -250,3 +250,30 @@ def test_scripted_and_traced_models_know_their_outputs():
 def test_what_is_no_masks():
     with pytest.raises(InputTypeError, match=r"masks is a float: give what sc\.prune returned"):
         sc.report(net(), 0.5)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
+@pytest.mark.parametrize(
+    "norm",
+    [
+        nn.utils.parametrizations.weight_norm,
+        nn.utils.parametrizations.spectral_norm,
+        nn.utils.weight_norm,
+        nn.utils.spectral_norm,
+    ],
+)
+def test_a_weight_that_a_norm_computes_is_reported_as_the_model_computes_it(norm):
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 2))
+    sc.prune(model, 0.5)
+    before = sc.report(model)
+    norm(model[0])
+    model(torch.ones(1, 8))
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    after = sc.report(model)
+    assert {line.name: line.got for line in after.lines} == {line.name: line.got for line in before.lines}
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())  # only read
+
+
+def test_the_weights_of_a_normed_lstm_are_reported():
+    model = nn.utils.parametrizations.weight_norm(nn.LSTM(4, 4), "weight_hh_l0")
+    assert {line.name for line in sc.report(model).lines} == {"weight_ih_l0", "weight_hh_l0"}

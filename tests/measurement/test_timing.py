@@ -504,3 +504,18 @@ def test_an_error_of_a_later_call_names_the_model_too():
         with pytest.raises(OSError, match="tired") as caught:
             compare({"fine": nn.Identity(), "tired": Tired()}, SEQUENCE, **QUICK)
         assert caught.value.__notes__ == ["secateur was measuring the model 'tired'"]
+
+
+@pytest.mark.filterwarnings("ignore:.*beta state")
+@pytest.mark.parametrize("layout", [torch.sparse_csr, torch.sparse_csc])
+def test_a_model_of_sparse_weights_is_timed_and_its_size_is_not_told(layout):
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 2))
+    model[0].weight = nn.Parameter(model[0].weight.detach().relu().to_sparse(layout=layout))
+    found = measure(model, torch.zeros(2, 8), seconds=0.001)
+    assert found.seconds > 0
+    assert (found.parameters, found.nonzeros, found.file_bytes) == (None, None, None)
+
+
+def test_a_metric_that_gives_no_number_is_named():
+    with pytest.raises(InputTypeError, match="metric gave a list: let it return one number"):
+        compare({"a": nn.Linear(2, 2)}, torch.zeros(1, 2), metric=lambda model: [], seconds=0.001)

@@ -480,3 +480,31 @@ def test_an_allocation_that_keeps_more(file):
         prune_checkpoint(file, None, Recipe(0.9, sc.allocation.uniform(min_keep=0.5)))
     with pytest.raises(InputError, match="for files: choose global, uniform, erk"):
         prune_checkpoint(file, None, Recipe(0.9, sc.allocation.lamp(min_keep=3)))
+
+
+@pytest.mark.parametrize(
+    ("target", "error", "remedy"),
+    [
+        ("out.pt", sc.errors.InputError, r"let its name end so: out\.safetensors"),
+        ("none/out.safetensors", sc.errors.WriteError, "make its folder first"),
+        ("m.safetensors", sc.errors.InputError, "give another place"),
+    ],
+)
+def test_a_target_that_cannot_be_written_is_refused_before_a_weight_is_read(tmp_path, target, error, remedy):
+    save_file({"w": torch.rand(8, 8)}, tmp_path / "m.safetensors")
+    read = []
+    with pytest.raises(error, match=remedy):
+        prune_checkpoint(tmp_path / "m.safetensors", tmp_path / target, Recipe(0.5), progress=read.append)
+    assert read == []
+
+
+def test_a_number_is_no_recipe(tmp_path):
+    save_file({"w": torch.rand(8, 8)}, tmp_path / "m.safetensors")
+    with pytest.raises(sc.errors.InputTypeError, match=r"recipe is 0\.95: give a secateur\.storage\.Recipe"):
+        prune_checkpoint(tmp_path / "m.safetensors", None, 0.95)
+
+
+def test_a_tensor_without_a_name_is_shown(tmp_path):
+    save_file({"": torch.rand(8)}, tmp_path / "m.safetensors")
+    with pytest.raises(sc.errors.InputError, match="nothing to prune: '': fewer than two dimensions"):
+        prune_checkpoint(tmp_path / "m.safetensors", None, Recipe(0.5))

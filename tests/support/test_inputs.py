@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn.utils.rnn import pack_sequence
 
-from secateur.errors import InputTypeError
+from secateur.errors import InputError, InputTypeError
 from secateur.support.inputs import arguments
 
 
@@ -21,3 +21,9 @@ def test_a_tensor_a_tuple_a_dict_and_a_packed_sequence():
 def test_anything_else_is_an_error(inputs):
     with pytest.raises(InputTypeError, match="Pass a tensor, a tuple of positional arguments, or a dict"):
         arguments(inputs)
+
+
+@pytest.mark.parametrize("wrap", [lambda x: x, lambda x: (x,), lambda x: {"x": [x]}])
+def test_inputs_without_values_are_refused(wrap):
+    with pytest.raises(InputError, match="give tensors on the device of the model"):
+        arguments(wrap(torch.zeros(2, device="meta")))

@@ -174,3 +174,11 @@ def test_percent(value, want):
 )
 def test_size(value, want):
     assert size(value) == want
+
+
+def test_a_name_is_never_a_tag():
+    name = "<script>alert(1)</script>"
+    table = Table((name, "b"), [[name, name]], title=name, notes=[name])
+    assert "<script" not in table.html()
+    assert table.html().count("&lt;script&gt;") == 5
+    assert table.markdown().count("<script") == table.markdown().count(r"\<script") == 5

@@ -37,7 +37,7 @@ def weight_facts(model: nn.Module) -> dict[str, Any]:
         "dtype": join({w.dtype for w in weights if w.is_floating_point()}) or "none",
         "parameters": None if hidden else sum(w.numel() for w in weights),
         "nonzeros": None if hidden else sum(int(w.count_nonzero()) for w in weights),
-        "denormals": sum(int(bits.subnormal(w.detach()).sum()) for w in weights if w.is_floating_point()),
+        "denormals": sum(int(bits.subnormal(bits.plain(w.detach())).sum()) for w in weights if w.is_floating_point()),
         "flushed": _flushed(),
     }
 
@@ -47,13 +47,13 @@ def hides_weights(model: nn.Module) -> bool:
     entries = [*model.state_dict().values(), *model.parameters()]
     beside = tree_leaves([entry for entry in entries if not isinstance(entry, Tensor)])
     return (
-        not all(_is_plain(entry) for entry in entries if isinstance(entry, Tensor))
+        not all(is_plain(entry) for entry in entries if isinstance(entry, Tensor))
         or not all(isinstance(leaf, _NO_WEIGHTS) for leaf in beside)
         or any(_has_constants(module) for module in model.modules() if isinstance(module, torch.jit.ScriptModule))
     )
 
 
-def _is_plain(tensor: Tensor) -> bool:
+def is_plain(tensor: Tensor) -> bool:
     """Whether a tensor has one number for each place."""
     wrapped = is_traceable_wrapper_subclass(tensor) or getattr(tensor, "quant_state", None) is not None
     return tensor.layout is torch.strided and not tensor.is_quantized and not wrapped
@@ -142,7 +142,7 @@ class _ZeroMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if formula := flop_registry.get(func.overloadpacket):
             added = name in ("addmm", "baddbmm")  # their first tensor is no factor
             weights = [t for t in args[added : added + 2] if _storage(t) in self.fixed]
-            density = math.prod(int(t.count_nonzero()) / max(t.numel(), 1) for t in weights)
+            density = math.prod(int(bits.plain(t).count_nonzero()) / max(t.numel(), 1) for t in weights)
             self.zero_macs += formula(*args, **(kwargs or {}), out_val=out) / 2 * (1 - density)
         given = {_storage(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
         results = {_storage(t) for t in tree_leaves(out) if isinstance(t, Tensor)}
@@ -151,7 +151,7 @@ class _ZeroMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr() if tensor.layout is torch.strided else id(tensor)
+    return tensor.untyped_storage().data_ptr() if is_plain(tensor) else id(tensor)
 
 
 def file_bytes(model: nn.Module) -> int | None:

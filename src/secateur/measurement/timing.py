@@ -19,7 +19,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves
 
 from secateur.errors import InputError, InputTypeError
-from secateur.measurement.costs import devices, file_bytes, join, macs, peak_bytes, weight_facts
+from secateur.measurement.costs import devices, file_bytes, is_plain, join, macs, peak_bytes, weight_facts
 from secateur.support import checks
 from secateur.support.inputs import Arguments, arguments
 from secateur.support.tables import Printed, Table, number, percent, size
@@ -321,7 +321,9 @@ def evaluating(models: Mapping[str, nn.Module], threads: int) -> Iterator[None]:
         torch.set_num_threads(threads)
         for module, _ in flags:  # not by eval(), which a model may override and an exported one refuses
             module.training = False
-        with torch.random.fork_rng(devices=list(cuda)), torch.inference_mode():
+        # in inference mode no model runs whose weights are sparse, or quantized by torchao
+        plain = all(is_plain(weight) for model in models.values() for weight in model.parameters())
+        with torch.random.fork_rng(devices=list(cuda)), torch.inference_mode() if plain else torch.no_grad():
             yield
     finally:
         torch.set_num_threads(before)

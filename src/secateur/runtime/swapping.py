@@ -18,6 +18,7 @@ from secateur.anatomy import Layer
 from secateur.errors import StateError, warn
 from secateur.runtime import products
 from secateur.runtime.weight_checks import Snapshot
+from secateur.support import bits
 
 SPARSE_ENOUGH = 0.3
 """Share of zeros from which a sparse kernel is worth a try."""
@@ -239,7 +240,7 @@ def swapped_class(mixin: type[Swapped], plain: type[nn.Module]) -> type[Swapped]
 
 def zero_share(weight: Tensor) -> float:
     """Share of a tensor that is zero; 0 of an empty one."""
-    return 1 - int(weight.count_nonzero()) / max(weight.numel(), 1)
+    return 1 - int(bits.plain(weight).count_nonzero()) / max(weight.numel(), 1)
 
 
 def worth_packing(weight: Tensor) -> bool:

@@ -7,8 +7,9 @@ from typing import Any
 
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
+from torch.utils._pytree import tree_leaves
 
-from secateur.errors import InputTypeError
+from secateur.errors import InputError, InputTypeError
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and keyword arguments of a call."""
@@ -18,11 +19,13 @@ def arguments(inputs: Any) -> Arguments:
     """How to call a model with a tensor, a tuple of positional or a dict of keyword arguments.
 
     Raises:
-        InputTypeError: inputs of another type.
+        InputTypeError: inputs of another type. InputError: a tensor on the meta device.
 
     >>> arguments((1, 2)), arguments({"x": 3})
     (((1, 2), {}), ((), {'x': 3}))
     """
+    if any(isinstance(leaf, Tensor) and leaf.is_meta for leaf in tree_leaves(inputs)):
+        raise InputError("inputs are on the meta device and hold no values: give tensors on the device of the model")
     if isinstance(inputs, Mapping):
         return (), dict(inputs)
     if isinstance(inputs, Tensor | PackedSequence):  # the latter is a tuple, but one argument

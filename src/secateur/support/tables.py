@@ -45,11 +45,11 @@ class Table:
 
     def markdown(self) -> str:
         """A GitHub-flavoured Markdown table, notes below."""
-        rows = [[re.sub(r"[|<*`\[]", r"\\\g<0>", cell) for cell in row] for row in (self.header, *self.rows)]
+        rows = [[_in_markdown(cell) for cell in row] for row in (self.header, *self.rows)]
         lines = [f"| {' | '.join(_aligned(row, _widths(rows)))} |" for row in rows]
         lines.insert(1, f"|{'|'.join(['---', *['---:'] * (len(self.header) - 1)])}|")
-        title = [f"**{self.title}**", ""] if self.title else []
-        notes = ["", *self.notes] if self.notes else []
+        title = [f"**{_in_markdown(self.title)}**", ""] if self.title else []
+        notes = ["", *map(_in_markdown, self.notes)] if self.notes else []
         return "\n".join([*title, *lines, *notes])
 
     def html(self) -> str:
@@ -133,6 +133,11 @@ def _fold(text: str, width: int | None) -> list[str]:
         return [text] if text else []
     ends = r"\s" if " " in text else "[./_-]"
     return [line.rstrip() for line in re.findall(rf".{{1,{width}}}(?:(?<={ends})|$)|.{{{width}}}", text)]
+
+
+def _in_markdown(text: str) -> str:
+    """Let no name be read as a tag or as emphasis."""
+    return re.sub(r"[|<*`\[]", r"\\\g<0>", text)
 
 
 def number(value: float) -> str:

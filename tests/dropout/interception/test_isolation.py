@@ -8,7 +8,7 @@ from torch import nn
 from zoo import linear
 
 from secateur.dropout.interception.isolation import changed, fresh, held, require_rest, twin, undisturbed, written
-from secateur.errors import InputTypeError, StateError
+from secateur.errors import InputError, InputTypeError, StateError
 
 X = torch.ones(2, 8)
 
@@ -94,3 +94,11 @@ def test_a_twin_of_a_model_that_keeps_what_has_a_history():
     copied = twin(model, model.parameters())
     assert copied.last is model.last
     assert copied.lock is not model.lock
+
+
+def test_a_model_without_values_is_refused_by_name():
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)).eval()
+    with pytest.raises(InputError, match=r"0\.weight is on the meta device.*materialise it first"):
+        require_rest(model.to("meta"))
+    with pytest.raises(InputError, match=r"weight is lazy: run one batch"):
+        require_rest(nn.LazyLinear(2).eval())

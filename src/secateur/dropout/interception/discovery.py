@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from secateur import anatomy
 from secateur.dropout.interception.handlers import DropoutCall
 from secateur.dropout.interception.isolation import changed, fresh, held, require_rest, twin, undisturbed
 from secateur.dropout.interception.listing import Lister, listed
@@ -131,7 +132,7 @@ def _in_training(copied: nn.Module, call: Arguments) -> Lister:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for module in copied.train().modules():
-            if isinstance(module, nn.modules.batchnorm._NormBase):
+            if anatomy.keeps_statistics(module):
                 module.eval()
         return listed(copied, fresh(call))[0]
 

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from secateur import anatomy
 from secateur.errors import InputTypeError, StateError
+from secateur.scope import require_values
 from secateur.support.inputs import Arguments
 
 _COMPILING = (
@@ -29,6 +31,7 @@ def require_rest(model: nn.Module) -> None:
 
     Raises:
         InputTypeError: no module; StateError: it is in training mode, or a normalisation in it is; compiled code calls.
+        InputError: a parameter or buffer that is lazy, or on the meta device.
     """
     if torch.compiler.is_compiling():
         raise StateError(_COMPILING)
@@ -38,8 +41,10 @@ def require_rest(model: nn.Module) -> None:
     if getattr(model, "training", False) and "train" not in vars(model):
         raise StateError("the model is in training mode: call model.eval() first; its dropout is switched on for you")
     for name, module in model.named_modules():
-        if isinstance(module, nn.modules.batchnorm._NormBase) and module.training:
+        if anatomy.keeps_statistics(module) and module.training:
             raise StateError(f"{name} is in training mode and would change its statistics: call model.eval() first")
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        require_values(name, tensor)
 
 
 class _Eager:

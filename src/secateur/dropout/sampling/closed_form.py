@@ -18,6 +18,7 @@ from secateur.dropout.interception.isolation import require_rest, undisturbed
 from secateur.dropout.sampling.fingerprints import fingerprint, spec
 from secateur.dropout.sampling.passes import Run, SamplingPlan
 from secateur.errors import InputError, warn
+from secateur.support import bits
 from secateur.support.inputs import arguments
 
 __all__ = ["Moments", "closed_form"]
@@ -138,6 +139,7 @@ class _Watcher(Follower):
         """Moments behind the layer: an element x becomes `a x + b` if it is kept, and always the same `d` if not."""
         assert self._combine is not None
         rate, (weight, *bias) = self._rate, layer
+        weight = bits.plain(weight)
         ends = torch.tensor([0.0, 1.0], dtype=torch.float64)
         b, a_and_b = self._combine(ends, torch.tensor(1.0)).tolist()  # a number above the rate keeps
         a, d = a_and_b - b, float(self._combine(ends, torch.tensor(-1.0))[0])
