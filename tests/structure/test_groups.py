@@ -1,10 +1,13 @@
+import numpy as np
+import pytest
 import torch
 from torch import nn
 
+from secateur.errors import InputError
 from secateur.structure import rules
 from secateur.structure.capture import capture
 from secateur.structure.fields import along
-from secateur.structure.groups import Groups, as_mask, size
+from secateur.structure.groups import Groups, as_mask, scores, size
 from secateur.structure.policy import Policy
 
 assert rules
@@ -22,30 +25,42 @@ def test_cells_are_the_hidden_layers():
     assert [len(cell) for cell in of(mlp(), torch.randn(3, 4)).cells] == [8, 6]
 
 
+def totals(groups):
+    per = scores(groups, lambda name, w: w.abs())
+    return per, np.bincount(groups.root, per, len(per))
+
+
 def test_scores_are_summed_over_all_tensors_of_a_group():
     model = mlp()
     groups = of(model, torch.randn(3, 4))
-    scores = groups.scores(lambda name, w: w.abs())
     first, second = model[0], model[2]
     want = first.weight.abs().sum(1) + first.bias.abs() + second.weight.abs().sum(0)
-    assert torch.allclose(torch.tensor(scores[groups.cells[1]]), want.double().detach(), atol=1e-5)
+    assert torch.allclose(torch.tensor(totals(groups)[1][groups.cells[1]]), want.double().detach(), atol=1e-5)
 
 
 def test_the_lowest_go_and_one_stays():
     groups = of(mlp(), torch.randn(3, 4))
-    scores = groups.scores(lambda name, w: w.abs())
-    kept, counts = groups.select(scores, 0.5)
+    per, total = totals(groups)
+    kept, counts = groups.select(per, 0.5)
     assert counts == [4, 3]
     cell = groups.cells[0]
-    assert max(scores[cell[~kept[cell]]]) <= min(scores[cell[kept[cell]]])
-    assert groups.select(scores, 0.99)[1] == [7, 5]
+    assert max(total[cell[~kept[cell]]]) <= min(total[cell[kept[cell]]])
+    assert groups.select(per, 0.99)[1] == [7, 5]
+
+
+@pytest.mark.parametrize(
+    ("score", "remedy"), [(lambda n, w: w[:1], "score for each"), (lambda n, w: w * np.nan, "inf for")]
+)
+def test_scores_that_cannot_be_used(score, remedy):
+    with pytest.raises(InputError, match=remedy):
+        scores(of(mlp(), torch.randn(3, 4)), score)
 
 
 def test_equal_parts_are_checked():
     groups = of(
         nn.Sequential(nn.Linear(4, 6), nn.Unflatten(1, (2, 3)), nn.Flatten(), nn.Linear(6, 2)), torch.randn(3, 4)
     )
-    kept, _ = groups.select(groups.scores(lambda name, w: w.abs()), 0.5)
+    kept, _ = groups.select(scores(groups, lambda name, w: w.abs()), 0.5)
     rows, why = groups.blocks[0]
     kept[rows[0]], kept[rows[1][0]] = True, False
     kept[rows[1][1:]] = True

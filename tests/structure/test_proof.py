@@ -4,7 +4,7 @@ from torch import nn
 from secateur.structure import rules
 from secateur.structure.capture import capture
 from secateur.structure.cut import cut, twin
-from secateur.structure.groups import Groups, as_mask
+from secateur.structure.groups import Groups, as_mask, scores
 from secateur.structure.plan import as_plan
 from secateur.structure.policy import Policy
 from secateur.structure.proof import difference, fresh, tolerance
@@ -16,7 +16,7 @@ def halved(model, x):
     small = twin(model)
     cap = capture(small, [((x,), {})], Policy())
     groups = Groups(cap)
-    kept, counts = groups.select(groups.scores(lambda name, w: w.square()), 0.5)
+    kept, counts = groups.select(scores(groups, lambda name, w: w.square()), 0.5)
     cut(small, as_plan(small, groups, kept, counts, ()).kept)
     return small, cap.runs[0], as_mask(kept), groups.axes
 
@@ -30,7 +30,7 @@ def test_a_right_cut_differs_by_rounding():
     model, x = mlp(), torch.randn(3, 4)
     small, run, kept, axes = halved(model, x)
     small[3].normalized_shape = (4,)
-    worst, call = difference(model, small, run, ((x,), {}), kept, axes)
+    worst, call = difference(model, small, run, ((x,), {}), kept, axes, tolerance(model))
     assert worst < 1e-6
     assert call is None
 
@@ -40,7 +40,7 @@ def test_a_wrong_cut_is_found_where_it_begins():
     small, run, kept, axes = halved(model, x)
     small[3].normalized_shape = (4,)
     small[2].weight.data[0] += 1
-    worst, call = difference(model, small, run, ((x,), {}), kept, axes)
+    worst, call = difference(model, small, run, ((x,), {}), kept, axes, tolerance(model))
     assert worst > tolerance(model)
     assert (call.name, call.module) == ("linear", "2")
 
@@ -50,7 +50,7 @@ def test_nan_is_a_difference():
     small, run, kept, axes = halved(model, x)
     small[3].normalized_shape = (4,)
     small[2].weight.data[0] = float("nan")
-    assert difference(model, small, run, ((x,), {}), kept, axes)[0] == float("inf")
+    assert difference(model, small, run, ((x,), {}), kept, axes, 1e-4)[0] == float("inf")
 
 
 def test_the_original_is_untouched():
@@ -58,7 +58,7 @@ def test_the_original_is_untouched():
     before = {k: v.clone() for k, v in model.state_dict().items()}
     small, run, kept, axes = halved(model, x)
     small[3].normalized_shape = (4,)
-    difference(model, small, run, ((x,), {}), kept, axes)
+    difference(model, small, run, ((x,), {}), kept, axes, tolerance(model))
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 

@@ -62,7 +62,7 @@ def test_an_optimizer_goes_on():
 
 
 def test_a_model_with_nothing_to_remove_is_an_error():
-    with pytest.raises(StructureError, match=r"0\.weight\[.\].*: an output of the model.*Ask for a larger sparsity"):
+    with pytest.raises(StructureError, match=r"0\.weight\[.\].*: an output of the model.*keep the model as it is"):
         sc.shrink(nn.Sequential(nn.Linear(4, 2)), X, 0.5)
 
 
@@ -104,3 +104,46 @@ def test_an_optimizer_of_another_model():
 def test_an_unknown_score():
     with pytest.raises(InputError, match="choose"):
         sc.shrink(mlp(), X, score="weight")
+
+
+def test_a_branch_that_runs_only_in_training_is_cut_too():
+    class Auxiliary(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(4, 8), nn.Linear(8, 2), nn.Linear(8, 2)
+
+        def forward(self, x):
+            return (self.b(self.a(x)), self.c(self.a(x))) if self.training else self.b(self.a(x))
+
+    small = sc.shrink(Auxiliary().eval(), X, 0.5)
+    assert small.c.in_features == 4
+    assert len(small.train()(X)) == 2
+
+
+def test_a_branch_that_cannot_be_seen_is_refused():
+    class Targets(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(4, 8), nn.Linear(8, 2), nn.Linear(8, 2)
+
+        def forward(self, x, targets=None):
+            return self.c(self.a(x)) - targets if self.training else self.b(self.a(x))
+
+    with pytest.raises(StructureError, match=r"c\.weight, c\.bias may take part in training.*give inputs with which"):
+        sc.shrink(Targets().eval(), X, 0.5)
+    assert sc.shrink(Targets().eval(), {"x": X, "targets": torch.zeros(3, 2)}, 0.5).c.in_features == 4
+
+
+def test_unknown_places_are_held_not_guessed():
+    class TopK(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(4, 8), nn.Linear(8, 8), nn.Linear(8, 2)
+
+        def forward(self, x):
+            y = self.a(x)
+            values, at = y.topk(3, -1)
+            return self.c(self.b(torch.zeros_like(y).scatter(-1, at, values)))
+
+    small = sc.shrink(TopK().eval(), X, 0.5)
+    assert (small.a.out_features, small.b.out_features) == (8, 4)

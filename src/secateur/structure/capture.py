@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from secateur.errors import StructureError, listed
 from secateur.structure.fields import Labelled, Shape, along, labels, misfit, squeeze, support
 from secateur.structure.policy import Policy, contract
 from secateur.structure.units import Ledger
@@ -223,6 +224,10 @@ class Capture(TorchFunctionMode):
             if not support(f):  # one unit is all there is: it stays
                 self.hold(f)
         self._fields[tensor] = [f for f in fields if support(f)]
+
+    def seen(self, tensor: Tensor) -> bool:
+        """Whether a forward took up a tensor."""
+        return tensor in self._fields
 
     def make_elastic(self, tensor: Tensor, elastic: bool = True) -> None:
         """Note that a tensor may have any size, or that it no longer may."""
@@ -443,14 +448,24 @@ class Capture(TorchFunctionMode):
 
 
 def capture(model: nn.Module, examples: Sequence[Arguments], policy: Policy) -> Capture:
-    """Run each example once in eval mode, and in training mode too if that did not reach every parameter."""
+    """Run each example once in eval mode, and in training mode too if that did not reach every parameter.
+
+    Raises:
+        StructureError: a parameter was not reached, and the forward in training mode fails.
+    """
     cap = Capture(model, policy)
     for arguments in examples:
         cap.forward(model, arguments, False)
     cap.unseen = [n for n, p in model.named_parameters() if p not in cap._fields]
     if cap.unseen:
-        for arguments in examples:
-            cap.forward(model, arguments, True)
+        try:
+            for arguments in examples:
+                cap.forward(model, arguments, True)
+        except Exception as error:
+            raise StructureError(
+                f"{listed(cap.unseen)} may take part in training only, and the forward in training mode fails "
+                f"({type(error).__name__}: {error}): give inputs with which it runs too, or delete what is not used"
+            ) from error
         cap.unseen = [n for n, p in model.named_parameters() if p not in cap._fields]
     return cap
 

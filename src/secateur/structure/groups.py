@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from secateur.errors import InputError
 from secateur.structure.capture import Capture
 from secateur.structure.fields import Shape, labels, support
 from secateur.structure.units import Labels
@@ -44,6 +45,7 @@ class Groups:
         self.axes = [
             Axis(name, t, d, labels(f).ravel())
             for name, t in cap.home.values()
+            if cap.seen(t)
             for f in cap.fields(t)
             for d in support(f)
         ]
@@ -72,37 +74,21 @@ class Groups:
         cells = np.split(units[order], np.flatnonzero(np.diff(cell[order])) + 1) if len(units) else []
         return sorted(cells, key=len, reverse=True)
 
-    def scores(self, score: Callable[[str, Tensor], Tensor]) -> NDArray[np.float64]:
-        """For each label that names a group, the sum of the scores of all weights of the group.
-
-        Args:
-            score: (name, parameter) to scores of the parameter's shape.
-        """
-        total = np.zeros(len(self.root))
-        found: dict[str, Tensor] = {}
-        for name, t, dim, own in self.axes:
-            if isinstance(t, nn.Parameter):
-                if name not in found:
-                    found = {name: score(name, t.detach()).double().cpu()}
-                others = [d for d in range(t.ndim) if d != dim]
-                per = found[name].sum(others) if others else found[name]
-                total += np.bincount(self.root[own], per.numpy(), len(total))
-        return total
-
     def select(self, scores: NDArray[np.float64], fraction: float) -> tuple[Labels, list[int]]:
         """Take the lowest of each cell.
 
         Args:
-            scores: from `scores`.
+            scores: for each label, from `scores`.
             fraction: of each cell that goes; the last of a cell stays.
 
         Returns the mask of kept labels [labels], and how many go of each cell.
         """
+        total = np.bincount(self.root, scores, len(self.root))
         wanted = [min(len(cell) - 1, int(len(cell) * fraction + 0.5)) for cell in self.cells]
         counts = [0 if crowded else n for n, crowded in zip(wanted, self._crowded(wanted), strict=True)]
         kept = np.ones(len(self.root), bool)
         for cell, out in zip(self.cells, counts, strict=True):
-            kept[cell[np.argsort(scores[cell], kind="stable")][:out]] = False
+            kept[cell[np.argsort(total[cell], kind="stable")][:out]] = False
         return kept[self.root], counts
 
     def _crowded(self, wanted: Sequence[int]) -> list[bool]:
@@ -130,6 +116,35 @@ class Groups:
             stays = kept[rows].sum(1)
             if len(np.unique(stays[stays > 0])) > 1:
                 yield rows, why
+
+
+def scores(groups: Groups, score: Callable[[str, Tensor], Tensor]) -> NDArray[np.float64]:
+    """For each label, the sum of the scores of the weights at its position.
+
+    Args:
+        groups: of the model; which labels are united does not matter.
+        score: (name, parameter) to scores of the parameter's shape.
+
+    Raises:
+        InputError: scores of another shape, or NaN.
+    """
+    total = np.zeros(len(groups.root))
+    done, found = "", torch.empty(0)
+    for name, t, dim, own in groups.axes:
+        if isinstance(t, nn.Parameter):
+            if name != done:
+                done, found = name, score(name, t.detach()).cpu()
+                if found.shape != t.shape:
+                    raise InputError(
+                        f"the scores of {name} have the shape {tuple(found.shape)}, the tensor {tuple(t.shape)}: "
+                        "give a score for each weight"
+                    )
+            others = [d for d in range(t.ndim) if d != dim]
+            per = found.sum(others, dtype=torch.float64) if others else found.double()
+            if bool(per.isnan().any()):
+                raise InputError(f"the scores of {name} hold NaN: give numbers, inf for what must stay")
+            total += np.bincount(own, per.numpy(), len(total))
+    return total
 
 
 def size(shape: Shape, fields: Sequence[Tensor], kept: Tensor) -> Shape:

@@ -16,6 +16,9 @@ from secateur.structure.groups import Groups
 from secateur.structure.units import Labels
 from secateur.support.tables import Table
 
+NOT_ASKED = "none was to go"
+"""Why units stay that could go."""
+
 
 @dataclass(frozen=True)
 class Group:
@@ -212,7 +215,7 @@ def _rows(groups: Groups, counts: list[int]) -> list[Group]:
         elif counts[k]:
             held = ""
         else:
-            held = "only one of its kind" if len(members[k]) == 1 else "none was to go"
+            held = "only one of its kind" if len(members[k]) == 1 else NOT_ASKED
         rows.append(Group(len(members[k]), counts[k] if 0 <= k < len(counts) else 0, tuple(axes[k]), held))
     return rows
 

@@ -26,11 +26,11 @@ _OVER_KEPT = frozenset(_STATISTICS.split())
 
 
 class _Steps(TorchFunctionMode):
-    """Counts the calls that were captured, and takes a fingerprint of the results of each."""
+    """Counts the calls that were captured, and takes a fingerprint of the results of each, if asked."""
 
-    def __init__(self, calls: Sequence[Call]) -> None:
+    def __init__(self, calls: Sequence[Call], closely: bool) -> None:
         super().__init__()
-        self.calls, self.at = calls, 0
+        self.calls, self.at, self.closely = calls, 0, closely
         self.prints: list[list[Tensor] | None] = []
 
     def step(self, name: str) -> Call | None:
@@ -45,15 +45,17 @@ class _Steps(TorchFunctionMode):
         out, name = func(*args, **kwargs or {}), key(func)
         outs = results(name, args, out)
         if outs and self.step(name):
-            self.prints.append([_fingerprint(t) for t in outs])
+            self.prints.append([_fingerprint(t) for t in outs] if self.closely else None)
         return out
 
 
 class _Masked(_Steps):
     """The original with units masked, its parameters one at a time, as a call reads them."""
 
-    def __init__(self, calls: Sequence[Call], kept: Tensor, parameters: Mapping[int, list[Axis]]) -> None:
-        super().__init__(calls)
+    def __init__(
+        self, calls: Sequence[Call], closely: bool, kept: Tensor, parameters: Mapping[int, list[Axis]]
+    ) -> None:
+        super().__init__(calls, closely)
         self.kept, self.parameters = kept, parameters
 
     def __torch_function__(
@@ -73,8 +75,9 @@ class _Masked(_Steps):
         out = func(*args, **kwargs)
         outs = results(name, args, out)
         if outs and self.step(name) is call and call is not None:
-            pairs = zip(outs, call.outs, strict=False)
-            self.prints.append([_fingerprint(self._cut(t, masks(*known, self.kept))) for t, known in pairs])
+            known = zip(outs, call.outs, strict=False)
+            cuts = (self._cut(t, masks(*one, self.kept)) for t, one in known) if self.closely else ()
+            self.prints.append([_fingerprint(t) for t in cuts] if self.closely else None)
         return out
 
     def _mask(self, t: Any) -> Any:
@@ -129,13 +132,20 @@ class _Masked(_Steps):
 
 def _fingerprint(t: Tensor) -> Tensor:
     """Two sums over a tensor, one of them weighted by place; with the sum of magnitudes to compare them by."""
+    t = t.to_dense() if t.layout is not torch.strided else t
     values = t.detach().double().flatten().nan_to_num(posinf=0, neginf=0) if not t.is_complex() else t.abs().flatten()
     place = torch.linspace(1, 2, len(values), dtype=torch.float64, device=t.device)
     return torch.stack([values.abs().sum(), (values * place).sum()]).cpu()
 
 
 def difference(
-    original: nn.Module, small: nn.Module, run: Run, arguments: Arguments, kept: Tensor, axes: Sequence[Axis]
+    original: nn.Module,
+    small: nn.Module,
+    run: Run,
+    arguments: Arguments,
+    kept: Tensor,
+    axes: Sequence[Axis],
+    limit: float,
 ) -> tuple[float, Call | None] | None:
     """How much the small model differs from the masked original, relative to the largest number of an output.
 
@@ -146,8 +156,9 @@ def difference(
         arguments: of the forward: those of the run, or fresh ones.
         kept: for each label, whether it stays.
         axes: of the model's tensors.
+        limit: differences up to this one are none.
 
-    Returns the difference, and the first call whose results differ, if one does. None if the forward with these
+    Returns the difference, and the call where it begins if it is above the limit. None if the forward with these
     arguments makes other calls than the run did.
     """
     named = dict(original.named_parameters())
@@ -156,17 +167,19 @@ def difference(
         if axis.name in named:
             parameters.setdefault(id(named[axis.name]), []).append(axis)
     args, kwargs = arguments
-    with calm(small, run.training), _Steps(run.calls) as ours:
-        got = small(*args, **kwargs)
-    with calm(original, run.training), _Masked(run.calls, kept, parameters) as theirs:
-        want = original(*args, **kwargs)
-    if not ours.at == theirs.at == len(run.calls):
-        return None
-    pairs = list(zip(tensors(contract(want)), tensors(contract(got)), strict=True))
-    worst = max((_apart(a, b) for a, b in pairs), default=0.0)
-    return worst, next(
-        (c for c, a, b in zip(run.calls, theirs.prints, ours.prints, strict=True) if _differ(a, b)), None
-    )
+    for closely in (False, True):
+        with calm(small, run.training), _Steps(run.calls, closely) as ours:
+            got = small(*args, **kwargs)
+        with calm(original, run.training), _Masked(run.calls, closely, kept, parameters) as theirs:
+            want = original(*args, **kwargs)
+        if not ours.at == theirs.at == len(run.calls):
+            return None
+        pairs = zip(tensors(contract(want)), tensors(contract(got)), strict=True)
+        worst = max((_apart(a, b) for a, b in pairs), default=0.0)
+        if worst <= limit:
+            return worst, None
+    prints = zip(run.calls, theirs.prints, ours.prints, strict=True)
+    return worst, next((call for call, a, b in prints if _differ(a, b)), run.calls[-1])
 
 
 def _apart(a: Tensor, b: Tensor) -> float:

@@ -19,8 +19,8 @@ from secateur.structure.attributes import Edits, follow_forward, follow_modules
 from secateur.structure.capture import Call, Capture, capture
 from secateur.structure.cut import check_optimizer, cut, follow, part, twin, undo
 from secateur.structure.fields import Labelled
-from secateur.structure.groups import Groups, as_mask, size
-from secateur.structure.plan import Plan, as_plan
+from secateur.structure.groups import Groups, as_mask, scores, size
+from secateur.structure.plan import NOT_ASKED, Plan, as_plan
 from secateur.structure.policy import POLICIES, Policy
 from secateur.structure.proof import difference, fresh, tolerance
 from secateur.support.inputs import Arguments, arguments
@@ -132,10 +132,12 @@ def _attempt(
             f"the model cannot take the example inputs ({type(error).__name__}: {error}): "
             "give inputs with which model(...) runs"
         ) from error
-    trouble = ""
+    trouble, worth = "", None
     for _ in range(_ROUNDS):
         groups = Groups(cap)
-        kept, counts = groups.select(groups.scores(score), sparsity)
+        if worth is None:
+            worth = scores(groups, score)
+        kept, counts = groups.select(worth, sparsity)
         unequal = list(groups.unequal(kept))
         if unequal:
             for rows, why in unequal:
@@ -178,7 +180,7 @@ def _prove(model: nn.Module, small: nn.Module, cap: Capture, kept: Tensor, group
             continue
         for inputs in (run.arguments, fresh(run.arguments)):
             try:
-                found = difference(model, small, run, inputs, kept, groups.axes)
+                found = difference(model, small, run, inputs, kept, groups.axes, limit)
             except Exception as error:
                 if inputs is run.arguments:
                     raise
@@ -189,8 +191,7 @@ def _prove(model: nn.Module, small: nn.Module, cap: Capture, kept: Tensor, group
                     return run.calls[-1], "the masked original makes other calls than the smaller model"
                 continue
             worst, call = found
-            if not worst <= limit:
-                call = call or run.calls[-1]
+            if call is not None:
                 return call, f"differs from the masked original by {worst:.1e}, first after {call}"
     return None
 
@@ -214,8 +215,10 @@ def _fields(*known: Sequence[Labelled]) -> list[Tensor]:
 
 def _nothing(plan: Plan, trouble: str) -> str:
     held = [f"{', '.join(group.axes[:2])}: {group.held}" for group in plan.groups if group.held]
-    why = "; ".join(held[:4]) or "it has no units to remove"
-    return f"nothing can be removed: {trouble or why}. Ask for a larger sparsity, or see what holds each group"
+    why = trouble or "; ".join(held[:4]) or "it has no units to remove"
+    if any(group.held == NOT_ASKED for group in plan.groups):
+        return f"nothing can be removed: {why}. Ask for a larger sparsity: a whole unit must be able to go"
+    return f"nothing can be removed: {why}. Change the code at that place, or keep the model as it is"
 
 
 def _checked(model: nn.Module, inputs: Any, sparsity: float) -> list[Arguments]:
@@ -242,7 +245,7 @@ def _checked(model: nn.Module, inputs: Any, sparsity: float) -> list[Arguments]:
 
 
 def _square(name: str, weight: Tensor) -> Tensor:
-    return weight.double().square()
+    return weight.float().square()
 
 
 def _weights(model: nn.Module) -> int:
