@@ -92,7 +92,7 @@ def macs(model: nn.Module, call: Arguments) -> dict[str, Any]:
     counter = FlopCounterMode(display=False, custom_mapping=missing)
     with _plain_kernels(), _ZeroMeter(model) as meter, counter:
         model(*call[0], **call[1])
-    if meter.blind:
+    if meter.blind or not all(map(is_plain, model.parameters())):  # the zeros of sparse and quantized ones are not met
         return {"macs": None, "zero_macs": None}
     return {"macs": counter.get_total_flops() // 2, "zero_macs": round(meter.zero_macs)}
 
