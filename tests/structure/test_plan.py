@@ -61,3 +61,10 @@ def test_explain_says_what_goes_and_what_holds_the_rest():
     text = propose(model, x, 0.5).explain().text()
     assert "0.weight[0]" in text
     assert "an output of the model" in text
+
+
+def test_weights_gone():
+    model, x = made()
+    gone = propose(model, x, 0.5).weights_gone(model)
+    sizes = [sum(p.numel() for p in m.parameters()) for m in (model, shrink(model, x, 0.5))]
+    assert gone == sizes[0] - sizes[1]

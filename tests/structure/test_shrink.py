@@ -147,3 +147,18 @@ def test_unknown_places_are_held_not_guessed():
 
     small = sc.shrink(TopK().eval(), X, 0.5)
     assert (small.a.out_features, small.b.out_features) == (8, 4)
+
+
+def test_a_missed_target_is_an_error_with_what_held_it():
+    class Wide(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c, self.d = nn.Linear(4, 64), nn.Linear(64, 64), nn.Linear(64, 8), nn.Linear(8, 2)
+
+        def forward(self, x):
+            return self.d(self.c(self.b(self.a(x).view(-1, 64)).view(-1, 64)))
+
+    model = Wide().eval()
+    with pytest.raises(StructureError, match=r"were to go, and only \d+ can: .*view.*Change the code at that place"):
+        sc.shrink(model, X, 0.5)
+    assert model.b.weight.shape == (64, 64)

@@ -75,6 +75,16 @@ class Plan:
         """How many units go."""
         return sum(group.removed for group in self.groups)
 
+    def weights_gone(self, model: nn.Module) -> int:
+        """How many weights go from a model that is not cut yet; tied ones count once."""
+        total = 0
+        for name, p in model.named_parameters():
+            stays = p.numel()
+            for d, at in self.kept.get(name, {}).items():
+                stays = stays // p.shape[d] * len(at)
+            total += p.numel() - stays
+        return total
+
     def explain(self, axes: int = 3) -> Table:
         """A table of the groups: how many units, how many of them go, where they lie, what holds them.
 

@@ -28,6 +28,7 @@ from secateur.support.inputs import Arguments, arguments
 _M = TypeVar("_M", bound=nn.Module)
 _log = logging.getLogger(__name__)
 _ROUNDS = 40
+_LEAST = 0.5  # of the weights that were to go: with fewer the target is missed
 
 
 class Options(TypedDict, total=False):
@@ -64,7 +65,8 @@ def shrink(model: _M, example_inputs: Any, sparsity: float = 0.5, **options: Unp
     Raises:
         InputError: a sparsity, score or optimizer that cannot be used, or a model that is lazy, compiled or scripted.
         InputTypeError: inputs of another type, or inputs that the model cannot take.
-        StructureError: nothing could be removed, or what was removed changed the function; says what holds it.
+        StructureError: nothing could be removed, or less than half of what was asked for, or what was removed changed
+            the function; says what holds it.
 
     >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
     >>> shrink(model, torch.randn(2, 8), 0.5)
@@ -132,7 +134,7 @@ def _attempt(
             f"the model cannot take the example inputs ({type(error).__name__}: {error}): "
             "give inputs with which model(...) runs"
         ) from error
-    trouble, worth = "", None
+    trouble, worth, asked = "", None, 0
     for _ in range(_ROUNDS):
         groups = Groups(cap)
         if worth is None:
@@ -142,10 +144,19 @@ def _attempt(
         if unequal:
             for rows, why in unequal:
                 cap.ledger.hold(rows, f"unequal parts: {why}")
+            trouble = f"unequal parts: {unequal[0][1]}"
+            asked = max(asked, as_plan(small, groups, kept, counts, ()).weights_gone(small))
             continue
         plan = as_plan(small, groups, kept, counts, ())
+        now = plan.weights_gone(small)
+        asked = max(asked, now)
         if not plan.removed:
             raise StructureError(_nothing(plan, trouble))
+        if now < _LEAST * asked:
+            raise StructureError(
+                f"{asked} weights were to go, and only {now} can: {trouble}. "
+                "Change the code at that place, or ask for a sparsity at which equal parts stay equal"
+            )
         done, edits = cut(small, plan.kept), Edits()
         failure = _fit(small, cap, as_mask(kept), policy, edits) or (
             _prove(model, small, cap, as_mask(kept), groups) if verify else None
