@@ -162,3 +162,8 @@ def test_a_missed_target_is_an_error_with_what_held_it():
     with pytest.raises(StructureError, match=r"were to go, and only \d+ can: .*view.*Change the code at that place"):
         sc.shrink(model, X, 0.5)
     assert model.b.weight.shape == (64, 64)
+
+
+def test_an_unknown_option():
+    with pytest.raises(InputTypeError, match="there is no option scores: choose score, verify, optimizer"):
+        sc.shrink(mlp(), X, scores="magnitude")

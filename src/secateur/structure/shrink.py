@@ -95,6 +95,9 @@ def propose(model: nn.Module, example_inputs: Any, sparsity: float = 0.5, **opti
 
 
 def _transact(model: nn.Module, inputs: Any, sparsity: float, options: Options) -> _Result:
+    for name in options:
+        if name not in Options.__annotations__:
+            raise InputTypeError(f"there is no option {name}: choose {', '.join(Options.__annotations__)}")
     examples = _checked(model, inputs, sparsity)
     score = options.get("score", _square)
     score = SCORES.find(score) if isinstance(score, str) else score
