@@ -26,6 +26,12 @@ _COMPILING = (
 _PLAIN = Tensor, bool, int, float, str, type(None), torch.dtype, torch.device
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _refuse_compiled_code() -> None:
+    """Raise outside of what is compiled: torch 2.9 cannot trace the raise itself, and hides the message."""
+    raise StateError(_COMPILING)
+
+
 def require_rest(model: nn.Module) -> None:
     """See that running a model changes nothing in it.
 
@@ -34,7 +40,7 @@ def require_rest(model: nn.Module) -> None:
         InputError: a parameter or buffer that is lazy, or on the meta device.
     """
     if torch.compiler.is_compiling():
-        raise StateError(_COMPILING)
+        _refuse_compiled_code()
     if not isinstance(model, nn.Module):
         raise InputTypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
     # the flag of an exported graph says nothing, and a frozen one has none

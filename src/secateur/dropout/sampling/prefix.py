@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.weak import TensorWeakRef
 
 from secateur.dropout.interception.followers import Unsuitable
 
@@ -68,7 +68,7 @@ class _Reference:
     """A result, for as long as somebody holds it."""
 
     def __init__(self, tensor: Tensor) -> None:
-        self._tensor = weakref.ref(tensor)
+        self._tensor: Callable[[], Tensor | None] = TensorWeakRef(tensor)  # a bare weakref spoils tensors in torch 2.9
         self._shape, self._dtype = tensor.shape, tensor.dtype
 
     def settled(self) -> Tensor:
