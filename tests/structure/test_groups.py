@@ -71,3 +71,11 @@ def test_equal_parts_are_checked():
 def test_the_size_that_remains():
     kept = as_mask([True, True, False, True])
     assert size((3, 5), [along(torch.tensor([1, 2, 3]), 2, 0)], kept) == (2, 5)
+
+
+def test_the_size_that_remains_where_rows_keep_different_positions():
+    """[layers, hidden]: both rows keep two of three, but only one position in common."""
+    kept = as_mask([True, True, True, False, False, True, True])
+    field = torch.tensor([[1.0, 2, 3], [4, 5, 6]])
+    assert size((2, 3), [field], kept) == (2, 2)
+    assert size((3, 2), [field.T], kept) == (2, 2)

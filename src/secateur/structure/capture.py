@@ -23,6 +23,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from secateur.errors import StructureError, listed
 from secateur.structure.fields import Labelled, Shape, along, labels, misfit, squeeze, support
 from secateur.structure.policy import Policy, contract
+from secateur.structure.readings import Readings, asked, marked, sizes_of
 from secateur.structure.units import Ledger
 from secateur.support.inputs import Arguments
 from secateur.support.registry import Registry
@@ -188,6 +189,7 @@ class Capture(TorchFunctionMode):
         super().__init__()
         self.policy = policy
         self.ledger = Ledger()
+        self._readings = Readings(self.ledger)
         self.runs: list[Run] = []
         self.unseen: list[str] = []
         remade = {id(m._buffers[k]) for m in model.modules() for k in m._non_persistent_buffers_set}
@@ -369,6 +371,8 @@ class Capture(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs, name = dict(kwargs or {}), key(func)
+        if name in ("get.shape", "size") and self._depth == 0:
+            return self._read(func(*args, **kwargs), *args, **kwargs)
         known = RULES.get(name.removeprefix("get."))
         if name.startswith(("get.", "__len")) and known is None:
             return func(*args, **kwargs)
@@ -396,11 +400,20 @@ class Capture(TorchFunctionMode):
         if self._depth == 0:
             self.now.elastic = any(t in self._elastic for t in outs)
             self.now.outs = [(tuple(t.shape), self.fields(t)) for t in outs]
+            for t, dim, reading in () if self.now.elastic else asked(name, args, kwargs, outs):
+                self._readings.met(tuple(t.shape), self.fields(t), dim, reading, str(self.now))
             for i, t in enumerate(outs):
                 self._made[t] = self.now, i
             self._calls.append(self.now)
             self.now = outer
         return out
+
+    def _read(self, out: Any, tensor: Tensor, dim: int | None = None) -> Any:
+        """A shape, or one size of it, that remembers where it was read."""
+        if not self.seen(tensor):  # to be asked for its shape is not to take part
+            return out
+        sizes = sizes_of(tuple(tensor.shape), self.fields(tensor))
+        return sizes if dim is None or isinstance(out, torch.Size) else sizes[dim]
 
     def _apply(self, known: Rule, site: Site, operands: list[Tensor], outs: list[Tensor]) -> None:
         elastic = [t for t in operands if t in self._elastic]
@@ -436,7 +449,7 @@ class Capture(TorchFunctionMode):
         """Add one forward of the model."""
         args, kwargs = arguments
         self._calls = []
-        with calm(model, training), _module_stack(model) as self._stack, self:
+        with calm(model, training), marked(model), _module_stack(model) as self._stack, self:
             out = model(*args, **kwargs)
         for t in tensors(contract(out)):
             if t in self._made:

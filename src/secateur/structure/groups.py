@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
+from fractions import Fraction
 from typing import NamedTuple
 
 import numpy as np
@@ -13,7 +16,8 @@ from torch import Tensor, nn
 from secateur.errors import InputError
 from secateur.structure.capture import Capture
 from secateur.structure.fields import Shape, labels, support
-from secateur.structure.units import Labels
+from secateur.structure.sizes import Equation, solve
+from secateur.structure.units import Extent, Labels
 
 
 class Axis(NamedTuple):
@@ -37,6 +41,7 @@ class Groups:
         axes: the dimensions that have labels.
         cells: groups that may stand for one another: they lie on the same axes and in the same blocks. Largest first.
         blocks: (groups [blocks, members], why): equally many must stay in each row, or none of it.
+        equals: (groups along one axis, groups along another, their factors, why): sizes that must stay equal.
     """
 
     def __init__(self, cap: Capture) -> None:
@@ -49,7 +54,30 @@ class Groups:
             for f in cap.fields(t)
             for d in support(f)
         ]
+        self._weight = np.zeros(len(self.root))
+        for axis in self.axes:
+            if isinstance(axis.tensor, nn.Parameter):
+                np.add.at(self._weight, self.root[axis.labels], axis.tensor.numel() / len(axis.labels))
+        self.equals = [
+            (self._positions(a), self._positions(b), (a.factor, b.factor), why) for a, b, why in cap.ledger.equals
+        ]
         self.cells = self._cells()
+
+    def _positions(self, extent: Extent) -> Labels:
+        """The group of each position along the dimensions of an extent.
+
+        Where other dimensions vary too ([layers, hidden], [heads, size]), positions go along the last that varies.
+        """
+        groups = self.root[extent.labels]
+
+        def line(dims: tuple[int, ...]) -> Labels:
+            found: Labels = groups[tuple(slice(None) if d in dims else 0 for d in range(groups.ndim))]
+            return found.ravel()
+
+        vary = [d for d in range(groups.ndim) if (line((d,)) != groups.flat[0]).any()]
+        if len(extent.dims) == 1 and vary and vary[-1] != extent.dims[0]:
+            return np.zeros(0, np.int64)
+        return line(extent.dims)
 
     def _cells(self) -> list[Labels]:
         count = len(self.root)
@@ -66,6 +94,10 @@ class Groups:
                 groups, times = np.unique(row, return_counts=True)
                 part = times < len(row)
                 sign[groups[part]] += rng.integers(1 << 62, dtype=np.uint64) * times[part].astype(np.uint64)
+        for a, b, _, _ in self.equals:
+            for row in (a, b):
+                groups, times = np.unique(row, return_counts=True)
+                sign[groups] += rng.integers(1 << 62, dtype=np.uint64) * times.astype(np.uint64)
         free = weighed & (self.root == np.arange(count))
         free[list(self.held)] = False
         units = np.flatnonzero(free)
@@ -85,11 +117,42 @@ class Groups:
         """
         total = np.bincount(self.root, scores, len(self.root))
         wanted = [min(len(cell) - 1, int(len(cell) * fraction + 0.5)) for cell in self.cells]
-        counts = [0 if crowded else n for n, crowded in zip(wanted, self._crowded(wanted), strict=True)]
+        going = [c for c, crowded in enumerate(self._crowded(wanted)) if not crowded and len(self.cells[c]) > 1]
+        sizes = solve(
+            [len(self.cells[c]) for c in going],
+            [len(self.cells[c]) * (1 - fraction) for c in going],
+            [float(self._weight[self.cells[c][0]]) for c in going],
+            self._equations(going),
+        )
+        counts = [0] * len(self.cells)
+        for c, stay in zip(going, sizes.kept.tolist(), strict=True):
+            counts[c] = len(self.cells[c]) - stay
         kept = np.ones(len(self.root), bool)
         for cell, out in zip(self.cells, counts, strict=True):
             kept[cell[np.argsort(total[cell], kind="stable")][:out]] = False
         return kept[self.root], counts
+
+    def _equations(self, going: Sequence[int]) -> Iterator[Equation]:
+        """What the blocks and the equal sizes demand of the cells that may be cut, in the order of `going`."""
+        which = np.full(len(self.root), -1)
+        for i, c in enumerate(going):
+            which[self.cells[c]] = i
+
+        def form(row: Labels) -> dict[int, Fraction]:
+            """How many positions go with one group of each cell."""
+            found, times = np.unique(row[row >= 0], return_counts=True)
+            pairs = zip(found.tolist(), times.tolist(), strict=True)
+            return {i: Fraction(n, len(self.cells[going[i]])) for i, n in pairs}
+
+        for rows, why in self.blocks:
+            cells = np.sort(which[rows], 1)
+            cells[(rows == rows[:, :1]).all(1)] = -1  # a row that is one group stays whole or goes whole
+            first, *others = (form(row) for row in np.unique(cells, axis=0))
+            yield from (e for other in others if (e := _equation(first, other, why)))
+        for a, b, factors, why in self.equals:
+            ours, theirs = ({c: n * k for c, n in form(which[x]).items()} for x, k in zip((a, b), factors, strict=True))
+            if e := _equation(ours, theirs, why):
+                yield e
 
     def _crowded(self, wanted: Sequence[int]) -> list[bool]:
         """Cells of which all tensors are cut along two other dimensions already: heads and their size, for example."""
@@ -147,6 +210,13 @@ def scores(groups: Groups, score: Callable[[str, Tensor], Tensor]) -> NDArray[np
     return total
 
 
+def _equation(a: dict[int, Fraction], b: dict[int, Fraction], why: str) -> Equation | None:
+    """That as many positions go from a as from b; None if that is always so."""
+    terms = {c: n for c in sorted(a.keys() | b.keys()) if (n := a.get(c, Fraction()) - b.get(c, Fraction()))}
+    scale = math.lcm(*(n.denominator for n in terms.values()))
+    return Equation({c: int(n * scale) for c, n in terms.items()}, why) if terms else None
+
+
 def size(shape: Shape, fields: Sequence[Tensor], kept: Tensor) -> Shape:
     """The shape that remains of a tensor.
 
@@ -162,8 +232,21 @@ def size(shape: Shape, fields: Sequence[Tensor], kept: Tensor) -> Shape:
             stays = near[0]
             for mask in near[1:]:
                 stays = stays & mask
-            sizes[d] = int(stays.sum(d).max())
+            sizes[d] = _extents(stays)[d]
     return tuple(sizes)
+
+
+def _extents(stays: Tensor) -> Shape:
+    """The sizes of the box that the kept positions fill when they close ranks.
+
+    Along each dimension either whole slices go, so that those which stay are counted, or as many positions of every
+    line. They differ where lines keep different positions ([layers, hidden]): the box with the right number is it.
+    """
+    lines = [int(stays.sum(d).max()) for d in range(stays.ndim)]
+    slices = [int(stays.movedim(d, 0).reshape(stays.shape[d], -1).any(1).sum()) for d in range(stays.ndim)]
+    boxes = itertools.product(*({a: 0, b: 0} for a, b in zip(slices, lines, strict=True)))
+    total = int(stays.sum())
+    return next((box for box in boxes if math.prod(box) == total), tuple(lines))
 
 
 def as_mask(kept: Labels) -> Tensor:

@@ -5,10 +5,31 @@ A unit is one position along one dimension of a parameter or a buffer. Label 0 m
 
 from __future__ import annotations
 
+from fractions import Fraction
+from typing import NamedTuple
+
 import numpy as np
 from numpy.typing import NDArray
 
 Labels = NDArray[np.int64]
+
+
+class Extent(NamedTuple):
+    """`factor` times the number of positions that stay along some dimensions of a field.
+
+    Attributes:
+        labels: of the field.
+        dims: one dimension, or several that a view merges into one.
+        factor: how many numbers each position stands for.
+    """
+
+    labels: Labels
+    dims: tuple[int, ...]
+    factor: Fraction = Fraction(1)
+
+    def times(self, factor: Fraction) -> Extent:
+        """As many times this extent."""
+        return self._replace(factor=self.factor * factor)
 
 
 class Ledger:
@@ -18,12 +39,14 @@ class Ledger:
         size: labels given out so far, 0 among them.
         held: (labels, why): units that never go.
         blocks: (labels [blocks, members], why): equally many units must stay in each row, or none of it.
+        equals: (extent, extent, why): two sizes that must stay equal.
     """
 
     def __init__(self) -> None:
         self.size = 1
         self.held: list[tuple[Labels, str]] = []
         self.blocks: list[tuple[Labels, str]] = []
+        self.equals: list[tuple[Extent, Extent, str]] = []
         self._mass: list[NDArray[np.float32]] = [np.zeros(1, np.float32)]
         self._pairs: list[Labels] = []
 
@@ -62,6 +85,10 @@ class Ledger:
         """Let equally many units stay in each row of [blocks, members]."""
         if len(rows) > 1:
             self.blocks.append((rows, why))
+
+    def equal(self, a: Extent, b: Extent, why: str) -> None:
+        """Let two sizes stay equal."""
+        self.equals.append((a, b, why))
 
     def solve(self) -> tuple[Labels, dict[int, str]]:
         """The smallest label of the group of each label, and for each held group, by that label, the first reason."""
