@@ -1,14 +1,12 @@
 """secateur.support.process_groups: together arrays add up and text spreads; no verb looks for a group by itself."""
 
-import datetime
-import os
-import socket
 import time
 
 import numpy as np
 import pytest
 import torch
-from torch import multiprocessing, nn
+from processes import in_a_group
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import secateur as sc
@@ -49,25 +47,6 @@ def batches(rank, count):
     ]
 
 
-def spawn(work, processes, *arguments):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    multiprocessing.spawn(_joined, (work, processes, port, arguments), nprocs=processes)
-
-
-def _joined(rank, work, processes, port, arguments):
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.set_num_threads(1)
-    timeout = datetime.timedelta(seconds=20)
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=processes, timeout=timeout)
-    try:
-        work(rank, *arguments)
-        torch.distributed.barrier()
-    finally:
-        torch.distributed.destroy_process_group()
-
-
 def test_alone():
     array = np.arange(3)
     assert (ALONE.rank, ALONE.size) == (0, 1)
@@ -94,7 +73,7 @@ def adds_up(rank, folder):
 
 @needs_groups
 def test_two_processes(tmp_path):
-    spawn(adds_up, 2, str(tmp_path))
+    in_a_group(2, adds_up, str(tmp_path))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["0", "1"]
 
 
@@ -121,7 +100,7 @@ def prunes_alike(rank, alone):
 @needs_groups
 def test_a66_each_rank_prunes_what_one_process_would(processes):
     alone = {name: listed(sc.prune(net(), sparsity, **options)) for name, (sparsity, options) in FAR.items()}
-    spawn(prunes_alike, processes, alone)
+    in_a_group(processes, prunes_alike, alone)
 
 
 def works_alone(rank, folder):
@@ -141,7 +120,7 @@ def works_alone(rank, folder):
 
 @needs_groups
 def test_a67_rank_zero_works_alone(tmp_path):
-    spawn(works_alone, 2, str(tmp_path))
+    in_a_group(2, works_alone, str(tmp_path))
     assert (tmp_path / "c.safetensors").is_file()
 
 
@@ -163,7 +142,7 @@ def test_a68_gradient_scores_are_those_of_all_ranks(counts):
         model = net()
         seen = sc.accumulate(model, everything, cross_entropy, score=score)
         alone[score] = listed(sc.prune(model, 0.9, score=seen))
-    spawn(averages, 2, alone, counts)
+    in_a_group(2, averages, alone, counts)
 
 
 def sees_nothing(rank):
@@ -173,4 +152,4 @@ def sees_nothing(rank):
 
 @needs_groups
 def test_no_batch_on_any_rank_is_an_error_on_all():
-    spawn(sees_nothing, 2)
+    in_a_group(2, sees_nothing)
