@@ -3,7 +3,6 @@
 secateur is not imported there. So a process starts as a fresh one does where torch is there and secateur is not yet.
 """
 
-import contextlib
 import datetime
 import os
 import resource
@@ -34,6 +33,8 @@ class Command:
 
     def __init__(self, work, *arguments, **settings):
         self._said = tempfile.TemporaryDirectory()
+        for name in ("1", "2"):
+            Path(self._said.name, name).touch()  # it may be killed before it says anything
         self.process = started(_heard, self._said.name, settings, work, arguments)
 
     def done(self, seconds=120):

@@ -1,15 +1,13 @@
 """secateur.optimizers: several, inside others, what they remember, and steps that train nothing."""
 
 import copy
-import datetime
-import os
-import socket
 
 import pytest
 import torch
 from torch import nn
 
 import secateur as sc
+from processes import in_a_group
 from secateur import optimizers
 from secateur.errors import InputError, InputTypeError, MaskError, SecateurWarning, StateError
 from tiny import batch, net, same, train
@@ -491,37 +489,27 @@ def test_states_of_other_shapes():
 # ZeRO-1 on two processes
 
 
-def zero_redundancy(rank, port):
+def zero_redundancy(rank):
     from torch.distributed.optim import ZeroRedundancyOptimizer
 
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.set_num_threads(1)
-    timeout = datetime.timedelta(seconds=30)
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=2, timeout=timeout)
-    try:
-        for given in (True, False):
-            model = nn.parallel.DistributedDataParallel(net())
-            optimizer = ZeroRedundancyOptimizer(model.parameters(), optimizer_class=torch.optim.Adam, lr=0.01)
-            pruner = sc.Pruner(model, 0.8, schedule=sc.linear(0, 8, 3))
-            pruner.attach(*[optimizer] * given)
-            train(model, optimizer, range(8))
-            assert pruner.steps == 8
-            masks = pruner.finish()
-            assert masks.pruned == 72
-            weights = dict(sc.weights(model))
-            for weight, state in optimizer.optim.state.items():
-                for name in [name for name, mine in weights.items() if mine is weight]:
-                    assert not state["exp_avg"][~masks[name]].any()
-            both = [None, None]
-            torch.distributed.all_gather_object(both, {name: w.tolist() for name, w in weights.items()})
-            assert both[0] == both[1]
-    finally:
-        torch.distributed.destroy_process_group()
+    for given in (True, False):
+        model = nn.parallel.DistributedDataParallel(net())
+        optimizer = ZeroRedundancyOptimizer(model.parameters(), optimizer_class=torch.optim.Adam, lr=0.01)
+        pruner = sc.Pruner(model, 0.8, schedule=sc.linear(0, 8, 3))
+        pruner.attach(*[optimizer] * given)
+        train(model, optimizer, range(8))
+        assert pruner.steps == 8
+        masks = pruner.finish()
+        assert masks.pruned == 72
+        weights = dict(sc.weights(model))
+        for weight, state in optimizer.optim.state.items():
+            for name in [name for name, mine in weights.items() if mine is weight]:
+                assert not state["exp_avg"][~masks[name]].any()
+        both = [None, None]
+        torch.distributed.all_gather_object(both, {name: w.tolist() for name, w in weights.items()})
+        assert both[0] == both[1]
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
 def test_zero_redundancy_on_two_processes():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(zero_redundancy, (port,), nprocs=2)
+    in_a_group(2, zero_redundancy)

@@ -1,11 +1,11 @@
 """secateur.storage.pruning: where it writes, killed at any moment, by several processes, in bounded memory."""
 
+import itertools
 import json
 import math
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,6 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import secateur as sc
+from processes import Command, as_torchrun, free_port, secateur
 from secateur.errors import (
     InputError,
     WriteError,
@@ -210,91 +211,73 @@ def test_an_error_on_the_way_leaves_no_trace(file, folder, tmp_path):
 # ---- killed at any moment ---------------------------------------------------------------------------------------
 
 
-KILLER = """
-import json, os, signal, sys
-from pathlib import Path
-from secateur.storage import Recipe, prune_checkpoint
-import secateur.storage.stored, shutil
-
-folder, level, old = Path(sys.argv[1]), sys.argv[2] or None, sys.argv[3]
-src, out, want = folder / "model", folder / "out", folder / "want"
 TOUCHES = {"open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.chmod", "shutil.copyfile", "shutil.rmtree"}
 
 
-def bytes_of(path):
-    return {str(p.relative_to(path)): p.read_bytes() for p in path.rglob("*") if p.is_file()}
+def killed_at_each(folder, level, old):
+    """Prune in forks, each killed one step later than the one before; returns the number of steps."""
+    src, out, want = folder / "model", folder / "out", folder / "want"
 
+    def prune(sparsity=0.5):
+        prune_checkpoint(src, out, Recipe(sparsity), level=level)
 
-def in_a_fork(work):
-    pid = os.fork()
-    if not pid:
-        try:
-            work()
-            os._exit(0)
-        finally:
-            os._exit(1)
-    return os.waitpid(pid, 0)[1]
+    def killed_at(moment):
+        seen = 0
 
+        def hook(event, arguments):
+            nonlocal seen
+            if event in TOUCHES:
+                seen += 1
+                if seen == moment:
+                    os.kill(os.getpid(), signal.SIGKILL)
 
-def prune(sparsity=0.5):
-    prune_checkpoint(src, out, Recipe(sparsity), level=level)
+        sys.addaudithook(hook)
+        prune()
 
+    def ended(moment):
+        pid = os.fork()
+        if not pid:
+            try:
+                killed_at(moment)
+                os._exit(0)
+            finally:
+                os._exit(1)
+        return os.waitpid(pid, 0)[1]
 
-def killed_at(moment):
-    seen = 0
-
-    def hook(event, arguments):
-        nonlocal seen
-        if event in TOUCHES:
-            seen += 1
-            if seen == moment:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-    sys.addaudithook(hook)
+    source = bytes_of(src)
     prune()
+    out.rename(want)
+    wanted, earlier = bytes_of(want), None
+    for moment in itertools.count(1):
+        if old:
+            prune(0.25)
+            earlier = bytes_of(out)
+        status = ended(moment)
+        assert bytes_of(src) == source, moment
+        if status == 0:
+            print(moment)
+            return
+        assert status == signal.SIGKILL, (moment, status)
+        assert not out.exists() or bytes_of(out) in (wanted, earlier), moment
+        prune()
+        assert bytes_of(out) == wanted, moment
+        left = sorted(p.name for p in folder.iterdir())
+        assert left == ["model", "out", "want"], (moment, left)
+        shutil.rmtree(out)
 
 
-source = bytes_of(src)
-in_a_fork(prune)
-out.rename(want)
-wanted, earlier, moment = bytes_of(want), None, 0
-while True:
-    if old:
-        assert in_a_fork(lambda: prune(0.25)) == 0
-        earlier = bytes_of(out)
-    moment += 1
-    status = in_a_fork(lambda: killed_at(moment))
-    assert bytes_of(src) == source, moment
-    if status == 0:
-        break
-    assert status == signal.SIGKILL, (moment, status)
-    assert not out.exists() or bytes_of(out) in (wanted, earlier), moment
-    assert in_a_fork(prune) == 0, moment
-    assert bytes_of(out) == wanted, moment
-    left = sorted(p.name for p in folder.iterdir())
-    assert left == ["model", "out", "want"], (moment, left)
-    shutil.rmtree(out)
-print(moment)
-"""
-
-
-def run(*arguments, **options):
-    done = subprocess.run([sys.executable, *map(str, arguments)], capture_output=True, text=True, **options)
+def told(work, *arguments):
+    done = Command(work, *arguments).done()
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
 @pytest.mark.parametrize("old", ["", "old"])
-@pytest.mark.parametrize("level", ["", "lossless"])
+@pytest.mark.parametrize("level", [None, "lossless"])
 def test_killed_at_each_step_it_takes_on_files(folder, tmp_path, level, old):
     """Before each opening, renaming or removing of a file: then, as ever, what is there is whole, and is made again."""
-    steps = int(run("-c", KILLER, tmp_path, level, old))
+    steps = int(told(killed_at_each, tmp_path, level, old))
     assert steps > 20
-
-
-def started(src, out, *more):
-    command = [sys.executable, "-m", "secateur", "prune", src, "--sparsity", "0.9", "-o", out, *more]
-    return subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
 def test_killed_at_any_moment(tmp_path):
@@ -302,26 +285,30 @@ def test_killed_at_any_moment(tmp_path):
     parts = [{f"{i}.{j}": torch.randn(1024, 2048) for j in range(2)} for i in range(4)]  # 67 MB
     src, want, out = shards(tmp_path / "model", *parts), tmp_path / "want", tmp_path / "out"
     (src / "config.json").write_text("{}")
+
+    def pruning(out):
+        return Command(secateur, "prune", src, "--sparsity", 0.9, "-o", out)
+
     start = time.monotonic()
-    assert started(src, want).wait() == 0
+    assert pruning(want).done().returncode == 0
     whole = time.monotonic() - start
     source, wanted = state_of(src), bytes_of(want)
     seen = set()
     for i in range(12):
-        process = started(src, out)
+        command = pruning(out)
         if i % 2:  # while it writes
-            while process.poll() is None and not list(tmp_path.glob(".out.*")):
+            while command.process.is_alive() and not list(tmp_path.glob(".out.*")):
                 time.sleep(0.001)
             time.sleep(0.004 * i)
         else:
             time.sleep(whole * (0.4 + 0.055 * i))
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        command.process.kill()
+        command.done()
         assert state_of(src) == source
         assert not out.exists() or bytes_of(out) == wanted
         seen.add((bool(list(tmp_path.glob(".out.*"))), out.exists()))
     assert (True, False) in seen  # some were killed as they wrote
-    assert started(src, out).wait() == 0
+    assert pruning(out).done().returncode == 0
     assert bytes_of(out) == wanted
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "out", "want"]
 
@@ -330,13 +317,18 @@ def test_killed_at_any_moment(tmp_path):
 
 
 def torchrun(processes, *arguments):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = ["-m", "torch.distributed.run", "--nproc-per-node", processes, "--master-port", port]
+    command = ["-m", "torch.distributed.run", "--nproc-per-node", processes, "--master-port", free_port()]
     command = [sys.executable, *map(str, (*command, "-m", "secateur", "prune", *arguments))]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=200)
+
+
+def together(processes, *arguments):
+    """What torchrun does, by forks; returns what the first process printed."""
+    done = as_torchrun(processes, secateur, "prune", *arguments)
+    assert [rank.returncode for rank in done] == [0] * processes, done
+    assert not any(rank.stdout for rank in done[1:])  # one says it, for all
+    return done[0].stdout
 
 
 def many_ties(folder, bad=None):
@@ -351,45 +343,45 @@ def many_ties(folder, bad=None):
     return shards(folder, *parts)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [[], ["--pack", "lossless", "--allocation", "erk"], ["--pattern", "rows"]],
-    ids=["plain", "packed", "rows"],
-)
-def test_of_several_processes_each_writes_its_own_shards(tmp_path, options):
+@pytest.mark.parametrize("way", ["plain", "packed", "rows"])
+def test_of_several_processes_each_writes_its_own_shards(tmp_path, way):
     src = many_ties(tmp_path / "model")
     (src / "config.json").write_text("{}")
-    level = "lossless" if "--pack" in options else None
-    recipe = Recipe(0.61, "erk" if level else "global", "rows" if "rows" in options else None)
-    alone = prune_checkpoint(src, tmp_path / "alone", recipe, level=level)
-    done = torchrun(2, src, "--sparsity", "0.61", "-o", tmp_path / "out", "--json", *options)
-    assert done.returncode == 0, done.stderr
+    level, allocation = ("lossless", "erk") if way == "packed" else (None, "global")
+    alone = prune_checkpoint(
+        src, tmp_path / "alone", Recipe(0.61, allocation, "rows" if way == "rows" else None), level=level
+    )
+    options = {"plain": [], "packed": ["--pack", "lossless", "--allocation", "erk"], "rows": ["--pattern", "rows"]}[way]
+    arguments = [src, "--sparsity", "0.61", "-o", tmp_path / "out", "--json", *options]
+    if way == "packed":
+        done = torchrun(2, *arguments)
+        assert done.returncode == 0, done.stderr
+        said = done.stdout
+    else:
+        said = together(2, *arguments)
     assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "alone")
-    said = json.loads(done.stdout)  # one says it, for all
-    assert said == {**alone.to_dict(), "path": str(tmp_path / "out")}
+    assert json.loads(said) == {**alone.to_dict(), "path": str(tmp_path / "out")}
     assert sorted(p.name for p in tmp_path.iterdir()) == ["alone", "model", "out"]
 
 
 def test_a_process_may_have_nothing_to_do(folder, tmp_path):
     prune_checkpoint(folder, tmp_path / "alone", Recipe(0.5))
-    done = torchrun(3, folder, "--sparsity", "0.5", "-o", tmp_path / "out")
-    assert done.returncode == 0, done.stderr
+    together(3, folder, "--sparsity", "0.5", "-o", tmp_path / "out")
     assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "alone")
 
 
 def test_of_one_file_the_first_process_does_all(file, tmp_path):
     prune_checkpoint(file, tmp_path / "alone.safetensors", Recipe(0.5, pattern=sc.n_m(2, 4)))
-    done = torchrun(2, file, "--sparsity", "0.5", "--pattern", "2:4", "-o", tmp_path / "out.safetensors")
-    assert done.returncode == 0, done.stderr
+    together(2, file, "--sparsity", "0.5", "--pattern", "2:4", "-o", tmp_path / "out.safetensors")
     assert (tmp_path / "out.safetensors").read_bytes() == (tmp_path / "alone.safetensors").read_bytes()
 
 
 def test_what_one_process_finds_ends_all(tmp_path):
     src = many_ties(tmp_path / "model", bad=math.nan)
     before = state_of(src)
-    done = torchrun(2, src, "--sparsity", "0.5", "-o", tmp_path / "out")
-    assert done.returncode != 0
-    assert "2.v holds 1 NaN and 0 inf among 48,000 weights" in done.stderr
+    done = as_torchrun(2, secateur, "prune", src, "--sparsity", "0.5", "-o", tmp_path / "out")
+    assert all(rank.returncode != 0 for rank in done)
+    assert any("2.v holds 1 NaN and 0 inf among 48,000 weights" in rank.stderr for rank in done)
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
     assert state_of(src) == before
 
@@ -397,33 +389,26 @@ def test_what_one_process_finds_ends_all(tmp_path):
 # ---- memory -----------------------------------------------------------------------------------------------------
 
 
-MEMORY = """
-import sys
-from pathlib import Path
-import torch
-from secateur.storage import Recipe, prune_checkpoint
-
-
 def resident(field):
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
     return int(line.split()[1]) / 1024
 
 
-Path("/proc/self/clear_refs").write_text("5")
-before = resident("VmRSS")
-prune_checkpoint(sys.argv[1], sys.argv[2], Recipe(0.8), level=sys.argv[3] or None)
-print(resident("VmHWM") - before)
-"""
+def memory_of_pruning(src, out, level):
+    Path("/proc/self/clear_refs").write_text("5")
+    before = resident("VmRSS")
+    prune_checkpoint(src, out, Recipe(0.8), level=level)
+    print(resident("VmHWM") - before)
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak of a process is read from /proc")
-@pytest.mark.parametrize("level", ["", pytest.param("lossless", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("level", [None, pytest.param("lossless", marks=pytest.mark.slow)])
 def test_memory_holds_a_few_pieces_only(tmp_path, level):
     wide = torch.randn(20_000_000).view(5000, 4000)
     parts = [{f"{i}.w": wide * (i + 1), f"{i}.v": torch.cat([wide, wide], 1).bfloat16()} for i in range(4)]  # 640 MB
     shards(tmp_path / "model", *parts)
     del wide, parts
-    peak = float(run("-c", MEMORY, tmp_path / "model", tmp_path / "out", level))
+    peak = float(told(memory_of_pruning, tmp_path / "model", tmp_path / "out", level))
     shutil.rmtree(tmp_path / "model")
     shutil.rmtree(tmp_path / "out")
     assert peak < 300  # MB

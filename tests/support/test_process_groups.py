@@ -5,11 +5,11 @@ import time
 import numpy as np
 import pytest
 import torch
-from processes import in_a_group
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import secateur as sc
+from processes import in_a_group
 from secateur.support.process_groups import ALONE, Group
 
 TEXTS = ["", "/a/place/.out.tmp", "grüße \u4f60\u597d", "x" * 4096]
