@@ -214,7 +214,7 @@ def test_a_look_up_is_a_copy_and_so_are_the_inputs():
 
 def test_repr_says_how_many():
     masks = Masks({"w": torch.tensor([True, False, False])})
-    assert repr(masks) == "Masks(1 tensors, 2 of 3 weights pruned)"
+    assert repr(masks) == "Masks(1 tensor, 2 of 3 weights pruned)"
     assert masks.to("cpu") == masks
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import secateur as sc
-from secateur.errors import InputError, InputTypeError, MaskError, StateError
+from secateur.errors import InputError, InputTypeError, MaskError, SecateurWarning, StateError
 from tiny import batch, net, raw, same, train
 
 SCORES = ["magnitude", "random", "taylor", "snip", "movement", "fisher"]
@@ -385,3 +385,12 @@ def test_the_model_is_itself_before_during_and_after():
     assert [id(p) for p in model.parameters()] == who
     assert [p.data_ptr() for p in model.parameters()] == where
     assert all(not m._forward_hooks and not m._forward_pre_hooks for m in model.modules())
+
+
+def test_zeros_beyond_what_was_asked_are_told():
+    model = nn.Linear(100, 10)
+    sc.prune(model, 0.9)
+    with pytest.warns(SecateurWarning, match=r"600 weights that the masks keep are zero too.*Masks\.from_zeros"):
+        masks = sc.prune(model, 0.3)
+    assert masks.pruned == 300
+    assert int((model.weight == 0).sum()) == 900

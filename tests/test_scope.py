@@ -381,3 +381,15 @@ def test_assigned_parameters_are_seen():
     scope = sc.weights(model)
     model.load_state_dict({n: v.clone() for n, v in plain().state_dict().items()}, assign=True)
     assert scope["0.weight"] is model[0].weight
+
+
+def test_a_long_table_sums_up_what_differs_only_in_numbers():
+    blocks = nn.ModuleDict({"layers": nn.ModuleList(nn.ModuleDict({"fc": nn.Linear(4, 3)}) for _ in range(31))})
+    lines = str(sc.weights(blocks)).splitlines()
+    assert lines[2].split() == ["layers.*.fc.weight", "in", "372", "31", "x", "Linear"]
+    assert lines[3].split() == ["(others)", "out", "31", "x", "a", "bias", "or", "of", "one", "dimension"]
+    assert lines[4].startswith("372 weights in scope, 80.00 % of the 465 parameters")
+
+
+def test_one_thing_is_counted_in_the_singular():
+    assert repr(sc.weights(nn.Linear(4, 3))) == "Scope(1 tensor, 12 weights; 1 tensor left out)"

@@ -16,6 +16,7 @@ from secateur.errors import InputError, InputTypeError, MaskError, UnknownNameEr
 from secateur.scope import effective, require_values, unwrap, weights, why_computed
 from secateur.support import bits, checks
 from secateur.support.files import replacing, require_file
+from secateur.support.tables import counted
 
 FORMAT = "secateur.masks"
 """What the metadata of a file of masks says of its format."""
@@ -92,7 +93,7 @@ class Masks(Mapping[str, Tensor]):
     __hash__ = None  # type: ignore[assignment]
 
     def __repr__(self) -> str:
-        return f"Masks({len(self)} tensors, {self.pruned:,} of {self.size:,} weights pruned)"
+        return f"Masks({counted(len(self), 'tensor')}, {self.pruned:,} of {counted(self.size, 'weight')} pruned)"
 
     def packed(self, name: str) -> Tensor:
         """Return the bits of one tensor, `uint8 [ceil(n / 8)]`: the thing itself, not a copy."""

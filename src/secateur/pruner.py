@@ -26,6 +26,9 @@ from secateur.scores import GradientScore, Score
 from secateur.sparsity import Sparsity, fraction
 from secateur.support import bits, checks
 
+_FEW = 0.1
+"""Of the weights in scope: so many zeros more than asked for are told by `report` alone."""
+
 
 def prune(
     model: nn.Module,
@@ -52,6 +55,9 @@ def prune(
     Returns:
         The masks: which weights are kept.
 
+    Warns:
+        SecateurWarning: many more weights are zero already than asked for; a tensor lost nearly all its weights.
+
     Raises:
         InputError, InputTypeError: a value that cannot be used, NaN or inf in a weight.
         UnknownNameError: a name or glob that matches nothing.
@@ -73,6 +79,13 @@ def prune(
     masks.apply(chosen.scope)
     for forget in forgetting:
         forget()
+    loose = loose_zeros(chosen.scope, masks, [name for name, count in masks.counts().items() if count])
+    if loose > _FEW * chosen.scope.size and chosen.pattern is None:  # a pattern may ask for less on purpose
+        warn(
+            f"{loose:,} weights that the masks keep are zero too, so that the model has more zeros than asked for, and "
+            "these may grow back in training. To hold them as well, take masks = "
+            "sc.Masks.from_zeros(sc.weights(model)); to prune further, ask for a higher sparsity"
+        )
     return masks
 
 

@@ -18,10 +18,14 @@ from secateur import anatomy
 from secateur.anatomy import Layout
 from secateur.errors import InputError, InputTypeError, UnknownNameError, nearest, warn
 from secateur.support import bits, checks
-from secateur.support.tables import Printed, Table, number, percent
+from secateur.support.tables import Printed, Table, counted, number, percent
 from secateur.tying import Holder, distinct, holders, holds_twice, identity, parameter_of, refuse_overlaps
 
 Selector = str | type[nn.Module]
+
+_Line = tuple[str, str, int, str]  # name, in or out, weights, why
+_MANY_LINES = 60  # in a table of a scope
+_FLAT = "a bias or of one dimension"
 
 PRUNABLE = torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.complex64, torch.complex128
 """The dtypes of which weights can be pruned."""
@@ -97,15 +101,20 @@ class Scope(Printed, Mapping[str, nn.Parameter]):
         return sum(member.free for member in self.members.values())
 
     def table(self) -> Table:
-        """One row a tensor: what is in, then what is left out and why."""
-        rows = [[m.name, "in", number(m.free), _remark(m)] for m in self.members.values()]
-        rows += [[name, "out", "", reason] for name, reason in self.left_out.items()]
+        """One row a tensor: what is in, then what is left out and why.
+
+        In a long table those that differ only in numbers of their names share a row: `layers.*.fc.weight`.
+        """
+        lines = [(m.name, "in", m.free, _remark(m)) for m in self.members.values()]
+        lines += [(name, "out", 0, reason) for name, reason in self.left_out.items()]
+        rows = [[name, in_or_out, number(n) if n else "", why] for name, in_or_out, n, why in _together(lines)]
         share = percent(self.size / max(self.parameters, 1))
         note = f"{self.size:,} weights in scope, {share} of the {self.parameters:,} parameters of the model"
         return Table(("tensor", "", "weights", "why"), rows, notes=[note])
 
     def __repr__(self) -> str:
-        return f"Scope({len(self)} tensors, {self.size:,} weights; {len(self.left_out)} tensors left out)"
+        held = f"{counted(len(self), 'tensor')}, {counted(self.size, 'weight')}"
+        return f"Scope({held}; {counted(len(self.left_out), 'tensor')} left out)"
 
 
 def weights(
@@ -421,7 +430,7 @@ def _reason_against(found: list[Holder], wanted: _Wanted, apart: Mapping[str, st
         return replaced
     flat = not is_lazy(parameter) and parameter.ndim < 2
     if (flat or all(_is_bias(a) for _, _, a in found)) and not any(n in listed for n, _, _ in found):
-        return f"a bias or of one dimension ({type(module).__name__})"
+        return f"{_FLAT} ({type(module).__name__})"
     if not selected:
         if wanted.only is not None:
             return "not chosen"
@@ -591,6 +600,24 @@ def computed(module: nn.Module, place: str) -> Iterator[tuple[str, str, str]]:
             if "weight" in attribute and attribute.endswith(ending):
                 name = attribute.removesuffix(ending)
                 yield name, norm, f"remove_{norm}({place}, {name!r})"
+
+
+def _together(lines: Sequence[_Line]) -> Sequence[_Line]:
+    """The lines of a scope's table; of many, those that differ only in numbers of their names as one, summed up."""
+    if len(lines) <= _MANY_LINES:
+        return lines
+    groups: dict[tuple[str, str, str], list[_Line]] = {}
+    for line in lines:
+        name, in_or_out, _, why = line
+        pattern = ".".join("*" if part.isdecimal() else part for part in name.split("."))
+        key = ("", "out", _FLAT) if why.startswith(_FLAT) else (pattern, in_or_out, why)
+        groups.setdefault(key, []).append(line)
+    return [
+        (name or "(others)", in_or_out, sum(line[2] for line in found), f"{len(found)} x {why}")
+        if len(found) > 1
+        else found[0]
+        for (name, in_or_out, why), found in groups.items()
+    ]
 
 
 def _remark(member: Member) -> str:

@@ -83,3 +83,13 @@ def test_says_that_nothing_was_gained():
     assert str(Gain(1.0, 0.9, 1.1)) == "no faster (1.00x, 95 % interval 0.90x to 1.10x): left dense"
     assert not Gain(1.0, 0.9, 1.1).faster
     assert Gain(1.2, 1.1, 1.3).faster
+
+
+def test_the_parts_of_a_wide_table_say_which_rows():
+    timings = (Timing(0, 1e-4, 5e-5, True), Timing(5, 1e-3, 5e-4, True))
+    layer = LayerPlan("encoder.attention", "Linear", (1024, 1024), 0.9, "x", timings, "a reason that takes its room")
+    run = LayerPlan("head[0:2]", "Sequential", (1024, 1024, 10), 0.9, "x", timings)
+    text = str(KernelPlan("cpu", "avx2", 1, (layer, run)))
+    for part in text.split("\n\n"):
+        assert "17-32" in part
+    assert "head[0:2]: layers in a row; dense is one after the other" in text

@@ -354,3 +354,14 @@ def test_blocks_are_read_in_place(tmp_path):
         model.weight.fill_(7)
     assert sc.load(tmp_path / "m.safetensors", into=model)["weight"].data_ptr() == place
     assert model.weight.count_nonzero() == model.weight.numel() // 10
+
+
+def test_what_was_filled_prints_in_a_line_and_is_saved_as_plain(tmp_path):
+    model = nn.Linear(3, 2)
+    sc.save(model, tmp_path / "m.safetensors")
+    filled = sc.load(tmp_path / "m.safetensors", into=model)
+    assert repr(filled) == "Filled(2 tensors, 32 B)"
+    assert filled["weight"].data_ptr() == model.weight.data_ptr()
+    torch.save(filled, tmp_path / "m.pt")
+    assert list(torch.load(tmp_path / "m.pt", weights_only=True)) == ["weight", "bias"]
+    assert type(sc.load(tmp_path / "m.safetensors")) is dict

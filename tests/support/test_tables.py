@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from secateur.support.tables import Printed, Table, number, percent, size
+from secateur.support.tables import Printed, Table, counted, number, percent, size
 
 TABLE = Table(("name", "n"), [["a", "1"], ["long name", "1,000"]], title="Title", notes=["one note", "another"])
 
@@ -182,3 +182,20 @@ def test_a_name_is_never_a_tag():
     assert "<script" not in table.html()
     assert table.html().count("&lt;script&gt;") == 5
     assert table.markdown().count("<script") == table.markdown().count(r"\<script") == 5
+
+
+def test_key_columns_stand_in_each_part():
+    header = ("layer", *(f"a long header {i}" for i in range(5)), "rows", "and yet another")
+    rows = [("fc", *"12345", "1", "x"), ("", *"67890", "2-4", "y")]
+    parts = Table(header, rows, keys=(0, 6)).text(80).split("\n\n")
+    assert len(parts) == 2
+    for part in parts:
+        assert part.splitlines()[0].split()[0] == "layer"
+        assert "rows" in part.splitlines()[0].split()
+        assert "2-4" in part.splitlines()[3].split()
+
+
+def test_counted():
+    assert [counted(n, "tensor") for n in (0, 1, 2, 1234)] == ["0 tensors", "1 tensor", "2 tensors", "1,234 tensors"]
+    assert counted(1, "call drops", "calls drop") == "1 call drops"
+    assert counted(2, "call drops", "calls drop") == "2 calls drop"

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from secateur.errors import FileError
+from secateur.errors import FileError, listed
 from secateur.measurement.timing import NO_DIFFERENCE, duration
 from secateur.support import checks
 from secateur.support.tables import Printed, Table, percent
@@ -156,7 +156,13 @@ class KernelPlan(Printed):
             f"native kernels: {self.isa}{lossy}" if self.isa else "no native library: torch's CSR and dense kernels"
         )
         notes = [*self._verdicts(), f"{library}; threads: {self.threads}; CPU: {self.cpu}"]
-        return Table(("layer", "kind", "weights", "zeros", "rows", "dense", "sparse", "runs"), rows, notes=notes)
+        runs = [layer.name for layer in self.layers if layer.kind == "Sequential"]
+        if runs:
+            notes.insert(
+                0, f"{listed(runs)}: layers in a row; dense is one after the other, sparse is one call for all"
+            )
+        header = ("layer", "kind", "weights", "zeros", "rows", "dense", "sparse", "runs")
+        return Table(header, rows, notes=notes, keys=(0, 4))
 
     def _verdicts(self) -> list[str]:
         if not self.gains:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -26,7 +26,18 @@ from secateur.storage.writing import write_packed
 from secateur.support import checks
 from secateur.support.files import StrPath, replacing
 from secateur.support.machine import free_memory
-from secateur.support.tables import size
+from secateur.support.tables import counted, size
+
+
+class Filled(dict[str, Tensor]):
+    """The tensors of a module that were filled; says how many rather than all numbers. Pickles as a state_dict does."""
+
+    def __repr__(self) -> str:
+        return f"Filled({counted(len(self), 'tensor')}, {size(sum(tensor.nbytes for tensor in self.values()))})"
+
+    def __reduce__(self) -> Any:
+        return OrderedDict, (), None, None, iter(self.items())
+
 
 _WORTH_THREADS = 1 << 22  # elements: for fewer, starting threads and passing Python's lock around costs more
 
@@ -100,8 +111,8 @@ def load(
         key: of a file of `torch.save` with several states ("model", "ema"), the one to take.
 
     Returns:
-        The state_dict, in its order, on the CPU; with `into`, those tensors of the module that were filled. Tensors
-        that were tied are one.
+        The state_dict, in its order, on the CPU. With `into`, those tensors of the module that were filled, as a dict
+        that prints in a line. Tensors that were tied are one.
 
     Raises:
         FileError: the file is damaged or of another version; it names the tensor.
@@ -124,7 +135,8 @@ def load(
         _require_memory(checkpoint, sum(source.nbytes for source in own.values()))
         targets = {name: [source.room()] for name, source in own.items()}
     _fill(targets, {source.name: source for source in sources.values()})
-    return {name: targets[source.name][0] for name, source in sources.items() if source.name in targets}
+    found = {name: targets[source.name][0] for name, source in sources.items() if source.name in targets}
+    return found if into is None else Filled(found)
 
 
 def _require_memory(checkpoint: Checkpoint, needed: int) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from secateur.storage.dtypes import name_of
 from secateur.storage.stored import Stored
-from secateur.support.tables import Printed, Table, number, percent, size
+from secateur.support.tables import Printed, Table, counted, number, percent, size
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Contents(Printed):
         keys = "weights", "zeros", "bytes", "stored_bytes"
         weights, zeros, bytes_, stored = (sum(getattr(t, key) for t in self.tensors) for key in keys)
         stored = stored if self.dense_bytes > bytes_ else self.file_bytes
-        return TensorInfo(f"total ({len(self.tensors)} tensors)", "", (), weights, zeros, bytes_, "", stored)
+        return TensorInfo(f"total ({counted(len(self.tensors), 'tensor')})", "", (), weights, zeros, bytes_, "", stored)
 
     @property
     def ratio(self) -> float:
@@ -114,8 +114,9 @@ def notes(names: Sequence[str]) -> tuple[str, ...]:
     known = set(names)
     pruned = [n for n in names if n.endswith("_orig") and n.removesuffix("_orig") + "_mask" in known]
     note = (
-        f"{len(pruned)} tensors (_orig, _mask) are pruned with torch.nn.utils.prune: to make them plain, use "
-        "secateur.from_torch_prune(model) or secateur.torch_prune.plain_state_dict(state_dict)"
+        f"{counted(len(pruned), 'tensor (_orig, _mask) is', 'tensors (_orig, _mask) are')} pruned with "
+        "torch.nn.utils.prune: to make them plain, use secateur.from_torch_prune(model) or "
+        "secateur.torch_prune.plain_state_dict(state_dict)"
     )
     return (note,) if pruned else ()
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from secateur.errors import FileError, InputError, UnknownNameError, nearest
 from secateur.storage.container import damaged
+from secateur.support.tables import counted
 
 SUFFIXES = ".pt", ".pth", ".bin", ".ckpt"
 ENVELOPES = "state_dict", "model_state_dict", "model", "module", "params"
@@ -110,12 +111,18 @@ class _States:
         """Say what was taken and what was left, if anything was."""
         if not self.left:
             return ()
-        counts = [(".".join(map(_name, place)), _count(value)) for place, value in self.left]
-        others = [name for name, tensors in counts if tensors]
-        shown = [f"{name} ({_many(tensors)})" if tensors else name for name, tensors in sorted(counts, key=_rank)]
+        counts = [(".".join(map(_name, place)), len(_tensors(value))) for place, value in self.left]
+        others = [".".join(map(_name, place)) for place, value in self.left if _may_be_state(place, value, count)]
+        shown = [
+            f"{name} ({counted(tensors, 'tensor')})" if tensors else name for name, tensors in sorted(counts, key=_rank)
+        ]
         more = f" and {len(shown) - _SHOWN} more" if len(shown) > _SHOWN else ""
         choose = f"; to take another state: --key {others[0]} (key= in Python)" if others else ""
-        what = f"{'.'.join(map(_name, self.taken))} ({_many(count)})" if self.taken else _many(count)
+        what = (
+            f"{'.'.join(map(_name, self.taken))} ({counted(count, 'tensor')})"
+            if self.taken
+            else counted(count, "tensor")
+        )
         return (f"took {what}; left {', '.join(shown[:_SHOWN])}{more}{choose}",)
 
 
@@ -123,20 +130,23 @@ def _rank(of: tuple[str, int]) -> bool:
     return not of[1]  # what holds tensors first
 
 
-def _many(tensors: int) -> str:
-    return f"{tensors} tensor{'s' * (tensors != 1)}"
+def _may_be_state(place: Place, value: Any, count: int) -> bool:
+    """Whether this may be another state of a model of so many tensors: not what callbacks and optimizers remember."""
+    if not isinstance(value, Mapping) or any("optim" in _name(key) for key in place):
+        return False
+    return 2 * sum(tensor.ndim > 0 for tensor in _tensors(value)) >= count
 
 
-def _count(value: Any) -> int:
-    """Count the tensors in nested containers, those that are there twice once."""
-    left, seen, tensors = [value], set[int](), 0
+def _tensors(value: Any) -> list[Tensor]:
+    """Find the tensors in nested containers, those that are there twice once."""
+    left, seen, tensors = [value], set[int](), list[Tensor]()
     while left:
         one = left.pop()
         if id(one) in seen:
             continue
         seen.add(id(one))
         if isinstance(one, Tensor):
-            tensors += 1
+            tensors.append(one)
         elif isinstance(one, Mapping):
             left.extend(one.values())
         elif isinstance(one, (list, tuple)):

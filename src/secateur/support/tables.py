@@ -20,12 +20,16 @@ class Table:
     """Rows of ready-made strings under a header; the first column is aligned left, the others right.
 
     Names are shown by `secateur.errors.printable`: what they hold acts on no terminal.
+
+    Attributes:
+        keys: columns that say which row it is: they stand in each part of a table that is too wide.
     """
 
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
     title: str = ""
     notes: Sequence[str] = field(default=())
+    keys: Sequence[int] = (0,)
 
     def __post_init__(self) -> None:
         for name in ("header", "notes"):
@@ -39,7 +43,7 @@ class Table:
         A table that is too wide is folded, never cut: a long name stands on a line of its own above its row, other
         long cells take several lines, and columns that still find no room follow in a further part.
         """
-        parts = ["\n".join(_lines(rows, width)) for rows in _parts([self.header, *self.rows], width)]
+        parts = ["\n".join(_lines(rows, width)) for rows in _parts([self.header, *self.rows], width, self.keys)]
         folded = [line for note in self.notes for line in _fold(note, width)]
         return "\n".join([*_fold(self.title, width), "\n\n".join(parts), *folded])
 
@@ -88,17 +92,17 @@ class Printed(ABC):
         return self.table().html()
 
 
-def _parts(rows: _Rows, width: int | None) -> Iterator[_Rows]:
-    """The table itself, or where it is too wide several, each with the first column and as many others as fit."""
+def _parts(rows: _Rows, width: int | None, keys: Sequence[int]) -> Iterator[_Rows]:
+    """The table itself, or where it is too wide several, each with the key columns and as many others as fit."""
     least = [min(w, _NARROW) for w in _widths(rows)]
-    part = [0]
-    for column in range(1, len(least)):
-        together = sum(least[i] + 2 for i in [*part, column]) - 2
-        if width is not None and together > width and len(part) > 1:
-            yield [[row[i] for i in part] for row in rows]
-            part = [0]
-        part.append(column)
-    yield [[row[i] for i in part] for row in rows]
+    part = set(keys)
+    for column in range(len(least)):
+        together = sum(least[i] + 2 for i in part | {column}) - 2
+        if width is not None and together > width and len(part) > len(keys):
+            yield [[row[i] for i in sorted(part)] for row in rows]
+            part = set(keys)
+        part.add(column)
+    yield [[row[i] for i in sorted(part)] for row in rows]
 
 
 def _lines(rows: _Rows, width: int | None) -> Iterator[str]:
@@ -143,6 +147,11 @@ def _in_markdown(text: str) -> str:
 def number(value: float) -> str:
     """A count for people: 1,234,567."""
     return f"{value:,.0f}"
+
+
+def counted(count: int, one: str, many: str = "") -> str:
+    """A count with its noun: "1 tensor", "1,234 tensors"."""
+    return f"{number(count)} {one if count == 1 else many or one + 's'}"
 
 
 def percent(value: float) -> str:

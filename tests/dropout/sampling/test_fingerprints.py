@@ -197,7 +197,7 @@ def test_a_rate_that_becomes_0():
     model = mlp()
     sample(model, X)
     model[2].p = 0.0
-    with pytest.raises(InputError, match=r"no dropout.*1 calls drop nothing"):
+    with pytest.raises(InputError, match=r"no dropout.*1 call drops nothing"):
         sample(model, X)
     model[2].p = 0.2
     sample(model, X)

@@ -228,8 +228,8 @@ def test_an_empty_batch(shape):
     ("make", "message"),
     [
         (lambda: nn.Sequential(linear()), r"no dropout to take samples of; train it with nn\.Dropout"),
-        (lambda: nn.Sequential(linear(), nn.Dropout(0.0)), r"no dropout.*1 calls drop nothing: their rate is 0"),
-        (lambda: Model(lambda s, x: F.dropout(x, 0.5, False)), r"1 calls drop nothing.*off in training too"),
+        (lambda: nn.Sequential(linear(), nn.Dropout(0.0)), r"no dropout.*1 call drops nothing: rate 0"),
+        (lambda: Model(lambda s, x: F.dropout(x, 0.5, False)), r"1 call drops nothing.*off in training too"),
         (lambda: Model(lambda s, x: F.dropout(x) if s.training else x), r"reach is dropout \(line.*self\.training"),
         (lambda: Model(lambda s, x: x * torch.rand(()) if s.training else x), r"out of reach is rand \(line"),
         (lambda: nn.LSTM(8, 8, 2), r"no dropout"),

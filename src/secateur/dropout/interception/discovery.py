@@ -16,7 +16,7 @@ from secateur.dropout.interception.handlers import DropoutCall
 from secateur.dropout.interception.isolation import changed, fresh, held, require_rest, twin, undisturbed
 from secateur.dropout.interception.listing import Lister, listed
 from secateur.support.inputs import Arguments, arguments
-from secateur.support.tables import Printed, Table
+from secateur.support.tables import Printed, Table, counted
 
 __all__ = ["Found", "Unreached", "find"]
 
@@ -79,7 +79,8 @@ class Found(Printed):
             [c.path or "(model)", c.kind, "" if c.rate is None else f"{c.rate:g}", "x".join(map(str, c.shape))]
             for c in self.calls
         ]
-        notes = [f"{len(self.calls)} dropout calls" + (f", {self.off} more drop nothing" if self.off else "")]
+        off = f", {counted(self.off, 'more drops', 'more drop')} nothing" if self.off else ""
+        notes = [counted(len(self.calls), "dropout call") + off]
         notes += [f"out of reach: {one}" for one in self.unreached]
         return Table(("where", "kind", "rate", "shape"), rows, notes=notes)
 

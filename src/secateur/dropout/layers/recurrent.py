@@ -15,7 +15,7 @@ from secateur.dropout import noise
 from secateur.dropout.substitution import begin, end
 from secateur.errors import InputError, StateError
 from secateur.scope import unwrap
-from secateur.support.tables import Printed, Table
+from secateur.support.tables import Printed, Table, counted
 
 __all__ = ["RecurrentDropout", "recurrent"]
 
@@ -133,7 +133,7 @@ class RecurrentDropout(Printed):
         return Table(("module", "type", "dropped"), self._rows, notes=[] if self._handles else ["removed"])
 
     def __repr__(self) -> str:
-        on = f"on {len(self._rows)} modules" if self._handles else "removed"
+        on = f"on {counted(len(self._rows), 'module')}" if self._handles else "removed"
         return f"RecurrentDropout({on})"
 
 

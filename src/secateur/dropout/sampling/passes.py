@@ -26,6 +26,7 @@ from secateur.dropout.sampling.sampler import Sampler
 from secateur.dropout.sampling.strategies import Alone, Folded, Mapped, Outputs
 from secateur.errors import InputError, InputTypeError
 from secateur.support.inputs import Arguments
+from secateur.support.tables import counted
 
 WAYS = {"alone": Alone, "folded": Folded, "mapped": Mapped}
 Output = Callable[[Any], Any]
@@ -236,7 +237,11 @@ def outputs_of(answer: Any, output: Output | None) -> Outputs:
 
 def _nothing(found: Found) -> str:
     lost = "".join(f"; out of reach is {one}" for one in found.unreached)
-    off = f" ({found.off} calls drop nothing: their rate is 0, or they are off in training too)" if found.off else ""
+    off = (
+        f" ({counted(found.off, 'call drops', 'calls drop')} nothing: rate 0, or off in training too)"
+        if found.off
+        else ""
+    )
     return (
         f"the model makes no dropout call{off}{lost}: there is no dropout to take samples of; "
         "train it with nn.Dropout, or with sc.dropout.concrete(model, n_data=...), which learns the rates"

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from secateur.errors import InputError, InputTypeError
 from secateur.support import checks
-from secateur.support.tables import Printed, Table
+from secateur.support.tables import Printed, Table, counted
 
 __all__ = ["Prediction"]
 
@@ -219,7 +219,7 @@ class Prediction(Printed):
         if math.prod(shape) > len(labels):
             notes.append(f"the first {len(labels)} of {math.prod(shape)} rows")
         lines = [list(cells) for cells in zip(labels, *columns.values(), strict=True)]
-        return Table(["", *columns], lines, f"{self.n} samples", notes)
+        return Table(["", *columns], lines, counted(self.n, "sample"), notes)
 
     def to_dict(self) -> dict[str, Any]:
         """What follows from the samples, without the samples, as plain data for JSON."""
