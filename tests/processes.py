@@ -63,10 +63,9 @@ def secateur(*arguments):
     runpy.run_module("secateur", run_name="__main__")
 
 
-def code(text, *arguments, memory=None, warn="error"):
-    """What `python -W error -c text` does; given to `Command` with its arguments."""
-    warnings.simplefilter(warn)
-    sys.argv = ["-c", *map(str, arguments)]
+def code(text):
+    """What `python -W error -c text` does; given to `Command`."""
+    warnings.simplefilter("error")
     exec(text, {"__name__": "__main__"})
 
 

@@ -1,10 +1,11 @@
-"""The helper models lie one folder up; a fresh process is started here."""
+"""The helper models lie one folder up; processes without secateur are started here."""
 
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from processes import Command, code
 
 TESTS = Path(__file__).parents[1]
 if str(TESTS) not in sys.path:
@@ -12,16 +13,14 @@ if str(TESTS) not in sys.path:
 
 
 @pytest.fixture
-def elsewhere(tmp_path):
-    """Run code in a fresh process in `tmp_path`, where secateur cannot be imported unless one says so."""
+def elsewhere(tmp_path, monkeypatch):
+    """Run code in a process of its own in `tmp_path`, where secateur cannot be imported unless one says so."""
+    monkeypatch.chdir(tmp_path)
 
-    def run(code, *, secateur=False):
-        start = f"import sys; sys.path.insert(0, {str(TESTS)!r})\n"
-        if not secateur:
-            start += "sys.modules['secateur'] = None\n"
-        done = subprocess.run(
-            [sys.executable, "-W", "error", "-c", start + code], cwd=tmp_path, capture_output=True, text=True
-        )
+    def run(text, *, secateur=False):
+        start = "import sys; assert 'secateur' not in sys.modules\n"
+        start += "" if secateur else "sys.modules['secateur'] = None\n"
+        done = Command(code, start + text).done()
         assert done.returncode == 0, done.stderr
         return done.stdout
 

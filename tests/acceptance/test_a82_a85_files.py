@@ -2,9 +2,7 @@
 
 import json
 import os
-import resource
 import signal
-import subprocess
 import sys
 
 import pytest
@@ -12,16 +10,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import secateur as sc
+from processes import Command, in_bounded_memory, secateur
 
 LINUX = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="memory is bounded as Linux does")
 MEMORY = 8 << 30
 
 
 def cli(*arguments):
-    """Run a command with bounded memory; returns its exit status and what it said on stderr."""
-    command = [sys.executable, "-W", "ignore", "-m", "secateur", *map(str, arguments)]
-    bound = {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))}
-    done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=120, **bound)
+    """Run a command with bounded memory; returns its exit status, and what it said on stdout and stderr."""
+    done = Command(in_bounded_memory, MEMORY, secateur, *arguments).done()
     return done.returncode, done.stdout, done.stderr
 
 
@@ -81,32 +78,34 @@ def test_a82_no_name_acts_on_a_terminal(tmp_path, command):
         assert {t["name"] for t in json.loads(out)["tensors"]} == set(names)
 
 
-PRUNE = """
-import os, signal, sys
-from secateur.support import files
-from secateur.storage.pruning import Recipe, prune_checkpoint
-def then_die(function):
-    def die(*arguments):
-        function(*arguments)
-        os.kill(os.getpid(), signal.SIGKILL)
-    return die
-if sys.argv[1] == "exchange":
-    files.exchange = then_die(files.exchange)
-elif sys.argv[1] == "flush":
-    files._flush = then_die(files._flush)
-prune_checkpoint("src", "out", Recipe(float(sys.argv[2])))
-"""
+def prune_and_die(dies, sparsity):
+    from secateur.storage.pruning import Recipe, prune_checkpoint
+    from secateur.support import files
+
+    def then_die(function):
+        def die(*arguments):
+            function(*arguments)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        return die
+
+    if dies == "exchange":
+        files.exchange = then_die(files.exchange)
+    elif dies == "flush":
+        files._flush = then_die(files._flush)
+    prune_checkpoint("src", "out", Recipe(sparsity))
 
 
 @LINUX
-def test_a83_a_killed_writer_leaves_the_old_folder_or_the_new_one(tmp_path):
+def test_a83_a_killed_writer_leaves_the_old_folder_or_the_new_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "src").mkdir()
     save_file({"w": torch.arange(1.0, 65).view(8, 8)}, tmp_path / "src" / "a.safetensors")
     index = {"weight_map": {"w": "a.safetensors"}}
     (tmp_path / "src" / "model.safetensors.index.json").write_text(json.dumps(index))
 
     def prune(dies, sparsity):
-        done = subprocess.run([sys.executable, "-c", PRUNE, dies, str(sparsity)], cwd=tmp_path, capture_output=True)
+        done = Command(prune_and_die, dies, sparsity).done()
         assert done.returncode == (0 if dies == "never" else -signal.SIGKILL), done.stderr
         return int((load_file(tmp_path / "out" / "a.safetensors")["w"] == 0).sum())
 
