@@ -182,6 +182,12 @@ def family(module: nn.Module) -> Family | None:
     return None if layer is None else layer.family
 
 
+def is_weight(module: nn.Module, attribute: str) -> bool:
+    """Whether a parameter is a weight that is pruned by default, as far as its module is concerned."""
+    layer = of(module)
+    return layer is not None and layer.family != "embedding" and bool(layer.dims(attribute))
+
+
 def entry(kind: type[nn.Module]) -> tuple[type[nn.Module], Layer | None]:
     """The nearest of the classes of a type that has an entry, and the entry; `nn.Module` and None if none has."""
     for one in kind.__mro__:

@@ -7,9 +7,10 @@ from collections.abc import Iterable, Iterator
 from torch import nn
 from torch.nn.utils import parametrize
 
+from secateur.computed_weights import computed, expression, weights_as_used
 from secateur.errors import StateError
 from secateur.masks import Masks
-from secateur.scope import Member, Scope, computed, expression, require_prunable, weights_as_used
+from secateur.scope import Member, Scope, require_prunable
 from secateur.tying import holders, identity
 
 MANY = 0.01

@@ -12,8 +12,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from secateur.computed_weights import effective, require_values, why_computed
 from secateur.errors import InputError, InputTypeError, MaskError, UnknownNameError, nearest
-from secateur.scope import effective, require_values, unwrap, weights, why_computed
+from secateur.scope import unwrap, weights
 from secateur.support import bits, checks
 from secateur.support.files import replacing, require_file
 from secateur.support.tables import counted

@@ -6,6 +6,7 @@ so that a model and a checkpoint that is larger than memory go the same way (`st
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,8 +20,8 @@ from secateur import allocation as allocations
 from secateur import patterns, scores, selection
 from secateur import scope as scopes
 from secateur.allocation import Allocation
-from secateur.errors import InputError, PatternError, listed, warn
-from secateur.masks import Masks
+from secateur.errors import InputError, MaskError, PatternError, listed, warn
+from secateur.masks import Masks, as_masks
 from secateur.patterns import Joined, Pattern
 from secateur.scope import Member, Scope
 from secateur.scores import Score
@@ -338,6 +339,57 @@ class Plan:
             whole = pattern.reduce((~flags).float(), told) == 0
             reduced = reduced.masked_fill(whole & (reduced < math.inf), value)
         return reduced
+
+
+@dataclass(frozen=True)
+class FixedMasks:
+    """A plan whose masks are given, so that it has nothing to choose."""
+
+    scope: Scope
+    given: Masks
+    score: Score = scores.magnitude
+    shares: tuple[Share, ...] = ()
+    pattern: Pattern | None = None
+
+    def counts(self, at: Callable[[Fraction], Fraction] = lambda final: final) -> tuple[int, ...]:
+        """Weights that the masks prune in each tensor, wherever a schedule is."""
+        return tuple(self.given.counts().values())
+
+    def masks(self, counts: Sequence[int], held: Masks | None = None) -> Masks:
+        """The masks."""
+        return self.given
+
+    def settings(self) -> dict[str, Any]:
+        """What two runs must have in common: the same masks."""
+        kept = hashlib.sha256()
+        for name in self.scope:
+            kept.update(self.given.packed(name).cpu().numpy().tobytes())
+        return {"masks": kept.hexdigest()}
+
+
+def of(model: nn.Module, sparsity: Sparsity | Masks, **options: Any) -> Plan | FixedMasks:
+    """A plan, or, where masks are given in place of a sparsity, those.
+
+    Raises:
+        As `make`; InputError, MaskError, UnknownNameError: masks that do not fit, or other choices beside them.
+    """
+    masks: Any = sparsity
+    if isinstance(masks, Mapping) and masks and all(isinstance(mask, Tensor) and mask.ndim for mask in masks.values()):
+        masks = as_masks(masks)
+    if not isinstance(masks, Masks):
+        return make(model, masks, **options)
+    if options != {"score": "magnitude", "allocation": "global", "pattern": None, "scope": None}:
+        raise InputError("given masks say which weights go: leave score, allocation, pattern and scope as they are")
+    masks.match(scopes.unwrap(model))
+    scope = scopes.weights(model, only=list(masks))
+    names = {name: name for name in scope} | {
+        name: alias for name, member in scope.members.items() for alias in member.aliases if name not in masks
+    }
+    twice = set(masks) - set(names.values())
+    if twice:
+        raise MaskError(f"{min(twice)} is a second name of a tied tensor that has a mask already: leave it out")
+    packed = {name: masks.packed(found) for name, found in names.items()}
+    return FixedMasks(scope, Masks.from_bits(packed, {name: masks.shape(found) for name, found in names.items()}))
 
 
 def make(

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
 from fractions import Fraction
 from typing import Any
 
@@ -12,16 +10,16 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from secateur import live_tensors, plan, schedules, scores
+from secateur import live_tensors, plan, schedules
 from secateur import optimizers as following
 from secateur import pruner_states as states
 from secateur.allocation import Allocation
 from secateur.errors import InputError, MaskError, StateError, listed, warn
 from secateur.live_tensors import MANY, loose_zeros, newcomers
-from secateur.masks import Masks, as_masks, check
+from secateur.masks import Masks, check
 from secateur.patterns import Pattern
 from secateur.schedules import Schedule
-from secateur.scope import Scope, unwrap, weights
+from secateur.scope import Scope, unwrap
 from secateur.scores import GradientScore, Score
 from secateur.sparsity import Sparsity, fraction
 from secateur.support import bits, checks
@@ -69,7 +67,7 @@ def prune(
     >>> masks.pruned, masks.size
     (90, 100)
     """
-    chosen = _make(model, sparsity, score=score, allocation=allocation, pattern=pattern, scope=scope)
+    chosen = plan.of(model, sparsity, score=score, allocation=allocation, pattern=pattern, scope=scope)
     several = isinstance(optimizer, Iterable) and not isinstance(optimizer, str)
     found = following.resolve([*optimizer] if several else [optimizer], chosen.scope)
     for one in found or [None]:
@@ -129,7 +127,7 @@ class Pruner:
         scope: Mapping[str, nn.Parameter] | None = None,
     ) -> None:
         self._model = unwrap(model)
-        self._plan = _make(model, sparsity, score=score, allocation=allocation, pattern=pattern, scope=scope)
+        self._plan = plan.of(model, sparsity, score=score, allocation=allocation, pattern=pattern, scope=scope)
         self._schedule = _schedule(schedule, self._plan)
         self._steps = 0
         self._asked = self._plan.counts()
@@ -547,54 +545,10 @@ def _require_alone(optimizer: object, scope: Mapping[str, Tensor], me: Pruner | 
             )
 
 
-@dataclass(frozen=True)
-class _Held:
-    """A plan whose masks are given."""
-
-    scope: Scope
-    given: Masks
-    score: Score = scores.magnitude
-    shares: tuple[plan.Share, ...] = ()
-    pattern: Pattern | None = None
-
-    def counts(self, at: Callable[[Fraction], Fraction] = lambda final: final) -> tuple[int, ...]:
-        return tuple(self.given.counts().values())
-
-    def masks(self, counts: Sequence[int], held: Masks | None = None) -> Masks:
-        return self.given
-
-    def settings(self) -> dict[str, Any]:
-        kept = hashlib.sha256()
-        for name in self.scope:
-            kept.update(self.given.packed(name).cpu().numpy().tobytes())
-        return {"masks": kept.hexdigest()}
-
-
-def _make(model: nn.Module, sparsity: Sparsity | Masks, **options: Any) -> plan.Plan | _Held:
-    """A plan, or, where masks are given in place of a sparsity, those."""
-    masks: Any = sparsity
-    if isinstance(masks, Mapping) and masks and all(isinstance(mask, Tensor) and mask.ndim for mask in masks.values()):
-        masks = as_masks(masks)
-    if not isinstance(masks, Masks):
-        return plan.make(model, masks, **options)
-    if options != {"score": "magnitude", "allocation": "global", "pattern": None, "scope": None}:
-        raise InputError("given masks say which weights go: leave score, allocation, pattern and scope as they are")
-    masks.match(unwrap(model))
-    scope = weights(model, only=list(masks))
-    names = {name: name for name in scope} | {
-        name: alias for name, member in scope.members.items() for alias in member.aliases if name not in masks
-    }
-    twice = set(masks) - set(names.values())
-    if twice:
-        raise MaskError(f"{min(twice)} is a second name of a tied tensor that has a mask already: leave it out")
-    packed = {name: masks.packed(found) for name, found in names.items()}
-    return _Held(scope, Masks.from_bits(packed, {name: masks.shape(found) for name, found in names.items()}))
-
-
 def _schedule(
-    given: str | Schedule | Callable[[int], float], chosen: plan.Plan | _Held
+    given: str | Schedule | Callable[[int], float], chosen: plan.Plan | plan.FixedMasks
 ) -> Schedule | Callable[[int], float]:
-    if isinstance(chosen, _Held) and given != "one_shot":
+    if isinstance(chosen, plan.FixedMasks) and given != "one_shot":
         raise InputError("given masks are held from the start: leave schedule as it is")
     found = schedules.resolve(given)
     if not isinstance(found, Schedule) and len(chosen.shares) > 1:
@@ -604,5 +558,5 @@ def _schedule(
     return found
 
 
-def _all_kept(chosen: plan.Plan | _Held) -> Masks:
+def _all_kept(chosen: plan.Plan | plan.FixedMasks) -> Masks:
     return Masks({name: torch.ones_like(weight, dtype=torch.bool) for name, weight in chosen.scope.items()})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,11 +14,12 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from secateur import anatomy
-from secateur.anatomy import Layout
+from secateur.anatomy import Layout, family
+from secateur.computed_weights import computed, expression, own_names, package, require_values, set_apart, user_of
 from secateur.errors import InputError, InputTypeError, UnknownNameError, nearest, warn
-from secateur.support import bits, checks
+from secateur.support import checks
 from secateur.support.tables import Printed, Table, counted, number, percent
-from secateur.tying import Holder, distinct, holders, holds_twice, identity, parameter_of, refuse_overlaps
+from secateur.tying import Holder, holders, holds_twice, parameter_of, refuse_overlaps
 
 Selector = str | type[nn.Module]
 
@@ -172,7 +172,7 @@ def weights(
     names = [name for found in places for name, _, _ in found]
     for selector in (*(wanted.only or ()), *wanted.also, *wanted.skip):
         _require_match(selector, model, names)
-    apart = _apart(model)
+    apart = set_apart(model)
     members: dict[str, Member] = {}
     left_out: dict[str, str] = {}
     dense: dict[str, Member] = {}  # would count as weights, but are of unknown modules
@@ -234,28 +234,12 @@ def unwrap(model: nn.Module) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise InputTypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
     while True:
-        places = (_WRAPPERS.get(f"{_package(kind)}.{kind.__name__}", "") for kind in type(model).__mro__)
+        places = (_WRAPPERS.get(f"{package(kind)}.{kind.__name__}", "") for kind in type(model).__mro__)
         place = next(filter(None, places), None)
         inner = model._modules.get(place) if place is not None else None
         if inner is None:
             return model
         model = inner
-
-
-def why_computed(model: nn.Module, name: str) -> str:
-    """What computes a weight that is no Parameter now, and how to make it one; or an empty string."""
-    path, _, attribute = name.rpartition(".")
-    module = dict(model.named_modules(remove_duplicate=False)).get(path)
-    if module is None or f"{attribute}_mask" in module._buffers:
-        return ""
-    for weight, norm, remedy in computed(module, expression(path)):
-        if weight == attribute:
-            return f"{name} is computed by {norm}, so that it has no zeros of its own: call torch.nn.utils.{remedy}"
-    return ""
-
-
-def _package(kind: type) -> str:
-    return kind.__module__.partition(".")[0]
 
 
 def _refuse_model(model: nn.Module) -> None:
@@ -279,69 +263,6 @@ class _Wanted:
     also: tuple[Selector, ...]
     skip: tuple[Selector, ...]
     where: Callable[[str, nn.Parameter], bool] | None
-
-
-def weights_as_used(model: nn.Module) -> dict[str, Tensor]:
-    """Those of `effective` that are pruned by default, or would be if they were plain: to be read only.
-
-    A weight that a norm or a parametrization computes is there under its own name, as the model computes it.
-    """
-    tensors, apart = effective(model), _apart(model)
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    modules = dict(model.named_modules(remove_duplicate=False))
-    for prefix, module in modules.items():
-        for attribute, _, _ in computed(module, prefix):
-            name = f"{prefix}.{attribute}".removeprefix(".")
-            if name not in tensors and is_weight(module, attribute):
-                tensors[name] = _as_computed(module, attribute)
-    places = {name: (modules[name.rpartition(".")[0]], name.rpartition(".")[2]) for name in tensors}
-    out = {identity(t) for name, t in tensors.items() if name in apart or _family(places[name][0]) == "embedding"}
-    return {
-        name: tensor
-        for name, tensor in distinct(tensors).items()
-        if tensor.ndim > 1 and identity(tensor) not in out
-        if is_weight(*_user_of(*places[name])) or name not in parameters
-    }
-
-
-def _as_computed(module: nn.Module, attribute: str) -> Tensor:
-    """What a norm or a parametrization computes of a weight; of a norm that is a hook, at the last forward."""
-    with torch.no_grad():
-        if parametrize.is_parametrized(module, attribute):
-            steps: Any = copy.deepcopy(module.parametrizations[attribute])  # type: ignore[index]
-            found: Tensor = steps.eval()()  # in training some change what they remember
-            return found
-        found = getattr(module, attribute)
-        return found.detach()
-
-
-def effective(model: nn.Module) -> dict[str, Tensor]:
-    """Every tensor as the model computes with it, to be read only: all names of its parameters, and more.
-
-    A weight that `torch.nn.utils.prune` masks is there under its own name, as is that of a quantized module of torch;
-    quantized and sparse tensors are there as the numbers they stand for.
-
-    Raises:
-        InputError: one is lazy, or on the meta device.
-    """
-    found: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
-    for prefix, module in model.named_modules(remove_duplicate=False):
-        dot = f"{prefix}." if prefix else ""
-        for buffer, mask in module.named_buffers(recurse=False):
-            name = buffer.removesuffix("_mask")
-            if name != buffer and f"{dot}{name}_orig" in found:
-                found[dot + name] = found.pop(f"{dot}{name}_orig").detach().masked_fill(mask == 0, 0)
-        if type(module).__module__.startswith("torch.ao.nn.") and callable(getattr(module, "weight", None)):
-            found[dot + "weight"] = module.weight()
-    for name, tensor in found.items():
-        require_values(name, tensor)
-    return {name: bits.plain(tensor) for name, tensor in found.items()}
-
-
-def is_weight(module: nn.Module, attribute: str) -> bool:
-    """Whether a parameter is a weight that is pruned by default, as far as its module is concerned."""
-    layer = anatomy.of(module)
-    return layer is not None and layer.family != "embedding" and bool(layer.dims(attribute))
 
 
 def _selectors(name: str, chosen: Selector | Sequence[Selector] | None) -> tuple[Selector, ...]:
@@ -378,46 +299,6 @@ def _require_match(selector: Selector, model: nn.Module, names: list[str]) -> No
         raise UnknownNameError(f"{selector!r} matches no tensor and no module; {nearest(selector, names)}")
 
 
-_THROUGH = "base_model", "model", "lora_model", "base_layer", "modules_to_save"  # to the layers of a model under PEFT
-
-
-def _apart(model: nn.Module) -> dict[str, str]:
-    """Why single parameters are no weights of the model, whatever their modules: adapters, and what is replaced."""
-    roots: dict[str, str] = {}
-    reasons: dict[str, str] = {}
-    for prefix, module in model.named_modules(remove_duplicate=False):
-        dot = f"{prefix}." if prefix else ""
-        above, _, leaf = prefix.rpartition(".")
-        if above in roots:
-            roots[prefix] = roots[above]
-        elif leaf.startswith("lora_"):
-            roots[prefix] = "an adapter"
-        peft = any(_package(kind) == "peft" for kind in type(module).__mro__)
-        for child, _ in module._modules.items() if peft else ():
-            if child not in _THROUGH:
-                roots[dot + child] = "replaced by its adapter" if child == "original_module" else "an adapter"
-        for attribute, _ in module._parameters.items():  # of a scripted module no dict
-            if prefix in roots:
-                reasons[dot + attribute] = roots[prefix]
-            elif peft or attribute.startswith("lora_"):
-                reasons[dot + attribute] = "an adapter"
-            elif attribute.endswith("_raw"):
-                for place, owner in ((prefix, module), *((dot + n, m) for n, m in module.named_children())):
-                    used = f"{place}.{attribute[:-4]}".removeprefix(".")
-                    if is_weight(owner, attribute[:-4]):
-                        reasons[used] = f"computed from {dot}{attribute}"
-    return reasons
-
-
-def _user_of(module: nn.Module, attribute: str) -> tuple[nn.Module, str]:
-    """The layer that computes with a parameter, and the name there: a weight drop keeps `weight_raw` outside it."""
-    if attribute.endswith("_raw"):
-        for owner in (module, *module.children()):
-            if is_weight(owner, attribute[:-4]):
-                return owner, attribute[:-4]
-    return module, attribute
-
-
 def _reason_against(found: list[Holder], wanted: _Wanted, apart: Mapping[str, str]) -> str:
     """Why a tensor is left out, or an empty string; any one of its names is enough to choose or to skip it."""
     (name, module, _), parameter = found[0], parameter_of(found[0])
@@ -436,7 +317,7 @@ def _reason_against(found: list[Holder], wanted: _Wanted, apart: Mapping[str, st
             return "not chosen"
         if embedded := _embedded(found):
             return f"{embedded} is not pruned by default"
-        if not any(is_weight(*_user_of(m, a)) for _, m, a in found):
+        if not any(anatomy.is_weight(*user_of(m, a)) for _, m, a in found):
             return f"{type(module).__name__} is not pruned by default"
     if wanted.where is not None and not wanted.where(name, parameter):
         return "where() said no"
@@ -449,15 +330,15 @@ def _is_bias(attribute: str) -> bool:
 
 def _embedded(found: Sequence[Holder]) -> str:
     """The embedding that a tensor belongs to, and what is tied to it; or an empty string."""
-    kinds = [type(m).__name__ for _, m, _ in found if _family(m) == "embedding"]
-    tied = [n for n, m, _ in found if _family(m) != "embedding"]
+    kinds = [type(m).__name__ for _, m, _ in found if family(m) == "embedding"]
+    tied = [n for n, m, _ in found if family(m) != "embedding"]
     return kinds[0] + (f", tied to {', '.join(tied)}," if tied else "") if kinds else ""
 
 
 def _member(found: list[Holder]) -> Member:
     (name, module, attribute), parameter = found[0], parameter_of(found[0])
-    user, used = _user_of(module, attribute)
-    padding = (getattr(m, "padding_idx", None) for _, m, _ in found if _family(m) == "embedding")
+    user, used = user_of(module, attribute)
+    padding = (getattr(m, "padding_idx", None) for _, m, _ in found if family(m) == "embedding")
     return Member(
         name=name,
         module=module,
@@ -466,11 +347,6 @@ def _member(found: list[Holder]) -> Member:
         layout=anatomy.layout(user, used, parameter),
         padding_row=next((row for row in padding if row is not None), None),
     )
-
-
-def _family(module: nn.Module) -> str:
-    layer = anatomy.of(module)
-    return layer.family if layer is not None else ""
 
 
 _ASIDE = re.compile(r"embed|token|position|pos_|query|queries|prompt|norm")
@@ -488,7 +364,7 @@ def _is_matrix(model: nn.Module, member: Member) -> bool:
     if is_lazy(parameter) or sum(length > 1 for length in parameter.shape) < 2 or _is_bias(member.attribute):
         return False
     aside = _ASIDE.search(f"{type(owner).__name__}.{member.attribute}".lower())
-    return not aside and _family(owner) != "embedding"
+    return not aside and family(owner) != "embedding"
 
 
 def _warn_of_dense(dense: Mapping[str, Member], pruned: int) -> None:
@@ -502,20 +378,6 @@ def _warn_of_dense(dense: Mapping[str, Member], pruned: int) -> None:
             f"{percent(left / (left + pruned))} of the model's weights stay dense and do not count in the sparsity, "
             f"because secateur does not know their modules: {listed}{more}. Take them in with "
             f"scope=sc.weights(model, also={largest[:1]!r}), or say that they stay dense with skip={largest[:1]!r}"
-        )
-
-
-def require_values(name: str, tensor: Tensor) -> None:
-    """See that a tensor holds numbers.
-
-    Raises:
-        InputError: it is lazy, or on the meta device.
-    """
-    if is_lazy(tensor):
-        raise InputError(f"{name} is lazy: run one batch through the model first, so that its shape is known")
-    if tensor.is_meta:
-        raise InputError(
-            f"{name} is on the meta device and holds no values: materialise it first (to_empty, then load)"
         )
 
 
@@ -559,11 +421,12 @@ def _refuse_computed(model: nn.Module, wanted: _Wanted) -> None:
     """Refuse a weight that is recomputed at each forward: zeros written into it would not last."""
     for prefix, module in model.named_modules():
         listed = any(_selects(s, f"{prefix}.weight", module) for s in (*(wanted.only or ()), *wanted.also))
-        by_default = wanted.only is None and _family(module) not in ("", "embedding")
+        layer = anatomy.of(module)
+        by_default = wanted.only is None and layer is not None and layer.family != "embedding"
         if not (listed or by_default) or any(_selects(s, f"{prefix}.weight", module) for s in wanted.skip):
             continue
         place = prefix or "the model"
-        own = _own_names(module)
+        own = own_names(module)
         if any(name.endswith("_mask") and f"{name[:-5]}_orig" in own for name in own):
             raise InputError(
                 f"{place} was pruned with torch.nn.utils.prune, which renames its weights: "
@@ -575,31 +438,6 @@ def _refuse_computed(model: nn.Module, wanted: _Wanted) -> None:
                 f"{place}: {weight} is computed by {norm}, so zeros in it would not last: call torch.nn.utils.{remedy} "
                 f"and prune{leave}"
             )
-
-
-def _own_names(module: nn.Module) -> list[str]:
-    """Names of the parameters and buffers of a module itself, which in one of torch.jit are in no dict."""
-    own = *module.named_parameters(recurse=False), *module.named_buffers(recurse=False)
-    return [name for name, _ in own]
-
-
-def expression(path: str) -> str:
-    """How one writes a submodule of `model` in Python: "layers.0.fc" is `model.layers[0].fc`."""
-    return "".join(["model", *(f"[{part}]" if part.isdecimal() else f".{part}" for part in path.split(".") if part)])
-
-
-def computed(module: nn.Module, place: str) -> Iterator[tuple[str, str, str]]:
-    """Name each weight of a module that is computed from others, what computes it, and how to make it plain."""
-    if parametrize.is_parametrized(module):
-        for name in module.parametrizations:  # type: ignore[union-attr]
-            if "weight" in name or is_weight(module, name):
-                remedy = f"parametrize.remove_parametrizations({place}, {name!r})"
-                yield name, "a parametrization (weight_norm and its like)", remedy
-    for attribute in _own_names(module):
-        for norm, ending in (("weight_norm", "_g"), ("spectral_norm", "_orig")):
-            if "weight" in attribute and attribute.endswith(ending):
-                name = attribute.removesuffix(ending)
-                yield name, norm, f"remove_{norm}({place}, {name!r})"
 
 
 def _together(lines: Sequence[_Line]) -> Sequence[_Line]:

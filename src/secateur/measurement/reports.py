@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from secateur import anatomy
+from secateur.computed_weights import effective, weights_as_used
 from secateur.masks import as_masks
 from secateur.measurement.costs import file_bytes
-from secateur.scope import effective, unwrap, weights_as_used
+from secateur.scope import unwrap
 from secateur.sparsity import half_up
 from secateur.support import bits
 from secateur.support.tables import Printed, Table, number, percent, size

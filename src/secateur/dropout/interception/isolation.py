@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from secateur import anatomy
+from secateur.computed_weights import require_values
 from secateur.errors import InputTypeError, StateError
-from secateur.scope import require_values
 from secateur.support.inputs import Arguments
 
 _COMPILING = (
