@@ -76,7 +76,7 @@ def from_torch_prune(model: nn.Module) -> Masks:
     >>> layer = torch.nn.Linear(4, 2)
     >>> _ = prune.l1_unstructured(layer, "weight", 6)
     >>> from_torch_prune(layer)
-    Masks(1 tensors, 6 of 8 weights pruned)
+    Masks(1 tensor, 6 of 8 weights pruned)
     >>> list(layer.state_dict())
     ['weight', 'bias']
     """

@@ -144,7 +144,7 @@ def test_a_table_a_dict_and_markdown(tmp_path):
     lines = str(found).splitlines()
     assert lines[0] == str(tmp_path / "m.safetensors")
     assert lines[3].split() == ["w", "float32", "2", "x", "2", "4", "2", "50.00", "%", "16", "B"]
-    assert lines[4].startswith("total (1 tensors)")
+    assert lines[4].startswith("total (1 tensor)")
     assert "| w " in found.markdown()
     plain = json.loads(json.dumps(found.to_dict()))
     facts = {"weights": 4, "zeros": 2, "bytes": 16, "sparsity": 0.5}
@@ -160,7 +160,7 @@ def test_a_note_on_torch_prune(tmp_path):
     prune.l1_unstructured(model, "weight_hh_l0", 4)
     torch.save(model.state_dict(), tmp_path / "m.pt")
     (note,) = inspect(tmp_path / "m.pt").notes
-    assert note.startswith("1 tensors")
+    assert note.startswith("1 tensor (_orig, _mask) is pruned")
     assert "secateur.from_torch_prune(model)" in note
     assert note in inspect(tmp_path / "m.pt").table().text(width=None)
 

@@ -29,7 +29,7 @@ from secateur.support.machine import free_memory
 from secateur.support.tables import counted, size
 
 
-class Filled(dict[str, Tensor]):
+class _Filled(dict[str, Tensor]):
     """The tensors of a module that were filled; says how many rather than all numbers. Pickles as a state_dict does."""
 
     def __repr__(self) -> str:
@@ -136,7 +136,7 @@ def load(
         targets = {name: [source.room()] for name, source in own.items()}
     _fill(targets, {source.name: source for source in sources.values()})
     found = {name: targets[source.name][0] for name, source in sources.items() if source.name in targets}
-    return found if into is None else Filled(found)
+    return found if into is None else _Filled(found)
 
 
 def _require_memory(checkpoint: Checkpoint, needed: int) -> None:

@@ -83,7 +83,7 @@ def to_masks(model: nn.Module) -> Masks:
     >>> model = nn.Linear(10, 10)
     >>> rates = concrete(model, n_data=1000, rate=0.25)
     >>> to_masks(model)
-    Masks(1 tensors, 25 of 100 weights pruned)
+    Masks(1 tensor, 25 of 100 weights pruned)
     """
     return Masks(_named(model, (rates.masks() for rates in _checked(model))))
 
@@ -101,7 +101,7 @@ def finish(model: nn.Module) -> Masks:
     >>> model = nn.Linear(10, 10)
     >>> rates = concrete(model, n_data=1000, rate=0.25)
     >>> finish(model), int((model.weight == 0).sum())
-    (Masks(1 tensors, 25 of 100 weights pruned), 25)
+    (Masks(1 tensor, 25 of 100 weights pruned), 25)
     """
     masks = to_masks(model)
     for rates in attached(model):
