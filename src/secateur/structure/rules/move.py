@@ -219,15 +219,25 @@ def setitem(site: Site) -> None:
         site.capture.join([(tuple(part.shape), there), (wide, [lead(f, part.ndim) for f in fields])])
 
 
-@rule("index_select gather take_along_dim scatter scatter_add index_add index_copy index_fill")
+@rule("index_select gather take_along_dim index_fill")
 def by_index(site: Site) -> None:
     """Positions picked by data stay."""
-    x, *others = tensors((site.args, site.kwargs))
-    shape, fields = site.of(x)
+    shape, fields = site.of(site.operand)
     site.capture.label(site.out, site.rigid(fields, dims_of(site.argument(1, "dim", 0), len(shape))))
-    for t in others:
-        for f in site.of(t)[1]:
-            site.capture.rigid(f, range(f.ndim))
+
+
+@rule("scatter scatter_add scatter_reduce index_add index_copy index_reduce")
+def into_index(site: Site) -> None:
+    """Positions picked by data stay; along the other dimensions what is written goes with where it is written to."""
+    shape, fields = site.of(site.operand)
+    dims = dims_of(site.argument(1, "dim", 0), len(shape))
+    operands = [(shape, site.rigid(fields, dims))]
+    source = site.argument(3, "source", site.kwargs.get("src"))
+    if isinstance(source, Tensor):
+        size, written = site.of(source)
+        written = site.rigid(written, dims | {d for d in range(len(size)) if size[d] != shape[d]})
+        operands.append((tuple(1 if d in dims else n for d, n in enumerate(size)), written))
+    site.capture.label(site.out, site.capture.join(operands))
 
 
 @rule("pack_padded_sequence pad_packed_sequence")
