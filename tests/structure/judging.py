@@ -1,8 +1,8 @@
 """A judge of smaller models that knows nothing of how they were made.
 
-Every parameter holds distinct values, so that what stays of it is found by value. The original with all else masked then
-runs beside the small model. A statistic over units (norms, means, softmax) is taken over the entries that are alive, as
-many as the small model has. Nothing else is told to the original: a scale that changed is a difference.
+Every parameter holds distinct values, so that what stays of it is found by value. The original with all else masked
+then runs beside the small model. A statistic over units (norms, means, softmax) is taken over the entries that are
+alive, as many as the small model has. Nothing else is told to the original: a scale that changed is a difference.
 """
 
 import copy
@@ -61,7 +61,7 @@ def stays(old, new, name):
 
 
 def masked(original, small):
-    """The original in double precision, zero where the small model has nothing; and a mask for each parameter, by id."""
+    """The original in double precision, zero where the small model has nothing; and masks of parameters, by id."""
     ours = dict(small.named_parameters())
     theirs = copy.deepcopy(original).double()
     masks = {}
@@ -71,7 +71,7 @@ def masked(original, small):
         with torch.no_grad():
             p.mul_(mask)
             if name.endswith("original1"):
-                p.add_((p == 0).all(dim=[d for d in range(1, p.ndim)], keepdim=True).to(p))
+                p.add_((p == 0).all(dim=list(range(1, p.ndim)), keepdim=True).to(p))
         masks[id(p)] = mask if not gain else mask.flatten()
     return theirs, masks
 

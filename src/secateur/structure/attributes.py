@@ -19,7 +19,7 @@ from secateur.structure.fields import Shape
 from secateur.structure.plan import Attribute
 
 Sizes = list[list[Shape] | None]
-"""For each call the shapes of its results; None where any will do."""
+"""For each call the shapes of its results; None where any will do, -1 for a size that depends on data."""
 
 
 class Edit(NamedTuple):
@@ -80,13 +80,18 @@ class _Replay(TorchFunctionMode):
         outs = results(name, args, out)
         if self.at < len(self.calls) and name == self.calls[self.at].name and outs:
             want, got = self.sizes[self.at], [tuple(t.shape) for t in outs]
-            if want is not None and got != want:
+            if want is not None and not _fits(got, want):
                 raise _Differs(f"gives {got}, expected {want}")
             self.at += 1
         elif outs and not name.startswith("get."):
             expected = self.calls[self.at].name if self.at < len(self.calls) else "the end"
             raise _Differs(f"{name} instead of {expected}")
         return out
+
+
+def _fits(got: Sequence[Shape], want: Sequence[Shape]) -> bool:
+    pairs = zip(got, want, strict=True)
+    return all(len(a) == len(b) and all(y in (x, -1) for x, y in zip(a, b, strict=True)) for a, b in pairs)
 
 
 def _replay(model: nn.Module, run: Run, sizes: Sizes) -> tuple[int, str]:
@@ -117,31 +122,35 @@ def follow_forward(model: nn.Module, run: Run, sizes: Sizes, edits: Edits) -> tu
     while error:
         if at >= len(run.calls):
             return len(run.calls) - 1, error
-        pairs = _changes(model, run, sizes, at)
-        found = _one(model, run, sizes, edits, at, pairs) or _several(model, run, sizes, edits, at, pairs)
+        found = None
+        for pairs in _changes(model, run, sizes, at):
+            found = found or _one(model, run, sizes, edits, at, pairs) or _several(model, run, sizes, edits, at, pairs)
         if found is None:
             return at, f"{run.calls[at]}: {error}; no attribute explains it"
         at, error = found
     return None
 
 
-def _changes(model: nn.Module, run: Run, sizes: Sizes, at: int) -> set[tuple[int, int]]:
-    """Old and new sizes near a call."""
+def _changes(model: nn.Module, run: Run, sizes: Sizes, at: int) -> Iterator[set[tuple[int, int]]]:
+    """Old and new sizes near a call; then those of all calls in the module above."""
     call = run.calls[at]
 
     def changed(which: Sequence[int]) -> set[tuple[int, int]]:
         found = set()
         for k in which:
             for (old, _), new in zip(run.calls[k].outs, sizes[k] or (), strict=False):
-                found |= {(a, b) for a, b in zip(old, new, strict=True) if a != b}
+                found |= {(a, b) for a, b in zip(old, new, strict=True) if a != b != -1}
         return found
 
-    near = [k for k, c in enumerate(run.calls) if c.module.startswith(call.module)]
-    pairs = changed([k for k in (at, at - 1) if k >= 0]) or changed(near)
+    def inside(path: str) -> list[int]:
+        return [k for k, c in enumerate(run.calls) if c.module.startswith(path)]
+
+    pairs = changed([k for k in (at, at - 1) if k >= 0]) or changed(inside(call.module))
     groups = getattr(model.get_submodule(call.module), "groups", 1)
     if call.name.startswith("conv") and isinstance(groups, int) and groups > 1:
         pairs |= {(groups, groups * new // old) for old, new in pairs}  # whole groups went
-    return pairs
+    yield pairs
+    yield changed(inside(call.module.rpartition(".")[0])) - pairs
 
 
 def _one(

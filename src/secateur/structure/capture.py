@@ -30,6 +30,8 @@ from secateur.support.registry import Registry
 
 Letter = str | int
 
+_PICKED_BY_DATA = {"nonzero", "argwhere", "masked_select", "unique", "unique_consecutive", "bincount"}
+
 
 @dataclass
 class Site:
@@ -150,6 +152,7 @@ class Call:
         line: file and line of the code that made it.
         outs, ins: shape and fields of the results and of the operands.
         elastic: made of zeros or the like: any size will do.
+        loose: sizes without units may depend on the values of data.
         used: which results a later call took up.
     """
 
@@ -159,6 +162,7 @@ class Call:
     outs: list[Labelled] = field(default_factory=list)
     ins: list[Labelled] = field(default_factory=list)
     elastic: bool = False
+    loose: bool = False
     used: set[int] = field(default_factory=set)
 
     def __str__(self) -> str:
@@ -199,6 +203,7 @@ class Capture(TorchFunctionMode):
                 self.home.setdefault(id(t), (name, t))
         self._fields = WeakTensorKeyDictionary()
         self._elastic = WeakTensorKeyDictionary()  # zeros(n) and the like: any number of positions without identity
+        self._loose = WeakTensorKeyDictionary()  # what was picked by data, and what was made of that
         self._made = WeakTensorKeyDictionary()  # tensor -> (call, which result)
         self._calls: list[Call] = []
         self._depth = 0
@@ -399,11 +404,15 @@ class Capture(TorchFunctionMode):
                 self._fields[t] = []
         if self._depth == 0:
             self.now.elastic = any(t in self._elastic for t in outs)
+            picked = name == "__getitem" and any(t.dtype == torch.bool for t in operands[1:])
+            self.now.loose = picked or name in _PICKED_BY_DATA or any(t in self._loose for t in operands)
             self.now.outs = [(tuple(t.shape), self.fields(t)) for t in outs]
             for t, dim, reading in () if self.now.elastic else asked(name, args, kwargs, outs):
                 self._readings.met(tuple(t.shape), self.fields(t), dim, reading, str(self.now))
             for i, t in enumerate(outs):
                 self._made[t] = self.now, i
+                if self.now.loose:
+                    self._loose[t] = True
             self._calls.append(self.now)
             self.now = outer
         return out

@@ -122,6 +122,9 @@ class _Masked(_Steps):
             stays = masks(shape, fields, self.kept)
             if all(mask is None for mask in stays):
                 return t
+            shape = tuple(
+                n if mask is not None else t.shape[d] for d, (n, mask) in enumerate(zip(shape, stays, strict=True))
+            )
             full = torch.zeros(shape, dtype=t.dtype, device=t.device)
             at = [torch.arange(n) if m is None else m.nonzero().flatten() for n, m in zip(shape, stays, strict=True)]
             full[torch.meshgrid(*at, indexing="ij")] = t

@@ -18,7 +18,7 @@ from secateur.structure import rules as rules  # registers what is known of torc
 from secateur.structure.attributes import Edits, follow_forward, follow_modules
 from secateur.structure.capture import Call, Capture, capture
 from secateur.structure.cut import check_optimizer, cut, follow, part, twin, undo
-from secateur.structure.fields import Labelled
+from secateur.structure.fields import Labelled, Shape, support
 from secateur.structure.groups import Groups, as_mask, scores, size
 from secateur.structure.plan import NOT_ASKED, Plan, as_plan
 from secateur.structure.policy import POLICIES, Policy
@@ -179,11 +179,17 @@ def _fit(small: nn.Module, cap: Capture, kept: Tensor, policy: Policy, edits: Ed
     """Let attributes follow. Returns the call that does not fit, and why, if there is one."""
     follow_modules(small, edits, policy.whole_heads)
     for run in cap.runs:
-        sizes = [None if c.elastic else [size(*known, kept) for known in c.outs] for c in run.calls]
+        sizes = [None if c.elastic else [_size(c, *known, kept) for known in c.outs] for c in run.calls]
         failed = follow_forward(small, run, sizes, edits)
         if failed is not None:
             return run.calls[failed[0]], failed[1]
     return None
+
+
+def _size(call: Call, shape: Shape, fields: Sequence[Tensor], kept: Tensor) -> Shape:
+    """The expected size of a result; -1 along dimensions where it depends on data."""
+    known = {d for f in fields for d in support(f)}
+    return tuple(n if d in known or not call.loose else -1 for d, n in enumerate(size(shape, fields, kept)))
 
 
 def _prove(model: nn.Module, small: nn.Module, cap: Capture, kept: Tensor, groups: Groups) -> tuple[Call, str] | None:
@@ -211,16 +217,20 @@ def _prove(model: nn.Module, small: nn.Module, cap: Capture, kept: Tensor, group
 
 
 def _hold_around(cap: Capture, kept: Tensor, call: Call, why: str) -> bool:
-    """Hold the axes that lose units around one call, or in its module, or out of sight. Returns whether any does."""
+    """Hold axes that lose units around one call, or in its module, or out of sight. Returns whether any does."""
 
     def hold(known: Iterable[Tensor]) -> bool:
         held = [cap.hold(f, why) for f in known if not bool(kept[f.long()].all())]
         return any(held)
 
+    def hold_one(known: Iterable[Tensor]) -> bool:
+        """One axis at a time, small ones first: often it is one of them that the code has a literal for."""
+        return any(hold([f]) for f in sorted(known, key=Tensor.numel))
+
     every = [c for run in cap.runs for c in run.calls]
     beside = [f for c in every if c.module == call.module for f in _fields(c.outs, c.ins)]
     unused = [f for c in every for i, known in enumerate(c.outs) if i not in c.used for f in _fields([known])]
-    return hold(_fields(call.outs)) or hold(_fields(call.ins)) or hold(beside) or hold(unused)
+    return hold_one(_fields(call.outs)) or hold_one(_fields(call.ins)) or hold(beside) or hold(unused)
 
 
 def _fields(*known: Sequence[Labelled]) -> list[Tensor]:

@@ -4,8 +4,9 @@ import math
 
 import torch
 import torch.nn.functional as F
-from structure.architectures import architecture
 from torch import nn
+
+from structure.architectures import architecture
 
 TOKENS = 40
 
@@ -66,7 +67,7 @@ def encoder_and_decoder(w):
         def __init__(self):
             super().__init__()
             self.embed = nn.Embedding(TOKENS, 4 * w(8))
-            options = {"dim_feedforward": w(48), "dropout": 0.0, "batch_first": True, "norm_first": True}
+            options = {"dim_feedforward": w(48), "dropout": 0.0, "batch_first": True}
             self.body = nn.Transformer(4 * w(8), 4, 1, 1, **options)
             self.last = nn.Linear(4 * w(8), TOKENS)
 
@@ -309,7 +310,11 @@ def cross_attention(w):
         def __init__(self):
             super().__init__()
             self.latents, self.first = nn.Parameter(torch.randn(3, w(32))), nn.Linear(12, w(24))
-            self.q, self.kv, self.o = nn.Linear(w(32), w(4) * 8), nn.Linear(w(24), 2 * w(4) * 8), nn.Linear(w(4) * 8, w(32))
+            self.q, self.kv, self.o = (
+                nn.Linear(w(32), w(4) * 8),
+                nn.Linear(w(24), 2 * w(4) * 8),
+                nn.Linear(w(4) * 8, w(32)),
+            )
             self.out = nn.Linear(w(32), 4)
 
         def forward(self, x):

@@ -2,9 +2,10 @@
 
 import torch
 import torch.nn.functional as F
-from structure.architectures import architecture
 from torch import nn
 from torch.nn.utils import parametrizations
+
+from structure.architectures import architecture
 
 
 def images(channels=3, size=12, batch=2):

@@ -1,6 +1,7 @@
 """Models of Hugging Face's transformers, with random weights."""
 
 import torch
+
 from structure.architectures import architecture
 
 
@@ -10,6 +11,9 @@ def _quiet(config):
         if "drop" in name and isinstance(getattr(config, name), float):
             setattr(config, name, 0.0)
     return config
+
+
+ENDS = {"bos_token_id": 0, "eos_token_id": 1}
 
 
 def tokens():
@@ -39,7 +43,7 @@ def pretrained_gpt2(w):
     from transformers import GPT2Config, GPT2LMHeadModel
 
     sizes = {"n_embd": w(32), "n_head": w(4), "n_inner": w(64)}
-    config = GPT2Config(**sizes, vocab_size=60, n_positions=16, n_layer=2, use_cache=False)
+    config = GPT2Config(**sizes, vocab_size=60, n_positions=16, n_layer=2, use_cache=False, **ENDS)
     return GPT2LMHeadModel(_quiet(config)), tokens()
 
 

@@ -2,9 +2,10 @@
 
 import torch
 import torch.nn.functional as F
-from structure.architectures import architecture
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+
+from structure.architectures import architecture
 
 TOKENS = 40
 

@@ -2,8 +2,9 @@
 
 import torch
 import torch.nn.functional as F
-from structure.architectures import architecture
 from torch import nn
+
+from structure.architectures import architecture
 
 
 @architecture

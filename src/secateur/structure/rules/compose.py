@@ -63,11 +63,7 @@ def multi_head(site: Site) -> None:
         bs = b.chunk(3) if b is not None else (None,) * 3
         parts = (F.linear(*one) for one in zip((query, key, value), ws, bs, strict=True))
         q, k, v = (t.reshape(*t.shape[:-1], heads, -1).transpose(0, -2) for t in parts)  # [heads, batch, time, size]
-        if query.ndim == 3:
-            q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        y = _attend(q, k, v)
-        y = y.transpose(1, 2) if query.ndim == 3 else y
-        made = F.linear(y.transpose(0, -2).flatten(-2), w_out, b_out)
+        made = F.linear(_attend(q, k, v).transpose(0, -2).flatten(-2), w_out, b_out)
     _composed(site, made)
     inner, outer = (
         [f for f in fields if f.shape[-1] > 1] for fields in (site.capture.fields(w_out), site.of(query)[1])

@@ -235,7 +235,7 @@ def into_index(site: Site) -> None:
     source = site.argument(3, "source", site.kwargs.get("src"))
     if isinstance(source, Tensor):
         size, written = site.of(source)
-        written = site.rigid(written, dims | {d for d in range(len(size)) if size[d] != shape[d]})
+        written = site.rigid(written, dims | {d for d in range(len(size)) if size[d] != shape[d] != 1})
         operands.append((tuple(1 if d in dims else n for d, n in enumerate(size)), written))
     site.capture.label(site.out, site.capture.join(operands))
 
