@@ -513,3 +513,13 @@ def zero_redundancy(rank):
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
 def test_zero_redundancy_on_two_processes():
     in_a_group(2, zero_redundancy)
+
+
+def test_tensors_that_stay_dense_keep_their_momentum():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    model(torch.randn(2, 4)).sum().backward()
+    optimizer.step()
+    sc.prune(model, {"0.weight": 0.5}, optimizer=optimizer)
+    assert int((optimizer.state[model[0].weight]["momentum_buffer"] == 0).sum()) == 8
+    assert int((optimizer.state[model[1].weight]["momentum_buffer"] == 0).sum()) == 0

@@ -241,7 +241,7 @@ def forgetting(
     writes: list[Callable[[], object]] = []
     for optimizer in optimizers:
         memory = getattr(optimizer, "state", {})
-        for name, weight in scope.items():
+        for name, weight in ((name, weight) for name, weight in scope.items() if name in masks):
             for key, tensor, beside in _remembered(memory.get(weight)):
                 if id(tensor) not in seen:
                     seen.add(id(tensor))

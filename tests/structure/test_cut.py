@@ -3,7 +3,8 @@ import torch
 from torch import nn
 
 from secateur.errors import InputError
-from secateur.structure.cut import check_optimizer, cut, follow, part, sliced, twin, undo
+from secateur.masks import Masks
+from secateur.structure.cut import check_optimizer, cut, follow, masked, part, sliced, twin, undo
 
 
 def test_sliced():
@@ -67,3 +68,12 @@ def test_an_optimizer_follows():
 def test_an_optimizer_of_another_model_is_refused():
     with pytest.raises(InputError, match="give the optimizer that trains this model"):
         check_optimizer(nn.Linear(3, 4), torch.optim.SGD(nn.Linear(3, 4).parameters(), 0.1))
+
+
+def test_a_masked_copy_leaves_the_model_as_it_is():
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    before = model[0].weight.clone()
+    copied = masked(model, Masks({"0.weight": torch.eye(4, 3, dtype=torch.bool)}))
+    assert torch.equal(copied[0].weight != 0, torch.eye(4, 3, dtype=torch.bool))
+    assert torch.equal(model[0].weight, before)
+    assert copied[1].weight.data_ptr() == model[1].weight.data_ptr()

@@ -165,5 +165,5 @@ def test_a_missed_target_is_an_error_with_what_held_it():
 
 
 def test_an_unknown_option():
-    with pytest.raises(InputTypeError, match="there is no option scores: choose score, verify, optimizer"):
+    with pytest.raises(InputTypeError, match="there is no option scores: choose masks, score, verify, optimizer"):
         sc.shrink(mlp(), X, scores="magnitude")

@@ -232,6 +232,16 @@ class Capture(TorchFunctionMode):
                 self.hold(f)
         self._fields[tensor] = [f for f in fields if support(f)]
 
+    def same(self, out: Tensor, made: Tensor) -> None:
+        """Give the result of a composite the labels of what simpler functions made."""
+        self.label(out, [f for own in self.fields(made) if (f := squeeze(own)) is not None])
+
+    def settle(
+        self, step: Callable[[Sequence[Tensor]], tuple[Tensor, ...]], state: Sequence[Tensor]
+    ) -> tuple[Tensor, ...]:
+        """A state after so many steps of a recurrence that no further one would tell more: two unite what it unites."""
+        return step(step(state))
+
     def seen(self, tensor: Tensor) -> bool:
         """Whether a forward took up a tensor."""
         return tensor in self._fields
@@ -429,15 +439,15 @@ class Capture(TorchFunctionMode):
         moved = known.moves or len(elastic) == len(operands)
         if elastic and not moved:
             site.before = {**site.before, **{id(t): ((1,) * t.ndim, []) for t in elastic}}
+        if elastic and moved:  # before the rule, which may know better: what is written to is real
+            for t in outs:
+                self._elastic[t] = True
         try:
             known.apply(site)
         except Exception as error:  # a rule that does not fit this call: nothing that it touches may go
             self._hold_all(site.before, f"{self.now}: its rule does not fit ({type(error).__name__}: {error})")
             for t in outs:
                 self._fields[t] = []
-        if elastic and moved:
-            for t in outs:
-                self._elastic[t] = True
 
     def _hold_all(self, before: Mapping[int, Labelled], why: str) -> None:
         for _, fields in before.values():

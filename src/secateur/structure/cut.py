@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.errors import InputError
+from secateur.masks import Masks
 
 Kept = dict[str, dict[int, list[int]]]
 """For each tensor by name, for each dimension that is cut, the positions that stay."""
@@ -35,6 +36,20 @@ def twin(model: nn.Module) -> nn.Module:
             vars(shared).update(copy.deepcopy(vars(p)))
             memo[id(p)] = shared
     return copy.deepcopy(model, memo)
+
+
+def masked(model: nn.Module, masks: Masks) -> nn.Module:
+    """A copy in which the masked weights are zero; it shares the memory of the other tensors with the model.
+
+    Raises:
+        UnknownNameError, MaskError: the masks are for another model.
+    """
+    masks.writable(model)
+    copied = twin(model)
+    for t in masks.match(copied).values():
+        t.data = t.data.clone()
+    masks.apply(copied)
+    return copied
 
 
 def cut(model: nn.Module, kept: Kept) -> list[tuple[Tensor, Tensor]]:

@@ -6,7 +6,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -127,10 +127,33 @@ class Groups:
         counts = [0] * len(self.cells)
         for c, stay in zip(going, sizes.kept.tolist(), strict=True):
             counts[c] = len(self.cells[c]) - stay
+        return self._lowest(total, counts), counts
+
+    def select_dead(self, dead: NDArray[np.bool_]) -> tuple[Labels, list[int]]:
+        """Take as many of the dead as the equations let go; the last of a cell stays.
+
+        Args:
+            dead: for each label, whether its group is dead.
+
+        Returns as `select` does.
+        """
+        most = [min(int(dead[cell].sum()), len(cell) - 1) for cell in self.cells]
+        going = [c for c, crowded in enumerate(self._crowded(most)) if not crowded and most[c]]
+        units = [most[c] for c in going]  # of the others none may go
+        weights = [float(self._weight[self.cells[c][0]]) for c in going]
+        sizes = solve(units, [0] * len(going), weights, self._equations(going), least=0)
+        counts = [0] * len(self.cells)
+        for c, stay in zip(going, sizes.kept.tolist(), strict=True):
+            counts[c] = most[c] - stay
+        return self._lowest(~dead, counts), counts
+
+    def _lowest(self, total: NDArray[Any], counts: Sequence[int]) -> Labels:
+        """The mask of kept labels where of each cell so many of the lowest groups go."""
         kept = np.ones(len(self.root), bool)
         for cell, out in zip(self.cells, counts, strict=True):
             kept[cell[np.argsort(total[cell], kind="stable")][:out]] = False
-        return kept[self.root], counts
+        found: Labels = kept[self.root]
+        return found
 
     def _equations(self, going: Sequence[int]) -> Iterator[Equation]:
         """What the blocks and the equal sizes demand of the cells that may be cut, in the order of `going`."""

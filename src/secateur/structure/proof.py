@@ -53,10 +53,10 @@ class _Masked(_Steps):
     """The original with units masked, its parameters one at a time, as a call reads them."""
 
     def __init__(
-        self, calls: Sequence[Call], closely: bool, kept: Tensor, parameters: Mapping[int, list[Axis]]
+        self, calls: Sequence[Call], closely: bool, kept: Tensor, parameters: Mapping[int, list[Axis]], masked: bool
     ) -> None:
         super().__init__(calls, closely)
-        self.kept, self.parameters = kept, parameters
+        self.kept, self.parameters, self.masked = kept, parameters if masked else {}, masked
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -68,7 +68,7 @@ class _Masked(_Steps):
         ahead = self.at < len(self.calls) and self.calls[self.at].name == name
         call = self.calls[self.at] if ahead else None
         train = name == "batch_norm" and True in (args[5:6] or [kwargs.get("training")])
-        if call is not None and (name in _OVER_KEPT or train) and any(fields for _, fields in call.ins):
+        if self.masked and call is not None and (name in _OVER_KEPT or train) and any(fields for _, fields in call.ins):
             self.at += 1
             self.prints.append(None)
             return self._over_kept(call, func, args, kwargs)
@@ -149,6 +149,7 @@ def difference(
     kept: Tensor,
     axes: Sequence[Axis],
     limit: float,
+    masked: bool = True,
 ) -> tuple[float, Call | None] | None:
     """How much the small model differs from the masked original, relative to the largest number of an output.
 
@@ -160,6 +161,7 @@ def difference(
         kept: for each label, whether it stays.
         axes: of the model's tensors.
         limit: differences up to this one are none.
+        masked: whether the units that go are masked in the original. Else it computes as it is.
 
     Returns the difference, and the call where it begins if it is above the limit. None if the forward with these
     arguments makes other calls than the run did.
@@ -173,7 +175,7 @@ def difference(
     for closely in (False, True):
         with calm(small, run.training), _Steps(run.calls, closely) as ours:
             got = small(*args, **kwargs)
-        with calm(original, run.training), _Masked(run.calls, closely, kept, parameters) as theirs:
+        with calm(original, run.training), _Masked(run.calls, closely, kept, parameters, masked) as theirs:
             want = original(*args, **kwargs)
         if not ours.at == theirs.at == len(run.calls):
             return None

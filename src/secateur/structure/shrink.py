@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypedDict, TypeVar
 
 import torch
@@ -13,11 +13,13 @@ from torch.nn.parameter import is_lazy
 from typing_extensions import Unpack
 
 from secateur.errors import InputError, InputTypeError, StructureError
+from secateur.masks import as_masks
 from secateur.scores import SCORES, Score
 from secateur.structure import rules as rules  # registers what is known of torch's functions
 from secateur.structure.attributes import Edits, follow_forward, follow_modules
 from secateur.structure.capture import Call, Capture, capture
-from secateur.structure.cut import check_optimizer, cut, follow, part, twin, undo
+from secateur.structure.cut import check_optimizer, cut, follow, masked, part, twin, undo
+from secateur.structure.dead import dead
 from secateur.structure.fields import Labelled, Shape, support
 from secateur.structure.groups import Groups, as_mask, scores, size
 from secateur.structure.plan import NOT_ASKED, Plan, as_plan
@@ -35,12 +37,14 @@ class Options(TypedDict, total=False):
     """What `shrink` and `propose` can be told.
 
     Attributes:
+        masks: from `prune` or a `Pruner`: the units that they leave dead go, and no others. Not with a sparsity.
         score: how much each weight matters: a name, or (name, parameter) to scores of its shape. A unit's score is
             the sum over all of its weights. Default: their squares.
         verify: compare with the masked original, on the examples and on fresh inputs. Default: True.
         optimizer: of the model; it trains the small model from then on, with what it remembers cut.
     """
 
+    masks: Mapping[str, Tensor]
     score: str | Score
     verify: bool
     optimizer: torch.optim.Optimizer | None
@@ -51,18 +55,21 @@ class _Result(NamedTuple):
     plan: Plan
 
 
-def shrink(model: _M, example_inputs: Any, sparsity: float = 0.5, **options: Unpack[Options]) -> _M:
+def shrink(model: _M, example_inputs: Any, sparsity: float | None = None, **options: Unpack[Options]) -> _M:
     """Return the same model with fewer units: smaller layers, heads and embeddings of the same classes.
 
     Args:
         model: stays as it is.
         example_inputs: a tensor, a tuple of positional or a dict of keyword arguments; or a list of several of these.
         sparsity: fraction of the units of each group that go, 0 < sparsity < 1. A group keeps at least one unit.
+            None: exactly the units go that are dead already, because weights of them are zero: no number of theirs
+            reaches an output. So pruning with masks ends.
         **options: see `Options`.
 
     Returns a new model of the same class; it equals the given one with the same units masked.
 
     Raises:
+        UnknownNameError, MaskError: masks of another model.
         InputError: a sparsity, score or optimizer that cannot be used, or a model that is lazy, compiled or scripted.
         InputTypeError: inputs of another type, or inputs that the model cannot take.
         StructureError: nothing could be removed, or less than half of what was asked for, or what was removed changed
@@ -81,7 +88,7 @@ def shrink(model: _M, example_inputs: Any, sparsity: float = 0.5, **options: Unp
     return small
 
 
-def propose(model: nn.Module, example_inputs: Any, sparsity: float = 0.5, **options: Unpack[Options]) -> Plan:
+def propose(model: nn.Module, example_inputs: Any, sparsity: float | None = None, **options: Unpack[Options]) -> Plan:
     """Return what `shrink` would remove, as plain data, proven in the same way.
 
     Arguments and errors are those of `shrink`; an optimizer is left as it is.
@@ -94,16 +101,21 @@ def propose(model: nn.Module, example_inputs: Any, sparsity: float = 0.5, **opti
     return _transact(model, example_inputs, sparsity, {**options, "optimizer": None}).plan
 
 
-def _transact(model: nn.Module, inputs: Any, sparsity: float, options: Options) -> _Result:
+def _transact(model: nn.Module, inputs: Any, sparsity: float | None, options: Options) -> _Result:
     for name in options:
         if name not in Options.__annotations__:
             raise InputTypeError(f"there is no option {name}: choose {', '.join(Options.__annotations__)}")
     examples = _checked(model, inputs, sparsity)
+    original = model
+    if options.get("masks") is not None:
+        if sparsity is not None:
+            raise InputError("masks say which units go: leave the sparsity out, or the masks")
+        model = masked(model, as_masks(options["masks"]))
     score = options.get("score", _square)
     score = SCORES.find(score) if isinstance(score, str) else score
     optimizer = options.get("optimizer")
     if optimizer is not None:
-        check_optimizer(model, optimizer)
+        check_optimizer(original, optimizer)
     best, errors = None, []
     for policy in POLICIES:
         try:
@@ -113,18 +125,18 @@ def _transact(model: nn.Module, inputs: Any, sparsity: float, options: Options) 
             continue
         if best is None or _weights(found.model) < 0.93 * _weights(best.model):
             best = found
-        if _weights(best.model) < (1 - sparsity) ** 1.6 * _weights(model):
+        if sparsity is None or _weights(best.model) < (1 - sparsity) ** 1.6 * _weights(model):
             break
     if best is None:
         raise StructureError("; then ".join(dict.fromkeys(errors)))
-    part(model, best.model, best.plan.kept)
+    part(original, best.model, best.plan.kept)
     if optimizer is not None:
-        follow(model, best.model, best.plan.kept, optimizer)
+        follow(original, best.model, best.plan.kept, optimizer)
     return best
 
 
 def _attempt(
-    model: nn.Module, examples: Sequence[Arguments], sparsity: float, policy: Policy, score: Score, verify: bool
+    model: nn.Module, examples: Sequence[Arguments], sparsity: float | None, policy: Policy, score: Score, verify: bool
 ) -> _Result:
     """Capture, choose, cut and prove; on a failure hold what surrounds the call, and choose again."""
     small = twin(model)
@@ -142,7 +154,10 @@ def _attempt(
         groups = Groups(cap)
         if worth is None:
             worth = scores(groups, score)
-        kept, counts = groups.select(worth, sparsity)
+        if sparsity is None:
+            kept, counts = groups.select_dead(dead(small, cap.runs, policy, groups))
+        else:
+            kept, counts = groups.select(worth, sparsity)
         unequal = list(groups.unequal(kept))
         if unequal:
             for rows, why in unequal:
@@ -154,15 +169,15 @@ def _attempt(
         now = plan.weights_gone(small)
         asked = max(asked, now)
         if not plan.removed:
-            raise StructureError(_nothing(plan, trouble))
-        if now < _LEAST * asked:
+            raise StructureError(_nothing(plan, trouble) if sparsity is not None else _none_dead(trouble))
+        if sparsity is not None and now < _LEAST * asked:
             raise StructureError(
                 f"{asked} weights were to go, and only {now} can: {trouble}. "
                 "Change the code at that place, or ask for a sparsity at which equal parts stay equal"
             )
         done, edits = cut(small, plan.kept), Edits()
         failure = _fit(small, cap, as_mask(kept), policy, edits) or (
-            _prove(model, small, cap, as_mask(kept), groups) if verify else None
+            _prove(model, small, cap, as_mask(kept), groups, sparsity is not None) if verify else None
         )
         if failure is None:
             return _Result(small, dataclasses.replace(plan, attributes=edits.listed()))
@@ -192,15 +207,17 @@ def _size(call: Call, shape: Shape, fields: Sequence[Tensor], kept: Tensor) -> S
     return tuple(n if d in known or not call.loose else -1 for d, n in enumerate(size(shape, fields, kept)))
 
 
-def _prove(model: nn.Module, small: nn.Module, cap: Capture, kept: Tensor, groups: Groups) -> tuple[Call, str] | None:
-    """Compare with the masked original. Returns the first call that differs, and how, if outputs differ."""
+def _prove(
+    model: nn.Module, small: nn.Module, cap: Capture, kept: Tensor, groups: Groups, masked: bool
+) -> tuple[Call, str] | None:
+    """Compare with the original, masked or as it is. Returns the first call that differs, and how."""
     limit = tolerance(model)
     for run in cap.runs:
         if run.training:
             continue
         for inputs in (run.arguments, fresh(run.arguments)):
             try:
-                found = difference(model, small, run, inputs, kept, groups.axes, limit)
+                found = difference(model, small, run, inputs, kept, groups.axes, limit, masked)
             except Exception as error:
                 if inputs is run.arguments:
                     raise
@@ -237,6 +254,11 @@ def _fields(*known: Sequence[Labelled]) -> list[Tensor]:
     return [f for some in known for _, fields in some for f in fields]
 
 
+def _none_dead(trouble: str) -> str:
+    why = trouble or "no unit has all its weights at zero on the way in, with its bias, or on the way out"
+    return f"no unit can go without a change of the function: {why}. Give a sparsity, such as 0.5, to remove others"
+
+
 def _nothing(plan: Plan, trouble: str) -> str:
     held = [f"{', '.join(group.axes[:2])}: {group.held}" for group in plan.groups if group.held]
     why = trouble or "; ".join(held[:4]) or "it has no units to remove"
@@ -245,11 +267,15 @@ def _nothing(plan: Plan, trouble: str) -> str:
     return f"nothing can be removed: {why}. Change the code at that place, or keep the model as it is"
 
 
-def _checked(model: nn.Module, inputs: Any, sparsity: float) -> list[Arguments]:
+def _checked(model: nn.Module, inputs: Any, sparsity: float | None) -> list[Arguments]:
     if not isinstance(model, nn.Module):
         raise InputTypeError(f"model is a {type(model).__name__}: give an nn.Module")
     if isinstance(model, torch.jit.ScriptModule) or any(isinstance(m, torch.jit.ScriptModule) for m in model.modules()):
         raise InputError("the model is scripted, and its code cannot be followed: shrink the model it was made from")
+    if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+        raise InputError(
+            "the model is wrapped for several processes or devices: shrink model.module, and wrap the result"
+        )
     if hasattr(model, "_orig_mod"):
         raise InputError("the model is compiled: shrink model._orig_mod, and compile what is returned")
     for name, t in (*model.named_parameters(), *model.named_buffers()):
@@ -259,7 +285,8 @@ def _checked(model: nn.Module, inputs: Any, sparsity: float) -> list[Arguments]:
             raise InputError(f"{name} is quantized: shrink the model first, then quantize it")
         if type(t).__module__.startswith("torch.distributed"):
             raise InputError(f"{name} is sharded: shrink the whole model on one process, then shard it")
-    if isinstance(sparsity, bool) or not isinstance(sparsity, int | float) or not 0 < sparsity < 1:
+    number = isinstance(sparsity, int | float) and not isinstance(sparsity, bool)
+    if sparsity is not None and not (number and 0 < sparsity < 1):
         raise InputError(f"sparsity is {sparsity!r}: give the fraction of units to remove, between 0 and 1")
     if isinstance(inputs, list):
         if not inputs:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,13 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from secateur.structure.capture import Site, rule, tensors
-from secateur.structure.fields import squeeze
 
 
 def _composed(site: Site, made: Any) -> None:
     """Give the results the labels of what a composite made of simpler functions."""
     for t, g in zip(tensors(site.out), tensors(made), strict=False):
-        site.capture.label(t, [f for own in site.capture.fields(g) if (f := squeeze(own)) is not None])
+        site.capture.same(t, g)
 
 
 @rule("glu")
@@ -99,6 +99,10 @@ def _rnn(x: Tensor, state: Sequence[Tensor], w: Sequence[Tensor], b: Sequence[An
 _STEPS: dict[str, Step] = {"lstm": _lstm, "gru": _gru, "rnn_tanh": _rnn, "rnn_relu": _rnn}
 
 
+def _again(step: Step, x: Tensor, w: Sequence[Tensor], b: Sequence[Any], state: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    return step(x, state, w, b)
+
+
 @rule("lstm gru rnn_tanh rnn_relu")
 def recurrent(site: Site) -> None:
     """Two steps of each layer, over all times at once: the second unites what recurrence unites."""
@@ -116,7 +120,7 @@ def recurrent(site: Site) -> None:
                 p = flat[at * per : (at + 1) * per]
                 w, b = ([p[0], p[1], *p[4:]], p[2:4]) if biased else (p, (None, None))
                 first = [h[at][:1].expand(*[1] * (x.ndim - 2), 1, -1) for h in states]
-                state = step(x, step(x, first, w, b), w, b)
+                state = cap.settle(partial(_again, step, x, w, b), first)
                 outs.append(state[0])
                 last.append([s.flatten(0, -2)[:1] for s in state])
             x = torch.cat(outs, -1) if two_way else outs[0]

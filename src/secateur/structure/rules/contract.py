@@ -53,7 +53,7 @@ def addmm(site: Site) -> None:
     with site.capture.inside():
         product = torch.matmul(a, b)
         y = (product.sum(0) if site.name == "addbmm" else product) + site.operand
-    site.capture.label(site.out, site.capture.fields(y))
+    site.capture.same(site.out, y)
 
 
 @rule("grouped_mm")

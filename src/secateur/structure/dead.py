@@ -1,0 +1,321 @@
+"""Units that are dead already: no number of theirs reaches any other unit, or an output.
+
+A second forward, in which beside the labels a flag rides along for each number: whether it depends on an input. What
+does not is what the forward computed, whatever the input: the zero of a unit whose weights are masked, for example. A
+unit is read where a product of a number of it with another one, neither of them always zero, enters a sum that is of
+another unit. What is never read is dead. An unknown function lets every result depend on the inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from secateur.errors import StructureError
+from secateur.structure.capture import RULES, Capture, Run, key, results, tensors
+from secateur.structure.groups import Groups
+from secateur.structure.policy import Policy
+from secateur.structure.rules.arithmetic import pointwise
+from secateur.structure.rules.norms import pool
+from secateur.structure.units import Labels
+from secateur.support.inputs import Arguments
+
+_TIMES = frozenset(["mul", "__mul", "__imul", "__rmul", "multiply"])
+_MATRICES = frozenset(["matmul", "bmm", "mm", "mv", "dot", "__matmul", "__rmatmul", "__imatmul"])
+_CONVOLUTIONS = frozenset(f"conv{way}{k}d" for way in ("", "_transpose") for k in (1, 2, 3))
+_PRODUCTS = _MATRICES | _CONVOLUTIONS | {"linear", "einsum"}
+_ADDS = frozenset(["mean", "sum", "nansum", "amax"])  # of zeros and ones: positive where there is a one
+_EACH = frozenset(["batch_norm", "prelu"])  # number by number, where statistics are fixed
+_RANDOM = "rand", "normal", "bernoulli", "multinomial", "exponential", "poisson", "uniform"
+
+_OTHERWISE = "the model makes other calls each time: make its forward deterministic in eval mode"
+
+Sides = tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]
+
+
+def dead(model: nn.Module, runs: Sequence[Run], policy: Policy, groups: Groups) -> NDArray[np.bool_]:
+    """For each label, whether its group is dead: taken away it would change no output.
+
+    Args:
+        model: as it was captured.
+        runs: of the capture, in order.
+        policy: of the capture.
+        groups: of the capture.
+
+    Raises:
+        StructureError: the forwards do not make the same calls again.
+    """
+    root, held = groups.root, [*groups.held]
+    found = np.zeros(len(root), bool)
+    while True:  # a unit that is read by dead ones only is dead
+        look = _Reads(model, policy, root, found)
+        for run in runs:
+            look.forward(model, run.arguments, run.training)
+        if look.ledger.size != len(root):
+            raise StructureError(_OTHERWISE)
+        look.read[held] = True  # outputs among them
+        now = ~look.read[root]
+        if np.array_equal(now, found):
+            return found
+        found = now
+
+
+class _Reads(Capture):
+    """A capture that knows the groups, and notes which of them are read.
+
+    Attributes:
+        root: the group of each label.
+        dead: for each label, whether its group is known to be dead.
+        read: the groups that others, which are not known to be dead, read.
+    """
+
+    def __init__(self, model: nn.Module, policy: Policy, root: Labels, dead: NDArray[np.bool_]) -> None:
+        super().__init__(model, policy)
+        self.root, self.dead = torch.from_numpy(root), torch.from_numpy(dead)
+        self.read = np.zeros(len(root), bool)
+        self.read[0] = True
+        self._loose = WeakTensorKeyDictionary()  # tensor -> which numbers depend on an input; none where it has none
+        self._composed = False  # the last call was written in simpler ones
+
+    def forward(self, model: nn.Module, arguments: Arguments, training: bool) -> None:
+        """Add one forward of the model, of whose arguments every number is an input."""
+        for t in tensors(arguments):
+            self._loose[t] = _all(t)
+        super().forward(model, arguments, training)
+
+    # ------------------------------------------------------------------------------------- what depends on an input
+
+    def loose(self, t: Tensor) -> Tensor:
+        """Which numbers of a tensor depend on an input."""
+        found: Tensor = self._loose[t] if t in self._loose else ~_all(t)
+        return found
+
+    def same(self, out: Tensor, made: Tensor) -> None:
+        """Label the result of a composite as what its simpler functions made, and flag it likewise."""
+        super().same(out, made)
+        flags = self.loose(made)
+        fits = made.ndim == out.ndim and all(a in (1, b) for a, b in zip(made.shape, out.shape, strict=True))
+        self._note(out, flags.expand(out.shape) if fits else flags.any().expand(out.shape))
+        self._composed = True
+
+    def settle(
+        self, step: Callable[[Sequence[Tensor]], tuple[Tensor, ...]], state: Sequence[Tensor]
+    ) -> tuple[Tensor, ...]:
+        """Step until no further unit of a state is seen to depend on inputs, or to change from step to step."""
+        before: Sequence[Tensor] = state
+        now = step(state)
+        while True:
+            new = False
+            with torch._C.DisableTorchFunction():
+                for a, b in zip(before, now, strict=True):
+                    old = self._units(self.loose(a))
+                    own = old | self._units(self.loose(b) | (a != b))
+                    new |= bool((own & ~old).any())
+                    self._note(b, own.expand(b.shape))
+            if not new:
+                return now
+            before, now = now, step(now)
+
+    def _units(self, flags: Tensor) -> Tensor:
+        return flags.flatten(0, -2).any(0)
+
+    def _note(self, t: Tensor, flags: Tensor) -> None:
+        self._loose[t] = flags
+        if t._base is not None and t._base is not t and bool(flags.any()) and not bool(self.loose(t._base).any()):
+            self._loose[t._base] = _all(t._base)  # it may have been written through a view
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs, name = dict(kwargs or {}), key(func)
+        operands = tensors((args, kwargs))
+        careful = name in _PRODUCTS or name in _TIMES
+        nonzero = {id(t): (t != 0) | self.loose(t) for t in operands} if careful else {}
+        before = {id(f): f for t in operands if t in self._fields for f in self._fields[t]}
+        self._composed = False
+        out = super().__torch_function__(func, types, args, kwargs)
+        outs = results(name, args, out)
+        if not outs or self._composed or name.startswith("__len"):
+            return out
+        sides = _sides(name, args, kwargs)
+        if sides is not None:
+            a, b, *_ = _two(name, args, kwargs)
+            self._multiplied(sides, (a, nonzero[id(a)]), (b, nonzero[id(b)]), out)
+        elif not _moves(name):
+            left = [self._groups(f).flatten() for t in outs for f in self.fields(t) if name != "einsum"]
+            for f in before.values():
+                own = self._groups(f).flatten()
+                self._note_read(own[~torch.isin(own, torch.cat(left))] if left else own)
+        random = name.startswith(_RANDOM)
+        if random or any(t in self._loose for t in operands):
+            try:
+                flags = [_all(t) for t in outs] if random else self._flags(name, func, args, kwargs, outs, nonzero)
+                flags = [f.expand(t.shape) for f, t in zip(flags, outs, strict=True)]
+            except Exception:  # a call of another form: everything may depend on the inputs
+                flags = [_all(t) for t in outs]
+            for t, f in zip(outs, flags, strict=True):
+                self._note(t, f)
+        return out
+
+    def _flags(
+        self, name: str, func: Any, args: Any, kwargs: dict[str, Any], outs: list[Tensor], nonzero: dict[int, Tensor]
+    ) -> list[Tensor]:
+        """Which numbers of the results depend on an input."""
+        operands = tensors((args, kwargs))
+
+        def run(swap: Callable[[Tensor], Any]) -> list[Tensor]:
+            def to(t: Any) -> Any:
+                return swap(t) if isinstance(t, Tensor) else t
+
+            moved = func(*tree_map(to, args), **{k: 0 if k == "value" else tree_map(to, v) for k, v in kwargs.items()})
+            return [m > 0 if m.dtype != torch.bool else m for m in tensors(moved)]
+
+        if name in _PRODUCTS:
+            a, b = operands[:2]
+            own = {id(a): a, id(b): b}
+
+            def one(which: Tensor) -> Tensor:
+                def swap(t: Tensor) -> Any:
+                    if id(t) not in own:
+                        return None  # a bias
+                    flags = self.loose(t) if t is which else nonzero[id(t)]
+                    return flags.to(t.dtype if t.is_floating_point() else torch.float32)
+
+                return run(swap)[0]
+
+            return [one(a) | one(b)]
+        if name in _TIMES and len(operands) == 2:
+            a, b = operands
+            return [(self.loose(a) & nonzero[id(b)]) | (self.loose(b) & nonzero[id(a)])]
+        if name == "__setitem":
+            flags = self.loose(args[0]).clone()
+            if any(bool(self.loose(t).any()) for t in tensors(args[1])):
+                return [_all(args[0])]
+            flags[args[1]] = self.loose(args[2]) if isinstance(args[2], Tensor) else False
+            return [flags]
+        if name == "embedding":
+            table = next(t for t in operands if t.is_floating_point())
+            return [self.loose(table).any(0) | (table != table[:1]).any(0)]
+        if _moves(name) or name in _ADDS or _applies(name, pool):
+            first = operands[0]
+            index = [t for t in operands if t is not first and not t.is_floating_point()]
+            if not any(bool(self.loose(t).any()) for t in index):
+                skip = {id(t) for t in index}
+                return run(lambda t: t if id(t) in skip else self.loose(t).float())
+        if name in _EACH and True not in (*args[5:6], kwargs.get("training")):
+            return [self.loose(operands[0])]
+        if _applies(name, pointwise):
+            return [_any([self.loose(t) for t in operands])]
+        return [_all(t) for t in outs]
+
+    # ---------------------------------------------------------------------------------------------- who reads whom
+
+    def _multiplied(self, sides: Sides, a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor], out: Tensor) -> None:
+        """Note which groups a product reads: a [..., m, k] and b [..., k, n] give out [..., m, n]."""
+        on_a, on_b, on_out = sides
+        terms: Tensor | None = None
+        own: list[Tensor] = []
+        for (t, _), side, dim in ((a, on_a, -2), (b, on_b, -1)):
+            for f in self.fields(t):
+                r = side(self._groups(f).expand(t.shape))
+                if bool((r == r.narrow(dim, 0, 1)).all()):
+                    r = r.narrow(dim, 0, 1).squeeze(dim).unsqueeze(-1)  # [..., k, 1]
+                elif bool((r == r.narrow(-3 - dim, 0, 1)).all()):
+                    continue  # a unit of the result
+                else:
+                    self._note_read(r)
+                    continue
+                if bool(self.read[r.numpy()].all()):
+                    continue
+                if terms is None:
+                    some = on_a(a[1].double()).amax(-2).unsqueeze(-1)
+                    terms = (some > 0) & (on_b(b[1].double()) > 0)  # [..., k, n]
+                    for g in self.fields(out):
+                        place = on_out(self._groups(g).expand(out.shape))
+                        if bool((place == place.narrow(-2, 0, 1)).all()):
+                            own.append(place.narrow(-2, 0, 1))  # [..., 1, n]
+                outside = terms
+                for place in own:
+                    outside = outside & (place != r) & ~self.dead[place]
+                self._note_read(r.expand(*outside.shape[:-1], 1)[outside.any(-1, keepdim=True)])
+
+    def _groups(self, f: Tensor) -> Tensor:
+        """The groups of the labels of a field."""
+        places = f.long()
+        if int(places.max()) >= len(self.root):
+            raise StructureError(_OTHERWISE)
+        return self.root[places]
+
+    def _note_read(self, groups: Tensor) -> None:
+        self.read[groups.numpy()] = True
+
+
+def _all(t: Tensor) -> Tensor:
+    return torch.ones((), dtype=torch.bool, device=t.device).expand(t.shape)
+
+
+def _any(flags: Sequence[Tensor]) -> Tensor:
+    found, *rest = flags
+    for one in rest:
+        found = found | one
+    return found
+
+
+def _applies(name: str, rule: Callable[..., None]) -> bool:
+    known = RULES.get(name)
+    return known is not None and known.value.apply is rule
+
+
+def _moves(name: str) -> bool:
+    known = RULES.get(name.removeprefix("get."))
+    return known is not None and known.value.moves
+
+
+def _two(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
+    found = tensors((args, dict(kwargs)))
+    return found[1::-1] if name == "__rmatmul" else found
+
+
+def _sides(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Sides | None:
+    """How the operands and the result of a product are laid out as matrices; None of another function."""
+    if name not in _PRODUCTS or name == "einsum":
+        return None
+    a, b, *_ = _two(name, args, kwargs)
+    if name == "linear":
+        n = b.shape[0] if b.ndim > 1 else 1
+        return (
+            lambda t: t.reshape(-1, t.shape[-1]),
+            lambda t: t.reshape(n, -1).T,
+            lambda t: t.reshape(-1, n),
+        )
+    if name in _MATRICES:
+        tall, wide = a.ndim == 1, b.ndim == 1
+
+        def back(t: Tensor) -> Tensor:
+            t = t.unsqueeze(-1) if wide else t
+            return t.unsqueeze(-2) if tall else t
+
+        return (
+            lambda t: t.unsqueeze(0) if tall else t,
+            lambda t: t.unsqueeze(-1) if wide else t,
+            back,
+        )
+    k, crossed = int(name[-2]), "transpose" in name
+    groups = args[6] if len(args) > 6 else kwargs.get("groups", 1)
+
+    def rows(t: Tensor) -> Tensor:
+        t = t if t.ndim == k + 2 else t.unsqueeze(0)
+        return t.reshape(t.shape[0], groups, t.shape[1] // groups, -1).permute(1, 0, 3, 2).flatten(1, 2)
+
+    def kernel(t: Tensor) -> Tensor:
+        t = t.reshape(groups, t.shape[0] // groups, t.shape[1], -1).amax(-1)
+        return t if crossed else t.transpose(1, 2)
+
+    return rows, kernel, rows
