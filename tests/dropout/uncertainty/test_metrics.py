@@ -295,9 +295,9 @@ def test_probabilities_and_labels_are_checked(score, rows, labels, error, remedy
 
 
 @pytest.mark.parametrize("score", [ece, adaptive_ece, calibration_curve])
-@pytest.mark.parametrize("bins", [0, -1, 2.5])
-def test_bins_are_checked(score, bins):
-    with pytest.raises(InputError, match="such as 15"):
+@pytest.mark.parametrize(("bins", "error"), [(0, InputError), (-1, InputError), (2.5, InputTypeError)])
+def test_bins_are_checked(score, bins, error):
+    with pytest.raises(error, match="such as 15"):
         score(GOOD, LABELS, bins=bins)
 
 
