@@ -81,26 +81,26 @@ class _Reads(Capture):
         self.root, self.dead = torch.from_numpy(root), torch.from_numpy(dead)
         self.read = np.zeros(len(root), bool)
         self.read[0] = True
-        self._loose = WeakTensorKeyDictionary()  # tensor -> which numbers depend on an input; none where it has none
+        self._fed = WeakTensorKeyDictionary()  # tensor -> which numbers depend on an input; none where it has none
         self._composed = False  # the last call was written in simpler ones
 
     def forward(self, model: nn.Module, arguments: Arguments, training: bool) -> None:
         """Add one forward of the model, of whose arguments every number is an input."""
         for t in tensors(arguments):
-            self._loose[t] = _all(t)
+            self._fed[t] = _all(t)
         super().forward(model, arguments, training)
 
     # ------------------------------------------------------------------------------------- what depends on an input
 
-    def loose(self, t: Tensor) -> Tensor:
+    def fed(self, t: Tensor) -> Tensor:
         """Which numbers of a tensor depend on an input."""
-        found: Tensor = self._loose[t] if t in self._loose else ~_all(t)
+        found: Tensor = self._fed[t] if t in self._fed else ~_all(t)
         return found
 
     def same(self, out: Tensor, made: Tensor) -> None:
         """Label the result of a composite as what its simpler functions made, and flag it likewise."""
         super().same(out, made)
-        flags = self.loose(made)
+        flags = self.fed(made)
         fits = made.ndim == out.ndim and all(a in (1, b) for a, b in zip(made.shape, out.shape, strict=True))
         self._note(out, flags.expand(out.shape) if fits else flags.any().expand(out.shape))
         self._composed = True
@@ -115,8 +115,8 @@ class _Reads(Capture):
             new = False
             with torch._C.DisableTorchFunction():
                 for a, b in zip(before, now, strict=True):
-                    old = self._units(self.loose(a))
-                    own = old | self._units(self.loose(b) | (a != b))
+                    old = self._units(self.fed(a))
+                    own = old | self._units(self.fed(b) | (a != b))
                     new |= bool((own & ~old).any())
                     self._note(b, own.expand(b.shape))
             if not new:
@@ -127,9 +127,9 @@ class _Reads(Capture):
         return flags.flatten(0, -2).any(0)
 
     def _note(self, t: Tensor, flags: Tensor) -> None:
-        self._loose[t] = flags
-        if t._base is not None and t._base is not t and bool(flags.any()) and not bool(self.loose(t._base).any()):
-            self._loose[t._base] = _all(t._base)  # it may have been written through a view
+        self._fed[t] = flags
+        if t._base is not None and t._base is not t and bool(flags.any()) and not bool(self.fed(t._base).any()):
+            self._fed[t._base] = _all(t._base)  # it may have been written through a view
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -137,7 +137,7 @@ class _Reads(Capture):
         kwargs, name = dict(kwargs or {}), key(func)
         operands = tensors((args, kwargs))
         careful = name in _PRODUCTS or name in _TIMES
-        nonzero = {id(t): (t != 0) | self.loose(t) for t in operands} if careful else {}
+        nonzero = {id(t): (t != 0) | self.fed(t) for t in operands} if careful else {}
         before = {id(f): f for t in operands if t in self._fields for f in self._fields[t]}
         self._composed = False
         out = super().__torch_function__(func, types, args, kwargs)
@@ -154,7 +154,7 @@ class _Reads(Capture):
                 own = self._groups(f).flatten()
                 self._note_read(own[~torch.isin(own, torch.cat(left))] if left else own)
         random = name.startswith(_RANDOM)
-        if random or any(t in self._loose for t in operands):
+        if random or any(t in self._fed for t in operands):
             try:
                 flags = [_all(t) for t in outs] if random else self._flags(name, func, args, kwargs, outs, nonzero)
                 flags = [f.expand(t.shape) for f, t in zip(flags, outs, strict=True)]
@@ -185,7 +185,7 @@ class _Reads(Capture):
                 def swap(t: Tensor) -> Any:
                     if id(t) not in own:
                         return None  # a bias
-                    flags = self.loose(t) if t is which else nonzero[id(t)]
+                    flags = self.fed(t) if t is which else nonzero[id(t)]
                     return flags.to(t.dtype if t.is_floating_point() else torch.float32)
 
                 return run(swap)[0]
@@ -193,26 +193,26 @@ class _Reads(Capture):
             return [one(a) | one(b)]
         if name in _TIMES and len(operands) == 2:
             a, b = operands
-            return [(self.loose(a) & nonzero[id(b)]) | (self.loose(b) & nonzero[id(a)])]
+            return [(self.fed(a) & nonzero[id(b)]) | (self.fed(b) & nonzero[id(a)])]
         if name == "__setitem":
-            flags = self.loose(args[0]).clone()
-            if any(bool(self.loose(t).any()) for t in tensors(args[1])):
+            flags = self.fed(args[0]).clone()
+            if any(bool(self.fed(t).any()) for t in tensors(args[1])):
                 return [_all(args[0])]
-            flags[args[1]] = self.loose(args[2]) if isinstance(args[2], Tensor) else False
+            flags[args[1]] = self.fed(args[2]) if isinstance(args[2], Tensor) else False
             return [flags]
         if name == "embedding":
             table = next(t for t in operands if t.is_floating_point())
-            return [self.loose(table).any(0) | (table != table[:1]).any(0)]
+            return [self.fed(table).any(0) | (table != table[:1]).any(0)]
         if _moves(name) or name in _ADDS or _applies(name, pool):
             first = operands[0]
             index = [t for t in operands if t is not first and not t.is_floating_point()]
-            if not any(bool(self.loose(t).any()) for t in index):
+            if not any(bool(self.fed(t).any()) for t in index):
                 skip = {id(t) for t in index}
-                return run(lambda t: t if id(t) in skip else self.loose(t).float())
+                return run(lambda t: t if id(t) in skip else self.fed(t).float())
         if name in _EACH and True not in (*args[5:6], kwargs.get("training")):
-            return [self.loose(operands[0])]
+            return [self.fed(operands[0])]
         if _applies(name, pointwise):
-            return [_any([self.loose(t) for t in operands])]
+            return [_any([self.fed(t) for t in operands])]
         return [_all(t) for t in outs]
 
     # ---------------------------------------------------------------------------------------------- who reads whom
