@@ -7,7 +7,7 @@ from secateur.structure.cut import cut, twin
 from secateur.structure.groups import Groups, as_mask, scores
 from secateur.structure.plan import as_plan
 from secateur.structure.policy import Policy
-from secateur.structure.proof import difference, fresh, tolerance
+from secateur.structure.proof import difference, fresh, repeats, tolerance
 
 assert rules
 
@@ -18,7 +18,7 @@ def halved(model, x):
     groups = Groups(cap)
     kept, counts = groups.select(scores(groups, lambda name, w: w.square()), 0.5)
     cut(small, as_plan(small, groups, kept, counts, ()).kept)
-    return small, cap.runs[0], as_mask(kept), groups.axes
+    return small, cap, as_mask(kept), groups.axes
 
 
 def mlp():
@@ -28,37 +28,37 @@ def mlp():
 
 def test_a_right_cut_differs_by_rounding():
     model, x = mlp(), torch.randn(3, 4)
-    small, run, kept, axes = halved(model, x)
+    small, cap, kept, axes = halved(model, x)
     small[3].normalized_shape = (4,)
-    worst, call = difference(model, small, run, ((x,), {}), kept, axes, tolerance(model))
+    worst, call = difference(model, small, cap.runs[0], ((x,), {}), kept, axes, tolerance(model))
     assert worst < 1e-6
     assert call is None
 
 
 def test_a_wrong_cut_is_found_where_it_begins():
     model, x = mlp(), torch.randn(3, 4)
-    small, run, kept, axes = halved(model, x)
+    small, cap, kept, axes = halved(model, x)
     small[3].normalized_shape = (4,)
     small[2].weight.data[0] += 1
-    worst, call = difference(model, small, run, ((x,), {}), kept, axes, tolerance(model))
+    worst, call = difference(model, small, cap.runs[0], ((x,), {}), kept, axes, tolerance(model))
     assert worst > tolerance(model)
     assert (call.name, call.module) == ("linear", "2")
 
 
 def test_nan_is_a_difference():
     model, x = mlp(), torch.randn(3, 4)
-    small, run, kept, axes = halved(model, x)
+    small, cap, kept, axes = halved(model, x)
     small[3].normalized_shape = (4,)
     small[2].weight.data[0] = float("nan")
-    assert difference(model, small, run, ((x,), {}), kept, axes, 1e-4)[0] == float("inf")
+    assert difference(model, small, cap.runs[0], ((x,), {}), kept, axes, 1e-4)[0] == float("inf")
 
 
 def test_the_original_is_untouched():
     model, x = mlp(), torch.randn(3, 4)
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    small, run, kept, axes = halved(model, x)
+    small, cap, kept, axes = halved(model, x)
     small[3].normalized_shape = (4,)
-    difference(model, small, run, ((x,), {}), kept, axes, tolerance(model))
+    difference(model, small, cap.runs[0], ((x,), {}), kept, axes, tolerance(model))
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
@@ -72,3 +72,53 @@ def test_fresh_inputs_are_of_the_same_kind():
 
 def test_half_precision_has_a_wider_tolerance():
     assert tolerance(nn.Linear(2, 2)) == 1e-4 < tolerance(nn.Linear(2, 2).bfloat16())
+
+
+class TrainsMore(nn.Module):
+    """A branch that runs in training only, with dropout before it."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(4, 8), nn.Linear(8, 2), nn.Linear(8, 2)
+        self.drop, self.norm = nn.Dropout(0.5), nn.BatchNorm1d(8)
+
+    def forward(self, x):
+        y = self.norm(self.a(x))
+        return (self.b(y), self.c(self.drop(y))) if self.training else self.b(y)
+
+
+def test_forwards_in_training_mode_are_proven_without_dropout():
+    torch.manual_seed(0)
+    model, x = TrainsMore().eval(), torch.randn(5, 4)
+    small, cap, kept, axes = halved(model, x)
+    training = cap.runs[1]
+    assert training.training
+    assert repeats(training)
+    assert difference(model, small, training, ((x,), {}), kept, axes, tolerance(model))[1] is None
+    small.c.weight.data[:, [0, 1]] = small.c.weight.data[:, [1, 0]]
+    assert difference(model, small, training, ((x,), {}), kept, axes, tolerance(model))[1].module == "c"
+
+
+def test_noise_for_each_unit_is_not_drawn_twice_alike():
+    class Noisy(TrainsMore):
+        def forward(self, x):
+            y = super().forward(x)
+            return (*y, torch.rand_like(self.a(x)).sum()) if self.training else y
+
+    cap = capture(twin(Noisy().eval()), [((torch.randn(5, 4),), {})], Policy())
+    assert not repeats(cap.runs[1])
+
+
+def test_numbers_beyond_all_bounds_are_left_out_of_a_comparison():
+    class Masking(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 8), nn.Linear(8, 4)
+
+        def forward(self, x):
+            return (self.b(self.a(x)) + torch.tensor([0, 0, 0, torch.finfo(x.dtype).min])).softmax(-1)
+
+    torch.manual_seed(0)
+    model, x = Masking().eval(), torch.randn(5, 4)
+    small, cap, kept, axes = halved(model, x)
+    assert difference(model, small, cap.runs[0], ((x,), {}), kept, axes, tolerance(model))[1] is None

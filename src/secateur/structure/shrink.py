@@ -24,7 +24,7 @@ from secateur.structure.fields import Labelled, Shape, support
 from secateur.structure.groups import Groups, as_mask, scores, size
 from secateur.structure.plan import NOT_ASKED, Plan, as_plan
 from secateur.structure.policy import POLICIES, Policy
-from secateur.structure.proof import difference, fresh, tolerance
+from secateur.structure.proof import difference, fresh, repeats, tolerance
 from secateur.support.inputs import Arguments, arguments
 
 _M = TypeVar("_M", bound=nn.Module)
@@ -213,9 +213,9 @@ def _prove(
     """Compare with the original, masked or as it is. Returns the first call that differs, and how."""
     limit = tolerance(model)
     for run in cap.runs:
-        if run.training:
+        if run.training and not repeats(run):
             continue
-        for inputs in (run.arguments, fresh(run.arguments)):
+        for inputs in (run.arguments,) if run.training else (run.arguments, fresh(run.arguments)):
             try:
                 found = difference(model, small, run, inputs, kept, groups.axes, limit, masked)
             except Exception as error:

@@ -53,6 +53,20 @@ def test_equal_parts_stay_equal():
     assert small % 2 == 0
 
 
+@pytest.mark.parametrize("step", [2, 4])
+def test_neighbours_go_together_where_every_kth_is_taken(step):
+    """Every second of what stays would be others than every second that stays."""
+    y = torch.arange(16)
+
+    def weave(y):
+        return torch.stack([y[:, k::step] for k in range(step)], -1).flatten(1)
+
+    assert torch.equal(weave(y[None])[0], y)
+    assert width(weave) == 8
+    kept = sc.structure.propose(Net(weave).eval(), torch.randn(4, 6), 0.5).kept["a.weight"][0]
+    assert [k // step for k in kept[::step]] == [k // step for k in kept[step - 1 :: step]]
+
+
 def test_dims():
     assert dims_of(None, 3) == {0, 1, 2}
     assert dims_of((-1, 0), 3) == {0, 2}

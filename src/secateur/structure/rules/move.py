@@ -179,6 +179,21 @@ def _index_dims(shape: Shape, index: Sequence[Any]) -> tuple[set[int], set[int],
     return ints, slices, data
 
 
+def _strides_meet(site: Site, f: Tensor, index: Sequence[Any]) -> None:
+    """Every k-th position stays every k-th where k neighbours stay or go together."""
+    if any(i is None or isinstance(i, Tensor) for i in index):
+        return
+    at = next((k for k, i in enumerate(index) if i is Ellipsis), len(index))
+    for d, i in [*enumerate(index[:at]), *enumerate(index[at + 1 :], f.ndim - len(index) + at + 1)]:
+        step = i.step or 1 if isinstance(i, slice) else 1
+        if step > 1 and d in support(f):
+            if f.shape[d] % step:
+                site.capture.hold(f)
+            else:
+                g = f.reshape(*f.shape[:d], -1, step, *f.shape[d + 1 :])
+                site.capture.unite(g.narrow(d + 1, 0, 1).expand_as(g), g)
+
+
 def _indexed(site: Site, x: Tensor, index: Any) -> list[Tensor]:
     """The fields of x[index]."""
     cap = site.capture
@@ -189,6 +204,7 @@ def _indexed(site: Site, x: Tensor, index: Any) -> list[Tensor]:
         if support(f) <= ints:
             cap.rigid(f, ints)
             continue
+        _strides_meet(site, f, index if isinstance(index, tuple) else (index,))
         r = f.expand(shape)[index]
         if slices & support(f):
             taken = np.unique(labels(r))
