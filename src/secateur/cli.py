@@ -262,14 +262,22 @@ def doctor(as_json: Json = False) -> None:
 def demo(
     epochs: Annotated[
         int | None,
-        typer.Option(min=1, help="Epochs of each training.", show_default="20; 40 with --uncertainty"),
+        typer.Option(
+            min=1, help="Epochs of each training.", show_default="20; 15 with --structured, 40 with --uncertainty"
+        ),
     ] = None,
     sparsity: Annotated[
         float | None,
-        typer.Option(help="Fraction of weights that become zero, 0 <= s < 1.", show_default="0.9"),
+        typer.Option(
+            help="Fraction of weights that become zero, 0 <= s < 1; of units that go with --structured.",
+            show_default="0.9; 0.5 with --structured",
+        ),
     ] = None,
     seed: Annotated[int, typer.Option(help="The same seed gives the same result.")] = 0,
     out: Annotated[Path, typer.Option(help="The folder for files and plots.")] = Path("secateur-demo"),
+    structured: Annotated[
+        bool, typer.Option("--structured", help="Fewer units instead of zeros: a smaller LSTM, beside a sparse one.")
+    ] = False,
     uncertainty: Annotated[
         bool, typer.Option("--uncertainty", help="Dropout instead: train with it, and see what the model is unsure of.")
     ] = False,
@@ -278,6 +286,8 @@ def demo(
     """Prune an LSTM on real data, end to end, and measure what it gained."""
     console = None if as_json else Console()
     chosen: dict[str, Any] = {} if epochs is None else {"epochs": epochs}
+    if structured and uncertainty:
+        raise typer.BadParameter("--structured and --uncertainty are two demos: give one of them")
     if uncertainty:
         from secateur.demo.uncertainty import run as run_uncertainty
 
@@ -285,7 +295,10 @@ def demo(
             raise typer.BadParameter("--uncertainty prunes nothing: leave out --sparsity")
         result = run_uncertainty(**chosen, seed=seed, out=out, console=console)
     else:
-        from secateur.demo import run
+        if structured:
+            from secateur.demo.structured import run
+        else:
+            from secateur.demo import run
 
         chosen |= {} if sparsity is None else {"sparsity": sparsity}
         result = run(**chosen, seed=seed, out=out, console=console)

@@ -6,7 +6,8 @@ Read it in this order, as a tutorial:
 - `story.py`: the eight steps of the story.
 - `elsewhere.py`: a script that loads the pruned model where there is no secateur.
 - `pictures.py`: how the result is shown.
-- `stage.py`: settings, progress bar and files, for both stories.
+- `stage.py`: settings, progress bar and files, for all stories.
+- `structured.py`: the same data and loop, the LSTM with half its units, beside a sparse one.
 - `uncertainty.py`: the same data and loop, a model with dropout, and what it is unsure of.
 """
 

@@ -40,8 +40,9 @@ def main(folder: Path) -> None:
         importable = True
 
     torch.set_num_threads(1)  # as the demo: other ways to cut a sum may round it otherwise
-    model = LSTMClassifier().eval()
-    model.load_state_dict(load_file(folder / "pruned.safetensors"))
+    weights = load_file(folder / "pruned.safetensors")
+    model = LSTMClassifier(hidden=weights["lstm.weight_hh_l0"].shape[1]).eval()
+    model.load_state_dict(weights)
     test = load_file(folder / "test.safetensors")
     with torch.no_grad():
         logits = model(test["images"])

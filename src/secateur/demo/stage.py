@@ -1,4 +1,4 @@
-"""What both stories share: settings that make sense, a progress bar, and a folder of numbers and pictures."""
+"""What the stories share: settings that make sense, a progress bar, and a folder of numbers and pictures."""
 
 from __future__ import annotations
 

@@ -55,7 +55,13 @@ def prune_at_once(dense: nn.Module, sparsity: float) -> nn.Module:
 
 
 def prune_gradually(
-    dense: nn.Module, sparsity: float, data: Digits, epochs: int, *, seed: int = 0, watch: Watch = unwatched
+    dense: nn.Module,
+    sparsity: float | sc.Count,
+    data: Digits,
+    epochs: int,
+    *,
+    seed: int = 0,
+    watch: Watch = unwatched,
 ) -> tuple[nn.Module, sc.Masks]:
     """Train a copy on while its zeros become more and more, then heal it for the last third of the steps."""
     model = copy.deepcopy(dense)  # only so that we can compare the two in the end
@@ -134,6 +140,11 @@ def save(dense: nn.Module, pruned: nn.Module, masks: sc.Masks, data: Digits, out
     write(out / "dense.safetensors", to_bytes(dense.state_dict()))
     write(out / "pruned.safetensors", to_bytes(pruned.state_dict()))
     masks.save(out / "masks.safetensors")
+    save_answers(pruned, data, out)
+
+
+def save_answers(pruned: nn.Module, data: Digits, out: Path) -> None:
+    """Write the test images, their labels, and the logits of the pruned model."""
     with alone(0), torch.no_grad():
         logits = pruned.eval()(data.test_images)
     test = {"images": data.test_images, "labels": data.test_labels, "logits": logits}
