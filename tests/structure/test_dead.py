@@ -17,7 +17,7 @@ def dead_units(model, *inputs):
     """How many groups of each cell are dead."""
     cap = capture(model, [(inputs, {})], Policy())
     groups = Groups(cap)
-    found = dead(model, cap.runs, Policy(), groups)
+    found = dead(model, cap.runs, Policy(), groups).units
     return [int(found[cell].sum()) for cell in groups.cells]
 
 
@@ -59,12 +59,48 @@ def test_a_unit_that_an_example_leaves_at_zero_is_alive():
     assert dead_units(model, X) == [0, 0]
 
 
-def test_a_bias_is_a_constant_that_is_read():
+def test_the_bias_of_what_reads_it_takes_the_place_of_a_constant():
     model = mlp(bias=True)
     zero(model[0].weight[:3])
     with torch.no_grad():
         model[0].bias[:3] = torch.tensor([1.0, 0.0, -1.0])  # of which ReLU lets the first one pass
-    assert dead_units(model, X) == [2, 0]
+    assert dead_units(model, X) == [3, 0]
+    small = sc.shrink(model, X)
+    assert torch.allclose(small[2].bias, model[2].bias + model[2].weight[:, 0])
+    assert torch.allclose(small(X), model(X), atol=1e-6)
+
+
+def test_a_constant_without_a_bias_to_take_its_place_is_alive():
+    model = mlp(bias=True)
+    model[2].bias = None
+    zero(model[0].weight[:2])
+    model[0].bias.data[:2] = torch.tensor([1.0, -1.0])
+    assert dead_units(model, X) == [1, 0]
+
+
+@pytest.mark.parametrize("padding", [0, 1])
+def test_a_constant_is_none_at_a_padded_border(padding):
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 3, padding=padding)).eval()
+    x = torch.randn(2, 1, 8, 8)
+    zero(model[0].weight[1])
+    model[1].bias.data[1] = 1
+    assert dead_units(model, x) == [1 - padding]
+    if not padding:
+        assert torch.allclose(sc.shrink(model, x)(x), model(x), atol=1e-6)
+
+
+def test_a_layer_that_reads_two_constants_with_one_weight():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 8), nn.Linear(8, 2)
+
+        def forward(self, x):
+            return self.b(self.a(x)) + self.b(self.a(x) * 2)
+
+    model = Net().eval()
+    zero(model.a.weight[:2], model.a.bias[1])
+    assert dead_units(model, X) == [1]
 
 
 @pytest.mark.parametrize(("kind", "gates"), [(nn.LSTM, 4), (nn.GRU, 3), (nn.RNN, 1)])

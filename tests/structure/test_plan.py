@@ -68,3 +68,19 @@ def test_weights_gone():
     gone = propose(model, x, 0.5).weights_gone(model)
     sizes = [sum(p.numel() for p in m.parameters()) for m in (model, shrink(model, x, 0.5))]
     assert gone == sizes[0] - sizes[1]
+
+
+def test_a_plan_gives_biases_what_dead_units_took_with_them():
+    model, x = made()
+    with torch.no_grad():
+        model[0].weight[:3] = 0
+        model[1].bias[:3] = torch.tensor([1.0, 2.0, -1.0])
+    plan, other = Plan.from_json(propose(model, x).to_json()), copy.deepcopy(model)
+    assert set(plan.shifts) == {"4.bias"}
+    small = shrink(model, x)
+    state = plan.apply_state_dict(other.state_dict())
+    plan.apply(other)
+    assert other[0].out_channels == 5
+    assert all(torch.equal(state[name], t) for name, t in small.state_dict().items())
+    assert torch.equal(other(x), small(x))
+    assert torch.allclose(small(x), model(x), atol=1e-6)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -52,16 +52,29 @@ def masked(model: nn.Module, masks: Masks) -> nn.Module:
     return copied
 
 
-def cut(model: nn.Module, kept: Kept) -> list[tuple[Tensor, Tensor]]:
-    """Cut parameters and buffers in place: they stay the same objects, so ties hold. Returns what `undo` needs."""
+def cut(
+    model: nn.Module, kept: Kept, shifts: Mapping[str, Sequence[float]] | None = None
+) -> list[tuple[Tensor, Tensor]]:
+    """Cut parameters and buffers in place: they stay the same objects, so ties hold. Returns what `undo` needs.
+
+    Args:
+        model: to be cut.
+        kept: the positions that stay.
+        shifts: what is added to tensors before, number by number.
+    """
     named = named_tensors(model)
-    done: dict[int, tuple[Tensor, Tensor]] = {}
-    for name, dims in kept.items():
-        t = named[name]
-        if id(t) not in done:
-            done[id(t)] = t, t.data
-            t.data = sliced(t.data, dims)
+    done = {id(named[name]): (named[name], named[name].data) for name in [*(shifts or ()), *kept]}
+    for name, shift in {id(named[name]): (name, shift) for name, shift in (shifts or {}).items()}.values():
+        named[name].data = shifted(named[name].data, shift)
+    for name, dims in {id(named[name]): (name, dims) for name, dims in kept.items()}.values():
+        named[name].data = sliced(named[name].data, dims)
     return list(done.values())
+
+
+def shifted(tensor: Tensor, shift: Sequence[float]) -> Tensor:
+    """A tensor to which something is added, number by number."""
+    more = torch.tensor(shift, dtype=torch.float64, device=tensor.device)
+    return (tensor.double() + more).to(tensor.dtype)
 
 
 def undo(done: list[tuple[Tensor, Tensor]]) -> None:

@@ -3,13 +3,14 @@
 A second forward, in which beside the labels a flag rides along for each number: whether it depends on an input. What
 does not is what the forward computed, whatever the input: the zero of a unit whose weights are masked, for example. A
 unit is read where a product of a number of it with another one, neither of them always zero, enters a sum that is of
-another unit. What is never read is dead. An unknown function lets every result depend on the inputs.
+another unit. What is never read is dead. What a layer with a bias reads of a number that is always the same, the bias
+can give. An unknown function lets every result depend on the inputs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from secateur.errors import StructureError
 from secateur.structure.capture import RULES, Capture, Run, key, results, tensors
+from secateur.structure.cut import named_tensors
 from secateur.structure.groups import Groups
 from secateur.structure.policy import Policy
 from secateur.structure.rules.arithmetic import pointwise
@@ -40,8 +42,35 @@ _OTHERWISE = "the model makes other calls each time: make its forward determinis
 Sides = tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]
 
 
-def dead(model: nn.Module, runs: Sequence[Run], policy: Policy, groups: Groups) -> NDArray[np.bool_]:
-    """For each label, whether its group is dead: taken away it would change no output.
+class Dead(NamedTuple):
+    """Units that are dead already.
+
+    Attributes:
+        units: for each label, whether its group is dead: taken away, with what is constant of it, changes no output.
+        constants: by the names of a weight [outputs, inputs, *kernel] and of the bias beside it, the number that each
+            input always has, where it is dead and its number not zero; 0 elsewhere.
+    """
+
+    units: NDArray[np.bool_]
+    constants: dict[tuple[str, str], Tensor]
+
+    def shifts(self, model: nn.Module, groups: Groups, kept: Labels) -> dict[str, list[float]]:
+        """What is to be added to biases so that the units that go take no constant with them."""
+        found: dict[str, list[float]] = {}
+        named = named_tensors(model)
+        inputs = {axis.name: ~kept[axis.labels] for axis in groups.axes if axis.dim == 1}
+        for (name, bias), constant in self.constants.items():
+            gone = torch.from_numpy(inputs[name]) & (constant != 0) if name in inputs else constant < constant
+            if bool(gone.any()):
+                weight = named[name].detach().double().cpu()
+                whole = weight.flatten(2).sum(-1) if weight.ndim > 2 else weight
+                shift = (whole[:, gone] @ constant[gone]).tolist()
+                found |= {alias: shift for alias, t in named.items() if t is named[bias]}
+        return found
+
+
+def dead(model: nn.Module, runs: Sequence[Run], policy: Policy, groups: Groups) -> Dead:
+    """Find the units that are dead.
 
     Args:
         model: as it was captured.
@@ -63,7 +92,7 @@ def dead(model: nn.Module, runs: Sequence[Run], policy: Policy, groups: Groups) 
         look.read[held] = True  # outputs among them
         now = ~look.read[root]
         if np.array_equal(now, found):
-            return found
+            return Dead(found, look.constants)
         found = now
 
 
@@ -74,6 +103,7 @@ class _Reads(Capture):
         root: the group of each label.
         dead: for each label, whether its group is known to be dead.
         read: the groups that others, which are not known to be dead, read.
+        constants: as in `Dead`.
     """
 
     def __init__(self, model: nn.Module, policy: Policy, root: Labels, dead: NDArray[np.bool_]) -> None:
@@ -81,6 +111,7 @@ class _Reads(Capture):
         self.root, self.dead = torch.from_numpy(root), torch.from_numpy(dead)
         self.read = np.zeros(len(root), bool)
         self.read[0] = True
+        self.constants: dict[tuple[str, str], Tensor] = {}
         self._fed = WeakTensorKeyDictionary()  # tensor -> which numbers depend on an input; none where it has none
         self._composed = False  # the last call was written in simpler ones
 
@@ -147,7 +178,8 @@ class _Reads(Capture):
         sides = _sides(name, args, kwargs)
         if sides is not None:
             a, b, *_ = _two(name, args, kwargs)
-            self._multiplied(sides, (a, nonzero[id(a)]), (b, nonzero[id(b)]), out)
+            constant = self._constant(name, args, kwargs, sides, a, b)
+            self._multiplied(sides, (a, nonzero[id(a)]), (b, nonzero[id(b)]), out, constant)
         elif not _moves(name):
             left = [self._groups(f).flatten() for t in outs for f in self.fields(t) if name != "einsum"]
             for f in before.values():
@@ -217,7 +249,35 @@ class _Reads(Capture):
 
     # ---------------------------------------------------------------------------------------------- who reads whom
 
-    def _multiplied(self, sides: Sides, a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor], out: Tensor) -> None:
+    def _constant(
+        self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any], sides: Sides, x: Tensor, weight: Tensor
+    ) -> Tensor | None:
+        """Which inputs of a layer are always the same number, so that a bias can take their place."""
+        bias = args[2] if len(args) > 2 else kwargs.get("bias")
+        padding = args[4] if len(args) > 4 else kwargs.get("padding", 0)
+        plain = name == "linear" or ("transpose" not in name and padding in (0, (0,), (0, 0), (0, 0, 0), "valid"))
+        own = id(weight) in self.home and id(bias) in self.home
+        if name in _MATRICES or not plain or not own or weight.ndim < 2:
+            return None
+        values, fed = sides[0](x.double()), sides[0](self.fed(x).double())
+        if values.ndim > 2 and len(values) > 1:
+            return None  # groups
+        values, fed = values.reshape(-1, values.shape[-1]), fed.reshape(-1, values.shape[-1])
+        always = (values == values[:1]).all(0) & (fed == 0).all(0) & values[0].isfinite()
+        now = torch.where(always, values[0], 0.0).cpu()
+        pair = self.home[id(weight)][0], self.home[id(bias)][0]
+        before = self.constants.setdefault(pair, now)
+        if not torch.equal(before, now):  # another call found another number
+            self.constants[pair] = now = torch.where(before == now, now, 0.0)
+            for f in self.fields(weight):
+                places = self._groups(f).expand(weight.shape).transpose(0, 1).flatten(1)
+                if bool((places == places[:, :1]).all()):
+                    self._note_read(places[(before != now), 0])
+        return now != 0
+
+    def _multiplied(
+        self, sides: Sides, a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor], out: Tensor, constant: Tensor | None
+    ) -> None:
         """Note which groups a product reads: a [..., m, k] and b [..., k, n] give out [..., m, n]."""
         on_a, on_b, on_out = sides
         terms: Tensor | None = None
@@ -237,6 +297,8 @@ class _Reads(Capture):
                 if terms is None:
                     some = on_a(a[1].double()).amax(-2).unsqueeze(-1)
                     terms = (some > 0) & (on_b(b[1].double()) > 0)  # [..., k, n]
+                    if constant is not None:
+                        terms = terms & ~constant.unsqueeze(-1)
                     for g in self.fields(out):
                         place = on_out(self._groups(g).expand(out.shape))
                         if bool((place == place.narrow(-2, 0, 1)).all()):

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
 
 from secateur.errors import InputError, MaskError
-from secateur.structure.cut import Kept, cut, named_tensors, sliced
+from secateur.structure.cut import Kept, cut, named_tensors, shifted, sliced
 from secateur.structure.groups import Groups
 from secateur.structure.units import Labels
 from secateur.support.tables import Table
@@ -62,6 +62,7 @@ class Plan:
         unsaved: those of them that a state_dict does not hold.
         attributes: that follow the sizes.
         groups: all units of the model.
+        shifts: what is added to biases, before they are cut, for units that go and always had the same number.
     """
 
     kept: Kept
@@ -69,6 +70,7 @@ class Plan:
     unsaved: tuple[str, ...]
     attributes: tuple[Attribute, ...]
     groups: tuple[Group, ...]
+    shifts: dict[str, list[float]] = field(default_factory=dict)
 
     @property
     def removed(self) -> int:
@@ -84,6 +86,11 @@ class Plan:
                 stays = stays // p.shape[d] * len(at)
             total += p.numel() - stays
         return total
+
+    def shifted(self, model: nn.Module, shifts: dict[str, list[float]]) -> Plan:
+        """The same plan with shifts of tensors of the model it was made for."""
+        named = named_tensors(model)
+        return replace(self, shifts=shifts, shapes=self.shapes | {name: tuple(named[name].shape) for name in shifts})
 
     def explain(self, axes: int = 3) -> Table:
         """A table of the groups: how many units, how many of them go, where they lie, what holds them.
@@ -117,6 +124,7 @@ class Plan:
                 tuple(data["unsaved"]),
                 tuple(Attribute(a["module"], tuple(a["keys"]), _tuples(a["value"])) for a in data["attributes"]),
                 tuple(Group(g["units"], g["removed"], tuple(g["axes"]), g["held"]) for g in data["groups"]),
+                {name: [*map(float, shift)] for name, shift in data.get("shifts", {}).items()},
             )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"this is no plan ({error!r}): give what to_json() of a plan wrote") from error
@@ -128,6 +136,7 @@ class Plan:
             MaskError: a tensor is missing or has another shape.
         """
         self._check({name: t for name, t in state.items() if isinstance(t, Tensor)}, but=self.unsaved)
+        state = {name: shifted(t, self.shifts[name]) if name in self.shifts else t for name, t in state.items()}
         return {name: sliced(t, self.kept[name]) if name in self.kept else t for name, t in state.items()}
 
     def apply(self, model: nn.Module) -> None:
@@ -139,7 +148,7 @@ class Plan:
         named = named_tensors(model)
         self._check(named)
         owners = [(self._owner(model, one), one) for one in self.attributes]
-        cut(model, self.kept)
+        cut(model, self.kept, self.shifts)
         for owner, one in owners:
             owner[one.keys[-1]] = one.value
 

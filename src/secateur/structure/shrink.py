@@ -154,8 +154,11 @@ def _attempt(
         groups = Groups(cap)
         if worth is None:
             worth = scores(groups, score)
+        shifts: dict[str, list[float]] = {}
         if sparsity is None:
-            kept, counts = groups.select_dead(dead(small, cap.runs, policy, groups))
+            found = dead(small, cap.runs, policy, groups)
+            kept, counts = groups.select_dead(found.units)
+            shifts = found.shifts(small, groups, kept)
         else:
             kept, counts = groups.select(worth, sparsity)
         unequal = list(groups.unequal(kept))
@@ -175,7 +178,8 @@ def _attempt(
                 f"{asked} weights were to go, and only {now} can: {trouble}. "
                 "Change the code at that place, or ask for a sparsity at which equal parts stay equal"
             )
-        done, edits = cut(small, plan.kept), Edits()
+        plan = plan.shifted(small, shifts)
+        done, edits = cut(small, plan.kept, shifts), Edits()
         failure = _fit(small, cap, as_mask(kept), policy, edits) or (
             _prove(model, small, cap, as_mask(kept), groups, sparsity is not None) if verify else None
         )
