@@ -94,15 +94,15 @@ def _fits(got: Sequence[Shape], want: Sequence[Shape]) -> bool:
     return all(len(a) == len(b) and all(y in (x, -1) for x, y in zip(a, b, strict=True)) for a, b in pairs)
 
 
-def _replay(model: nn.Module, run: Run, sizes: Sizes) -> tuple[int, str]:
+def replay(model: nn.Module, run: Run, sizes: Sizes) -> tuple[int, str]:
     """How many calls went as expected, and what happened then; empty if all did."""
     args, kwargs = run.arguments
-    with calm(model, run.training), _Replay(run, sizes) as replay:
+    with calm(model, run.training), _Replay(run, sizes) as steps:
         try:
             model(*args, **kwargs)
         except Exception as error:
             text = str(error) if isinstance(error, _Differs) else f"{type(error).__name__}: {error}"
-            return replay.at, text[:200]
+            return steps.at, text[:200]
     return len(run.calls), ""
 
 
@@ -118,7 +118,7 @@ def follow_forward(model: nn.Module, run: Run, sizes: Sizes, edits: Edits) -> tu
 
     Returns None, or the call that no attribute explains, and what is wrong with it.
     """
-    at, error = _replay(model, run, sizes)
+    at, error = replay(model, run, sizes)
     while error:
         if at >= len(run.calls):
             return len(run.calls) - 1, error
@@ -167,7 +167,7 @@ def _one(
                     mark = len(edits)
                     for one in places:
                         edits.set(one, to)
-                    got, why = _replay(model, run, sizes)
+                    got, why = replay(model, run, sizes)
                     if got > at and (best is None or got > best[0]):
                         best = got, why, edits.since(mark)
                     edits.undo(mark)
@@ -196,7 +196,7 @@ def _several(
             mark = len(edits)
             for place, value in itertools.chain(*choice):
                 edits.set(place, value)
-            got, why = _replay(model, run, sizes)
+            got, why = replay(model, run, sizes)
             if got > at:
                 return got, why
             edits.undo(mark)

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypedDict, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
@@ -16,15 +17,17 @@ from secateur.errors import InputError, InputTypeError, StructureError
 from secateur.masks import as_masks
 from secateur.scores import SCORES, Score
 from secateur.structure import rules as rules  # registers what is known of torch's functions
-from secateur.structure.attributes import Edits, follow_forward, follow_modules
-from secateur.structure.capture import Call, Capture, capture
-from secateur.structure.cut import check_optimizer, cut, follow, masked, part, twin, undo
+from secateur.structure.attributes import Edits, Sizes, follow_forward, follow_modules
+from secateur.structure.capture import Call, Capture, Run, capture
+from secateur.structure.configs import Configs, Dim
+from secateur.structure.cut import check_optimizer, cut, follow, masked, named_tensors, part, twin, undo
 from secateur.structure.dead import dead
 from secateur.structure.fields import Labelled, Shape, support
 from secateur.structure.groups import Groups, as_mask, scores, size
 from secateur.structure.plan import NOT_ASKED, Plan, as_plan
 from secateur.structure.policy import POLICIES, Policy
 from secateur.structure.proof import difference, fresh, repeats, tolerance
+from secateur.structure.units import Extent, Labels
 from secateur.support.inputs import Arguments, arguments
 
 _M = TypeVar("_M", bound=nn.Module)
@@ -116,10 +119,10 @@ def _transact(model: nn.Module, inputs: Any, sparsity: float | None, options: Op
     optimizer = options.get("optimizer")
     if optimizer is not None:
         check_optimizer(original, optimizer)
-    best, errors = None, []
+    best, errors, told = None, [], Configs(model)
     for policy in POLICIES:
         try:
-            found = _attempt(model, examples, sparsity, policy, score, options.get("verify", True))
+            found = _attempt(model, examples, sparsity, policy, score, options.get("verify", True), told)
         except StructureError as error:
             errors.append(str(error))
             continue
@@ -136,7 +139,13 @@ def _transact(model: nn.Module, inputs: Any, sparsity: float | None, options: Op
 
 
 def _attempt(
-    model: nn.Module, examples: Sequence[Arguments], sparsity: float | None, policy: Policy, score: Score, verify: bool
+    model: nn.Module,
+    examples: Sequence[Arguments],
+    sparsity: float | None,
+    policy: Policy,
+    score: Score,
+    verify: bool,
+    told: Configs,
 ) -> _Result:
     """Capture, choose, cut and prove; on a failure hold what surrounds the call, and choose again."""
     small = twin(model)
@@ -180,8 +189,11 @@ def _attempt(
             )
         plan = plan.shifted(small, shifts)
         done, edits = cut(small, plan.kept, shifts), Edits()
-        failure = _fit(small, cap, as_mask(kept), policy, edits) or (
-            _prove(model, small, cap, as_mask(kept), groups, sparsity is not None) if verify else None
+        failure = (
+            _tell(told, small, cap, as_mask(kept), groups, edits)
+            or _fit(small, cap, as_mask(kept), policy, edits)
+            or _told_right(told, small, cap, as_mask(kept))
+            or (_prove(model, small, cap, as_mask(kept), groups, sparsity is not None) if verify else None)
         )
         if failure is None:
             return _Result(small, dataclasses.replace(plan, attributes=edits.listed()))
@@ -189,7 +201,7 @@ def _attempt(
         undo(done)
         call, trouble = failure
         _log.info("held: %s", trouble)
-        if not _hold_around(cap, as_mask(kept), call, trouble):
+        if call is not None and not _hold_around(cap, as_mask(kept), call, trouble):
             break
     raise StructureError(f"the smaller model could not be proven equal to the masked one: {trouble}")
 
@@ -198,8 +210,7 @@ def _fit(small: nn.Module, cap: Capture, kept: Tensor, policy: Policy, edits: Ed
     """Let attributes follow. Returns the call that does not fit, and why, if there is one."""
     follow_modules(small, edits, policy.whole_heads)
     for run in cap.runs:
-        sizes = [None if c.elastic else [_size(c, *known, kept) for known in c.outs] for c in run.calls]
-        failed = follow_forward(small, run, sizes, edits)
+        failed = follow_forward(small, run, _sizes(run, kept), edits)
         if failed is not None:
             return run.calls[failed[0]], failed[1]
     return None
@@ -209,6 +220,36 @@ def _size(call: Call, shape: Shape, fields: Sequence[Tensor], kept: Tensor) -> S
     """The expected size of a result; -1 along dimensions where it depends on data."""
     known = {d for f in fields for d in support(f)}
     return tuple(n if d in known or not call.loose else -1 for d, n in enumerate(size(shape, fields, kept)))
+
+
+def _sizes(run: Run, kept: Tensor) -> Sizes:
+    return [None if c.elastic else [_size(c, *known, kept) for known in c.outs] for c in run.calls]
+
+
+def _tell(
+    told: Configs, small: nn.Module, cap: Capture, kept: Tensor, groups: Groups, edits: Edits
+) -> tuple[Call | None, str] | None:
+    """Let configs follow. Returns what they cannot tell, and the call to hold; None if the ledger knows already."""
+    untold = told.follow(small, [(run, _sizes(run, kept)) for run in cap.runs], edits)
+    if untold is None:
+        return None
+    named = {name: id(t) for name, t in named_tensors(small).items()}
+    axes = {(id(axis.tensor), axis.dim): axis.labels for axis in groups.axes}
+
+    def units(dim: Dim) -> Labels:
+        return axes.get((named[dim[0]], dim[1]), np.zeros(1, np.int64))
+
+    for one, other, factor in untold.equal:
+        cap.ledger.equal(Extent(units(one), (0,)), Extent(units(other), (0,), factor), untold.why)
+    gone = [u for dim in untold.dims if not kept[u := units(dim)].all()]
+    for own in () if untold.equal else gone:
+        cap.ledger.hold(own, untold.why)
+    return untold.call or (None if gone else cap.runs[-1].calls[-1]), untold.why
+
+
+def _told_right(told: Configs, small: nn.Module, cap: Capture, kept: Tensor) -> tuple[Call | None, str] | None:
+    untold = told.differ(small, cap.runs, kept, tolerance(small))
+    return None if untold is None else (untold.call, untold.why)
 
 
 def _prove(

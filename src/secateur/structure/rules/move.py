@@ -194,6 +194,19 @@ def _strides_meet(site: Site, f: Tensor, index: Sequence[Any]) -> None:
                 site.capture.unite(g.narrow(d + 1, 0, 1).expand_as(g), g)
 
 
+def _at_ends(shape: Shape, index: Any) -> bool:
+    """Whether an index picks positions by int at the ends of dimensions only."""
+    d, picks = 0, index if isinstance(index, tuple) else (index,)
+    for i in picks:
+        if i is Ellipsis:
+            d += len(shape) - sum(j is not None and j is not Ellipsis for j in picks)
+        elif i is not None:
+            if isinstance(i, int) and i % shape[d] not in (0, shape[d] - 1):
+                return False
+            d += 1
+    return not any(isinstance(i, Tensor | bool) for i in picks)
+
+
 def _indexed(site: Site, x: Tensor, index: Any) -> list[Tensor]:
     """The fields of x[index]."""
     cap = site.capture
@@ -202,7 +215,8 @@ def _indexed(site: Site, x: Tensor, index: Any) -> list[Tensor]:
     out: list[Tensor] = []
     for f in site.rigid(fields, data):
         if support(f) <= ints:
-            cap.rigid(f, ints)
+            ends = f.expand(shape)[index] if _at_ends(shape, index) else f  # the first and the last stay there
+            cap.hold(ends)
             continue
         _strides_meet(site, f, index if isinstance(index, tuple) else (index,))
         r = f.expand(shape)[index]

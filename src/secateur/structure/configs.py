@@ -1,0 +1,412 @@
+"""The config of a Hugging Face model, made to tell the sizes that a cut leaves.
+
+`from_pretrained` makes a model from its config and fills it. So a config is right when a model made from it has tensors
+of the same sizes, and with the same weights makes the same calls with the same results. Which number of a config tells
+which sizes is found by doubling each of them in turn, on the meta device. transformers itself is never imported.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import itertools
+import json
+import re
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from secateur.errors import listed
+from secateur.structure.attributes import Edit, Edits, Sizes, replay
+from secateur.structure.capture import Call, Run, key
+from secateur.structure.cut import twin
+from secateur.structure.proof import difference
+
+Keys = tuple[str | int, ...]
+"""The way from a config to one of its numbers."""
+Dim = tuple[str, int]
+"""A dimension of a tensor of the state_dict."""
+
+_WITHIN_HEADS = re.compile("head_dim|head_size|d_kv|kv_channels")
+_NO_SIZE = re.compile("(_id|_ids|_token|label2id|id2label|version)$")
+_TRIALS = 400
+
+
+@dataclass
+class Untold:
+    """What no config tells.
+
+    Attributes:
+        why: in words.
+        call: the first call that a model made from the config makes otherwise; None if sizes are untold.
+        dims: dimensions whose sizes are untold, and those that the same numbers tell.
+        equal: (one dimension, another, factor): one number tells both, so that the first must keep its size of
+            factor times the second. Empty if all are so.
+    """
+
+    why: str
+    call: Call | None = None
+    dims: Collection[Dim] = ()
+    equal: Sequence[tuple[Dim, Dim, Fraction]] = ()
+
+
+Knob = tuple[Keys, ...]
+"""A number of a config, or several that are the same size and must change together."""
+Moves = dict[Knob, dict[Dim, int]]
+"""For each knob the sizes that change when it is doubled, and to what."""
+
+
+class Configs:
+    """The configs of the transformers models in a model, and what their numbers tell."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._moves: dict[str, Moves] = {}
+
+    def follow(self, small: nn.Module, runs: Sequence[tuple[Run, Sizes]], edits: Edits) -> Untold | None:
+        """Let the configs, and what was made of them, follow the sizes.
+
+        Args:
+            small: the model, its tensors cut.
+            runs: the forwards, with the sizes of all results after the cut.
+            edits: takes up what is changed.
+
+        Returns None, or what no config tells.
+        """
+        for path in _roots(small):
+            untold = _Search(self._model, small, path).run(self._moves.setdefault(path, {}), runs, edits)
+            if untold is not None:
+                return untold
+        return None
+
+    def differ(self, small: nn.Module, runs: Sequence[Run], kept: Tensor, limit: float) -> Untold | None:
+        """What a model made from the configs computes otherwise than the small one, whose forwards run.
+
+        Args:
+            small: the cut model, after `follow`.
+            runs: the forwards.
+            kept: for each label, whether it stays.
+            limit: differences of outputs up to this one are none.
+        """
+        for path in _roots(small):
+            search = _Search(self._model, small, path)
+            whole = search.filled(search.module.config) if search.loads() else None
+            for run in runs:
+                if whole is not None and not run.training:
+                    found = difference(whole, small, run, run.arguments, torch.ones_like(kept), (), limit)
+                    call = run.calls[-1] if found is None else found[1]
+                    if call is not None:
+                        return Untold(f"a model made from its config differs, first after {call}", call)
+        return None
+
+
+def _roots(model: nn.Module) -> Iterator[str]:
+    """The outermost modules that transformers can save."""
+    inside = None
+    for path, module in model.named_modules():
+        if inside is not None and path.startswith(inside):
+            continue
+        if any(
+            c.__name__ == "PreTrainedModel" and c.__module__.startswith("transformers.") for c in type(module).__mro__
+        ):
+            inside = f"{path}." if path else ""
+            yield path
+
+
+class _Unfilled(TorchFunctionMode):
+    """Leaves tensors as they are made: a model that is filled later needs no random weights."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        return args[0] if key(func) in ("normal", "uniform", "trunc_normal") and args else func(*args, **kwargs or {})
+
+
+class _Search:
+    """The search for the config of one module."""
+
+    def __init__(self, model: nn.Module, small: nn.Module, path: str) -> None:
+        self.small, self.path = small, path
+        self.module: Any = small.get_submodule(path)
+        self.given: Any = model.get_submodule(path)
+        self.config: Any = copy.deepcopy(self.given.config)
+        self.want = _sizes(self.module)
+        self.left = _TRIALS
+
+    def loads(self) -> bool:
+        """Whether the model that was given can be loaded from its config."""
+        fresh = self.made(self.config)
+        return fresh is not None and _sizes(fresh) == _sizes(self.given)
+
+    def run(self, moves: Moves, runs: Sequence[tuple[Run, Sizes]], edits: Edits) -> Untold | None:
+        if not self.loads():
+            return None
+        was = _sizes(self.given)
+        self.moves, self.runs = moves, runs
+        self.changed = {Fraction(self.want[d], n) for d, n in was.items() if self.want[d] != n}
+        config, off = self.sized(was)
+        if off:
+            why = f"no config tells the size of {_named(off)}"
+            return Untold(why, None, self.beside(off), self.equations(was))
+        found = self.alike(config)
+        if isinstance(found, Untold):
+            return found
+        self.adopt(found, edits)
+        return None
+
+    def made(self, config: Any, device: str = "meta", fill: bool = False) -> Any:
+        """A fresh model, as from_pretrained would make it of the saved config; None if that fails.
+
+        With `fill`, its weights are drawn or computed as in a new model.
+        """
+        self.left -= 1
+        unfilled = contextlib.nullcontext() if fill else _Unfilled()
+        for attention in (config._attn_implementation, None):  # parts of a model may not have the one of the whole
+            with contextlib.suppress(Exception):  # whatever is said of numbers that do not go together
+                saved = type(config).from_dict(json.loads(config.to_json_string()))
+                saved._attn_implementation = attention
+                with torch.device(device), torch.random.fork_rng(devices=[]), unfilled:
+                    return type(self.module)(saved)
+        return None
+
+    # ------------------------------------------------------------------------------------------------------------ sizes
+
+    def sized(self, was: dict[Dim, int]) -> tuple[Any, set[Dim]]:
+        """The config that tells most sizes, and the dimensions whose sizes it does not tell."""
+        if self.changed and not self.moves:
+            self.probe(was)
+        now, have = self.config, was
+        while off := {d for d, n in self.want.items() if have[d] != n}:
+            steps = self.steps(now, was, have, off)
+            better = self.best(now, [[s] for s in steps], len(off))
+            if better is None:
+                better = self.best(now, map(list, itertools.combinations(steps, 2)), len(off))
+            if better is None:
+                return now, off
+            now, have = better
+        return now, set()
+
+    def probe(self, was: dict[Dim, int]) -> None:
+        """Find which sizes each number tells, and each two of one value that cannot change alone."""
+
+        def double(*knob: Keys) -> bool:
+            for times in (2, 3):  # one of them may happen to be another size, at which a model has other tensors
+                fresh = self.made(_with(self.config, [(knob, times * _at(self.config, knob[0]))]))
+                sizes = {} if fresh is None else _sizes(fresh)
+                if set(sizes) == set(was):
+                    self.moves[knob] = {
+                        d: was[d] + (n - was[d]) // (times - 1) for d, n in sizes.items() if n != was[d]
+                    }
+                    return True
+            return False
+
+        stuck = [(keys, value) for keys, value in _numbers(self.config) if not double(keys)]
+        for (one, a), (other, b) in itertools.combinations(stuck, 2):
+            if a == b:
+                double(one, other)
+
+    def steps(self, now: Any, was: dict[Dim, int], have: dict[Dim, int], off: set[Dim]) -> list[tuple[Knob, int]]:
+        """Changes that would bring sizes nearer; those within heads last, because whole heads go first."""
+        steps: list[tuple[Knob, int]] = []
+        for knob, moved in sorted(self.moves.items(), key=lambda one: bool(_WITHIN_HEADS.search(str(one[0])))):
+            value, votes = _at(now, knob[0]), Counter[int]()
+            for d in off & set(moved):
+                if moved[d] == 2 * was[d]:
+                    new = Fraction(value * self.want[d], have[d])
+                else:
+                    new = value + Fraction(_at(self.config, knob[0]) * (self.want[d] - have[d]), moved[d] - was[d])
+                votes[int(new)] += new.denominator == 1 and new > 0
+            steps += [(knob, new) for new, n in votes.most_common(2) if n and new != value]
+        return steps
+
+    def best(self, now: Any, choices: Iterable[list[tuple[Knob, int]]], most: int) -> tuple[Any, dict[Dim, int]] | None:
+        """The choice that leaves the fewest sizes untold, fewer than `most`; the first such one within heads."""
+        found, within = None, False
+        for choice in choices:
+            inner = any(_WITHIN_HEADS.search(str(knob)) for knob, _ in choice)
+            if self.left < 0 or (found is not None and inner and not within):
+                break
+            trial = _with(now, choice)
+            fresh = self.made(trial)
+            have = {} if fresh is None else _sizes(fresh)
+            if set(have) == set(self.want) and (n := sum(have[d] != self.want[d] for d in have)) < most:
+                found, most, within = (trial, have), n, inner
+        return found
+
+    def equations(self, was: dict[Dim, int]) -> list[tuple[Dim, Dim, Fraction]]:
+        """Sizes that the same numbers tell, in proportion; none if all are in proportion already."""
+        told: dict[frozenset[Knob], list[Dim]] = {}
+        for d in was:
+            by = {knob for knob, moved in self.moves.items() if moved.get(d) == 2 * was[d]}
+            by = {knob for knob in by if not _WITHIN_HEADS.search(str(knob))} or by  # heads go whole
+            told.setdefault(frozenset(by), []).append(d)
+        told.pop(frozenset(), None)
+        found = [(first, d, Fraction(was[first], was[d])) for first, *others in told.values() for d in others]
+        return found if any(self.want[a] != k * self.want[b] for a, b, k in found) else []
+
+    def beside(self, off: set[Dim]) -> set[Dim]:
+        """All dimensions that are told by a number that tells one of these."""
+        return off.union(*(moved for moved in self.moves.values() if off & set(moved)))
+
+    # --------------------------------------------------------------------------------------------------------- function
+
+    def alike(self, config: Any) -> Any:
+        """The config whose model makes the same calls, among those that tell the same sizes."""
+        at, why = self.goes(config)
+        while why:
+            for choice in self.silent(config):
+                trial = _with(config, choice)
+                fresh = self.made(trial)
+                if self.left > 0 and fresh is not None and _sizes(fresh) == self.want:
+                    got, now = self.goes(trial)
+                    if not now or got > at:
+                        config, at, why = trial, got, now
+                        break
+            else:
+                calls = [call for run, _ in self.runs for call in run.calls]
+                return Untold(f"no config tells what is left: {why}", calls[min(at, len(calls) - 1)])
+        return config
+
+    def silent(self, config: Any) -> Iterator[list[tuple[Knob, int]]]:
+        """Numbers that no size depends on, or that undo each other's changes: those of heads first."""
+        single: list[tuple[Knob, int]] = []
+        for keys, value in sorted(_numbers(config), key=lambda one: "head" not in str(one[0])):
+            for ratio in sorted(self.changed):
+                if (new := value * ratio).denominator == 1 and new >= 1 and new != value:
+                    single.append(((keys,), int(new)))
+        yield from ([s] for s in single)
+        heads = [s for s in single if "head" in str(s[0])]
+        for ratio in sorted(self.changed):
+            yield [s for s in heads if s[1] == _at(config, s[0][0]) * ratio]
+        yield from map(list, itertools.combinations(heads, 2))
+
+    def filled(self, config: Any) -> nn.Module | None:
+        """The small model with one made from a config in place, filled with the tensors that are saved."""
+        unsaved = "|".join(getattr(self.module, "_keys_to_ignore_on_save", None) or ())
+        fresh = self.made(config, str(next(self.module.parameters()).device), fill=bool(unsaved))
+        if fresh is None:
+            return None
+        state = {k: t for k, t in self.module.state_dict().items() if not (unsaved and re.search(unsaved, k))}
+        fresh.load_state_dict(state, strict=False, assign=True)
+        return _placed(self.small, self.path, fresh)
+
+    def goes(self, config: Any) -> tuple[int, str]:
+        """How many calls of a model made from a config go as those of the small one, and what happens then."""
+        whole, done = self.filled(config), 0
+        if whole is None:
+            return 0, "it cannot be made"
+        for run, sizes in self.runs:
+            at, why = replay(whole, run, sizes)
+            done += at
+            if why:
+                return done, why
+        return done, ""
+
+    # ------------------------------------------------------------------------------------------------------- attributes
+
+    def adopt(self, config: Any, edits: Edits) -> None:
+        """Give the small model each attribute that the new config changes, the config itself among them."""
+        given, fresh = self.made(self.config), self.made(config)
+        for place in list(_attributes(self.module)):
+            old, new = _look(given, place), _look(fresh, place)
+            if type(old) is not type(new) or old != new:
+                edits.set(place._replace(module=f"{self.path}.{place.module}".strip(".")), new)
+
+
+def _sizes(module: nn.Module) -> dict[Dim, int]:
+    return {(name, d): n for name, t in module.state_dict().items() for d, n in enumerate(t.shape)}
+
+
+def _named(dims: set[Dim]) -> str:
+    return listed([f"{name}[{d}]" for name, d in sorted(dims)])
+
+
+def _numbers(config: Any) -> Iterator[tuple[Keys, int]]:
+    """The whole numbers of a config, of those inside it and of its lists, that may be sizes."""
+    for name, value in list(_inside(config)):
+        if _NO_SIZE.search(str(name)) or str(name).startswith("_"):
+            continue
+        if type(value) is int and value > 0:
+            yield (name,), value
+        elif isinstance(value, list | tuple | dict) or hasattr(value, "model_type"):
+            for keys, inner in _numbers(value):
+                yield (name, *keys), inner
+
+
+def _inside(holder: Any) -> Iterator[tuple[str | int, Any]]:
+    if isinstance(holder, list | tuple):
+        return iter(enumerate(holder))
+    return iter((holder if isinstance(holder, dict) else vars(holder)).items())
+
+
+def _space(holder: Any) -> Any:
+    return holder if isinstance(holder, list | tuple | dict) else vars(holder)
+
+
+def _at(holder: Any, keys: Sequence[str | int]) -> Any:
+    for one in keys:
+        holder = _space(holder)[one]
+    return holder
+
+
+def _with(config: Any, changes: Sequence[tuple[Knob, int]]) -> Any:
+    """A copy of a config with some other numbers."""
+    config = copy.deepcopy(config)
+    for (*way, last), value in ((keys, value) for knob, value in changes for keys in knob):
+        holder: Any = _at(config, way)
+        new: Any = value
+        while isinstance(holder, tuple):
+            new = tuple(new if i == last else old for i, old in enumerate(holder))
+            *way, last = way
+            holder = _at(config, way)
+        _space(holder)[last] = new
+    return config
+
+
+def _placed(whole: nn.Module, path: str, module: nn.Module) -> nn.Module:
+    """A copy of a model that has another module at a path."""
+    if not path:
+        return module
+    whole = twin(whole)
+    whole.set_submodule(path, module)
+    return whole
+
+
+def _attributes(model: nn.Module) -> Iterator[Edit]:
+    """Where plain values stand, in modules and in what they own that is neither module nor tensor; each once."""
+    seen: set[int] = set()
+    for path, module in model.named_modules():
+        stack = [Edit(path, (), vars(module))]
+        while stack:
+            holder = stack.pop()
+            if id(holder.space) in seen:
+                continue
+            seen.add(id(holder.space))
+            for k, v in holder.space.items():
+                if k in ("_parameters", "_buffers", "_modules") or isinstance(v, nn.Module | Tensor | type):
+                    continue
+                place = holder._replace(keys=(*holder.keys, k))
+                if _plain(v):
+                    yield place
+                elif isinstance(inner := v if isinstance(v, dict) else getattr(v, "__dict__", None), dict):
+                    stack.append(place._replace(space=inner))
+
+
+def _plain(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return all(map(_plain, value))
+    return value is None or isinstance(value, bool | int | float | str)
+
+
+def _look(model: nn.Module, place: Edit) -> Any:
+    """What stands at the same place of another model."""
+    try:
+        return _at(model.get_submodule(place.module), place.keys)
+    except (AttributeError, LookupError, TypeError):
+        return None

@@ -1,0 +1,216 @@
+"""Hugging Face models: what shrink gives is what save_pretrained and from_pretrained give back."""
+
+import pytest
+import torch
+from torch.utils._pytree import tree_leaves
+
+import secateur as sc
+
+transformers = pytest.importorskip("transformers")
+
+WORDS = 97
+TEXT = {"vocab_size": WORDS, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+SIDE = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
+BERT = {**TEXT, **SIDE, "max_position_embeddings": 40, "num_labels": 3}
+LLAMA = {**TEXT, **SIDE, "num_key_value_heads": 2, "max_position_embeddings": 64}
+GPT = {**TEXT, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 40}
+VIT = {**SIDE, "image_size": 32, "patch_size": 8, "num_labels": 10}
+BART = {
+    **TEXT,
+    "d_model": 64,
+    **{f"{side}_{name}": n for side in ("encoder", "decoder") for name, n in [("layers", 2), ("attention_heads", 4)]},
+    "encoder_ffn_dim": 128,
+    "decoder_ffn_dim": 128,
+    "max_position_embeddings": 40,
+    "decoder_start_token_id": 1,
+    "forced_eos_token_id": None,
+}
+SPEECH = {
+    **BERT,
+    "conv_dim": (32, 32, 32),
+    "conv_kernel": (10, 3, 3),
+    "conv_stride": (5, 2, 2),
+    "num_feat_extract_layers": 3,
+    "num_conv_pos_embeddings": 8,
+    "num_conv_pos_embedding_groups": 4,
+    "apply_spec_augment": False,
+    "mask_time_prob": 0.0,
+}
+WHISPER = {
+    **BART,
+    "num_mel_bins": 14,
+    "max_source_positions": 20,
+    "max_target_positions": 20,
+    "suppress_tokens": None,
+    "begin_suppress_tokens": None,
+}
+
+
+def drawn(*shape):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+
+def words(length=12):
+    return torch.randint(3, WORDS, (2, length), generator=torch.Generator().manual_seed(length))
+
+
+def text():
+    return {"input_ids": words()}
+
+
+def texts():
+    return {"input_ids": words(), "decoder_input_ids": words(7)}
+
+
+def picture():
+    return {"pixel_values": drawn(2, 3, 32, 32)}
+
+
+def sound():
+    return {"input_values": drawn(2, 800)}
+
+
+def clip():
+    sides = {"text_config": {**SIDE, **TEXT, "max_position_embeddings": 16}}
+    return transformers.CLIPConfig(
+        **sides, vision_config={**SIDE, "image_size": 32, "patch_size": 8}, projection_dim=32
+    )
+
+
+ZOO = {  # class of the model, its config, inputs, and what share of the weights is left of half of all units
+    "bert": ("BertForSequenceClassification", BERT, text, 0.3),
+    "roberta": ("RobertaForMaskedLM", BERT, text, 0.3),
+    "distilbert": (
+        "DistilBertForMaskedLM",
+        {"vocab_size": WORDS, "dim": 64, "n_layers": 2, "n_heads": 4, "hidden_dim": 128, "max_position_embeddings": 40},
+        text,
+        0.3,
+    ),
+    "albert": ("AlbertForMaskedLM", {**BERT, "embedding_size": 32}, text, 0.3),
+    "electra": ("ElectraForSequenceClassification", {**BERT, "embedding_size": 32}, text, 0.3),
+    "deberta-v2": (
+        "DebertaV2ForSequenceClassification",
+        {**BERT, "relative_attention": True, "position_buckets": 8, "pos_att_type": ["p2c", "c2p"]},
+        text,
+        0.3,
+    ),
+    "mpnet": ("MPNetForSequenceClassification", BERT, text, 0.3),
+    "gpt2": ("GPT2LMHeadModel", GPT, text, 0.3),
+    "gpt-j": ("GPTJForCausalLM", {**GPT, "rotary_dim": 8}, text, 0.3),
+    "gpt-neox": ("GPTNeoXForCausalLM", {**LLAMA, "num_key_value_heads": None}, text, 0.3),
+    "opt": (
+        "OPTForCausalLM",
+        {**BERT, "ffn_dim": 128, "word_embed_proj_dim": 64},
+        text,
+        0.3,
+    ),
+    "llama": ("LlamaForCausalLM", LLAMA, text, 0.3),
+    "mistral": ("MistralForCausalLM", {**LLAMA, "head_dim": 16, "sliding_window": 8}, text, 0.3),
+    "qwen2": ("Qwen2ForCausalLM", LLAMA, text, 0.3),
+    "qwen3": ("Qwen3ForCausalLM", {**LLAMA, "head_dim": 16}, text, 0.3),
+    "phi": ("PhiForCausalLM", {**LLAMA, "partial_rotary_factor": 0.5}, text, 0.31),
+    "mixtral": ("MixtralForCausalLM", {**LLAMA, "num_local_experts": 4}, text, 0.3),
+    # embeddings are scaled by the root of the width, so that stays; as does that of T5, whose outputs are
+    "gemma": ("GemmaForCausalLM", {**LLAMA, "head_dim": 16}, text, 0.6),
+    "t5": (
+        "T5ForConditionalGeneration",
+        {**TEXT, "d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0},
+        texts,
+        0.6,
+    ),
+    "bart": ("BartForConditionalGeneration", BART, texts, 0.3),
+    "whisper": (
+        "WhisperForConditionalGeneration",
+        WHISPER,
+        lambda: {"input_features": drawn(2, 14, 40), "decoder_input_ids": words(7)},
+        0.3,
+    ),
+    "wav2vec2": ("Wav2Vec2ForCTC", SPEECH, sound, 0.3),
+    "hubert": ("HubertForCTC", SPEECH, sound, 0.3),
+    "vit": ("ViTForImageClassification", VIT, picture, 0.31),
+    "deit": ("DeiTForImageClassification", VIT, picture, 0.31),
+    "beit": ("BeitForImageClassification", {**VIT, "use_relative_position_bias": True}, picture, 0.31),
+    "swin": (
+        "SwinForImageClassification",
+        {
+            "image_size": 32,
+            "patch_size": 2,
+            "embed_dim": 32,
+            "depths": [2, 2],
+            "num_heads": [2, 4],
+            "window_size": 4,
+            "num_labels": 10,
+        },
+        picture,
+        0.3,
+    ),
+    "convnext": (
+        "ConvNextForImageClassification",
+        {"hidden_sizes": [32, 64], "depths": [2, 2], "num_stages": 2, "num_labels": 10},
+        picture,
+        0.3,
+    ),
+    "segformer": (
+        "SegformerForSemanticSegmentation",
+        {
+            "num_encoder_blocks": 2,
+            "depths": [1, 1],
+            "sr_ratios": [2, 1],
+            "hidden_sizes": [32, 64],
+            "patch_sizes": [7, 3],
+            "strides": [4, 2],
+            "num_attention_heads": [2, 4],
+            "mlp_ratios": [2, 2],
+            "decoder_hidden_size": 32,
+            "num_labels": 5,
+        },
+        picture,
+        0.3,
+    ),
+    "clip": ("CLIPModel", clip, lambda: {"input_ids": words(), **picture()}, 0.31),
+}
+QUICK = ("bert", "llama", "convnext")
+
+
+def built(name):
+    kind, config, inputs, left = ZOO[name]
+    kind = getattr(transformers, kind)
+    torch.manual_seed(0)
+    config = config() if callable(config) else kind.config_class(**config)
+    return kind(config).eval(), inputs(), left
+
+
+def weights(model):
+    return sum(p.numel() for p in model.parameters())
+
+
+def apart(a, b, inputs):
+    with torch.no_grad():
+        pairs = zip(tree_leaves(dict(a(**inputs))), tree_leaves(dict(b(**inputs))), strict=True)
+        return max(
+            float((x - y).abs().max()) for x, y in pairs if isinstance(x, torch.Tensor) and x.is_floating_point()
+        )
+
+
+@pytest.fixture(autouse=True)
+def quiet():
+    bars = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.disable_progress_bar()
+    yield
+    if bars:
+        transformers.utils.logging.enable_progress_bar()
+
+
+@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in ZOO])
+def test_a_saved_model_loads_as_the_same_function(name, tmp_path):
+    model, inputs, left = built(name)
+    small = sc.shrink(model, inputs, 0.5)
+    assert weights(small) < left * weights(model)
+    small.save_pretrained(tmp_path)
+    again = type(small).from_pretrained(tmp_path).eval()
+    assert {k: t.shape for k, t in again.state_dict().items()} == {k: t.shape for k, t in small.state_dict().items()}
+    assert apart(small, again, inputs) < 1e-5
+    if small.can_generate():
+        given = {k: v for k, v in inputs.items() if not k.startswith("decoder_")}
+        options = {"max_new_tokens": 5, "do_sample": False}
+        assert torch.equal(small.generate(**given, **options), again.generate(**given, **options))
