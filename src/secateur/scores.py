@@ -261,7 +261,7 @@ def resolve(given_score: str | Score | Mapping[str, Tensor]) -> Score:
     """Turn what a user may pass as `score=` into a function."""
     if isinstance(given_score, str):
         found = SCORES.find(given_score)
-        score: Score = found() if _takes_nothing(found) else found
+        score: Score = found() if takes_nothing(found) else found
         return score
     if isinstance(given_score, Mapping):
         return given(given_score)
@@ -272,7 +272,7 @@ def resolve(given_score: str | Score | Mapping[str, Tensor]) -> Score:
     return given_score
 
 
-def _takes_nothing(made: Callable[..., Any]) -> bool:
+def takes_nothing(made: Callable[..., Any]) -> bool:
     """Whether something is called without arguments: it makes a score, and is none."""
     try:
         inspect.signature(made).bind()
@@ -341,7 +341,7 @@ def accumulate(
     scope = scopes.resolve(model, scope)
     gathered = resolve(score)
     if not isinstance(gathered, GradientScore):
-        known = ", ".join(SCORES.written(lambda made: _takes_nothing(made) and isinstance(made(), GradientScore)))
+        known = ", ".join(SCORES.written(lambda made: takes_nothing(made) and isinstance(made(), GradientScore)))
         raise InputError(f"the score {score!r} takes no gradients: choose {known}")
     trained = {name: weight for name, weight in scope.items() if weight.requires_grad}
     if not trained:

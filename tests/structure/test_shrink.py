@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import secateur as sc
-from secateur.errors import InputError, InputTypeError, StructureError
+from secateur.errors import InputError, InputTypeError, StructureError, UnknownNameError
 
 
 def mlp():
@@ -165,5 +165,57 @@ def test_a_missed_target_is_an_error_with_what_held_it():
 
 
 def test_an_unknown_option():
-    with pytest.raises(InputTypeError, match="there is no option scores: choose masks, score, verify, optimizer"):
+    with pytest.raises(InputTypeError, match=r"there is no option scores: choose macs, .*verify, optimizer"):
         sc.shrink(mlp(), X, scores="magnitude")
+
+
+def test_widths_are_rounded_and_have_a_least():
+    model = nn.Sequential(nn.Linear(4, 40), nn.ReLU(), nn.Linear(40, 20), nn.ReLU(), nn.Linear(20, 2))
+    small = sc.shrink(model, X, 0.5, round_to=8)
+    assert (small[0].out_features, small[2].out_features) == (16, 8)
+    assert sc.shrink(model, X, 0.9, min_width=5)[2].out_features == 5
+
+
+def test_heads_are_whole_multiples_already():
+    layer = nn.TransformerEncoderLayer(64, 4, 48, batch_first=True)
+    small = sc.shrink(nn.Sequential(nn.Linear(4, 64), layer, nn.Linear(64, 2)).eval(), X[None], 0.5, round_to=16)[1]
+    assert (small.self_attn.num_heads, small.linear1.in_features, small.linear1.out_features) == (2, 32, 16)
+
+
+def test_a_lone_encoder_layer_keeps_its_width_and_heads():
+    small = sc.shrink(nn.TransformerEncoderLayer(64, 4, 48, batch_first=True).eval(), torch.randn(2, 5, 64), 0.5)
+    assert (small.self_attn.num_heads, small.linear1.in_features, small.linear1.out_features) == (4, 64, 24)
+
+
+@pytest.mark.parametrize("keep", ["2", "2.weight", "[2]", ["2.*"], lambda model: model[2], lambda model: [model[2]]])
+def test_what_is_kept_keeps_its_shape(keep):
+    model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 6), nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 2))
+    small = sc.shrink(model, X, 0.5, keep=keep(model) if callable(keep) else keep)
+    assert [m.out_features for m in small] == [4, 6, 6, 3, 2]
+
+
+def test_what_is_kept_must_be_there():
+    with pytest.raises(UnknownNameError, match=r"keep='head' matches no tensor or module; valid names are: 0\.weight"):
+        sc.shrink(mlp(), X, keep="head")
+    with pytest.raises(InputError, match="none of the model's modules: give its own"):
+        sc.shrink(mlp(), X, keep=nn.Linear(1, 1))
+    with pytest.raises(InputTypeError, match="give names, globs or modules"):
+        sc.shrink(mlp(), X, keep=[3])
+
+
+def test_units_with_an_infinite_score_stay():
+    def first(name, weight):
+        return torch.where(torch.arange(len(weight)) < 6, torch.inf, 1.0) if name == "0.bias" else weight * 0
+
+    assert sc.shrink(mlp(), X, 0.5, score=first)[0].out_features == 6
+
+
+@pytest.mark.parametrize("option", [{"round_to": 0}, {"min_width": 0}])
+def test_widths_are_whole_numbers(option):
+    with pytest.raises(InputError, match="give a number of positions, 1 or more"):
+        sc.shrink(mlp(), X, 0.5, **option)
+
+
+def test_an_option_that_would_choose_nothing():
+    with pytest.raises(InputError, match="round_to chooses nothing where zeros say which units go: leave it out"):
+        sc.shrink(mlp(), X, round_to=8)

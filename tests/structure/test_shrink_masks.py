@@ -88,7 +88,7 @@ def test_nothing_dead_is_an_error():
 
 
 def test_masks_and_a_sparsity():
-    with pytest.raises(InputError, match="leave the sparsity out"):
+    with pytest.raises(InputError, match="give one of them"):
         sc.shrink(mlp(), X, 0.5, masks={})
 
 

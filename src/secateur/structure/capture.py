@@ -154,6 +154,8 @@ class Call:
         elastic: made of zeros or the like: any size will do.
         loose: sizes without units may depend on the values of data.
         used: which results a later call took up.
+        products: for each product in it, sizes of all its letters, summed ones too, and fields over them: their number
+            is that of its multiply-accumulates.
     """
 
     name: str
@@ -164,6 +166,7 @@ class Call:
     elastic: bool = False
     loose: bool = False
     used: set[int] = field(default_factory=set)
+    products: list[Labelled] = field(default_factory=list)
 
     def __str__(self) -> str:
         return f"{self.name} in {self.module or 'the model'} ({self.line})"
@@ -240,7 +243,10 @@ class Capture(TorchFunctionMode):
         self, step: Callable[[Sequence[Tensor]], tuple[Tensor, ...]], state: Sequence[Tensor]
     ) -> tuple[Tensor, ...]:
         """A state after so many steps of a recurrence that no further one would tell more: two unite what it unites."""
-        return step(step(state))
+        counted = len(self.now.products)
+        state = step(state)
+        del self.now.products[counted:]  # the model makes each step once
+        return step(state)
 
     def seen(self, tensor: Tensor) -> bool:
         """Whether a forward took up a tensor."""
@@ -369,7 +375,9 @@ class Capture(TorchFunctionMode):
                 return tuple(full)
 
             spread.append((wide(shape), [f.permute(order).reshape(wide(f.shape)) for f in fields]))
-        kept = self.reduce(self.join(spread), [at[c] for c in space if c not in result])
+        joint = self.join(spread)
+        self.now.products.append((tuple(map(max, zip(*(sizes for sizes, _ in spread), strict=True))), joint))
+        kept = self.reduce(joint, [at[c] for c in space if c not in result])
         back = [at[c] for c in result if c in at]
         out: list[Tensor] = []
         for f in kept:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from fractions import Fraction
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,6 +19,9 @@ from secateur.structure.capture import Capture
 from secateur.structure.fields import Shape, labels, support
 from secateur.structure.sizes import Equation, solve
 from secateur.structure.units import Extent, Labels
+
+Worth = NDArray[np.float64]
+"""For each label a number: those of the labels of a group are added up."""
 
 
 class Axis(NamedTuple):
@@ -106,27 +110,43 @@ class Groups:
         cells = np.split(units[order], np.flatnonzero(np.diff(cell[order])) + 1) if len(units) else []
         return sorted(cells, key=len, reverse=True)
 
-    def select(self, scores: NDArray[np.float64], fraction: float) -> tuple[Labels, list[int]]:
-        """Take the lowest of each cell.
+    def select(
+        self,
+        scores: Worth,
+        share: float | Sequence[float],
+        pools: Sequence[Hashable] | None = None,
+        round_to: int = 1,
+        min_width: int = 1,
+    ) -> tuple[Labels, list[int]]:
+        """Take the lowest of each cell, or of each pool of cells.
 
         Args:
-            scores: for each label, from `scores`.
-            fraction: of each cell that goes; the last of a cell stays.
+            scores: for each label, from `scores`; those of a group are added up, and inf lets it stay.
+            share: of the units of each pool that goes, one for all or each; at least one unit of each cell stays.
+            pools: for each cell, with which it is ranked; by default each alone.
+            round_to: dimensions of tensors that are cut keep a multiple of so many positions of each cell.
+            min_width: and at least so many.
 
         Returns the mask of kept labels [labels], and how many go of each cell.
         """
-        total = np.bincount(self.root, scores, len(self.root))
-        wanted = [min(len(cell) - 1, int(len(cell) * fraction + 0.5)) for cell in self.cells]
-        going = [c for c, crowded in enumerate(self._crowded(wanted)) if not crowded and len(self.cells[c]) > 1]
+        total: Worth = np.bincount(self.root, scores, len(self.root)).astype(np.float64)
+        most = [len(cell) - int(np.isposinf(total[cell]).sum()) for cell in self.cells]
+        step, least = self._widths(round_to, min_width)
+        least = np.array([max(a, len(cell) - b) for a, b, cell in zip(least, most, self.cells, strict=True)], np.int64)
+        stay = self._wanted(total, share, pools if pools is not None else range(len(self.cells)), least)
+        wanted = [int(len(cell) - n + 0.5) for n, cell in zip(stay, self.cells, strict=True)]
+        going = [c for c, crowded in enumerate(self._crowded(wanted)) if not crowded and len(self.cells[c]) > least[c]]
         sizes = solve(
             [len(self.cells[c]) for c in going],
-            [len(self.cells[c]) * (1 - fraction) for c in going],
+            stay[going],
             [float(self._weight[self.cells[c][0]]) for c in going],
             self._equations(going),
+            step=step[going],
+            least=least[going],
         )
         counts = [0] * len(self.cells)
-        for c, stay in zip(going, sizes.kept.tolist(), strict=True):
-            counts[c] = len(self.cells[c]) - stay
+        for c, n in zip(going, sizes.kept.tolist(), strict=True):
+            counts[c] = len(self.cells[c]) - n
         return self._lowest(total, counts), counts
 
     def select_dead(self, dead: NDArray[np.bool_]) -> tuple[Labels, list[int]]:
@@ -155,6 +175,35 @@ class Groups:
         found: Labels = kept[self.root]
         return found
 
+    def _wanted(
+        self, total: Worth, share: float | Sequence[float], pools: Sequence[Hashable], least: NDArray[np.int64]
+    ) -> NDArray[np.float64]:
+        """How many units of each cell are to stay; fractions where a cell is ranked alone."""
+        sizes = np.array([len(cell) for cell in self.cells], np.float64)
+        stay: NDArray[np.float64] = sizes.copy()
+        shared: dict[Hashable, list[int]] = {}
+        for c, pool in enumerate(pools):
+            shared.setdefault(pool, []).append(c)
+        for cells, part in zip(shared.values(), np.broadcast_to(share, len(shared)), strict=True):
+            free = [c for c in cells if len(self.cells[c]) > least[c]]
+            if len(cells) > 1:
+                ranked = [np.sort(total[self.cells[c]])[: len(self.cells[c]) - least[c]] for c in free]
+                owner = np.repeat(free, [len(one) for one in ranked])
+                lowest = np.argsort(np.concatenate([np.zeros(0), *ranked]), kind="stable")
+                np.subtract.at(stay, owner[lowest[: int(part * sizes[free].sum() + 0.5)]], 1)
+            elif free:
+                stay[free] *= 1 - part
+        return stay
+
+    def _widths(self, round_to: int, min_width: int) -> tuple[Labels, Labels]:
+        """For each cell, of what its number of units is a multiple where it is cut, and the least of them."""
+        step, least = np.ones(len(self.cells), np.int64), np.ones(len(self.cells), np.int64)
+        for c, places in enumerate(self._places):
+            for times in places.values():  # positions of the axis that a unit is
+                step[c] = math.lcm(int(step[c]), round_to // math.gcd(round_to, times))
+                least[c] = max(least[c], -(-min_width // times))
+        return step, least
+
     def _equations(self, going: Sequence[int]) -> Iterator[Equation]:
         """What the blocks and the equal sizes demand of the cells that may be cut, in the order of `going`."""
         which = np.full(len(self.root), -1)
@@ -177,19 +226,30 @@ class Groups:
             if e := _equation(ours, theirs, why):
                 yield e
 
-    def _crowded(self, wanted: Sequence[int]) -> list[bool]:
-        """Cells of which all tensors are cut along two other dimensions already: heads and their size, for example."""
+    @cached_property
+    def cell_of(self) -> Labels:
+        """The cell of each label, -1 for those that are in none."""
         which = np.full(len(self.root), -1)
         for c, members in enumerate(self.cells):
             which[members] = c
-        on: list[set[tuple[int, int]]] = [set() for _ in self.cells]
+        found: Labels = which[self.root]
+        return found
+
+    @cached_property
+    def _places(self) -> list[dict[tuple[int, int], int]]:
+        """For each cell, the dimensions (tensor, dim) on which it lies, and how many positions there a unit is."""
+        on: list[dict[tuple[int, int], int]] = [{} for _ in self.cells]
         for axis in self.axes:
-            for c in np.unique(which[self.root[axis.labels]]).tolist():
+            for c, n in zip(*np.unique(self.cell_of[axis.labels], return_counts=True), strict=True):
                 if c >= 0:
-                    on[c].add((id(axis.tensor), axis.dim))
+                    on[c][id(axis.tensor), axis.dim] = int(n) // len(self.cells[c])
+        return on
+
+    def _crowded(self, wanted: Sequence[int]) -> list[bool]:
+        """Cells of which all tensors are cut along two other dimensions already: heads and their size, for example."""
         cut: dict[int, set[int]] = {}
         out = []
-        for own, n in zip(on, wanted, strict=True):
+        for own, n in zip(self._places, wanted, strict=True):
             out.append(bool(own) and all(len(cut.get(t, set()) - {d}) >= 2 for t, d in own))
             if n and not out[-1]:
                 for t, d in own:
@@ -204,7 +264,7 @@ class Groups:
                 yield rows, why
 
 
-def scores(groups: Groups, score: Callable[[str, Tensor], Tensor]) -> NDArray[np.float64]:
+def scores(groups: Groups, score: Callable[[str, Tensor], Tensor]) -> Worth:
     """For each label, the sum of the scores of the weights at its position.
 
     Args:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
 from typing import Any, NamedTuple, TypedDict, TypeVar
 
 import numpy as np
@@ -13,21 +14,26 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from typing_extensions import Unpack
 
-from secateur.errors import InputError, InputTypeError, StructureError
+from secateur.errors import InputError, InputTypeError, StructureError, UnknownNameError, nearest
 from secateur.masks import as_masks
-from secateur.scores import SCORES, Score
+from secateur.scores import Score
+from secateur.structure import criteria
 from secateur.structure import rules as rules  # registers what is known of torch's functions
+from secateur.structure.allocation import ALLOCATIONS, Allocation
 from secateur.structure.attributes import Edits, Sizes, follow_forward, follow_modules
 from secateur.structure.capture import Call, Capture, Run, capture
 from secateur.structure.configs import Configs, Dim
+from secateur.structure.criteria import Subject, UnitScore
 from secateur.structure.cut import check_optimizer, cut, follow, masked, named_tensors, part, twin, undo
 from secateur.structure.dead import dead
 from secateur.structure.fields import Labelled, Shape, support
-from secateur.structure.groups import Groups, as_mask, scores, size
+from secateur.structure.groups import Groups, as_mask, size
 from secateur.structure.plan import NOT_ASKED, Plan, as_plan
 from secateur.structure.policy import POLICIES, Policy
 from secateur.structure.proof import difference, fresh, repeats, tolerance
+from secateur.structure.targets import Target, counted, reach, search_time, select, time_left
 from secateur.structure.units import Extent, Labels
+from secateur.support import checks
 from secateur.support.inputs import Arguments, arguments
 
 _M = TypeVar("_M", bound=nn.Module)
@@ -40,15 +46,31 @@ class Options(TypedDict, total=False):
     """What `shrink` and `propose` can be told.
 
     Attributes:
+        macs, params, latency: instead of a sparsity, the fraction that remains of the given model's
+            multiply-accumulates (of all examples), of its parameters, or of the time of a call (of the first example,
+            measured side by side). Above 0 and below 1; met within 0.05, or an error says what can be met.
         masks: from `prune` or a `Pruner`: the units that they leave dead go, and no others. Not with a sparsity.
-        score: how much each weight matters: a name, or (name, parameter) to scores of its shape. A unit's score is
-            the sum over all of its weights. Default: their squares.
+        score: how much each unit matters: a name of `secateur.structure.CRITERIA` or `sc.scores.SCORES`, what
+            `sc.accumulate` returns, or a function (name, parameter) to scores of its shape. A unit's score is the sum
+            over all of its weights. Default: "l2", their squares.
+        allocation: which units are ranked together, a name of `secateur.structure.ALLOCATIONS`. Default: "uniform",
+            each group alone.
+        round_to: dimensions that are cut keep a multiple of so many positions. Default: 1.
+        min_width: and at least so many. Default: 1.
+        keep: tensors and modules that keep their shapes: a glob of names, a module, or several of these.
         verify: compare with the masked original, on the examples and on fresh inputs. Default: True.
         optimizer: of the model; it trains the small model from then on, with what it remembers cut.
     """
 
+    macs: float
+    params: float
+    latency: float
     masks: Mapping[str, Tensor]
-    score: str | Score
+    score: str | Score | UnitScore | Mapping[str, Tensor]
+    allocation: str | Allocation
+    round_to: int
+    min_width: int
+    keep: str | nn.Module | Sequence[str | nn.Module]
     verify: bool
     optimizer: torch.optim.Optimizer | None
 
@@ -58,6 +80,24 @@ class _Result(NamedTuple):
     plan: Plan
 
 
+class _Ask(NamedTuple):
+    """What is asked for, as read from the options."""
+
+    share: float | None  # of the units that goes
+    target: Target | None  # or what is to remain; where neither is given, the dead ones go
+    score: UnitScore
+    allocation: Allocation
+    round_to: int
+    min_width: int
+    keep: dict[str, str]  # tensor -> why
+    verify: bool
+
+    @property
+    def dead(self) -> bool:
+        """Whether exactly the dead units go."""
+        return self.share is None and self.target is None
+
+
 def shrink(model: _M, example_inputs: Any, sparsity: float | None = None, **options: Unpack[Options]) -> _M:
     """Return the same model with fewer units: smaller layers, heads and embeddings of the same classes.
 
@@ -65,18 +105,19 @@ def shrink(model: _M, example_inputs: Any, sparsity: float | None = None, **opti
         model: stays as it is.
         example_inputs: a tensor, a tuple of positional or a dict of keyword arguments; or a list of several of these.
         sparsity: fraction of the units of each group that go, 0 < sparsity < 1. A group keeps at least one unit.
-            None: exactly the units go that are dead already, because weights of them are zero: no number of theirs
-            reaches an output. So pruning with masks ends.
+            None, without `macs`, `params` or `latency`: exactly the units go that are dead already, because weights of
+            them are zero: no number of theirs reaches an output. So pruning with masks ends.
         **options: see `Options`.
 
     Returns a new model of the same class; it equals the given one with the same units masked.
 
     Raises:
-        UnknownNameError, MaskError: masks of another model.
-        InputError: a sparsity, score or optimizer that cannot be used, or a model that is lazy, compiled or scripted.
+        InputError: a sparsity, target, score or optimizer that cannot be used, or two of the former; or a model that is
+            lazy, compiled or scripted.
         InputTypeError: inputs of another type, or inputs that the model cannot take.
-        StructureError: nothing could be removed, or less than half of what was asked for, or what was removed changed
-            the function; says what holds it.
+        UnknownNameError: `keep` names nothing of the model.
+        StructureError: nothing could be removed, or less than half of what was asked for, or the target is out of
+            reach, or what was removed changed the function; says what holds it.
 
     >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
     >>> shrink(model, torch.randn(2, 8), 0.5)
@@ -108,45 +149,56 @@ def _transact(model: nn.Module, inputs: Any, sparsity: float | None, options: Op
     for name in options:
         if name not in Options.__annotations__:
             raise InputTypeError(f"there is no option {name}: choose {', '.join(Options.__annotations__)}")
-    examples = _checked(model, inputs, sparsity)
-    original = model
+    examples = _checked(model, inputs)
+    ask = _read(model, sparsity, options)
+    original, optimizer = model, options.get("optimizer")
     if options.get("masks") is not None:
-        if sparsity is not None:
-            raise InputError("masks say which units go: leave the sparsity out, or the masks")
         model = masked(model, as_masks(options["masks"]))
-    score = options.get("score", _square)
-    score = SCORES.find(score) if isinstance(score, str) else score
-    optimizer = options.get("optimizer")
     if optimizer is not None:
         check_optimizer(original, optimizer)
-    best, errors, told = None, [], Configs(model)
-    for policy in POLICIES:
-        try:
-            found = _attempt(model, examples, sparsity, policy, score, options.get("verify", True), told)
-        except StructureError as error:
-            errors.append(str(error))
-            continue
-        if best is None or _weights(found.model) < 0.93 * _weights(best.model):
-            best = found
-        if sparsity is None or _weights(best.model) < (1 - sparsity) ** 1.6 * _weights(model):
-            break
-    if best is None:
-        raise StructureError("; then ".join(dict.fromkeys(errors)))
+    if ask.target is not None and ask.target.what == "latency":
+        best = _in_time(model, examples, ask)
+    else:
+        best = _best(model, examples, ask)
     part(original, best.model, best.plan.kept)
     if optimizer is not None:
         follow(original, best.model, best.plan.kept, optimizer)
     return best
 
 
-def _attempt(
-    model: nn.Module,
-    examples: Sequence[Arguments],
-    sparsity: float | None,
-    policy: Policy,
-    score: Score,
-    verify: bool,
-    told: Configs,
-) -> _Result:
+def _best(model: nn.Module, examples: Sequence[Arguments], ask: _Ask) -> _Result:
+    """The smallest model of all policies: of the first that removes what was asked for."""
+    best, errors, told = None, [], Configs(model)
+    for policy in POLICIES:
+        try:
+            found = _attempt(model, examples, ask, policy, told)
+        except StructureError as error:
+            errors.append(str(error))
+            continue
+        if best is None or _weights(found.model) < 0.93 * _weights(best.model):
+            best = found
+        if ask.share is None or _weights(best.model) < (1 - ask.share) ** 1.6 * _weights(model):
+            break
+    if best is None:
+        raise StructureError("; then ".join(dict.fromkeys(errors)))
+    return best
+
+
+def _in_time(model: nn.Module, examples: Sequence[Arguments], ask: _Ask) -> _Result:
+    """A model that takes the asked fraction of the time, from a few that are measured beside the given one."""
+    assert ask.target is not None
+
+    def ratio(share: float, verify: bool) -> tuple[float, _Result]:
+        found = _best(model, examples, ask._replace(share=share, target=None, verify=verify))
+        return time_left(model, found.model, examples[0]), found
+
+    share = search_time(ask.target.fraction, lambda share: ratio(share, False)[0])
+    got, best = ratio(share, ask.verify)
+    ask.target.check(got)
+    return best
+
+
+def _attempt(model: nn.Module, examples: Sequence[Arguments], ask: _Ask, policy: Policy, told: Configs) -> _Result:
     """Capture, choose, cut and prove; on a failure hold what surrounds the call, and choose again."""
     small = twin(model)
     try:
@@ -158,18 +210,14 @@ def _attempt(
             f"the model cannot take the example inputs ({type(error).__name__}: {error}): "
             "give inputs with which model(...) runs"
         ) from error
-    trouble, worth, asked = "", None, 0
+    for name, t in named_tensors(small).items():
+        if name in ask.keep and cap.seen(t):
+            for f in cap.fields(t):
+                cap.hold(f, ask.keep[name])
+    trouble, asked, choose = "", 0, _chooser(small, cap, ask, policy)
     for _ in range(_ROUNDS):
         groups = Groups(cap)
-        if worth is None:
-            worth = scores(groups, score)
-        shifts: dict[str, list[float]] = {}
-        if sparsity is None:
-            found = dead(small, cap.runs, policy, groups)
-            kept, counts = groups.select_dead(found.units)
-            shifts = found.shifts(small, groups, kept)
-        else:
-            kept, counts = groups.select(worth, sparsity)
+        kept, counts, shifts = choose(groups)
         unequal = list(groups.unequal(kept))
         if unequal:
             for rows, why in unequal:
@@ -181,8 +229,8 @@ def _attempt(
         now = plan.weights_gone(small)
         asked = max(asked, now)
         if not plan.removed:
-            raise StructureError(_nothing(plan, trouble) if sparsity is not None else _none_dead(trouble))
-        if sparsity is not None and now < _LEAST * asked:
+            raise StructureError(_none_dead(trouble) if ask.dead else _nothing(plan, trouble))
+        if ask.share is not None and now < _LEAST * asked:
             raise StructureError(
                 f"{asked} weights were to go, and only {now} can: {trouble}. "
                 "Change the code at that place, or ask for a sparsity at which equal parts stay equal"
@@ -193,9 +241,11 @@ def _attempt(
             _tell(told, small, cap, as_mask(kept), groups, edits)
             or _fit(small, cap, as_mask(kept), policy, edits)
             or _told_right(told, small, cap, as_mask(kept))
-            or (_prove(model, small, cap, as_mask(kept), groups, sparsity is not None) if verify else None)
+            or (_prove(model, small, cap, as_mask(kept), groups, not ask.dead) if ask.verify else None)
         )
         if failure is None:
+            if ask.target is not None and ask.target.what == "macs":
+                ask.target.check(counted(small, cap.runs) / counted(model, cap.runs))
             return _Result(small, dataclasses.replace(plan, attributes=edits.listed()))
         edits.undo()
         undo(done)
@@ -204,6 +254,40 @@ def _attempt(
         if call is not None and not _hold_around(cap, as_mask(kept), call, trouble):
             break
     raise StructureError(f"the smaller model could not be proven equal to the masked one: {trouble}")
+
+
+class _Choice(NamedTuple):
+    """The labels that stay, how many go of each cell, and what is added to biases for what went."""
+
+    kept: Labels
+    counts: list[int]
+    shifts: dict[str, list[float]] = {}  # noqa: RUF012
+
+
+def _chooser(small: nn.Module, cap: Capture, ask: _Ask, policy: Policy) -> Callable[[Groups], _Choice]:
+    """What chooses units of the groups, as often as some of them turn out to be held."""
+    if ask.dead:
+
+        def zeros(groups: Groups) -> _Choice:
+            found = dead(small, cap.runs, policy, groups)
+            kept, counts = groups.select_dead(found.units)
+            return _Choice(kept, counts, found.shifts(small, groups, kept))
+
+        return zeros
+    worth = ask.score(Subject(small, cap, Groups(cap)))
+    left = reach(cap, small, ask.target) if ask.target is not None else None
+
+    def lowest(groups: Groups) -> _Choice:
+        pools = ask.allocation(groups, small)
+        if left is None or ask.target is None:
+            return _Choice(*groups.select(worth, ask.share or 0.0, pools, ask.round_to, ask.min_width))
+        try:
+            return _Choice(*select(groups, worth, pools, ask.target, left, ask.round_to, ask.min_width))
+        except StructureError as error:
+            stay = as_plan(small, groups, np.ones(len(groups.root), bool), [0] * len(groups.cells), ())
+            raise StructureError(f"{error}. What holds it: {_holds(stay) or 'nothing'}") from None
+
+    return lowest
 
 
 def _fit(small: nn.Module, cap: Capture, kept: Tensor, policy: Policy, edits: Edits) -> tuple[Call, str] | None:
@@ -305,14 +389,76 @@ def _none_dead(trouble: str) -> str:
 
 
 def _nothing(plan: Plan, trouble: str) -> str:
-    held = [f"{', '.join(group.axes[:2])}: {group.held}" for group in plan.groups if group.held]
-    why = trouble or "; ".join(held[:4]) or "it has no units to remove"
+    why = trouble or _holds(plan) or "it has no units to remove"
     if any(group.held == NOT_ASKED for group in plan.groups):
         return f"nothing can be removed: {why}. Ask for a larger sparsity: a whole unit must be able to go"
     return f"nothing can be removed: {why}. Change the code at that place, or keep the model as it is"
 
 
-def _checked(model: nn.Module, inputs: Any, sparsity: float | None) -> list[Arguments]:
+def _holds(plan: Plan) -> str:
+    held = [f"{', '.join(group.axes[:2])}: {group.held}" for group in plan.groups if group.held not in ("", NOT_ASKED)]
+    return "; ".join(held[:4])
+
+
+def _read(model: nn.Module, sparsity: float | None, options: Options) -> _Ask:
+    asked: dict[str, Any] = {} if sparsity is None else {"sparsity": sparsity}
+    asked |= {what: options[what] for what in ("macs", "params", "latency", "masks") if options.get(what) is not None}
+    if len(asked) > 1:
+        raise InputError(f"{' and '.join(asked)} are given together: each says what goes, so give one of them")
+    masks = asked.pop("masks", None)
+    for what, amount in asked.items():
+        if isinstance(amount, bool) or not isinstance(amount, int | float) or not 0 < amount < 1:
+            meant = "of units to remove" if what == "sparsity" else f"of the {what} that remains"
+            raise InputError(f"{what} is {amount!r}: give the fraction {meant}, between 0 and 1")
+    idle = [name for name in ("score", "allocation", "round_to", "min_width") if not asked and name in options]
+    if idle:
+        whose = "the masks" if masks is not None else "zeros"
+        raise InputError(
+            f"{idle[0]} chooses nothing where {whose} say which units go: leave it out, or give a sparsity"
+        )
+    for name in ("round_to", "min_width"):
+        checks.whole(name, options.get(name, 1), 1, "a number of positions")
+    checks.flag("verify", options.get("verify", True))
+    rule = options.get("allocation", "uniform")
+    rule = ALLOCATIONS.find(rule) if isinstance(rule, str) else rule
+    checks.function("allocation", rule, "a name, or a function (groups, model) that returns the pool of each cell")
+    return _Ask(
+        sparsity,
+        next((Target(what, amount) for what, amount in asked.items() if what != "sparsity"), None),
+        criteria.resolve(options.get("score", "l2")),
+        rule,
+        options.get("round_to", 1),
+        options.get("min_width", 1),
+        _keeping(model, options.get("keep", ())),
+        options.get("verify", True),
+    )
+
+
+def _keeping(model: nn.Module, keep: str | nn.Module | Sequence[str | nn.Module]) -> dict[str, str]:
+    """The tensors that keep their shapes, and why."""
+    paths = {id(m): path for path, m in model.named_modules()}
+    names = list(named_tensors(model))
+    found: dict[str, str] = {}
+    for one in (keep,) if isinstance(keep, str | nn.Module) else keep:
+        if isinstance(one, nn.Module):
+            if id(one) not in paths:
+                raise InputError(f"keep has a {type(one).__name__} that is none of the model's modules: give its own")
+            matched = [n for n in names if n.startswith(f"{paths[id(one)]}.".lstrip("."))]
+            found.update(dict.fromkeys(matched, f"kept, as keep={paths[id(one)]!r} asks"))
+            continue
+        if not isinstance(one, str):
+            raise checks.wrong("keep", one, "names, globs or modules")
+        parts = {n: n.split(".") for n in names}
+        matched = [n for n, p in parts.items() if any(fnmatchcase(".".join(p[:k]), one) for k in range(1, len(p) + 1))]
+        if not matched:
+            raise UnknownNameError(
+                f"keep={one!r} matches no tensor or module; {nearest(one, [*names, *paths.values()])}"
+            )
+        found.update(dict.fromkeys(matched, f"kept, as keep={one!r} asks"))
+    return found
+
+
+def _checked(model: nn.Module, inputs: Any) -> list[Arguments]:
     if not isinstance(model, nn.Module):
         raise InputTypeError(f"model is a {type(model).__name__}: give an nn.Module")
     if isinstance(model, torch.jit.ScriptModule) or any(isinstance(m, torch.jit.ScriptModule) for m in model.modules()):
@@ -330,18 +476,11 @@ def _checked(model: nn.Module, inputs: Any, sparsity: float | None) -> list[Argu
             raise InputError(f"{name} is quantized: shrink the model first, then quantize it")
         if type(t).__module__.startswith("torch.distributed"):
             raise InputError(f"{name} is sharded: shrink the whole model on one process, then shard it")
-    number = isinstance(sparsity, int | float) and not isinstance(sparsity, bool)
-    if sparsity is not None and not (number and 0 < sparsity < 1):
-        raise InputError(f"sparsity is {sparsity!r}: give the fraction of units to remove, between 0 and 1")
     if isinstance(inputs, list):
         if not inputs:
             raise InputError("example_inputs is an empty list: give at least one example")
         return [arguments(one) for one in inputs]
     return [arguments(inputs)]
-
-
-def _square(name: str, weight: Tensor) -> Tensor:
-    return weight.float().square()
 
 
 def _weights(model: nn.Module) -> int:

@@ -45,8 +45,8 @@ def solve(
     weights: Sequence[float] | Floats,
     equations: Iterable[Equation],
     *,
-    step: int = 1,
-    least: int = 1,
+    step: int | Sequence[int] | Ints = 1,
+    least: int | Sequence[int] | Ints = 1,
 ) -> Sizes:
     """Counts of kept units that satisfy all equations and come nearest to the wanted ones.
 
@@ -57,22 +57,23 @@ def solve(
         wanted: how many shall stay of each cell, fractions allowed.
         weights: parameters that one unit of each cell carries.
         equations: between the cells, which are numbered from 0.
-        step: a cell that is cut keeps a multiple of so many units; a cell that cannot stays whole.
-        least: units that a cell keeps at least.
+        step: a cell that is cut keeps a multiple of so many units; a cell that cannot stays whole. One for all or each.
+        least: units that a cell keeps at least. One for all or each.
     """
     total = np.asarray(units, np.int64)
+    step, least = (np.broadcast_to(np.asarray(one, np.int64), total.shape) for one in (step, least))
     most = np.maximum(total - least, 0)
     want = np.clip(total - np.asarray(wanted, np.float64), 0, most)
     price = np.maximum(np.asarray(weights, np.float64), 1e-9) / np.maximum(total, 1)
     lattice = _Lattice(len(total))
     lattice.impose_all(equations)
-    alone = np.maximum(step * np.ceil((total - want) / step - 0.5), step * math.ceil(least / step)).astype(np.int64)
+    alone = np.maximum(step * np.ceil((total - want) / step - 0.5), step * np.ceil(least / step)).astype(np.int64)
     removed = np.maximum(total - np.where(want < np.abs(total - want - alone), total, alone), 0)
     for cells, directions in lattice.components():
         at = np.array(cells)
-        removed[at] = _nearest(directions, want[at], most[at], price[at], total[at], step)
+        removed[at] = _nearest(directions, want[at], most[at], price[at], total[at], step[at])
     stuck = {
-        int(c): lattice.reason(int(c)) or f"no multiple of {step} between {least} and {total[c]} is near enough"
+        int(c): lattice.reason(int(c)) or f"no multiple of {step[c]} between {least[c]} and {total[c]} is near enough"
         for c in np.flatnonzero((want >= 0.5) & (removed == 0))
     }
     return Sizes(total - removed, stuck)
@@ -168,7 +169,7 @@ class _Lattice:
         return "; ".join(whys)
 
 
-def _nearest(directions: Ints, want: Floats, most: Ints, price: Floats, total: Ints, step: int) -> Ints:
+def _nearest(directions: Ints, want: Floats, most: Ints, price: Floats, total: Ints, step: Ints) -> Ints:
     """The removed counts nearest to `want` among the integer combinations of the columns within 0..most."""
     columns = [directions[:, i] for i in range(directions.shape[1])]
     removed = np.zeros(len(want), np.int64)
@@ -188,32 +189,34 @@ def _nearest(directions: Ints, want: Floats, most: Ints, price: Floats, total: I
     return removed
 
 
-def _start(directions: Ints, want: Floats, most: Ints, price: Floats, total: Ints, step: int) -> Ints:
+def _start(directions: Ints, want: Floats, most: Ints, price: Floats, total: Ints, step: Ints) -> Ints:
     """The least-squares solution, rounded and drawn towards zero until it is allowed; zero itself always is."""
     root = np.sqrt(price)
+    common = math.lcm(*step.tolist())
     real = np.linalg.lstsq(directions * root[:, None], want * root, rcond=None)[0]
     for share in (1.0, 0.95, 0.75, 0.5):
-        removed = directions @ (step * np.floor(share * real / step + 0.5).astype(np.int64))
+        removed = directions @ (common * np.floor(share * real / common + 0.5).astype(np.int64))
         if (removed >= 0).all() and (removed <= most).all() and _rounded(removed, total, step):
             return removed
     return np.zeros(len(want), np.int64)
 
 
-def _rounded(removed: Ints, total: Ints, step: int) -> bool:
-    return step == 1 or bool(((removed == 0) | ((total - removed) % step == 0)).all())
+def _rounded(removed: Ints, total: Ints, step: Ints) -> bool:
+    return bool(((removed == 0) | ((total - removed) % step == 0)).all())
 
 
-def _move(column: Ints, removed: Ints, want: Floats, most: Ints, price: Floats, total: Ints, step: int) -> int:
+def _move(column: Ints, removed: Ints, want: Floats, most: Ints, price: Floats, total: Ints, step: Ints) -> int:
     """How often to add `column` to `removed`: the nearest allowed multiple; 0 when none is allowed."""
     on = column != 0
     a, r, room = column[on], removed[on], most[on]
+    common = math.lcm(*step[on].tolist())
     low = np.where(a > 0, -(r // a), -((room - r) // -a))
     high = np.where(a > 0, (room - r) // a, r // -a)
     first, last = int(low.max()), int(high.min())
     best = float((price[on] * (want[on] - r)) @ a) / float(price[on] @ a**2)
     near = min(max(math.floor(best + 0.5), first), last)
-    around = range(max(first, near - step + 1), min(last, near + step - 1) + 1)  # what is allowed repeats after `step`
+    around = range(max(first, near - common + 1), min(last, near + common - 1) + 1)  # what is allowed repeats so
     for k in sorted(around, key=lambda k: (abs(k - best), -k)):
-        if _rounded(removed[on] + k * a, total[on], step):
+        if _rounded(removed[on] + k * a, total[on], step[on]):
             return k
     return 0

@@ -68,7 +68,10 @@ def multi_head(site: Site) -> None:
     inner, outer = (
         [f for f in fields if f.shape[-1] > 1] for fields in (site.capture.fields(w_out), site.of(query)[1])
     )
-    if inner and outer and w_out.shape[1] == query.shape[-1]:  # the module takes one from the other
+    if inner and w_out.shape[1] == query.shape[-1]:  # the module takes one from the other
+        if not outer:
+            site.capture.hold(inner[0])
+            return
         site.capture.balance(torch.stack([inner[0].flatten(), outer[0].flatten()[: query.shape[-1]]]))
 
 

@@ -63,7 +63,7 @@ def grouped_mm(site: Site) -> None:
     if w.ndim != 3:
         raise ValueError("its second operand is no stack of matrices")
     shape, fields = site.of(w)
-    experts = shape, site.rigid(fields, {0})
+    experts = (1, *shape[1:]), site.rigid(fields, {0})  # each row meets one
     site.capture.label(site.out, site.capture.contract([(site.of(x), "tk"), (experts, "ekn")], "tn"))
 
 
@@ -84,7 +84,13 @@ def einsum(site: Site) -> None:
     pairs = [(t, letters(term, t.ndim)) for t, term in zip(operands, left.split(","), strict=True)]
     if any(len(set(own)) < len(own) for _, own in pairs):
         raise ValueError("a letter stands twice in one operand")
-    _multiply(site, pairs, letters(right, site.out.ndim))
+    result, factors = letters(right, site.out.ndim), [(site.of(t), own) for t, own in pairs]
+    while len(factors) > 2:  # torch goes through them from the left, two at a time
+        two, rest = factors[:2], factors[2:]
+        sizes = {c: n for (shape, _), own in two for c, n in zip(own, shape, strict=True)}
+        needed = [c for c in sizes if c in result or any(c in own for _, own in rest)]
+        factors = [((tuple(sizes[c] for c in needed), site.capture.contract(two, needed)), needed), *rest]
+    site.capture.label(site.out, site.capture.contract(factors, result))
 
 
 def _convolution(site: Site, transposed: bool) -> None:
@@ -104,7 +110,12 @@ def _convolution(site: Site, transposed: bool) -> None:
     group: list[Letter] = ["g"] if groups > 1 else []
     sides: list[Letter] = ["i", "o"] if transposed else ["o", "i"]
     left: list[Letter] = ["n", *group, "i", *space["x"]]
-    got = cap.contract([(whole(x), left), (whole(w), [*group, *sides, *space["w"]])], ["n", *group, "o", *space["o"]])
+    sizes, fields = whole(x)
+    if not transposed:  # places do not matter to fields; a product is made at each of the result
+        sizes = (*sizes[:-k], *out.shape[-k:])
+    got = cap.contract(
+        [((sizes, fields), left), (whole(w), [*group, *sides, *space["w"]])], ["n", *group, "o", *space["o"]]
+    )
     if groups > 1:
         each = out.shape[-k - 1] // groups
         flat = [squeeze(f.expand(1, groups, each, *[1] * k).reshape(1, -1, *[1] * k)) for f in got]
