@@ -1,4 +1,4 @@
-"""The command line: `secateur demo | inspect | prune | pack | unpack | bench | doctor`.
+"""The command line: `secateur demo | inspect | prune | shrink | pack | unpack | bench | doctor`.
 
 Every command has `--json`: one JSON object on stdout and nothing else. An error is one sentence on stderr,
 with `--json` too, and exit status 2, as for a usage error; Ctrl-C exits with 130. A terminal gets tables
@@ -182,6 +182,37 @@ def unpack(checkpoint: Source, out: Output, key: Key = None, as_json: Json = Fal
     from secateur.storage.conversion import unpack as unpack_file
 
     _show(unpack_file(opened(checkpoint, key), out, progress=Console(stderr=True).is_terminal), as_json)
+
+
+@app.command()
+def shrink(
+    model: Annotated[
+        str | None, typer.Argument(metavar="MODULE:FACTORY", help="models:build calls build() of models.py, here.")
+    ] = None,
+    inputs: Annotated[
+        list[str] | None,
+        typer.Option("--input", help="Sizes of an argument, as for bench: 1x784, or input_ids=1x16:int64 by name."),
+    ] = None,
+    hf: Annotated[Path | None, typer.Option(help="A folder of save_pretrained, instead of MODULE:FACTORY.")] = None,
+    weights: Annotated[
+        Path | None, typer.Option(help="A checkpoint, packed or not, that fills the model; it runs no pickled code.")
+    ] = None,
+    sparsity: Annotated[
+        float | None,
+        typer.Option(help="Fraction of the units of each group that go.", show_default="the dead units"),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="A .safetensors file; a new folder with --hf.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would go; write nothing.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Give a model smaller shapes, proven equal to the masked original, and write it with its plan."""
+    from secateur.shrink_command import run
+
+    if (out is None) == (not dry_run):
+        raise typer.BadParameter("give either --out or --dry-run")
+    _show(run(model, inputs or [], hf=hf, weights=weights, out=out, sparsity=sparsity), as_json)
 
 
 @app.command()

@@ -1,0 +1,109 @@
+"""What `secateur shrink` does."""
+
+import json
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, load_model, save_file
+from torch import nn
+from typer.testing import CliRunner
+
+from secateur.cli import app
+from secateur.errors import InputError, InputTypeError, UnknownNameError, WriteError
+from secateur.shrink_command import run
+from secateur.structure import Plan
+
+OF_THE_USER = """
+import torch
+from torch import nn
+
+def mlp():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2))
+"""
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A folder with a module of models, in which the test runs; its name."""
+    name = f"of_shrink_{tmp_path.name}"  # imported once a process
+    (tmp_path / f"{name}.py").write_text(OF_THE_USER)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    return f"{name}:mlp"
+
+
+def test_a_file_and_the_plan_beside_it(place, tmp_path):
+    full = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2))
+    save_file(full.state_dict(), tmp_path / "full.safetensors")
+    out = tmp_path / "small.safetensors"
+    result = run(place, ["2x8"], weights=tmp_path / "full.safetensors", out=out, sparsity=0.5)
+    assert (result.weights, result.written) == ((178, 90), (str(out), str(tmp_path / "small.plan.json")))
+    assert load_file(out)["0.weight"].shape == (8, 8)
+    Plan.from_json((tmp_path / "small.plan.json").read_text()).apply(full)
+    before = full[0].weight.clone()
+    load_model(full, out)
+    assert torch.equal(full[0].weight, before)
+
+
+def test_a_dry_run_shows_the_plan_and_writes_nothing(place, tmp_path):
+    before = sorted(tmp_path.iterdir())
+    result = CliRunner().invoke(app, ["shrink", place, "--input", "2x8", "--sparsity", "0.5", "--dry-run"])
+    assert result.exit_code == 0, result.output
+    assert "0.weight[0]" in result.stdout
+    assert "178 weights become 90" in result.stdout
+    shown = CliRunner().invoke(app, ["shrink", place, "--input", "2x8", "--sparsity", "0.5", "--dry-run", "--json"])
+    assert json.loads(shown.stdout)["weights"] == [178, 90]
+    assert [p for p in sorted(tmp_path.iterdir()) if p.name != "__pycache__"] == before
+
+
+def test_either_out_or_dry_run(place):
+    result = CliRunner().invoke(app, ["shrink", place, "--input", "2x8", "--sparsity", "0.5"])
+    assert result.exit_code == 2
+    assert "give either --out or --dry-run" in result.output
+
+
+def test_which_model(place, tmp_path):
+    for target, hf in ((None, None), (place, tmp_path)):
+        with pytest.raises(InputError, match="give either MODULE:FACTORY or --hf FOLDER"):
+            run(target, [], hf=hf)
+
+
+def test_inputs(place):
+    with pytest.raises(InputTypeError, match="give --input once for each argument"):
+        run(place, [], sparsity=0.5)
+    with pytest.raises(InputError, match="some inputs have a name"):
+        run(place, ["2x8", "x=2x8"], sparsity=0.5)
+    assert run(place, ["input=2x8"], sparsity=0.5).weights == (178, 90)
+
+
+def test_where_to(place, tmp_path):
+    with pytest.raises(InputError, match=r"give one, such as small\.safetensors"):
+        run(place, ["2x8"], out=tmp_path / "small.pt", sparsity=0.5)
+    with pytest.raises(WriteError, match="No such file or directory"):
+        run(place, ["2x8"], out=tmp_path / "nowhere" / "small.safetensors", sparsity=0.5)
+
+
+def test_a_folder_of_save_pretrained(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 64}
+    torch.manual_seed(0)
+    transformers.BertForMaskedLM(transformers.BertConfig(vocab_size=50, **sizes)).save_pretrained(tmp_path / "full")
+    (tmp_path / "full" / "vocab.txt").write_text("words")
+    result = run(None, [], hf=tmp_path / "full", out=tmp_path / "small", sparsity=0.5)
+    again = transformers.BertForMaskedLM.from_pretrained(tmp_path / "small")
+    assert again.config.hidden_size == 16
+    assert sum(p.numel() for p in again.parameters()) == result.weights[1] < 0.5 * result.weights[0]
+    assert (tmp_path / "small" / "vocab.txt").read_text() == "words"
+    with pytest.raises(InputError, match="give a new folder"):
+        run(None, [], hf=tmp_path / "full", out=tmp_path / "small", sparsity=0.5)
+
+
+def test_a_folder_of_something_else(tmp_path):
+    pytest.importorskip("transformers")
+    with pytest.raises(InputError, match="give a folder of save_pretrained"):
+        run(None, [], hf=tmp_path, sparsity=0.5)
+    (tmp_path / "config.json").write_text('{"model_type": "bert", "architectures": ["MyBert"]}')
+    with pytest.raises(UnknownNameError, match="give a model of transformers' own"):
+        run(None, [], hf=tmp_path, sparsity=0.5)
