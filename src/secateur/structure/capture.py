@@ -156,6 +156,8 @@ class Call:
         used: which results a later call took up.
         products: for each product in it, sizes of all its letters, summed ones too, and fields over them: their number
             is that of its multiply-accumulates.
+        sources: of each operand the call that made it, or the name of the parameter or buffer that it is.
+        rooted: it divides by the root of the size of a head itself.
     """
 
     name: str
@@ -167,6 +169,8 @@ class Call:
     loose: bool = False
     used: set[int] = field(default_factory=set)
     products: list[Labelled] = field(default_factory=list)
+    sources: list[Call | str | None] = field(default_factory=list, repr=False)
+    rooted: bool = False
 
     def __str__(self) -> str:
         return f"{self.name} in {self.module or 'the model'} ({self.line})"
@@ -408,6 +412,7 @@ class Capture(TorchFunctionMode):
         outer = self.now
         if self._depth == 0:
             self.now = Call(name, self._stack[-1], _line(), ins=list(before.values()))
+            self.now.sources = [self._source(t) for t in {id(t): t for t in operands}.values()]
             for t in operands:
                 if t in self._made:
                     call, which = self._made[t]
@@ -434,6 +439,12 @@ class Capture(TorchFunctionMode):
             self._calls.append(self.now)
             self.now = outer
         return out
+
+    def _source(self, t: Tensor) -> Call | str | None:
+        if t in self._made:
+            call: Call = self._made[t][0]
+            return call
+        return self.home[id(t)][0] if id(t) in self.home else None
 
     def _read(self, out: Any, tensor: Tensor, dim: int | None = None) -> Any:
         """A shape, or one size of it, that remembers where it was read."""

@@ -79,7 +79,7 @@ def shifted(tensor: Tensor, shift: Sequence[float]) -> Tensor:
 
 def undo(done: list[tuple[Tensor, Tensor]]) -> None:
     """Give the tensors their old contents back."""
-    for t, data in done:
+    for t, data in reversed(done):
         t.data = data
 
 

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from secateur.errors import InputError, MaskError
 from secateur.structure.cut import Kept, cut, named_tensors, shifted, sliced
 from secateur.structure.groups import Groups
+from secateur.structure.scales import Scaled
+from secateur.structure.scales import apply as scale
 from secateur.structure.units import Labels
 from secateur.support.tables import Table
 
@@ -63,6 +65,7 @@ class Plan:
         attributes: that follow the sizes.
         groups: all units of the model.
         shifts: what is added to biases, before they are cut, for units that go and always had the same number.
+        scaled: what is multiplied after the cut, because a size that changes is a scale of attention.
     """
 
     kept: Kept
@@ -71,6 +74,7 @@ class Plan:
     attributes: tuple[Attribute, ...]
     groups: tuple[Group, ...]
     shifts: dict[str, list[float]] = field(default_factory=dict)
+    scaled: tuple[Scaled, ...] = ()
 
     @property
     def removed(self) -> int:
@@ -125,6 +129,7 @@ class Plan:
                 tuple(Attribute(a["module"], tuple(a["keys"]), _tuples(a["value"])) for a in data["attributes"]),
                 tuple(Group(g["units"], g["removed"], tuple(g["axes"]), g["held"]) for g in data["groups"]),
                 {name: [*map(float, shift)] for name, shift in data.get("shifts", {}).items()},
+                tuple(Scaled(s["name"], s["dim"], tuple(s["positions"]), s["factor"]) for s in data.get("scaled", ())),
             )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"this is no plan ({error!r}): give what to_json() of a plan wrote") from error
@@ -137,7 +142,11 @@ class Plan:
         """
         self._check({name: t for name, t in state.items() if isinstance(t, Tensor)}, but=self.unsaved)
         state = {name: shifted(t, self.shifts[name]) if name in self.shifts else t for name, t in state.items()}
-        return {name: sliced(t, self.kept[name]) if name in self.kept else t for name, t in state.items()}
+        small = {name: sliced(t, self.kept[name]) if name in self.kept else t for name, t in state.items()}
+        for one in self.scaled:
+            if one.name in small:
+                small[one.name] = one.apply(small[one.name])
+        return small
 
     def apply(self, model: nn.Module) -> None:
         """Cut another copy of the model, in place.
@@ -149,6 +158,7 @@ class Plan:
         self._check(named)
         owners = [(self._owner(model, one), one) for one in self.attributes]
         cut(model, self.kept, self.shifts)
+        scale(model, self.scaled)
         for owner, one in owners:
             owner[one.keys[-1]] = one.value
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -210,6 +210,20 @@ def _print(t: Tensor) -> Print:
     return v.numel(), torch.cat([length[None], torch.as_tensor(sums)]).cpu()
 
 
+class Difference(NamedTuple):
+    """Between a small model and the original.
+
+    Attributes:
+        worst: relative to the largest number of an output, or to the length of a call's result.
+        call: where it begins, if it is above the limit.
+        factor: if the result of that call is wrong by a factor only, what it should be multiplied by.
+    """
+
+    worst: float
+    call: Call | None
+    factor: float | None = None
+
+
 def difference(
     original: nn.Module,
     small: nn.Module,
@@ -219,7 +233,8 @@ def difference(
     axes: Sequence[Axis],
     limit: float,
     masked: bool = True,
-) -> tuple[float, Call | None] | None:
+    between: frozenset[str] = frozenset(),
+) -> Difference | None:
     """How much the small model differs from the masked original, relative to the largest number of an output.
 
     Args:
@@ -231,6 +246,7 @@ def difference(
         axes: of the model's tensors.
         limit: differences up to this one are none.
         masked: whether the units that go are masked in the original. Else it computes as it is.
+        between: calls whose results differ by a factor that a later one takes back; see `scales`.
 
     Returns the difference, and the call where it begins if it is above the limit. None if the forward with these
     arguments makes other calls than the run did.
@@ -250,16 +266,24 @@ def difference(
     pairs = zip(tensors(contract(want)), tensors(contract(got)), strict=True)
     worst = max((_apart(a, b) for a, b in pairs), default=0.0)
     for call, a, b in zip(run.calls, theirs.prints, ours.prints, strict=True):
-        apart = 0.0 if call.elastic else max(map(_prints_apart, a, b), default=0.0)
+        apart = 0.0 if call.elastic or str(call) in between else max(map(_prints_apart, a, b), default=0.0)
         if apart > max(_STEP, limit):
-            return max(worst, apart), call
-    return worst, run.calls[-1] if worst > limit else None
+            return Difference(max(worst, apart), call, _factor(a, b))
+    return Difference(worst, run.calls[-1] if worst > limit else None)
 
 
 def _prints_apart(a: Print, b: Print) -> float:
     if a[0] != b[0]:
         return float("inf")
     return float((a[1] - b[1]).abs().max() / a[1][0].clamp_min(1e-12))
+
+
+def _factor(a: Sequence[Print], b: Sequence[Print]) -> float | None:
+    """The number that makes b of a, if there is one."""
+    if len(a) != 1 or len(b) != 1 or a[0][0] != b[0][0] or not float(b[0][1][0]):
+        return None
+    factor = float(a[0][1][0] / b[0][1][0])
+    return factor if _prints_apart(a[0], (b[0][0], b[0][1] * factor)) < _STEP else None
 
 
 def _apart(a: Tensor, b: Tensor) -> float:

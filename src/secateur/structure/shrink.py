@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
@@ -17,7 +18,7 @@ from typing_extensions import Unpack
 from secateur.errors import InputError, InputTypeError, StructureError, UnknownNameError, nearest
 from secateur.masks import as_masks
 from secateur.scores import Score
-from secateur.structure import criteria
+from secateur.structure import criteria, scales
 from secateur.structure import rules as rules  # registers what is known of torch's functions
 from secateur.structure.allocation import ALLOCATIONS, Allocation
 from secateur.structure.attributes import Edits, Sizes, follow_forward, follow_modules
@@ -241,12 +242,18 @@ def _attempt(model: nn.Module, examples: Sequence[Arguments], ask: _Ask, policy:
             _tell(told, small, cap, as_mask(kept), groups, edits)
             or _fit(small, cap, as_mask(kept), policy, edits)
             or _told_right(told, small, cap, as_mask(kept))
-            or (_prove(model, small, cap, as_mask(kept), groups, not ask.dead) if ask.verify else None)
         )
+        folds: list[scales.Fold] = []
+        if failure is None:
+            folds = list(scales.rooted(cap, as_mask(kept), model, small))
+            done += scales.apply(small, _scaled(folds))
+            if ask.verify:
+                prove = functools.partial(_prove, model, small, cap, as_mask(kept), groups, not ask.dead)
+                failure = _prove_or_fold(prove, small, cap, as_mask(kept), folds, done)
         if failure is None:
             if ask.target is not None and ask.target.what == "macs":
                 ask.target.check(counted(small, cap.runs) / counted(model, cap.runs))
-            return _Result(small, dataclasses.replace(plan, attributes=edits.listed()))
+            return _Result(small, dataclasses.replace(plan, attributes=edits.listed(), scaled=_scaled(folds)))
         edits.undo()
         undo(done)
         call, trouble = failure
@@ -336,17 +343,52 @@ def _told_right(told: Configs, small: nn.Module, cap: Capture, kept: Tensor) -> 
     return None if untold is None else (untold.call, untold.why)
 
 
-def _prove(
-    model: nn.Module, small: nn.Module, cap: Capture, kept: Tensor, groups: Groups, masked: bool
+def _scaled(folds: Sequence[scales.Fold]) -> tuple[scales.Scaled, ...]:
+    return tuple(one for fold in folds for one in fold.scaled)
+
+
+def _prove_or_fold(
+    prove: Callable[[frozenset[str]], tuple[Call, str, float | None] | None],
+    small: nn.Module,
+    cap: Capture,
+    kept: Tensor,
+    folds: list[scales.Fold],
+    done: list[tuple[Tensor, Tensor]],
 ) -> tuple[Call, str] | None:
-    """Compare with the original, masked or as it is. Returns the first call that differs, and how."""
+    """Prove; where a call differs because a size is its scale, fold that, in all calls of its line, and go on."""
+    lines: set[tuple[str, str]] = set()
+    while (found := prove(frozenset().union(*(fold.between for fold in folds)))) is not None:
+        call, why, factor = found
+        if factor is None or (call.name, call.line) in lines:
+            return call, why
+        lines.add((call.name, call.line))
+        alike = [c for run in cap.runs for c in run.calls if (c.name, c.line) == (call.name, call.line)]
+        found_folds = [fold for c in alike if (fold := scales.fold(cap, kept, c, factor)) is not None]
+        new = list({fold.scaled: fold for fold in found_folds}.values())
+        if not new:
+            return call, why
+        folds += new
+        done += scales.apply(small, _scaled(new))
+    return None
+
+
+def _prove(
+    model: nn.Module,
+    small: nn.Module,
+    cap: Capture,
+    kept: Tensor,
+    groups: Groups,
+    masked: bool,
+    between: frozenset[str],
+) -> tuple[Call, str, float | None] | None:
+    """Compare with the original, masked or as it is. Returns the first call that differs, how, and by what factor."""
     limit = tolerance(model)
     for run in cap.runs:
         if run.training and not repeats(run):
             continue
         for inputs in (run.arguments,) if run.training else (run.arguments, fresh(run.arguments)):
             try:
-                found = difference(model, small, run, inputs, kept, groups.axes, limit, masked)
+                found = difference(model, small, run, inputs, kept, groups.axes, limit, masked, between)
             except Exception as error:
                 if inputs is run.arguments:
                     raise
@@ -354,11 +396,11 @@ def _prove(
                 continue
             if found is None:
                 if inputs is run.arguments:
-                    return run.calls[-1], "the masked original makes other calls than the smaller model"
+                    return run.calls[-1], "the masked original makes other calls than the smaller model", None
                 continue
-            worst, call = found
+            worst, call, factor = found
             if call is not None:
-                return call, f"differs from the masked original by {worst:.1e}, first after {call}"
+                return call, f"differs from the masked original by {worst:.1e}, first after {call}", factor
     return None
 
 

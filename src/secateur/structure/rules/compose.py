@@ -37,6 +37,7 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = Non
 def attention(site: Site) -> None:
     """softmax(q k) v, in matrix products."""
     q, k, v = (site.argument(i, name) for i, name in enumerate(("query", "key", "value")))
+    site.capture.now.rooted = site.argument(6, "scale") is None
     with site.capture.inside():
         if site.argument(7, "enable_gqa", False):
             k, v = (t.repeat_interleave(q.shape[-3] // t.shape[-3], -3) for t in (k, v))
@@ -57,6 +58,7 @@ def multi_head(site: Site) -> None:
     if bias_k is not None or site.argument(18, "static_k") is not None:
         raise ValueError("bias_k and static_k are not written in simpler functions")
     separate = site.argument(14, "use_separate_proj_weight", False)
+    site.capture.now.rooted = True
     names = "q_proj_weight", "k_proj_weight", "v_proj_weight"
     with site.capture.inside():
         ws = [site.argument(15 + i, name) for i, name in enumerate(names)] if separate else w.chunk(3)
