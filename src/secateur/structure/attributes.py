@@ -46,6 +46,10 @@ class Edits:
             self._done.append((place, old))
             place.space[place.keys[-1]] = value
 
+    def before(self, place: Edit) -> list[Any]:
+        """The value that a changed attribute had first."""
+        return [old for one, old in self._done if one.space is place.space and one.keys == place.keys][:1]
+
     def since(self, mark: int) -> list[tuple[Edit, Any]]:
         """The changes made since there were `mark` of them, with the present values."""
         return [(place, place.space[place.keys[-1]]) for place, _ in self._done[mark:]]
@@ -161,8 +165,8 @@ def _one(
         best: tuple[int, str, list[tuple[Edit, Any]]] | None = None
         space = holder.space
         for name, value in list(space.items() if isinstance(space, dict) else enumerate(space)):
-            for to in _becomes(value, pairs):
-                place = holder._replace(keys=(*holder.keys, name))
+            place = holder._replace(keys=(*holder.keys, name))
+            for to in [*_becomes(value, pairs), *edits.before(place)]:  # what all of a class got may be wrong for one
                 for places in (_alike(model, place, value), [place]):
                     mark = len(edits)
                     for one in places:

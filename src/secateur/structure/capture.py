@@ -152,7 +152,7 @@ class Call:
         line: file and line of the code that made it.
         outs, ins: shape and fields of the results and of the operands.
         elastic: made of zeros or the like: any size will do.
-        loose: sizes without units may depend on the values of data.
+        loose: sizes without units may change: they depend on the values of data, or the results are integers.
         used: which results a later call took up.
         products: for each product in it, sizes of all its letters, summed ones too, and fields over them: their number
             is that of its multiply-accumulates.
@@ -341,7 +341,7 @@ class Capture(TorchFunctionMode):
         rest = big
         for d in support(small):
             rest = rest.narrow(d, 0, 1)
-        if _distinct(small) >= _distinct(rest):
+        if self.policy.whole_heads or _distinct(small) >= _distinct(rest):
             return True
         return 4 * self.ledger.mass(labels(small)) >= self.ledger.mass(labels(big))
 
@@ -428,13 +428,14 @@ class Capture(TorchFunctionMode):
         if self._depth == 0:
             self.now.elastic = any(t in self._elastic for t in outs)
             picked = name == "__getitem" and any(t.dtype == torch.bool for t in operands[1:])
-            self.now.loose = picked or name in _PICKED_BY_DATA or any(t in self._loose for t in operands)
+            picked = picked or name in _PICKED_BY_DATA or any(t in self._loose for t in operands)
+            self.now.loose = picked or not any(t.is_floating_point() for t in outs)  # integers have no labels
             self.now.outs = [(tuple(t.shape), self.fields(t)) for t in outs]
             for t, dim, reading in () if self.now.elastic else asked(name, args, kwargs, outs):
                 self._readings.met(tuple(t.shape), self.fields(t), dim, reading, str(self.now))
             for i, t in enumerate(outs):
                 self._made[t] = self.now, i
-                if self.now.loose:
+                if picked:
                     self._loose[t] = True
             self._calls.append(self.now)
             self.now = outer

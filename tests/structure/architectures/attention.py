@@ -366,3 +366,33 @@ def fused_experts(w):
             return (y * self.gate(flat).softmax(-1).t().unsqueeze(-1)).sum(0).view(x.shape)
 
     return Wrapped(w(24), Branch(w(24), Experts(w(24), w(32)))), features()
+
+
+class Talking(nn.Module):
+    """Scores of all heads are mixed before and after the softmax."""
+
+    def __init__(self, width, heads, size):
+        super().__init__()
+        self.heads, self.size = heads, size
+        self.qkv, self.out = nn.Linear(width, 3 * heads * size), nn.Linear(heads * size, width)
+        self.before, self.after = nn.Linear(heads, heads), nn.Linear(heads, heads)
+
+    def forward(self, x):
+        batch, time, _ = x.shape
+        q, k, v = self.qkv(x).reshape(batch, time, 3, self.heads, self.size).permute(2, 0, 3, 1, 4)
+        share = self.before((q @ k.transpose(-2, -1) / 3).permute(0, 2, 3, 1)).softmax(-2)
+        y = self.after(share).permute(0, 3, 1, 2) @ v
+        return self.out(y.transpose(1, 2).reshape(batch, time, -1))
+
+
+@architecture
+def talking_heads(w):
+    attention = Branch(w(32), Talking(w(32), w(4), 8))
+    return Wrapped(w(32), attention, Branch(w(32), feedforward(w(32), w(64)))), features()
+
+
+@architecture(least=0.6)
+def one_head_then_two(w):
+    """Two stages of one class: the first has a single head, which stays, the second has two."""
+    near, far = (Branch(w(16) * n, SelfAttention(w(16) * n, n, w(16), "three heads size")) for n in (1, 2))
+    return Wrapped(w(16), near, nn.Linear(w(16), 2 * w(16)), far, nn.Linear(2 * w(16), w(16))), features()
