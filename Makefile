@@ -26,6 +26,7 @@ bench: $(VENV)/.bench
 	$(BIN)/python benchmarks/storage.py
 	$(BIN)/python benchmarks/runtime.py all
 	$(BIN)/python benchmarks/dropout.py
+	$(BIN)/python benchmarks/structure.py costs speed accuracy
 
 sanitize: $(VENV)/.test
 	cmake -S native -B build/sanitize -DSECATEUR_SANITIZE=ON

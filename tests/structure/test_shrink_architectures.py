@@ -4,11 +4,11 @@ import copy
 
 import pytest
 import torch
+from benchmarks.structure_judge import Wrong, count, judge, tag
 from torch import nn
 
 import secateur as sc
 from structure.architectures import KINDS, build
-from structure.judging import Wrong, count, judge, tag
 
 SLOW = pytest.mark.slow
 
