@@ -44,6 +44,7 @@ __all__ = [
     "save",
     "save_pretrained",
     "shrink",
+    "units",
     "unpack",
     "weights",
 ]

@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any, ClassVar, Literal, Protocol, TypeVar, runtime_checkable
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -67,6 +67,28 @@ class Joined(Protocol):
 
         The dimensions must be of one size, n: the pattern sees a single tensor [n, all weights of each].
         """
+
+
+class Slices(NamedTuple):
+    """Slices of one tensor, as it is stored, of which each belongs to a group.
+
+    Attributes:
+        name: of the tensor.
+        dim: the dimension that is sliced.
+        at: positions along it, [groups][times].
+    """
+
+    name: str
+    dim: int
+    at: tuple[tuple[int, ...], ...]
+
+
+@runtime_checkable
+class Picked(Protocol):
+    """A pattern whose groups are slices of several tensors, wherever these lie; all other weights stay."""
+
+    def picked(self) -> Sequence[Sequence[Slices]]:
+        """Slices that are laid side by side, equally many of each: the pattern sees a tensor [groups, all weights]."""
 
 
 PATTERNS: Registry[Any] = Registry("pattern", "an object such as sc.n_m(2, 4)")

@@ -22,7 +22,7 @@ from secateur import scope as scopes
 from secateur.allocation import Allocation
 from secateur.errors import InputError, MaskError, PatternError, listed, warn
 from secateur.masks import Masks, as_masks
-from secateur.patterns import Joined, Pattern
+from secateur.patterns import Joined, Pattern, Picked, Slices
 from secateur.scope import Member, Scope
 from secateur.scores import Score
 from secateur.selection import Applied, Cut, Stream
@@ -227,6 +227,40 @@ class _Sheet:
 
 
 @dataclass(frozen=True)
+class _Picks(_Sheet):
+    """Slices of several tensors laid side by side: [groups, all weights of each]."""
+
+    slices: tuple[Slices, ...]
+
+    @property
+    def name(self) -> str:
+        return " + ".join(f"{one.name}[{one.dim}: {one.at[0][0]}...]" for one in self.slices)
+
+    def lay(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Rearrange tensors that have the shapes of the members."""
+        laid = [tensors[one.name].movedim(one.dim, 0)[torch.tensor(one.at)].flatten(1) for one in self.slices]
+        return torch.cat(laid, 1)
+
+    def unlay(self, laid: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """The mask of each tensor, from the mask of what was laid; all else stays."""
+        for one, member in zip(self.slices, self.members, strict=True):
+            mask = torch.ones(member.parameter.shape, dtype=torch.bool, device=laid.device)
+            rows = mask.movedim(one.dim, 0)
+            shape = len(one.at), len(one.at[0]), *rows.shape[1:]
+            part, laid = laid[:, : math.prod(shape[1:])], laid[:, math.prod(shape[1:]) :]
+            rows[torch.tensor(one.at)] = part.reshape(shape)
+            yield one.name, mask
+
+    def weights(self) -> Tensor:
+        """The weights of the groups."""
+        return self.lay({member.name: member.parameter.detach() for member in self.members})
+
+    def gone(self, held: Masks) -> int:
+        """How many of the weights are pruned already."""
+        return int((~self.lay({member.name: held[member.name] for member in self.members})).sum())
+
+
+@dataclass(frozen=True)
 class Plan:
     """The choices of one pruning, checked against the model."""
 
@@ -282,6 +316,7 @@ class Plan:
         bounds, groups = {}, {}
         for name, sheet in sheets.items():
             least = sum(pruned.get(member.name, 0) for member in sheet.members)
+            least = sheet.gone(held) if isinstance(sheet, _Picks) and held is not None else least
             most = min(sum(self.allocation.most(member.free) for member in sheet.members), sheet.legal(self.pattern))
             group = sheet.group(self.pattern)
             bounds[name] = least, most // group * group
@@ -298,7 +333,9 @@ class Plan:
         found: dict[str, Tensor] = {}
         for name, sheet in sheets.items():
             mask = self.pattern.expand(bits.unpack(kept[name], groups[name]), sheet.shape)
-            found |= {name: bits.pack(part) for name, part in sheet.unlay(mask)}
+            for part_of, part in sheet.unlay(mask):
+                packed = bits.pack(part)
+                found[part_of] = found[part_of] & packed if part_of in found else packed
         return found
 
     def _stream(self, sheet: _Sheet, told: int, held: Masks | None) -> Stream:
@@ -406,8 +443,8 @@ def make(
     Raises:
         InputError, InputTypeError, UnknownNameError, PatternError: as `prune` says.
     """
-    chosen = scopes.resolve(model, scope)
     shape = patterns.resolve(pattern)
+    chosen = scopes.resolve(model, scope) if not isinstance(shape, Picked) else _picked_scope(model, scope, shape)
     shared = allocations.resolve(allocation)
 
     def legal(names: Sequence[str]) -> int:
@@ -417,6 +454,8 @@ def make(
         for name in chosen:
             shape.check(name, chosen.members[name].layout.shape(chosen[name].shape))
     sizes = {name: member.free for name, member in chosen.members.items()}
+    if isinstance(shape, Picked):
+        sizes = _picked_sizes(chosen, shape)
     aliases = {name: member.aliases for name, member in chosen.members.items()}
     found = shares(sparsity, sizes, shape, legal, aliases=aliases)
     for share in found:
@@ -424,8 +463,33 @@ def make(
     return Plan(chosen, found, scores.resolve(score), shared, shape)
 
 
+def _picked_scope(model: nn.Module, scope: Mapping[str, nn.Parameter] | None, pattern: Picked) -> Scope:
+    names = list(dict.fromkeys(one.name for group in pattern.picked() for one in group))
+    if scope is not None:
+        raise PatternError("the pattern names its tensors itself: leave the scope out")
+    return scopes.weights(model, only=names)
+
+
+def _picked_sizes(scope: Scope, pattern: Picked) -> dict[str, int]:
+    """How many weights of each tensor lie in groups."""
+    sizes = dict.fromkeys(scope, 0)
+    for one in (one for group in pattern.picked() for one in group):
+        shape = scope[one.name].shape
+        if one.dim >= len(shape) or max(max(at) for at in one.at) >= shape[one.dim]:
+            raise PatternError(f"the pattern was made for another model, whose {one.name} is larger: make it anew")
+        sizes[one.name] += len(one.at) * len(one.at[0]) * (shape.numel() // shape[one.dim])
+    return sizes
+
+
 def _sheets(scope: Scope, names: Sequence[str], pattern: Pattern | None) -> dict[str, _Sheet]:
     """What the pattern sees of some tensors, by name; those that it does not join stand alone."""
+    if isinstance(pattern, Picked):
+        picks = [tuple(group) for group in pattern.picked()]
+        missing = [one.name for group in picks for one in group if one.name not in names]
+        if missing:
+            raise PatternError(f"units span tensors, {missing[0]} among them: give one sparsity for all of them")
+        sheets = [_Picks(tuple(scope.members[one.name] for one in group), (), group) for group in picks]
+        return {sheet.name: sheet for sheet in sheets}
     joined: Sequence[Mapping[str, int]] = pattern.joined(names) if isinstance(pattern, Joined) else ()
     found: dict[str, _Sheet] = {}
     left = list(names)

@@ -33,5 +33,6 @@ from secateur.storage import save as save
 from secateur.storage import save_pretrained as save_pretrained
 from secateur.storage import unpack as unpack
 from secateur.structure.shrink import shrink as shrink
+from secateur.structure.unit_pattern import units as units
 from secateur.torch_prune import from_torch_prune as from_torch_prune
 from secateur.torch_prune import plain_state_dict as plain_state_dict

@@ -142,6 +142,7 @@ CASES = {
         lambda: {"model": Pretrained(), "folder": "f", **LEVELS},
         {**STEP, "folder": {"text"}},
     ),
+    "units": (sc.units, lambda: {"model": net(), "example_inputs": X}, {"example_inputs": {"inputs"}}),
     "unpack": (
         sc.unpack,
         {"src": "m.safetensors", "dst": "u.safetensors", "progress": None},

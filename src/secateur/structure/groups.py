@@ -204,6 +204,10 @@ class Groups:
                 least[c] = max(least[c], -(-min_width // times))
         return step, least
 
+    def equations(self) -> list[Equation]:
+        """What the blocks and the equal sizes demand of all cells."""
+        return list(self._equations(range(len(self.cells))))
+
     def _equations(self, going: Sequence[int]) -> Iterator[Equation]:
         """What the blocks and the equal sizes demand of the cells that may be cut, in the order of `going`."""
         which = np.full(len(self.root), -1)

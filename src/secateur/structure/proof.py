@@ -95,9 +95,9 @@ class _Steps(TorchFunctionMode):
 class _Masked(_Steps):
     """The original with units masked, its parameters one at a time, as a call reads them."""
 
-    def __init__(self, calls: Sequence[Call], kept: Tensor, parameters: Mapping[int, list[Axis]], masked: bool) -> None:
+    def __init__(self, calls: Sequence[Call], kept: Tensor, parameters: Mapping[int, list[Axis]]) -> None:
         super().__init__(calls)
-        self.kept, self.parameters, self.masked = kept, parameters if masked else {}, masked
+        self.kept, self.parameters = kept, parameters
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -109,7 +109,12 @@ class _Masked(_Steps):
         ahead = self.at < len(self.calls) and self.calls[self.at].name == name
         call = self.calls[self.at] if ahead else None
         train = name == "batch_norm" and True in (args[5:6] or [given.get("training")])
-        if self.masked and call is not None and (name in _OVER_KEPT or train) and any(fields for _, fields in call.ins):
+        if (
+            self.parameters
+            and call is not None
+            and (name in _OVER_KEPT or train)
+            and any(fields for _, fields in call.ins)
+        ):
             self.at += 1
             return self._over_kept(call, func, args, given)
         out = func(*args, **given)
@@ -232,7 +237,6 @@ def difference(
     kept: Tensor,
     axes: Sequence[Axis],
     limit: float,
-    masked: bool = True,
     between: frozenset[str] = frozenset(),
 ) -> Difference | None:
     """How much the small model differs from the masked original, relative to the largest number of an output.
@@ -243,9 +247,8 @@ def difference(
         run: of the capture.
         arguments: of the forward: those of the run, or fresh ones.
         kept: for each label, whether it stays.
-        axes: of the model's tensors.
+        axes: of the model's tensors; none where the original is to compute as it is, with nothing masked.
         limit: differences up to this one are none.
-        masked: whether the units that go are masked in the original. Else it computes as it is.
         between: calls whose results differ by a factor that a later one takes back; see `scales`.
 
     Returns the difference, and the call where it begins if it is above the limit. None if the forward with these
@@ -259,7 +262,7 @@ def difference(
     args, kwargs = arguments
     with calm(small, run.training), _Steps(run.calls) as ours:
         got = small(*args, **kwargs)
-    with calm(original, run.training), _Masked(run.calls, kept, parameters, masked) as theirs:
+    with calm(original, run.training), _Masked(run.calls, kept, parameters) as theirs:
         want = original(*args, **kwargs)
     if not ours.at == theirs.at == len(run.calls):
         return None

@@ -150,7 +150,7 @@ def _transact(model: nn.Module, inputs: Any, sparsity: float | None, options: Op
     for name in options:
         if name not in Options.__annotations__:
             raise InputTypeError(f"there is no option {name}: choose {', '.join(Options.__annotations__)}")
-    examples = _checked(model, inputs)
+    examples = checked(model, inputs)
     ask = _read(model, sparsity, options)
     original, optimizer = model, options.get("optimizer")
     if options.get("masks") is not None:
@@ -388,7 +388,7 @@ def _prove(
             continue
         for inputs in (run.arguments,) if run.training else (run.arguments, fresh(run.arguments)):
             try:
-                found = difference(model, small, run, inputs, kept, groups.axes, limit, masked, between)
+                found = difference(model, small, run, inputs, kept, groups.axes if masked else (), limit, between)
             except Exception as error:
                 if inputs is run.arguments:
                     raise
@@ -500,7 +500,12 @@ def _keeping(model: nn.Module, keep: str | nn.Module | Sequence[str | nn.Module]
     return found
 
 
-def _checked(model: nn.Module, inputs: Any) -> list[Arguments]:
+def checked(model: nn.Module, inputs: Any) -> list[Arguments]:
+    """The examples, where the model and these can be used at all.
+
+    Raises:
+        InputError, InputTypeError: as `shrink` says.
+    """
     if not isinstance(model, nn.Module):
         raise InputTypeError(f"model is a {type(model).__name__}: give an nn.Module")
     if isinstance(model, torch.jit.ScriptModule) or any(isinstance(m, torch.jit.ScriptModule) for m in model.modules()):
