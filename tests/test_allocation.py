@@ -126,7 +126,8 @@ def test_the_guard_takes_from_the_others_exactly():
 def test_a_budget_that_cannot_be_met():
     model = net((2, 2), (3, 3))
     with pytest.raises(
-        InputError, match=r"12 weights cannot go: each tensor keeps 1 at least, which leaves 11.*allow_empty=True"
+        InputError,
+        match=r"12 weights cannot be pruned: each tensor keeps at least 1, so that at most 11 can.*allow_empty=True",
     ):
         sc.prune(model, sc.Count(12))
     with pytest.raises(InputError, match=r"keeps 0.5"):

@@ -353,14 +353,14 @@ def test_usage_errors_of_the_verbs_on_files(weights, tmp_path, arguments):
             ["prune", "FILE", "--sparsity", "0.5", "-o", "OUT", "--pattern", "2"],
             "no pattern named '2' for files: choose free, 2:4, rows",
         ),
-        (["prune", "FILE", "--sparsity", "0.9", "-o", "OUT", "--pattern", "2:4"], "makes a sparsity of 0.5"),
+        (["prune", "FILE", "--sparsity", "0.9", "-o", "OUT", "--pattern", "2:4"], "gives a sparsity of 0.5"),
         (["prune", "FILE", "--sparsity", "0.5", "-o", "OUT", "--allocation", "lamp"], "choose global, uniform, erk"),
         (["prune", "FILE", "--sparsity", "0.5", "-o", "OUT", "--pack", "zip"], "no level named 'zip'"),
         (["prune", "NONE", "--sparsity", "0.5", "-o", "OUT"], "no such file"),
         (["prune", "FILE", "--sparsity", "0.5", "-o", "none/out.safetensors"], "make its folder first"),
         (["pack", "FILE", "OUT", "--level", "zip"], "no level named 'zip'"),
         (["pack", "NONE", "OUT"], "no such file"),
-        (["unpack", "FILE", "out.pt"], "let its name end so"),
+        (["unpack", "FILE", "out.pt"], "give a name that ends in it"),
     ],
 )
 def test_their_errors_are_one_sentence(weights, tmp_path, monkeypatch, arguments, message, flag):

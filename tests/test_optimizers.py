@@ -457,7 +457,7 @@ def test_low_bit_states_of_an_unknown_code_are_refused_before_anything_is_writte
     optimizer = Coded(model.parameters(), kind)
     train(model, optimizer, range(3))
     before = copy.deepcopy(model)
-    remedy = r"momentum of 0\.weight as a Tensor of torch\.\w+.*make this optimizer anew after the pruning"
+    remedy = r"momentum of 0\.weight as a Tensor of torch\.\w+.*make a new optimizer after the pruning"
     with pytest.raises(InputError, match=remedy):
         sc.prune(model, 0.5, optimizer=optimizer)
     pruner = sc.Pruner(model, 0.5)

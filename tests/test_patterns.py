@@ -124,7 +124,7 @@ def test_n_m_on_the_way_takes_the_lowest_that_the_pattern_would_take():
 
 
 def test_n_m_needs_its_own_sparsity():
-    with pytest.raises(InputError, match=r"makes a sparsity of 0\.5; asked was 0\.9"):
+    with pytest.raises(InputError, match=r"always gives a sparsity of 0\.5, not 0\.9"):
         sc.prune(make("Linear"), 0.9, pattern=sc.n_m(2, 4))
     assert sc.prune(make("Linear"), 0.667, pattern=sc.n_m(1, 3)).pruned == 40
 

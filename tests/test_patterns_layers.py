@@ -238,6 +238,6 @@ def test_a_span_that_cannot_be_laid_out_is_refused_before_anything_changes():
         sc.prune(model, 0.5, pattern=Units(0))
     with pytest.raises(PatternError, match=r"joins '2\.weight', .*take it into the scope"):
         sc.prune(model, 0.5, pattern=Units(0), scope=sc.weights(model, only="0"))
-    with pytest.raises(PatternError, match="give all that is joined one sparsity"):
+    with pytest.raises(PatternError, match="give all joined tensors one sparsity"):
         sc.prune(model, {"*": 0.5}, pattern=Units(0))
     assert torch.equal(model[0].weight, before)

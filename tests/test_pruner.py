@@ -394,3 +394,19 @@ def test_zeros_beyond_what_was_asked_are_told():
         masks = sc.prune(model, 0.3)
     assert masks.pruned == 300
     assert int((model.weight == 0).sum()) == 900
+
+
+@pytest.mark.parametrize(
+    ("pattern", "loose", "remedy"),
+    [
+        ("rows", 56, r"from_zeros\(.*higher sparsity"),
+        ("2x2", 48, r"from_zeros\(.*higher sparsity"),
+        ("2:4", 48, r"from_zeros\(sc\.weights\(model\)\)$"),  # this pattern allows no higher one
+    ],
+)
+def test_zeros_beyond_what_a_pattern_asks_are_told(pattern, loose, remedy):
+    model = nn.Linear(8, 16)
+    with torch.no_grad():
+        model.weight.fill_(1.0)[:, 1:] = 0.0
+    with pytest.warns(SecateurWarning, match=rf"{loose} weights that the masks keep are zero too.*{remedy}"):
+        assert sc.prune(model, 0.5, pattern=pattern).pruned == 64

@@ -313,7 +313,7 @@ def test_given_masks_go_on_from_a_saved_state():
     again.load_state_dict(pruner.state_dict())
     assert (again.steps, again.masks) == (1, masks)
     other = sc.prune(net(1), 0.7, score="random")
-    with pytest.raises(InputError, match=r"built otherwise: masks .*build this one alike"):
+    with pytest.raises(InputError, match=r"other settings: masks .*build this one with the same"):
         sc.Pruner(model, other).load_state_dict(pruner.state_dict())
 
 

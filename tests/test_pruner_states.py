@@ -64,7 +64,7 @@ def test_resume_with_another_scope_sparsity_or_schedule():
         r"another scope \(2\.weight\)": sc.Pruner(
             m := net(), 0.5, schedule=sc.linear(0, 9), scope=sc.weights(m, skip="2")
         ),
-        r"sparsity\.0\.weight 0\.5 there, 0\.6 here.*build this one alike": sc.Pruner(
+        r"sparsity\.0\.weight 0\.5 in the saved one, 0\.6 in this one.*build this one with the same": sc.Pruner(
             net(), 0.6, schedule=sc.linear(0, 9)
         ),
         r"schedule\.kind 'linear' there, 'cubic' here": sc.Pruner(net(), 0.5, schedule=sc.cubic(0, 9)),
@@ -81,7 +81,7 @@ def test_resume_with_another_scope_sparsity_or_schedule():
 
 def test_resume_with_a_sparsity_that_differs_in_the_eighth_digit():
     state = sc.Pruner(net(), 0.12345678).state_dict()
-    with pytest.raises(InputError, match=r"0\.12345678 there.*build this one alike"):
+    with pytest.raises(InputError, match=r"0\.12345678 in the saved one.*build this one with the same"):
         sc.Pruner(net(), 0.12345679).load_state_dict(state)
 
 
@@ -172,7 +172,10 @@ def test_a_damaged_state_is_an_input_error_and_changes_nothing(make, key):
 @pytest.mark.parametrize("allocation", ["erk", "lamp", "global", sc.allocation.uniform(min_keep=0.1)], ids=repr)
 def test_resume_with_another_allocation(allocation):
     state = sc.Pruner(net(), 0.5, allocation="uniform").state_dict()
-    with pytest.raises(InputError, match=r"allocation\.(share|min_keep) .* there, .* here; build this one alike"):
+    with pytest.raises(
+        InputError,
+        match=r"allocation\.(share|min_keep) .* in the saved one, .* in this one; build this one with the same",
+    ):
         sc.Pruner(net(), 0.5, allocation=allocation).load_state_dict(state)
 
 
@@ -184,7 +187,9 @@ def test_states_of_the_first_versions_load():
     again = sc.Pruner(net(), 0.5, schedule=sc.linear(0, 9))
     again.load_state_dict({**pruner.state_dict(), "settings": words})
     assert (again.steps, again.masks) == (1, pruner.masks)
-    with pytest.raises(InputError, match=r"sparsity 0\.5 of 90.* there, .*sparsity 0\.6 of 90.* here; build this one"):
+    with pytest.raises(
+        InputError, match=r"sparsity 0\.5 of 90.* in the saved one, .*sparsity 0\.6 of 90.* in this one; build this one"
+    ):
         sc.Pruner(net(), 0.6, schedule=sc.linear(0, 9)).load_state_dict({**pruner.state_dict(), "settings": words})
 
 

@@ -119,7 +119,7 @@ def test_where_has_the_last_word():
 
     scope = sc.weights(Net(), where=large)
     assert list(scope) == [n for n in DEFAULT if Net().get_parameter(n).numel() > 50]
-    assert scope.left_out["head.weight"] == "where() said no"
+    assert scope.left_out["head.weight"] == "where() returned False"
     assert seen == DEFAULT
 
 

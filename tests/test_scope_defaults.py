@@ -326,7 +326,7 @@ def test_a71_neighbours_in_memory_are_no_overlap():
 def test_a71_one_number_that_stands_for_many_is_refused(data):
     layer = nn.Linear(4, 3)
     layer.weight.data = data
-    with pytest.raises(InputError, match=r"weight holds numbers of its memory several times.*contiguous\(\)"):
+    with pytest.raises(InputError, match=r"several weights of \S*weight share one place in memory.*contiguous\(\)"):
         sc.weights(layer)
 
 

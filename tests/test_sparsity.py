@@ -128,5 +128,5 @@ def test_explicit_is_checked():
         sc.prune(net((3, 3)), {"l0*": 1})
     with pytest.raises(InputTypeError, match=r"0 names no tensor: write .*\{'encoder\.\*': 0\.9\}"):
         sc.prune(net((3, 3)), {0: 0.5})
-    with pytest.raises(InputError, match="cannot go"):
+    with pytest.raises(InputError, match="cannot be pruned"):
         sc.prune(net((3, 3), (4, 4)), {"l0*": 1.0})

@@ -1,6 +1,6 @@
 """Precise pruning for PyTorch: exact sparsity, the same model at every moment, honest measurements.
 
-The verbs are here; the choices they take are in rooms of their own: `secateur.scores`, `secateur.allocation`,
+The verbs are here; what can be chosen for their arguments is in modules: `secateur.scores`, `secateur.allocation`,
 `secateur.patterns`, `secateur.schedules`, `secateur.dropout`, `secateur.errors`.
 """
 
@@ -51,7 +51,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Import a name or a room when it is first used: `secateur --help` and the shell's completion need no torch."""
+    """Import a name or a module when it is first used: `secateur --help` and the shell's completion need no torch."""
     if name in __all__:
         return getattr(import_module("secateur.public_names"), name)
     if name.startswith("_") or find_spec(f"secateur.{name}") is None:

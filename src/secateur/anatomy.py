@@ -2,8 +2,8 @@
 
 One table, by type of layer. A new layer type is one entry in `_BY_TYPE` (a type of torch) or in `_BY_NAME` (a type of
 another package, which is not imported for that); a subclass has the entry of the nearest class that has one. Fused
-experts of a mixture are recognised by the shapes of their parameters, and a type that nobody named by the sizes it
-tells: `in_features` and `out_features`, for example.
+experts of a mixture are recognised by the shapes of their parameters, and a type without an entry by the sizes it has
+as attributes: `in_features` and `out_features`, for example.
 """
 
 from __future__ import annotations
@@ -274,7 +274,7 @@ _SIZES = tuple((f"in_{kind}", f"out_{kind}") for kind in ("features", "channels"
 
 
 def _sized(module: nn.Module) -> Layer | None:
-    """A type that tells its sizes: its `weight` is a matrix, or several side by side, of just these."""
+    """A type that has its sizes as attributes: its `weight` is a matrix of these sizes, or several side by side."""
     weight = dict(_shaped(module)).get("weight")
     if weight is None or weight.ndim not in (2, 3):
         return None

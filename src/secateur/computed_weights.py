@@ -91,7 +91,7 @@ def computed(module: nn.Module, place: str) -> Iterator[tuple[str, str, str]]:
 
 
 def why_computed(model: nn.Module, name: str) -> str:
-    """What computes a weight that is no Parameter now, and how to make it one; or an empty string."""
+    """What computes a weight that is no longer a Parameter, and how to make it one again; or an empty string."""
     path, _, attribute = name.rpartition(".")
     module = dict(model.named_modules(remove_duplicate=False)).get(path)
     if module is None or f"{attribute}_mask" in module._buffers:
@@ -106,7 +106,7 @@ _THROUGH = "base_model", "model", "lora_model", "base_layer", "modules_to_save" 
 
 
 def set_apart(model: nn.Module) -> dict[str, str]:
-    """Why single parameters are no weights of the model, whatever their modules: adapters, and what is replaced."""
+    """Why some parameters are not weights of the model, whatever their modules: adapters, and what they replace."""
     roots: dict[str, str] = {}
     reasons: dict[str, str] = {}
     for prefix, module in model.named_modules(remove_duplicate=False):

@@ -4,17 +4,17 @@
 SecateurError
 |- InputError       (also a ValueError)    a value that cannot be used: NaN, 1.1, an unknown option
 |  '- FileError                             a file that is damaged, cut short, of another kind or version
-|- InputTypeError   (also a TypeError)     a thing of the wrong type: the int 1, an int8 tensor
+|- InputTypeError   (also a TypeError)     an argument of the wrong type: the int 1, an int8 tensor
 |- UnknownNameError (also a KeyError)      a name or glob that matches nothing; the nearest names are given
 |- MaskError        (also a ValueError)    masks of another shape or for another model; zeros that came back
-|- PatternError     (also a ValueError)    a tensor on which a pattern of zeros cannot be laid
+|- PatternError     (also a ValueError)    a tensor to which a pattern of zeros cannot be applied
 |- StateError       (also a RuntimeError)  a call that comes too early, too late or twice
-|- StructureError   (also a RuntimeError)  a model from which no unit can go, or not without a change of its function
+|- StructureError   (also a RuntimeError)  a model from which no unit can be removed without changing its function
 '- WriteError       (also an OSError)      a file that could not be written; the old one is intact
 SecateurWarning     (a UserWarning)        something works, but not as one would hope
 ```
 
-Each message says what (tensor, value), why, and what to do; each is raised before anything was changed.
+Each message says what is wrong (tensor, value), why, and what to do; each is raised before anything is changed.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from collections.abc import Iterable, Sequence
 
 
 class SecateurError(Exception):
-    """The root of every error that secateur raises on purpose; the names in its message act on no terminal."""
+    """The base of all errors that secateur raises on purpose; control characters in its message are escaped."""
 
     def __init__(self, *args: object) -> None:
         super().__init__(*(printable(arg) if isinstance(arg, str) else arg for arg in args))
@@ -41,7 +41,7 @@ class FileError(InputError):
 
 
 class InputTypeError(SecateurError, TypeError):
-    """A thing of the wrong type or dtype."""
+    """An argument of the wrong type or dtype."""
 
 
 class UnknownNameError(SecateurError, KeyError):
@@ -56,7 +56,7 @@ class MaskError(SecateurError, ValueError):
 
 
 class PatternError(SecateurError, ValueError):
-    """A tensor on which a pattern of zeros cannot be laid."""
+    """A tensor to which a pattern of zeros cannot be applied."""
 
 
 class StateError(SecateurError, RuntimeError):
@@ -64,7 +64,7 @@ class StateError(SecateurError, RuntimeError):
 
 
 class StructureError(SecateurError, RuntimeError):
-    """A model from which no unit can go, or not without a change of its function."""
+    """A model from which no unit can be removed without changing its function."""
 
 
 class WriteError(SecateurError, OSError):

@@ -1,4 +1,4 @@
-"""Whether what was in scope is the model's still: what lets a Pruner vouch for the model that is there."""
+"""Whether the tensors in scope are still those of the model, so that a Pruner can check the model itself."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from secateur.scope import Member, Scope, require_prunable
 from secateur.tying import holders, identity
 
 MANY = 0.01
-"""Of the weights in scope: more zeros than that are no chance."""
+"""Share of the weights in scope: more zeros than that are not there by chance."""
 
 
 def here(scope: Scope) -> dict[str, nn.Parameter]:
@@ -120,7 +120,8 @@ def newcomers(model: nn.Module, scope: Scope) -> dict[str, int]:
 
 
 def loose_zeros(scope: Scope, masks: Masks, names: Iterable[str]) -> int:
-    """Count the weights that are zero though the masks keep them. Tensors that are all zeros were begun so."""
+    """Count the weights that are zero though the masks keep them. Tensors that are all zeros are taken as initialised
+    so."""
     pruned, total = masks.counts(), 0
     for name in names:
         member = scope.members[name]

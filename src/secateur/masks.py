@@ -97,7 +97,7 @@ class Masks(Mapping[str, Tensor]):
         return f"Masks({counted(len(self), 'tensor')}, {self.pruned:,} of {counted(self.size, 'weight')} pruned)"
 
     def packed(self, name: str) -> Tensor:
-        """Return the bits of one tensor, `uint8 [ceil(n / 8)]`: the thing itself, not a copy."""
+        """Return the bits of one tensor, `uint8 [ceil(n / 8)]`: not a copy."""
         return self._bits[name]
 
     def shape(self, name: str) -> torch.Size:

@@ -149,7 +149,7 @@ class Hooks:
 
 
 def _eager(function: Callable[..., Any]) -> Any:
-    """The same function, which a compiled step calls as it is; a call in eager mode does not pay for that."""
+    """The same function, never compiled; a call in eager mode costs no more for that."""
     disable: Callable[[Any], Any] = torch.compiler.disable
     disabled = disable(function)
 
@@ -280,8 +280,8 @@ def _zeroing(
             return lambda: tensor.masked_fill_(pruned, code)
     raise InputError(
         f"the optimizer keeps {what} as a {type(tensor).__name__} of {tensor.dtype} and shape {tuple(tensor.shape)}, "
-        "in a code whose zero is not known: prune with an optimizer that keeps its state in floating point, or make "
-        "this optimizer anew after the pruning"
+        "in an encoding whose zero is not known: prune with an optimizer that keeps its state in floating point, or "
+        "make a new optimizer after the pruning"
     )
 
 

@@ -1,4 +1,4 @@
-"""What to prune, by which score, how much of it where: everything but when. Turns a model into masks.
+"""Which weights to prune, by which score, and how many in each tensor: from a model to masks.
 
 `budget` says how many weights go in each tensor, and `choose` which. Both work on names, numbers and streams of scores,
 so that a model and a checkpoint that is larger than memory go the same way (`storage.pruning`).
@@ -52,7 +52,8 @@ class Budget:
 
     Attributes:
         count: weights to prune in all.
-        told: what a pattern is told of each tensor: of a single one the count, of several the even share, rounded up.
+        told: the count that a pattern is given for each tensor: of a single one its count, of several the even share,
+            rounded up.
     """
 
     count: int
@@ -86,7 +87,8 @@ def shares(
     elif isinstance(sparsity, Count):
         if sparsity.weights > size:
             raise InputError(
-                f"Count({sparsity.weights:,}) is more than the {size:,} weights in scope: ask for fewer, or widen it"
+                f"Count({sparsity.weights:,}) is more than the {size:,} weights in scope: ask for fewer, or widen "
+                "the scope"
             )
         wanted = {every: Fraction(sparsity.weights, size)}
     else:
@@ -98,7 +100,7 @@ def shares(
             found.append(Share(names, value, Fraction(sum(sizes[name] for name in names))))
         elif abs(value - fixed) > Fraction(1, 1000):
             raise InputError(
-                f"the pattern {pattern} makes a sparsity of {float(fixed):g}; asked was {float(value):g}: "
+                f"the pattern {pattern} always gives a sparsity of {float(fixed):g}, not {float(value):g}: "
                 f"ask for {float(fixed):g}, or choose another pattern"
             )
         else:
@@ -129,11 +131,11 @@ def budget(
     most = {name: most for name, (_, most) in bounds.items()}
     possible = sum(most.values())
     if count > possible:
-        spared = f"each tensor keeps {allocation.min_keep} at least"
-        spared += ", and the pattern spares some" if pattern is not None else ""
+        spared = f"each tensor keeps at least {allocation.min_keep}"
+        spared += ", and the pattern keeps some" if pattern is not None else ""
         raise InputError(
-            f"{count:,} weights cannot go: {spared}, which leaves {possible:,}; ask for less, or insist with "
-            "allocation=sc.allocation.global_(allow_empty=True)"
+            f"{count:,} weights cannot be pruned: {spared}, so that at most {possible:,} can; ask for less, or allow "
+            "empty tensors with allocation=sc.allocation.global_(allow_empty=True)"
         )
     if allocation.share is None or len(bounds) == 1:
         return [Budget(count, {name: -(-count * n // max(possible, 1)) for name, n in most.items()})]
@@ -499,7 +501,7 @@ def _sheets(scope: Scope, names: Sequence[str], pattern: Pattern | None) -> dict
             if name not in left:
                 raise PatternError(
                     f"the pattern {pattern} joins {name!r}, which has no part in this budget or was joined already: "
-                    "take it into the scope, and give all that is joined one sparsity"
+                    "take it into the scope, and give all joined tensors one sparsity"
                 )
             left.remove(name)
             sizes.add(scope.members[name].layout.shape(scope[name].shape)[along])

@@ -25,7 +25,7 @@ from secateur.sparsity import Sparsity, fraction
 from secateur.support import bits, checks
 
 _FEW = 0.1
-"""Of the weights in scope: so many zeros more than asked for are told by `report` alone."""
+"""Share of the weights in scope: `prune` warns of more zeros than that beyond those asked for."""
 
 
 def prune(
@@ -48,7 +48,8 @@ def prune(
         allocation: how the budget is shared among tensors; see `secateur.allocation`.
         pattern: `sc.n_m(2, 4)`, `sc.blocks(4, 4)`, "rows", "columns"; None is free.
         scope: which tensors, from `sc.weights(model, ...)`; by default all its weight matrices.
-        optimizer: one or several whose momenta of pruned weights are cleared; what holds an optimizer will do.
+        optimizer: one or several, whose momenta of pruned weights are cleared; an object that holds its optimizer in
+            `.optimizer` works too.
 
     Returns:
         The masks: which weights are kept.
@@ -78,11 +79,13 @@ def prune(
     for forget in forgetting:
         forget()
     loose = loose_zeros(chosen.scope, masks, [name for name, count in masks.counts().items() if count])
-    if loose > _FEW * chosen.scope.size and chosen.pattern is None:  # a pattern may ask for less on purpose
+    if loose > _FEW * chosen.scope.size:
+        fixed = chosen.pattern is not None and chosen.pattern.sparsity is not None
+        further = "" if fixed else "; to prune further, ask for a higher sparsity"
         warn(
             f"{loose:,} weights that the masks keep are zero too, so that the model has more zeros than asked for, and "
             "these may grow back in training. To hold them as well, take masks = "
-            "sc.Masks.from_zeros(sc.weights(model)); to prune further, ask for a higher sparsity"
+            f"sc.Masks.from_zeros(sc.weights(model)){further}"
         )
     return masks
 
@@ -90,15 +93,15 @@ def prune(
 class Pruner:
     """Prunes a model while it trains, and keeps pruned weights at zero after each optimizer step.
 
-    The model never knows: nothing is renamed, wrapped or hooked. `attach` hooks the *optimizer*; without it call
-    `step` after each optimizer step. What is pruned stays pruned. One bit a weight is kept.
+    Nothing in the model is renamed, wrapped or hooked. `attach` hooks the *optimizer*; without it call `step` after
+    each optimizer step. What is pruned stays pruned. One bit a weight is kept.
 
     Args:
         model, score, allocation, pattern, scope: as for `prune`.
-        sparsity: as for `prune`; or masks to hold, while fine-tuning: `sc.Pruner(model, masks)`. They say all, so that
-            the other arguments stay as they are.
-        schedule: when; a `Schedule` such as `sc.cubic(start=500, stop=4000, every=100)`, "one_shot" (at once), or a
-            function `step -> sparsity` that never falls.
+        sparsity: as for `prune`; or masks to hold, while fine-tuning: `sc.Pruner(model, masks)`. Masks leave nothing to
+            choose: leave the other arguments at their defaults.
+        schedule: when to prune; a `Schedule` such as `sc.cubic(start=500, stop=4000, every=100)`, "one_shot" (at once),
+            or a function `step -> sparsity` that never falls.
 
     Raises:
         As `prune`; UnknownNameError, MaskError: masks of another model. The model is as it was.
@@ -171,15 +174,15 @@ class Pruner:
     def attach(self, *optimizers: Any) -> None:
         """Follow these optimizers: after each of their steps pruned weights are zero again and the schedule advances.
 
-        What holds an optimizer in `.optimizer` will do (accelerate, Lightning, a Trainer), and optimizers inside others
-        are followed with them (SAM, Lookahead, ZeRO-1): a step inside a step counts once. With several, a step is
-        complete when each that holds pruned weights has stepped. With none given, follow every optimizer of the process
-        that holds pruned weights, also one that is made later or steps inside backward; a weight in scope that gets no
-        gradient then holds the schedule back. A schedule that begins at step 0 prunes now.
+        An object that holds its optimizer in `.optimizer` works too (accelerate, Lightning, a Trainer). An optimizer
+        inside another is followed with it (SAM, Lookahead, ZeRO-1), and a step inside a step counts once. With several,
+        a step is complete when each one that holds pruned weights has stepped. Without arguments, every optimizer of
+        the process that holds pruned weights is followed, also one that is made later or steps inside backward; then a
+        weight in scope that gets no gradient holds the schedule back. A schedule that begins at step 0 prunes now.
 
         Raises:
-            InputTypeError: no torch Optimizer. InputError: trainable weights in scope that none of them holds; what an
-                optimizer remembers is in a code that cannot be set to zero by value.
+            InputTypeError: no torch Optimizer. InputError: trainable weights in scope that none of them holds; an
+                optimizer state in an encoding whose zero is not known.
             StateError: attached already; another Pruner follows these weights.
         """
         if self._hooks is not None:
@@ -198,7 +201,7 @@ class Pruner:
         self._hooks = following.Hooks(found, self, self._before_step, self._after_step, self._settle)
 
     def detach(self) -> None:
-        """Follow the optimizers no longer."""
+        """Stop following the optimizers."""
         if self._hooks is not None:
             self._hooks.remove()
         self._hooks = None
@@ -220,7 +223,7 @@ class Pruner:
         self._tell_of_zeros()
 
     def observe(self) -> None:
-        """Show a score the gradients, after backward and before `optimizer.step()`; for loops without `attach`."""
+        """Give the gradients to the score, after backward and before `optimizer.step()`; for loops without `attach`."""
         if isinstance(self._plan.score, GradientScore):
             self._plan.score.observe(self._live())
 
@@ -231,7 +234,7 @@ class Pruner:
                 self._zero(weight.grad, self._masks.packed(name))
 
     def finish(self, *, lift_denormals: bool = False) -> Masks:
-        """End the pruning: check that the sparsity is the one asked for, and follow the optimizers no longer.
+        """End the pruning: check that the sparsity is the one asked for, and detach the optimizers.
 
         The zeros are counted in the model as it is now. An average of the weights (EMA, SWA) that is put in their place
         afterwards has zeros of its own: `sc.remask(average, masks)`.
@@ -540,8 +543,8 @@ def _require_alone(optimizer: object, scope: Mapping[str, Tensor], me: Pruner | 
         if both:
             raise StateError(
                 f"another pruner, {other!r}, still holds {listed(both)}: "
-                "call its finish() or detach() first; if its name is lost, as in a notebook cell that ran twice, "
-                "make the optimizer anew"
+                "call its finish() or detach() first; if no variable holds it any more, as in a notebook cell that ran "
+                "twice, make a new optimizer"
             )
 
 
@@ -549,7 +552,7 @@ def _schedule(
     given: str | Schedule | Callable[[int], float], chosen: plan.Plan | plan.FixedMasks
 ) -> Schedule | Callable[[int], float]:
     if isinstance(chosen, plan.FixedMasks) and given != "one_shot":
-        raise InputError("given masks are held from the start: leave schedule as it is")
+        raise InputError("given masks are held from the start: leave the schedule out")
     found = schedules.resolve(given)
     if not isinstance(found, Schedule) and len(chosen.shares) > 1:
         raise InputError(

@@ -1,4 +1,4 @@
-"""What a Pruner saved, read again: damaged, or of another one, it is refused before anything changes."""
+"""Reading what a Pruner saved: a state that is damaged, or of another Pruner, is refused before anything changes."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def _differences(place: str, theirs: object, mine: object) -> Iterator[str]:
                 f"{place}.{key}".lstrip("."), theirs.get(key, "not there"), mine.get(key, "not there")
             )
     elif _differs(theirs, mine):
-        yield f"{place or 'settings'} {theirs!r} there, {mine!r} here"
+        yield f"{place or 'settings'} {theirs!r} in the saved one, {mine!r} in this one"
 
 
 def require_shapes(theirs: object, mine: Mapping[str, list[int]]) -> None:
@@ -55,7 +55,7 @@ def require_settings(theirs: object, mine: object) -> None:
     """
     differ = list(_differences("", theirs, mine))
     if differ:
-        raise InputError(f"the saved pruner was built otherwise: {'; '.join(differ[:3])}; build this one alike")
+        raise InputError(f"the saved pruner has other settings: {'; '.join(differ[:3])}; build this one with the same")
 
 
 def read_masks(packed: object, scope: Scope) -> Masks:

@@ -25,11 +25,11 @@ SCHEDULES: Registry[Curve] = Registry("schedule", "a function of the step")
 
 @dataclass(frozen=True)
 class Schedule:
-    """A curve between two steps, looked at every so often and always at the end.
+    """A curve of sparsity between two steps, read every `every` steps and always at the end.
 
     Attributes:
         kind: the name of the curve.
-        start: the step at which the curve begins; up to it nothing is pruned (but by a curve that begins high).
+        start: the step at which the curve begins; before it nothing is pruned, unless the curve begins above 0.
         stop: the step from which on the sparsity is the final one, exactly, whatever `every` is.
         every: steps between changes of the masks.
     """
@@ -152,7 +152,7 @@ def resolve(given: str | Schedule | Callable[[int], float]) -> Schedule | Callab
     """Turn what a user may pass as `schedule=` into a Schedule or a function of the step.
 
     Raises:
-        InputError: a name that there is not, or that says too little. InputTypeError: something else.
+        InputError: an unknown name, or one that needs arguments. InputTypeError: something else.
     """
     if given == "one_shot":
         return one_shot()

@@ -1,4 +1,4 @@
-"""Which tensors may be pruned, why the others not, and what share of the model that is; tied tensors count once."""
+"""Which tensors may be pruned, why the others may not, and their share of the model; tied tensors count once."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Selector = str | type[nn.Module]
 
 _Line = tuple[str, str, int, str]  # name, in or out, weights, why
 _MANY_LINES = 60  # in a table of a scope
-_FLAT = "a bias or of one dimension"
+_FLAT = "a bias, or one-dimensional"
 
 PRUNABLE = torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.complex64, torch.complex128
 """The dtypes of which weights can be pruned."""
@@ -43,7 +43,7 @@ class Member:
     layout: Layout = field(default_factory=Layout)
     """Where its outputs and inputs stand."""
     padding_row: int | None = None
-    """A row of an Embedding that is no weight: never pruned, never counted."""
+    """The row of an Embedding for padding: never pruned, never counted."""
 
     @property
     def parameter(self) -> nn.Parameter:
@@ -129,18 +129,18 @@ def weights(
 
     By default: each floating-point or complex weight of two or more dimensions of the layers that secateur knows.
     These are Linear, Conv1d to 3d and their transposes, RNN, LSTM, GRU and their cells, MultiheadAttention; the
-    `Conv1D` of transformers, fused experts of a mixture, the layers of PyTorch Geometric; a `weight` of a module that
-    tells its sizes as `in_features` and `out_features`; what a weight drop keeps as `weight_raw`. Biases, norms,
-    embeddings (also those tied to a head) and adapters of PEFT are left out.
+    `Conv1D` of transformers, fused experts of a mixture, the layers of PyTorch Geometric; the `weight` of a module that
+    has `in_features` and `out_features`; the `weight_raw` of a weight drop. Biases, norms, embeddings (also those tied
+    to a head) and adapters of PEFT are left out.
 
     Args:
         model: the model; wrappers (`torch.compile`, DDP, AveragedModel, Fabric, DeepSpeed) are looked through.
         only: choose these instead: globs on the names of tensors or of modules (`"lstm*"`, `"encoder.*"`), module
             types (`nn.Embedding`), or full names of parameters. Globs and types take tensors of two or more
             dimensions; a full name takes whatever it names, a bias too.
-        also: choose these beside the default ones, written as for `only`.
+        also: choose these in addition to the default ones, written as for `only`.
         skip: leave these out, written as for `only`; a tied tensor goes by any of its names.
-        where: a last word on each tensor: `where(name, parameter)`.
+        where: a function `where(name, parameter)`, called for each chosen tensor: False leaves it out.
 
     Warns:
         SecateurWarning: none of `only`, `also`, `skip`, `where` is given, and of the weights of two or more dimensions
@@ -199,7 +199,7 @@ def weights(
 
 
 def resolve(model: nn.Module, given: Mapping[str, nn.Parameter] | None) -> Scope:
-    """Turn what a user may pass as `scope=` into a Scope; None is the default one, of a plain dict the names count.
+    """Turn what a user may pass as `scope=` into a Scope; of a plain dict only the names count.
 
     Raises:
         InputTypeError: no mapping. InputError: a scope of another model; and as `weights`.
@@ -213,7 +213,9 @@ def resolve(model: nn.Module, given: Mapping[str, nn.Parameter] | None) -> Scope
     own = dict(unwrap(model).named_parameters(remove_duplicate=False))
     for name, parameter in given.items():
         if own.get(name) is not parameter:
-            raise InputError(f"the scope is of another model: {name} is not this model's; call sc.weights(model) anew")
+            raise InputError(
+                f"the scope is of another model: {name} is not a tensor of this model; call sc.weights(model) again"
+            )
     return given
 
 
@@ -230,7 +232,7 @@ _WRAPPERS = {  # package and class: where the model is
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """Return the plain model inside `torch.compile`, DDP, AveragedModel and their like, so that names stay its own."""
+    """Return the plain model inside `torch.compile`, DDP, AveragedModel and the like, whose own names are then used."""
     if not isinstance(model, nn.Module):
         raise InputTypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
     while True:
@@ -243,10 +245,10 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def _refuse_model(model: nn.Module) -> None:
-    """Refuse models of which the tensors cannot be read or told apart."""
+    """Refuse models whose tensors cannot be read or identified."""
     if isinstance(model, torch.jit.ScriptModule):
         raise InputTypeError(
-            "a scripted or traced model does not tell the types of its layers: prune the model it was made of and "
+            "a scripted or traced model does not show the types of its layers: prune the model it was made from, and "
             "script or trace it again, or set the same weights to zero here, with masks.apply(model)"
         )
     for name, module in model.named_modules():
@@ -320,7 +322,7 @@ def _reason_against(found: list[Holder], wanted: _Wanted, apart: Mapping[str, st
         if not any(anatomy.is_weight(*user_of(m, a)) for _, m, a in found):
             return f"{type(module).__name__} is not pruned by default"
     if wanted.where is not None and not wanted.where(name, parameter):
-        return "where() said no"
+        return "where() returned False"
     return ""
 
 
@@ -407,8 +409,8 @@ def require_prunable(member: Member) -> None:
         )
     if holds_twice(parameter):
         raise InputError(
-            f"{name} holds numbers of its memory several times (it was expanded, or its strides overlap), so that no "
-            "single weight can be zero: give it memory of its own, parameter.data = parameter.data.contiguous()"
+            f"several weights of {name} share one place in memory (it was expanded, or its strides overlap), so that "
+            "no single weight can be zero: give each its own memory, parameter.data = parameter.data.contiguous()"
         )
     if parameter.dtype not in PRUNABLE:
         raise InputTypeError(

@@ -2,8 +2,8 @@
 
 A score is any function `(name, weight) -> Tensor` of the weight's shape. Signs are kept: -2 goes before -1.
 +inf means "never prune this one". A function marked `elementwise` is called on flat pieces of the weights,
-so that no second copy of the model is made. One with a `prepare()` is told before each choice of masks; one with
-a `generator` has its state saved with the Pruner's. A `GradientScore` must first see gradients.
+so that no second copy of the model is made. If a score has a method `prepare()`, it is called before each choice of
+masks; the state of its `generator` is saved with the Pruner's. A `GradientScore` must first see gradients.
 
 `print(sc.scores.SCORES)` lists those that have a name. A new one is a function under `@score("name")`.
 """
@@ -84,7 +84,7 @@ def random(seed: int = 0, *, generator: torch.Generator | None = None) -> Score:
 
     Args:
         seed: of the generator; the same seed draws the same masks.
-        generator: draw from this one instead, and leave it further on.
+        generator: draw from this one instead; that changes its state.
     """
     if generator is not None and not isinstance(generator, torch.Generator):
         raise checks.wrong("generator", generator, "a torch.Generator, or leave it out and give a seed")
@@ -231,7 +231,7 @@ class synflow:
 
     def __call__(self, name: str, weight: Tensor) -> Tensor:
         if name not in self._table:
-            raise StateError(f"{name} takes no part in the output for these inputs: leave it out of the scope")
+            raise StateError(f"{name} does not affect the output for these inputs: leave it out of the scope")
         return self._table[name]
 
 

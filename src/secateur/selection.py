@@ -1,11 +1,11 @@
 """The exact k lowest scores of many tensors, in streaming passes: no concatenation, no sort of all weights.
 
-A sample of the scores gives a bracket around the k-th lowest. One pass counts what lies below the bracket and makes
-a histogram of what lies inside (about 1 %), over the bits of the scores, so that a bin is one value as a rule; where
-it is more, another pass looks into it. Ties at the threshold go in order of (tensor, row-major index). The result is
-that of a stable sort of all scores, whatever the chunks, the sample or the threads. Where several processes each read
-a part of the streams, whoever knows that hands in how they add up their counts (`total`); by default this process
-works alone, also within a process group.
+A sample of the scores gives a bracket around the k-th lowest. One pass counts the scores below the bracket and makes a
+histogram of those inside it (about 1 %), over the bits of the scores. A bin usually holds a single value; if it holds
+more, another pass divides it. Ties at the threshold are broken by (tensor, row-major index). The result is that of a
+stable sort of all scores, whatever the chunks, the sample or the threads. Where several processes each read a part of
+the streams, the caller passes how they add up their counts (`total`); by default this process works alone, also within
+a process group.
 """
 
 from __future__ import annotations

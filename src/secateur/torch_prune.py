@@ -57,9 +57,9 @@ def from_torch_prune(model: nn.Module) -> Masks:
 
     As `prune.remove` on every pruned tensor, and more: what was pruned is +0.0 even if it held inf or NaN,
     and the parameters stand where a fresh module has them, in `_flat_weights` of an RNN too. The Parameter
-    objects stay, so an optimizer keeps its grip on them; other hooks stay. Masks that are parametrizations
-    (as in `torch.ao.pruning`) go too. The place of a parameter is that of its name in torch.nn (weight, bias,
-    weight_hh_l0, ...); any other name stays where torch moved it, behind the rest.
+    objects stay, so an optimizer still holds them; other hooks stay. Masks that are parametrizations (as in
+    `torch.ao.pruning`) go too. The place of a parameter is that of its name in torch.nn (weight, bias, weight_hh_l0,
+    ...); any other name stays where torch moved it, behind the rest.
 
     Args:
         model: a model with tensors pruned by `torch.nn.utils.prune`, anywhere in it.
@@ -69,7 +69,7 @@ def from_torch_prune(model: nn.Module) -> Masks:
 
     Raises:
         InputTypeError: not a module (for a state_dict: `plain_state_dict`).
-        InputError: nothing in it is pruned that way, or a tied parameter is not masked alike everywhere.
+        InputError: nothing in it is pruned that way, or a tied parameter has different masks in different places.
         MaskError: a mask that is missing, of another shape, or not of zeros and ones. Nothing was changed.
 
     >>> from torch.nn.utils import prune
@@ -142,7 +142,7 @@ def _find(path: str, module: nn.Module) -> Iterable[tuple[str, _Pruned]]:
     if isinstance(module, torch.jit.ScriptModule):
         if any(name.endswith(_MASK) for name, _ in module.named_buffers(recurse=False)):
             raise InputError(
-                f"{path or 'the model'} is of torch.jit, which cannot be changed: make it plain before that"
+                f"{path or 'the model'} is of torch.jit, which cannot be changed: make the model plain before torch.jit"
             )
         return
     prefix = f"{path}." if path else ""
@@ -200,8 +200,8 @@ def _check_tied(model: nn.Module, found: Mapping[str, _Pruned]) -> None:
             here = places.get((id(module), key))
             if first and not (here and torch.equal(here.kept, first.kept)):
                 raise InputError(
-                    f"{name} is tied to {path}.{key}, which is not masked alike, so no plain model computes "
-                    "the same: prune both with one mask, or untie them (give one a clone)"
+                    f"{name} is tied to {path}.{key}, which does not have the same mask, so no plain model "
+                    "computes the same: prune both with one mask, or untie them (give one a clone)"
                 )
 
 
@@ -242,7 +242,7 @@ def _is_orphan(name: str, state_dict: Mapping[str, Tensor]) -> bool:
 
 
 def _orphan(name: str) -> str:
-    return f"{name}: of {name}{_ORIG} and {name}{_MASK} one is missing: save both from the pruned model"
+    return f"{name}: either {name}{_ORIG} or {name}{_MASK} is missing: save both from the pruned model"
 
 
 def _in_place(names: list[str], restored: str) -> list[str]:

@@ -265,8 +265,8 @@ def test_a_resume_with_another_scope(watched, other):
     message = {
         "scope": r"another scope \(second\.weight\).*scope it had",
         "shape": r"another scope \(first\.weight.*scope it had",
-        "sparsity": r"0\.5.*0\.6.*build this one alike",
-        "schedule": r"schedule\.stop 10 there, 20 here.*build this one alike",
+        "sparsity": r"0\.5.*0\.6.*build this one with the same",
+        "schedule": r"schedule\.stop 10 in the saved one, 20 in this one.*build this one with the same",
         "nothing": r"no state_dict of a Pruner",
     }[other]
     watched.refuses(lambda: again.load_state_dict(state), errors.InputError, message)
@@ -297,7 +297,7 @@ def test_names_of_choices(watched):
     watched.refuses(lambda: sc.prune(model, 0.5, scope=["first"]), TypeError, r"give sc\.weights")
     watched.refuses(lambda: sc.prune("model", 0.5), TypeError, r"expected a torch\.nn\.Module, got str")
     watched.refuses(lambda: sc.prune(model, 0.5, scope=sc.weights(build(Mlp))), ValueError, "another model")
-    watched.refuses(lambda: sc.prune(model, 0.6, pattern=sc.n_m(2, 4)), ValueError, r"sparsity of 0\.5; asked was 0\.6")
+    watched.refuses(lambda: sc.prune(model, 0.6, pattern=sc.n_m(2, 4)), ValueError, r"sparsity of 0\.5, not 0\.6")
     watched.refuses(lambda: sc.prune(model, 0.5, score=lambda n, w: w.sum()), ValueError, r"first\.weight has shape")
     watched.refuses(lambda: sc.prune(model, 0.5, score=lambda n, w: w / 0 * 0), ValueError, r"first\.weight holds NaN")
     watched.refuses(lambda: sc.prune(model, 0.5, score="taylor"), RuntimeError, r"no gradient.*sc\.accumulate")

@@ -204,6 +204,6 @@ def test_a76_or_refused_before_anything_is_written():
     model = build(Mlp)
     optimizer = Unsigned(model.parameters())
     train(model, optimizer, 3)
-    with pytest.raises(sc.errors.InputError, match=r"codes of first\.weight .*torch\.uint8.*make this optimizer anew"):
+    with pytest.raises(sc.errors.InputError, match=r"codes of first\.weight .*torch\.uint8.*make a new optimizer"):
         sc.prune(model, 0.9, optimizer=optimizer)
     assert zeros(sc.weights(model)) == 0

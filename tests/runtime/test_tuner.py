@@ -61,5 +61,5 @@ def test_a_machine_too_busy_to_tell_leaves_dense_and_says_so(sparse_wins, monkey
     monkeypatch.setattr(tuning, "gain", lambda *_: Gain(1.5, 0.9, 2.5))
     fast = sc.accelerate(mlp(), X)
     assert kinds(fast) == ["Mlp", "Linear", "Linear"]
-    said = "cannot tell faster from no faster, as the times vary too much (1.50x, 95 % interval 0.90x to 2.50x)"
+    said = "cannot tell whether it is faster, as the times vary too much (1.50x, 95 % interval 0.90x to 2.50x)"
     assert f"{said}: left dense" in " ".join(str(fast.plan).split())

@@ -112,7 +112,7 @@ def test_what_has_no_state(tmp_path, model, message):
 
 @pytest.mark.parametrize("name", ["m", "m.pt", "m.safetensor", "m.safetensors.gz", "safetensors", ".safetensors"])
 def test_another_suffix(tmp_path, name):
-    with pytest.raises(InputError, match=r"secateur writes \.safetensors files, so let its name end so: \S+"):
+    with pytest.raises(InputError, match=r"secateur writes \.safetensors files, so give a name that ends in it: \S+"):
         sc.save(build(Wide), tmp_path / name)
     assert not list(tmp_path.iterdir())
 
@@ -178,9 +178,9 @@ def test_names_that_differ(file, tmp_path):
         ),
         (
             renamed("second", "head"),
-            r"it lacks head.weight; .* and has second.weight, which the model has not; .*strict=False loads what fits",
+            r"it lacks head.weight; .* has second.weight, which the model does not have; .*strict=False loads",
         ),
-        (nn.ReLU(), r"has first.weight, which the model has not; there are none to choose from; strict=False"),
+        (nn.ReLU(), r"has first.weight, which the model does not have; there are none to choose from; strict=False"),
     ]:
         with unchanged(model, tmp_path), pytest.raises(UnknownNameError, match=message):
             sc.load(file, into=model)

@@ -320,7 +320,7 @@ def test_where_it_is_written(file, folder, tmp_path, verb):
             file,
             tmp_path / "out.pt",
             InputError,
-            r"writes \.safetensors files, so let its name end so: out",
+            r"writes \.safetensors files, so give a name that ends in it: out",
         ),
         (file, tmp_path / "none" / "out.safetensors", WriteError, "make its folder first"),
         (folder, tmp_path / "none" / "out", WriteError, "make its folder first"),

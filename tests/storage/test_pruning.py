@@ -199,7 +199,9 @@ def test_the_count_is_exact(tmp_path_factory, sparsity, rows):
     save_file(tensors, place / "m.safetensors")
     count = math.floor(Fraction(str(sparsity)) * 2 * sum(rows) + Fraction(1, 2))
     if count > 2 * sum(rows) - len(rows):
-        with pytest.raises(InputError, match=r"weights cannot go: each tensor keeps 1 at least, .*; ask for less"):
+        with pytest.raises(
+            InputError, match=r"weights cannot be pruned: each tensor keeps at least 1, .*; ask for less"
+        ):
             prune_checkpoint(place / "m.safetensors", None, Recipe(sparsity))
         return
     for allocation in ALLOCATIONS:
@@ -346,9 +348,9 @@ def test_zeros_that_were_there_count(tmp_path):
         (
             Recipe(1.0),
             InputError,
-            "128 weights cannot go: each tensor keeps 1 at least, which leaves 126; ask for less",
+            "128 weights cannot be pruned: each tensor keeps at least 1, so that at most 126 can; ask for less",
         ),
-        (Recipe(0.9, pattern=sc.n_m(2, 4)), InputError, "pattern .* makes a sparsity of 0.5; asked was 0.9"),
+        (Recipe(0.9, pattern=sc.n_m(2, 4)), InputError, "pattern .* always gives a sparsity of 0.5, not 0.9"),
         (Recipe(True, pattern=sc.n_m(2, 4)), InputError, "sparsity is True"),
         (Recipe(0.4, pattern=sc.n_m(3, 5)), PatternError, r"has 12 inputs, no multiple of 5: .*leave it out"),
         (Recipe(0.5, pattern="2/4"), InputError, "no pattern named '2/4' for files: choose free, 2:4, rows$"),
@@ -476,7 +478,7 @@ def test_a_sparsity_for_each_tensor_and_a_count(file, tmp_path, sparsity):
 def test_an_allocation_that_keeps_more(file):
     found = prune_checkpoint(file, None, Recipe(0.8, sc.allocation.uniform(min_keep=10)))
     assert {t.name: t.weights - t.zeros for t in found.tensors} == {"enc.fc.weight": 16, "head.weight": 10}
-    with pytest.raises(InputError, match=r"each tensor keeps 0\.5 at least, which leaves 64; ask for less"):
+    with pytest.raises(InputError, match=r"each tensor keeps at least 0\.5, so that at most 64 can; ask for less"):
         prune_checkpoint(file, None, Recipe(0.9, sc.allocation.uniform(min_keep=0.5)))
     with pytest.raises(InputError, match="for files: choose global, uniform, erk"):
         prune_checkpoint(file, None, Recipe(0.9, sc.allocation.lamp(min_keep=3)))
@@ -485,7 +487,7 @@ def test_an_allocation_that_keeps_more(file):
 @pytest.mark.parametrize(
     ("target", "error", "remedy"),
     [
-        ("out.pt", sc.errors.InputError, r"let its name end so: out\.safetensors"),
+        ("out.pt", sc.errors.InputError, r"give a name that ends in it: out\.safetensors"),
         ("none/out.safetensors", sc.errors.WriteError, "make its folder first"),
         ("m.safetensors", sc.errors.InputError, "give another place"),
     ],

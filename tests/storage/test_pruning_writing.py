@@ -67,7 +67,7 @@ def test_a_file_where_a_folder_is_due_and_the_other_way_round(file, folder, tmp_
     before = state_of(tmp_path)
     with pytest.raises(WriteError, match=r"m\.safetensors is a file: give the name of a folder"):
         prune_checkpoint(folder, file, Recipe(0.5))
-    with pytest.raises(InputError, match="so let its name end so"):
+    with pytest.raises(InputError, match="so give a name that ends in it"):
         prune_checkpoint(file, folder, Recipe(0.5))
     with pytest.raises(WriteError, match=r"was not written .*make its folder first"):
         prune_checkpoint(file, tmp_path / "none" / "out.safetensors", Recipe(0.5))

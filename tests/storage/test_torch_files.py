@@ -152,7 +152,7 @@ def test_tensors_that_are_named_and_refused(tmp_path, make, remedy):
 def test_many_that_are_spread_a_little_are_refused_together(tmp_path):
     one = torch.zeros(1)
     state = {f"w{i}": one.expand(1 << 22) for i in range(40)}
-    with pytest.raises(InputError, match=r"w16 is 16\.8 MB of which 4 B are there.*make it whole with \.clone"):
+    with pytest.raises(InputError, match=r"w16 is 16\.8 MB, of which 4 B are stored.*copy it with \.clone"):
         inspect(saved(tmp_path, state))
     found = sc.load(saved(tmp_path, {"w": one.expand(400)}))
     assert torch.equal(found["w"], torch.zeros(400))

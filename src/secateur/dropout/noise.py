@@ -1,7 +1,7 @@
 """Where noise comes from: fresh random numbers in training, those of a sample in `secateur.dropout.sample`, or none.
 
-Every layer and transform of this wing gets its randomness from `drop`, `uniform` and `normal`: so `sample` and `find`
-reach it in a model that stays in `eval()`.
+All layers and methods of `secateur.dropout` get their random numbers from `drop`, `uniform` and `normal`: so `sample`
+and `find` reach them in a model that stays in `eval()`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Other tensors in the place of the weights of a module for one forward; only the thread that runs it sees them.
 
-Nothing is put into the module: a `TorchFunctionMode`, of which each thread has its own, gives the functions that the
-forward calls the other tensors. So the same module may run elsewhere at the same time, and `state_dict()` is its own.
+Nothing is put into the module: a `TorchFunctionMode`, which acts on one thread only, passes the other tensors to the
+functions that the forward calls. So the same module may run elsewhere at the same time, and `state_dict()` is its own.
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ def weight_facts(model: nn.Module) -> dict[str, Any]:
 
 
 def hides_weights(model: nn.Module) -> bool:
-    """Whether some weights are no plain tensors: quantized, sparse, packed by a library, or constants of a script."""
+    """Whether some weights are not plain tensors: quantized, sparse, packed by a library, or constants of a script."""
     entries = [*model.state_dict().values(), *model.parameters()]
     beside = tree_leaves([entry for entry in entries if not isinstance(entry, Tensor)])
     return (
@@ -172,7 +172,7 @@ def file_bytes(model: nn.Module) -> int | None:
 
 
 def peak_bytes(model: nn.Module, call: Arguments) -> int | None:
-    """The most that torch's allocator held above the start of a call; None but on CPU or CUDA."""
+    """The most that torch's allocator held above the start of a call; None except on CPU and CUDA."""
     places = devices(model) or {torch.device("cpu")}
     if {device.type for device in places} == {"cpu"}:
         return _cpu_peak(model, call)

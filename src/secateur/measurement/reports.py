@@ -106,10 +106,11 @@ class Report(Printed):
 
 
 def report(model: nn.Module, masks: Mapping[str, Tensor] | None = None) -> Report:
-    """Compare what masks ask for with the zeros that a model has; without masks, tell the zeros.
+    """Compare what masks ask for with the zeros that a model has; without masks, count the zeros.
 
-    More zeros than asked were there before; fewer came back: `sc.check` says where, `sc.remask` repairs it. Weights
-    under masks of `torch.nn.utils.prune` and quantized weights count as the model computes with them.
+    More zeros than asked for were there before pruning. Fewer mean that zeros came back: `sc.check` says where,
+    `sc.remask` repairs it. Weights under masks of `torch.nn.utils.prune` and quantized weights count as the model
+    computes with them.
 
     Args:
         model: only read.

@@ -1,8 +1,8 @@
 """Honest measurement: how fast, how large and how sparse models really are.
 
-Blocks of calls of all models are timed in turn within one process, A B then B A, so that whatever else the
-machine does meets all of them alike. First call and warm-up are in no reported time, and a difference is
-claimed only where the intervals show it.
+Blocks of calls of all models are timed in turn within one process, A B then B A, so that other work on the machine
+slows all of them alike. First call and warm-up are in no reported time, and a difference is claimed only where the
+intervals show it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ __all__ = ["Comparison", "Measurement", "compare", "measure"]
 _BLOCKS = 50  # the time is cut into about as many blocks, so that a stall of the machine spoils few of them
 _FEWEST = 6  # blocks whose smallest and largest enclose the median in 95 % of cases
 NO_DIFFERENCE = 0.1
-"""Models whose speeds differ by less, for all that the interval of the ratio says, count as equally fast."""
+"""Models count as equally fast if the whole interval of their speed ratio differs from 1 by less than this."""
 
 _Pair = tuple[float, float]
 
@@ -58,7 +58,7 @@ class Measurement(Printed):
         file_bytes: size of the state_dict as a dense .safetensors file, tied tensors once. None if `parameters` is,
             as such a file cannot hold these weights.
         peak_bytes: the most that torch's allocator held above the start of a call, output included; weights,
-            inputs and what kernel libraries allocate by themselves are not in it. None but on CPU or CUDA.
+            inputs and what kernel libraries allocate by themselves are not in it. None except on CPU and CUDA.
         metric: what the given `metric` returned, or None.
     """
 

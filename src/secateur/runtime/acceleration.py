@@ -52,21 +52,21 @@ def accelerate(
     The copy is in evaluation mode and its parameters require no gradients. Its `state_dict()` is that of `model`;
     `fast.plan` holds what was chosen (unless the model has a `plan` of its own: then `sc.explain` alone does). A
     layer whose weights change afterwards, through `.data` or NumPy too, raises a StateError when it is called: at the
-    next call if all of them changed, within 2,048 calls if a single one did. `secateur.runtime.check_weights` looks at
-    each, `secateur.runtime.trust_weights` ends the search. Under `torch.compile` and in an exported program nothing
-    looks for such changes. (`torch.compile` refuses every LSTM and GRU, these too, unless
+    next call if all of them changed, within 2,048 calls if a single one did. `secateur.runtime.check_weights` compares
+    every weight, `secateur.runtime.trust_weights` ends the search. Under `torch.compile` and in an exported program
+    nothing looks for such changes. (`torch.compile` refuses every LSTM and GRU, these too, unless
     `torch._dynamo.config.allow_rnn` is True; then each is one operator.)
 
     Args:
         model: left as it is.
         example_inputs: a tensor, a tuple of positional or a dict of keyword arguments, as it will be in use; a list
-            of these for several batch sizes. Any other size goes as the nearest one.
+            of these for several batch sizes. Any other size runs as the nearest one.
         threads: CPU threads to tune for; by default as many as torch has now.
         values: dtype of the packed weights. `torch.float16` rounds them (a relative error of 0.0005 at most), which
             makes layers that have to be read from memory faster still; inputs and sums stay float32.
-        check_inputs: have inputs with a NaN or an infinity go dense, layer by layer, so that the result is what the
-            plain model gives. Costs a sum over the inputs of each layer, and runs of Linear are not fused. Without it
-            only outputs whose kept weights meet such an input feel it, as pruned weights are skipped.
+        check_inputs: run a layer dense where its inputs have a NaN or an infinity, so that the result is that of the
+            plain model. Costs a sum over the inputs of each layer, and runs of Linear are not fused. Without it such an
+            input affects only outputs that have a kept weight for it, as pruned weights are skipped.
         progress: show on stderr how far the tuning has come.
         plan: `fast.plan`, or its `to_dict()`, of an earlier run for the same weights and machine: nothing is timed.
 
@@ -130,7 +130,7 @@ def explain(fast: nn.Module) -> KernelPlan:
 
 
 def dense(fast: nn.Module) -> nn.Module:
-    """Copy an accelerated model as a plain one: torch's own layers, the weights as they are now, no trace.
+    """Copy an accelerated model as a plain one: torch's own layers, with the weights as they are now.
 
     Args:
         fast: left as it is; or a model that contains one.
@@ -166,7 +166,8 @@ def check_weights(fast: nn.Module) -> None:
         fast: an accelerated model, or one that contains it.
 
     Raises:
-        StateError: a weight has changed since, so that results would be old ones; or nothing is accelerated.
+        StateError: a weight has changed since, so that results would be those of the old weights; or nothing is
+            accelerated.
 
     >>> fast = sc.accelerate(nn.Linear(8, 8), torch.zeros(1, 8))
     >>> check_weights(fast)
@@ -176,13 +177,13 @@ def check_weights(fast: nn.Module) -> None:
 
 
 def trust_weights(fast: nn.Module, trusted: bool = True) -> None:
-    """Look for changed weights no more, or again: for who edits none, and wants the last 2 or 3 % of speed.
+    """Stop looking for changed weights, or start again: saves 2 or 3 % of a call where nobody edits weights.
 
     What torch itself counts (in-place updates, `load_state_dict`, replaced parameters) is an error in any case; edits
     through `.data`, NumPy or C pass unnoticed, and results are then those of the old weights.
 
     Args:
-        fast: an accelerated model, or one that contains it; its copies do as it does.
+        fast: an accelerated model, or one that contains it; its later copies behave the same.
         trusted: False to look again.
 
     Raises:

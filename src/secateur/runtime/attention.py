@@ -1,7 +1,7 @@
-"""Sparse projections of MultiheadAttention, and the transformer layers around it kept from going past them.
+"""Sparse projections of MultiheadAttention, and transformer layers that do use them.
 
 In evaluation torch runs an `nn.TransformerEncoderLayer` as one fused operator that reads the dense weights of
-its layers. The classes here differ from torch's in that alone: they never take that road.
+its layers. The classes here differ from torch's only in that they never use this operator.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ class SparseMultiheadAttention(Sparse, nn.MultiheadAttention):
         attn_mask: Tensor | None,
         is_causal: bool,
     ) -> bool:
-        """Whether the sparse road can go; what the plain one refuses is left to it."""
+        """Whether the sparse kernels take this call; arguments that are wrong are left to the plain class."""
         same = query is key and key is value
         if torch.compiler.is_compiling():
             usable = all(self._traceable(x) for x in (query, key, value))

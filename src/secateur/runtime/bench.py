@@ -34,7 +34,7 @@ _SPELLING = "give sizes such as 1x784, or with a dtype 1x128:int64, or with a bo
 
 @dataclass(frozen=True)
 class Trial:
-    """What became of each layer, and the model before and after, measured side by side."""
+    """What was chosen for each layer, and the model before and after, measured side by side."""
 
     explanation: KernelPlan
     comparison: Comparison

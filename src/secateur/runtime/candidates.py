@@ -1,4 +1,4 @@
-"""What in a model may become sparse, and what stands against it; swaps of classes in a whole model."""
+"""Which layers of a model may become sparse, and why others may not; swaps of classes in a whole model."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def _obstacle(module: nn.Module, mixin: type[Sparse], zeros: float) -> str:
 
 
 def _by_nature(module: nn.Module, name: str) -> bool:
-    """Whether a layer has this parameter by nature."""
+    """Whether layers of this class have this parameter."""
     place, _, attribute = name.rpartition(".")
     return place in ("", *_inner(module)) and anatomy.rank(attribute) is not None
 

@@ -76,11 +76,11 @@ class Chain(Singly):
         return self.forward(x)
 
     def choose(self, choices: int) -> None:
-        """Be one call for these row classes."""
+        """Run as one native call for these row classes."""
         self._choices = choices
 
     def rows(self, x: Tensor) -> int:
-        """As those of its first layer."""
+        """The rows of its first layer."""
         return self.layers[0].rows(x)
 
     def observe(self, x: Tensor) -> None:
@@ -186,7 +186,7 @@ class SparseSequential(Swapped, nn.Sequential):
         return steps
 
     def restore(self) -> None:
-        """Be what it was."""
+        """Become a plain Sequential again."""
         for name in ("_fused", "_made"):
             self.__dict__.pop(name, None)
         super().restore()

@@ -17,7 +17,7 @@ _CLASSES = range(48)
 
 @dataclass(frozen=True)
 class Timing:
-    """What a layer took for inputs of one row class, in the model, on cold weights.
+    """Times of a layer for inputs of one row class, in the model, with weights out of the cache.
 
     Attributes:
         bucket: row class: above 2**(bucket - 1) rows, up to 2**bucket.
@@ -59,7 +59,7 @@ class LayerPlan:
 
     @property
     def choices(self) -> int:
-        """Bit b: whether row class b is sparse; a class that was not measured goes as the nearest one does."""
+        """Bit b: whether row class b is sparse; a class that was not measured is treated as the nearest one."""
         if self.reason or not self.timings:
             return 0
         return sum(1 << b for b in _CLASSES if self._nearest(b))
@@ -84,14 +84,14 @@ class Gain:
 
     @property
     def clear(self) -> bool:
-        """Whether the times tell: faster, or not by more than a tenth."""
+        """Whether the times decide: faster, or not faster by more than a tenth."""
         return self.faster or self.most <= 1 + NO_DIFFERENCE
 
     def __str__(self) -> str:
         spread = f"{self.speedup:.2f}x, 95 % interval {self.least:.2f}x to {self.most:.2f}x"
         if self.faster:
             return f"faster: {spread}"
-        unclear = "cannot tell faster from no faster, as the times vary too much"
+        unclear = "cannot tell whether it is faster, as the times vary too much"
         return f"{'no faster' if self.clear else unclear} ({spread}): left dense"
 
 

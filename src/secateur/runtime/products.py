@@ -31,7 +31,7 @@ ALL = (1 << 61) - 1
 """Sparse for every number of rows."""
 
 CHECKED = 1 << 61
-"""Beside choices: inputs with a NaN or an infinity go dense, as a sparse kernel skips 0 times NaN."""
+"""A further bit of `choices`: inputs with a NaN or an infinity run dense, as a sparse kernel skips 0 times NaN."""
 
 _CSR = b"csr-0001"  # how a blob begins that torch can read
 _HALF_END = 65520.0  # from here on float16 is infinite
@@ -316,7 +316,7 @@ def _own(states: Tensor) -> Tensor:
 
 @functools.cache
 def _csr_is_beta() -> None:
-    """Have torch say once, unheard, that its CSR tensors are in beta."""
+    """Trigger once, and suppress, torch's warning that its CSR tensors are in beta."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.zeros(1, 1).to_sparse_csr()

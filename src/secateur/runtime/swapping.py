@@ -1,4 +1,4 @@
-"""What all sparse layers share: they are the user's own modules with another class, and can be turned back.
+"""What all sparse layers share: they are the user's modules with another class, and can become plain again.
 
 A swap changes `module.__class__` to a subclass and nothing else that a user sees: parameters, names, hooks and
 `state_dict()` stay, and the packed weights are non-persistent buffers.
@@ -39,7 +39,7 @@ class Swapped(nn.Module):
     """For a class made by `swapped_class`, what it was made with."""
 
     def restore(self) -> None:
-        """Be what it was."""
+        """Become the plain module again."""
         self.__class__ = self.plain  # type: ignore[assignment]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -60,9 +60,9 @@ class Sparse(Swapped):
     _half: bool
     """Whether packed values are rounded to float16."""
     _checked: bool
-    """Whether inputs that are not finite go dense."""
+    """Whether a call with inputs that are not finite runs dense."""
     _trusted: bool
-    """Whether nobody looks for edits of the weights that torch does not count."""
+    """Whether calls do not look for edits of the weights that torch does not count."""
     _packed_from: Snapshot | None
     """What was packed; holds no tensor of the model, as torch.export would replace it. None where it has changed."""
 
@@ -112,7 +112,7 @@ class Sparse(Swapped):
         self.stamp()
 
     def choose(self, choices: int) -> None:
-        """Be sparse for these row classes."""
+        """Use the sparse kernel for these row classes."""
         self._choices = choices | products.CHECKED if choices and self._checked else choices
 
     def stamp(self) -> None:
@@ -126,7 +126,7 @@ class Sparse(Swapped):
         return self._packed_from is not None and self._packed_from.same(self.sources())
 
     def restore(self) -> None:
-        """Be what it was, without packed weights."""
+        """Become the plain module again, without packed weights."""
         for name in [name for name in self._buffers if name.startswith("packed_")]:
             delattr(self, name)
         for name in ("_choices", "_place", "_form", "_half", "_checked", "_trusted", "_packed_from", *self._extras()):
@@ -164,7 +164,7 @@ class Sparse(Swapped):
         return True
 
     def current(self) -> bool:
-        """True, as the weights are those that were packed; raises a StateError if they are seen not to be."""
+        """Return True if the weights are those that were packed; raise a StateError if a change is found."""
         if self._packed_from is None or not self._packed_from.holds(self.sources()):
             self.require_fresh()
         return True
@@ -254,9 +254,9 @@ def _blank(mixin: type[Swapped], plain: type[nn.Module]) -> Swapped:
 
 
 def _watched_over() -> bool:
-    """Whether somebody on this thread wants to see torch's functions: a sampled dropout, a weight with noise.
+    """Whether a mode on this thread must see torch's functions: sampled dropout, or a weight with noise.
 
-    The mode of a default device sees them too, and nothing in them changes by it.
+    The mode of a default device sees them too, but changes nothing here.
     """
     return not all(isinstance(mode, DeviceContext) for mode in _get_current_function_mode_stack())  # type: ignore[no-untyped-call]
 

@@ -47,7 +47,7 @@ class Tuning:
 
     @property
     def steps(self) -> int:
-        """Of what `measure` does: an example's layers, its runs, and the whole model."""
+        """Steps that `measure` reports: for each example its layers, its runs, and the whole model."""
         return 3 * len(self.calls)
 
     def _pack(self, name: str, layer: Sparse) -> None:

@@ -1,6 +1,6 @@
 """Files: packed ones that are really smaller, and checkpoints that are larger than memory.
 
-| room | what is in it |
+| module | what is in it |
 |---|---|
 | `archive` | `save` a model's state to a packed file, `load` it back |
 | `conversion` | `pack` and `unpack` checkpoints, file by file, folder by folder |
@@ -10,7 +10,7 @@
 | `sharing` | how several processes share a checkpoint |
 | `reading`, `writing`, `state_hash` | the packed format: the file read and written, the identity of what it holds |
 | `container`, `coding` | the safetensors around it, the blocks within |
-| `stored`, `dtypes`, `contents` | a tensor that lies in a file; what its numbers are made of; what is said of it |
+| `stored`, `dtypes`, `contents` | a tensor in a file; how its numbers are stored; the facts that tables show of it |
 """
 
 from secateur.storage.archive import load, save

@@ -52,17 +52,17 @@ def save(
 ) -> Contents:
     """Write a model's state to a packed `.safetensors` file, near the entropy of its weights.
 
-    Every tensor comes back bit for bit, unless a lossy level is asked for. Then zeros stay zeros, survivors stay other
-    than zero, and what the level cannot hold is stored exactly. Tied tensors are stored once. An old file stays as it
-    is until the new one is whole.
+    Every tensor comes back bit for bit, unless a lossy level is asked for. Then zeros stay zero, non-zero weights stay
+    non-zero, and numbers that the level cannot hold are stored exactly. Tied tensors are stored once. An old file stays
+    as it is until the new one is whole.
 
     Args:
         model: a module (wrappers are looked through) or a state_dict, on any device.
         path: ends in `.safetensors`.
         level: "lossless"; "fp16" or "bf16" (float32 and float64 tensors keep that many bits); "near", "small" or
             "tiny": weights, floating-point tensors of two or more dimensions, become whole steps of 1/64, 1/16 or
-            1/4 of the root mean square of the survivors.
-        step: a step of one's own, relative to that root mean square, instead of a level.
+            1/4 of the root mean square of the non-zero weights.
+        step: a step of your own, relative to that root mean square, instead of a level.
         effort: "fast", "normal" or "best": how hard to look for a small file. Reading takes the same time.
 
     Returns:
@@ -112,7 +112,7 @@ def load(
 
     Returns:
         The state_dict, in its order, on the CPU. With `into`, those tensors of the module that were filled, as a dict
-        that prints in a line. Tensors that were tied are one.
+        that prints in a line. Tied tensors are one tensor.
 
     Raises:
         FileError: the file is damaged or of another version; it names the tensor.
@@ -177,7 +177,7 @@ def packed_name(path: StrPath) -> Path:
     target = checks.path("path", path)
     if target.suffix != ".safetensors":
         better = f"{target.stem or 'model'}.safetensors"
-        raise InputError(f"{target}: secateur writes .safetensors files, so let its name end so: {better}")
+        raise InputError(f"{target}: secateur writes .safetensors files, so give a name that ends in it: {better}")
     return target
 
 
@@ -231,7 +231,7 @@ def _targets(model: nn.Module, tensors: Mapping[str, Stored], path: Path, strict
     unknown = [name for name in tensors if name not in places]
     if strict and (missing or unknown):
         lacks = f"lacks {missing[0]}; {nearest(missing[0], tensors)}" if missing else ""
-        has = f"has {unknown[0]}, which the model has not; {nearest(unknown[0], places)}" if unknown else ""
+        has = f"has {unknown[0]}, which the model does not have; {nearest(unknown[0], places)}" if unknown else ""
         raise UnknownNameError(
             f"{path} is of another model: it {' and '.join(filter(None, (lacks, has)))}; strict=False loads what fits"
         )
@@ -248,7 +248,7 @@ def _targets(model: nn.Module, tensors: Mapping[str, Stored], path: Path, strict
             )
         kind_of(name, place)
         if any(step == 0 and size > 1 for step, size in zip(place.stride(), place.shape, strict=True)):
-            raise InputTypeError(f"{name} is expanded, its elements share memory: make it whole with .clone() first")
+            raise InputTypeError(f"{name} is expanded, so its elements share memory: copy it with .clone() first")
         if place.shape != tensor.shape:
             raise InputError(
                 f"{path} is of another model: {name} has the shape {tuple(tensor.shape)} there, "

@@ -45,8 +45,8 @@ def pack(
 ) -> Contents:
     """Pack a checkpoint, tensor by tensor, whatever its size.
 
-    In a folder each `NAME.safetensors` becomes `NAME.packed.safetensors`, its index likewise, so that who looks for the
-    plain file does not find it; other files are copied.
+    In a folder each `NAME.safetensors` becomes `NAME.packed.safetensors`, its index likewise, so that a program that
+    looks for the plain file does not find it; other files are copied.
 
     Args:
         src: a file, or a folder of shards with their index, as `secateur inspect` reads.
@@ -176,7 +176,7 @@ def target_of(checkpoint: Checkpoint, dst: StrPath, rename: Callable[[str], str]
 
     Raises:
         InputTypeError: `dst` is no path.
-        InputError: `dst` is the source, or lies in it, or is a file where a folder is due; a name that no file can
+        InputError: `dst` is the source, or lies in it, or is a file where a folder is needed; a name that no file can
             hold; weights that lie outside the folder. WriteError: there is no folder to write into, or files would have
             to be removed of which there is no new version.
     """

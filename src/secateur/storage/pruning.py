@@ -146,7 +146,7 @@ def _one_thread() -> Iterator[None]:
 
 
 def work(src: StrPath | Checkpoint, recipe: Recipe) -> int:
-    """Return the bytes of tensors that `prune_checkpoint` will read or write: what its `progress` adds up to."""
+    """Return the bytes of tensors that `prune_checkpoint` will read or write, which its `progress` counts."""
     checkpoint = opened(src)
     chosen, _ = _chosen(checkpoint, recipe)
     return 2 * sum(t.nbytes for t in chosen.values()) + sum(t.nbytes for t in checkpoint.tensors.values())
@@ -315,7 +315,7 @@ def _watched(tensor: Stored, progress: Progress | None) -> Stored:
 
 
 class _Watched(Stored):
-    """A tensor of which it is told how much has been read."""
+    """A tensor that reports how much of it has been read."""
 
     def __init__(self, of: Stored, progress: Progress) -> None:
         super().__init__(of.name, of.dtype, of.shape)

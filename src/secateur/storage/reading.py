@@ -22,7 +22,7 @@ from secateur.support.files import Reader
 
 VERSION = 1
 SUFFIX = ":packed-by-secateur"
-"""Added to the name of a packed tensor, so that who loads it without unpacking is told that it is missing."""
+"""Added to the name of a packed tensor, so that a program that loads it without unpacking finds it missing."""
 
 MANIFEST, SEAL = "secateur", "secateur.crc32"
 """Keys of the metadata: the manifest, and its CRC-32."""
@@ -188,7 +188,7 @@ def _tensor(header: Header, file: Reader, name: str, entry: Entry) -> Stored:
     slot = header.slots[name if plain else name + SUFFIX]
     nbytes = entry.shape.numel() * entry.dtype.itemsize
     if slot.code != (KINDS[entry.dtype].code if plain else "U8") or (plain and slot.nbytes != nbytes):
-        raise ValueError(f"{name} is not stored as what it is said to be")
+        raise ValueError(f"{name} is not stored as its entry says")
     return (CheckedInFile if plain else PackedTensor)(name, entry, slot, file)
 
 

@@ -14,7 +14,7 @@ from secateur.support.process_groups import Processes
 
 
 def mine(checkpoint: Checkpoint, processes: Processes) -> list[Shard]:
-    """Return the shards that this process reads and writes: the largest first, each to whom has least so far."""
+    """Return the shards that this process reads and writes: the largest first, each to the process with least."""
     load = [0] * processes.size
     own = []
     for shard in sorted(checkpoint.shards, key=lambda shard: -sum(t.nbytes for t in shard.tensors)):

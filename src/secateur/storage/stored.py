@@ -223,8 +223,8 @@ def stored_of(state: Mapping[str, Tensor]) -> list[Stored]:
             spread += max(tensor.nbytes - held, 0)
             if spread > _SPREAD:
                 raise InputError(
-                    f"{name} is {size(tensor.nbytes)} of which {size(held)} are there, its elements share memory: "
-                    "save what it is made of, or make it whole with .clone() first"
+                    f"{name} is {size(tensor.nbytes)}, of which {size(held)} are stored, as its elements share memory: "
+                    "save the tensor that it was expanded from, or copy it with .clone() first"
                 )
             place = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
             place += (tensor.is_conj(), tensor.is_neg())

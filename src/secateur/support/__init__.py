@@ -1,1 +1,1 @@
-"""What all rooms use and nobody is promised."""
+"""Helpers for all other modules; not part of the public interface."""

@@ -1,4 +1,4 @@
-"""What a user gives for an argument is of the right kind; if not, one sentence names the argument and what to give."""
+"""Checks of arguments: an error of one sentence names the argument and says what to give."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def function(name: str, value: object, what: str) -> None:
 
 
 def several(name: str, value: object, what: str) -> None:
-    """See that an argument gives one thing after another, and is no text or dict, whose parts nobody means.
+    """See that an argument is iterable, but no text and no dict.
 
     Raises:
         InputTypeError: it is something else.

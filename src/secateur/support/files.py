@@ -72,11 +72,11 @@ def require_file(path: StrPath) -> None:
 
 @contextmanager
 def replacing(path: StrPath, like: StrPath | None = None) -> Iterator[Path]:
-    """Yield a path to write a file to; it becomes `path` at the end, in one step, or goes after an error.
+    """Yield a path to write a file to; it becomes `path` at the end, in one step, or is removed after an error.
 
     An old file stays as it is until the new one is whole and on the disk. The new one has its mode, owner and group,
     or, where there is none, no more permissions than `like`. A symbolic link is written through.
-    What a killed process left beside `path` goes.
+    What a killed process left beside `path` is removed.
 
     Raises:
         WriteError: `path` is a folder, a pipe or a device, or the system refuses to write.
@@ -98,12 +98,12 @@ def replacing(path: StrPath, like: StrPath | None = None) -> Iterator[Path]:
 
 @contextmanager
 def replacing_folder(path: StrPath) -> Iterator[Path]:
-    """Yield a new folder to write into; it becomes `path` at the end, or goes after an error.
+    """Yield a new folder to write into; it becomes `path` at the end, or is removed after an error.
 
-    An old folder gives way only if the new one has all its files: nothing is lost that was not written again. The two
-    are exchanged in one step where the system can do that (Linux); elsewhere a process that is killed between two
-    renames leaves the old folder aside, and the next write to `path` puts it back. Files and folders that were there
-    keep their modes. A symbolic link is written through. What a killed process left beside `path` goes.
+    An old folder is replaced only if the new one has all its files, so that no file is lost. The two are exchanged in
+    one step where the system can do that (Linux); elsewhere a process that is killed between two renames leaves the old
+    folder aside, and the next write to `path` puts it back. Files and folders that were there keep their modes. A
+    symbolic link is written through. What a killed process left beside `path` is removed.
 
     Raises:
         WriteError: `path` is a file, or holds what the new folder does not, or the system refuses to write.

@@ -19,7 +19,7 @@ _Rows = list[Sequence[str]]  # of one table, the header first
 class Table:
     """Rows of ready-made strings under a header; the first column is aligned left, the others right.
 
-    Names are shown by `secateur.errors.printable`: what they hold acts on no terminal.
+    Names are shown by `secateur.errors.printable`: control characters in them are escaped.
 
     Attributes:
         keys: columns that say which row it is: they stand in each part of a table that is too wide.

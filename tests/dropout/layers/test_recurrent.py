@@ -414,7 +414,7 @@ def test_the_handle_says_what_is_where():
     handle.remove()
     assert "removed" in str(handle)
     assert repr(handle) == "RecurrentDropout(removed)"
-    with pytest.raises(StateError, match="put it in anew"):
+    with pytest.raises(StateError, match="to put it in again"):
         handle.remove()
 
 

@@ -314,7 +314,7 @@ def test_learned_rates_come_once_and_go_once(method, model):
         method(model)
     assert len(hooks(model)) == before
     rates.remove()
-    with pytest.raises(StateError, match="needs no second call"):
+    with pytest.raises(StateError, match="must not be called again"):
         rates.remove()
 
 

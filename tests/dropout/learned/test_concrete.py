@@ -124,7 +124,7 @@ def test_frozen_rates_ask_for_nothing_and_cannot_be_frozen_again():
     with pytest.raises(StateError, match=r"frozen already: read rates\.rates"):
         rates.freeze()
     rates.remove()
-    with pytest.raises(StateError, match="needs no second call"):
+    with pytest.raises(StateError, match="must not be called again"):
         rates.remove()
 
 

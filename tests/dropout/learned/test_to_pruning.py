@@ -96,5 +96,5 @@ def test_after_finish_there_is_nothing_to_ask():
     model = Tagger()
     concrete(model, n_data=10)
     finish(model)
-    with pytest.raises(StateError, match="ask before finish"):
+    with pytest.raises(StateError, match="call this before finish"):
         to_scores(model)

@@ -44,8 +44,8 @@ class Found(Printed):
     """The dropout of a model, as the inputs given make it run; `str()` is a table, and a loop gives its calls.
 
     Attributes:
-        sequence: each dropout call in the order in which the model makes them, those in a module that runs twice twice;
-            with a rate of 0 those that drop nothing, in training either: their rate is 0, or `training=False` for good.
+        sequence: each dropout call in the order in which the model makes them; a module that runs twice has its calls
+            twice. Calls that never drop anything, not in training either, have a rate of 0.
         unreached: noise that is out of reach.
         writes: the model writes into buffers or other tensors that it holds, in `eval()` too; samples are then taken
             of copies, which share its weights.
@@ -166,7 +166,7 @@ _HANDWRITTEN = (
     "it stands behind `if self.training`, so it is not called in eval(); "
     "write functional.dropout(x, p, self.training), or use nn.Dropout"
 )
-_SCRIPTED = "torch.jit runs it, and none of its calls is seen; take samples of the module before torch.jit.script"
+_SCRIPTED = "torch.jit runs it, which hides its calls; take samples of the module before torch.jit.script"
 _UNSEEDED = "it is random in eval() too, and does not follow the seed"
 _UNKNOWN = "the model did not run in train() ({}), so it is not known whether there is any"
 

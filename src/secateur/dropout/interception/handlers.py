@@ -1,8 +1,7 @@
-"""What meets the dropout calls of a model that stays in `eval()`.
+"""Handlers of the dropout calls of a model that stays in `eval()`.
 
-A `TorchFunctionMode` sees each torch function that the model calls. `rules` knows which of them would drop something,
-were the model in training, and asks a handler what to do: one writes them down, another gives them the noise of a
-sample.
+A `TorchFunctionMode` sees each torch function that the model calls. `rules` knows which of them would drop something in
+training, and asks a handler what to do. One handler lists the calls, another gives them the noise of a sample.
 """
 
 from __future__ import annotations

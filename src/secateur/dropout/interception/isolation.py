@@ -54,7 +54,7 @@ def require_rest(model: nn.Module) -> None:
 
 
 class _Eager:
-    """Holds compiled code back while somebody runs a model: the stance of torch.compile is one for all threads."""
+    """Switches compiled code off while a model runs in here; torch.compile has one such setting for all threads."""
 
     def __init__(self) -> None:
         self._lock, self._users, self._stack = threading.Lock(), 0, ExitStack()

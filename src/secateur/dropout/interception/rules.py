@@ -94,7 +94,7 @@ def _python(name: str, handler: Handler, func: Any, args: _Args, kwargs: _Kwargs
 
 @cache
 def _transparent(function: FunctionType) -> FunctionType:
-    """The same function, but it does not ask for a handler itself: the handler is asked by what it calls."""
+    """The same function without its own call of the handler: the functions that it calls still call the handler."""
     no = dict.fromkeys(("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic"), _no)
     twin = FunctionType(function.__code__, {**function.__globals__, **no}, function.__name__, function.__defaults__)
     twin.__kwdefaults__ = function.__kwdefaults__

@@ -145,7 +145,7 @@ class DropConnect(nn.Linear):
 
 
 class DropBlock2d(nn.Module):
-    """Drop squares of neighbouring activations, in each channel others.
+    """Drop squares of neighbouring activations, different ones in each channel.
 
     Takes and gives `[batch, channels, height, width]` or `[channels, height, width]`. What is kept of an example is
     divided by the fraction that was kept of it: the mean of its activations stays, whatever else is in the batch.

@@ -38,13 +38,13 @@ def recurrent(
     they do nothing. All masks are scaled by 1 / (1 - rate).
 
     Args:
-        model: it, its deepcopies and what is unpickled of it have the dropout. Under `torch.compile` call this first.
+        model: the model and its later copies (deepcopy, pickle) have the dropout. Call this before `torch.compile`.
         weight: rate of `weight_hh`, weight by weight (the weight-drop of AWD-LSTM), 0 <= rate < 1, as all rates.
         input: rate of the inputs of each layer. Those of the first have a mask for each sequence; those of an upper
             layer have one that the batch shares.
-        hidden: rate of the hidden state h that a step takes over from the one before: one mask for each layer and
-            direction, the same for all gates and shared by the batch. The z * h of a GRU takes h as it is, and so do
-            the outputs.
+        hidden: rate of the hidden state h that a step takes from the step before: one mask for each layer and
+            direction, the same for all gates and shared by the batch. The z * h of a GRU and the outputs use h without
+            the mask.
         embedding: rate of whole words: of every `nn.Embedding`, one mask a pass for the vocabulary, so that a word is
             dropped wherever it stands. For one of several, give the module itself as `model`.
 
@@ -109,8 +109,8 @@ class RecurrentDropout(Printed):
         """
         if not self._handles:
             raise StateError(
-                "this recurrent dropout is on no model any more, and remove() needs no second call: "
-                "put it in anew with secateur.dropout.recurrent(model, ...)"
+                "this recurrent dropout was removed already, so remove() must not be called again: "
+                "to put it in again, use secateur.dropout.recurrent(model, ...)"
             )
         for handle in self._handles:
             handle.remove()
@@ -217,7 +217,7 @@ def in_one_piece(tensors: Sequence[Tensor], like: Sequence[Tensor]) -> list[Tens
 
 
 def locked(x: _Sequences, rate: float, *, training: bool, kind: str, batch_first: bool) -> _Sequences:
-    """Drop the same features at every time step, others in each sequence.
+    """Drop the same features at every time step, different ones in each sequence.
 
     Args:
         x: `[time, batch, features]`, `[batch, time, features]` if `batch_first`, `[time, features]`, or packed.

@@ -1,4 +1,4 @@
-"""What the three methods share: values that are learned beside a model, and the hooks by which it feels them."""
+"""What the three methods share: values that are learned beside a model, and the hooks that apply them to it."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class LearnedRates(nn.Module):
         """
         if not any(place.handles for place in self.places):
             raise StateError(
-                "these learned rates are on no model any more, and remove() needs no second call: attach new ones, "
+                "these learned rates were removed already, so remove() must not be called again: attach new ones, "
                 "with secateur.dropout.learned.variational, for example"
             )
         for place in self.places:
@@ -114,7 +114,7 @@ class LearnedRates(nn.Module):
 
 
 class Place:
-    """One module that feels learned rates: its hooks are methods of this object, which pickle and deepcopy follow."""
+    """One module with learned rates: its hooks are methods of this object, so that pickle and deepcopy copy it too."""
 
     def __init__(self, rates: LearnedRates, name: str, host: nn.Module) -> None:
         self.owner = rates
@@ -219,7 +219,7 @@ def require_free(model: nn.Module, held: Mapping[str, tuple[nn.Module, nn.Module
             )
         if len(holders[id(module._parameters[attribute])]) > 1:
             raise InputError(
-                f"{name} is tied to a parameter of another module, which would not feel what is learned here: "
+                f"{name} is tied to a parameter of another module, to which the learned rates would not apply: "
                 f"untie them, or leave it out, scope=sc.weights(model, skip=[{name!r}])"
             )
 

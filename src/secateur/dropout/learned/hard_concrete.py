@@ -47,7 +47,7 @@ def hard_concrete(
             outputs are the model's, and each is needed.
 
     Returns:
-        What is learned: `Adam([*model.parameters(), *rates.parameters()])`; gates like a higher learning rate, such as
+        What is learned: `Adam([*model.parameters(), *rates.parameters()])`; gates need a higher learning rate, such as
         ten times that of the weights. Its `penalty` is `strength / n_data` times the expected number of parameters that
         are not zero, for a loss that is the mean negative log-likelihood. Its `rates` are the fractions of gates at 0.
 
@@ -158,7 +158,7 @@ def _stretched(s: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class _Rows:
-    """Which part of a parameter belongs to which gate: `width` rows for each, and that `copies` times over."""
+    """Which part of a parameter belongs to which gate: `width` rows for each gate, repeated `copies` times."""
 
     module: nn.Module
     attribute: str
@@ -199,7 +199,7 @@ class _Gated(SubstitutePlace):
 
     @property
     def size(self) -> float:
-        """Parameters that a gate is worth."""
+        """Number of parameters that belong to a gate."""
         return sum(rows.parameter.numel() for rows in self.rows) / self.units
 
     def stands(self) -> list[Stand]:

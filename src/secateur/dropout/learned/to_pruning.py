@@ -15,7 +15,7 @@ from secateur.scope import unwrap
 
 
 def penalty(model: nn.Module) -> Tensor:
-    """Sum what the learned rates of a model ask to be added to the mean loss, in nats for each example.
+    """Sum the penalties of the learned rates of a model, to be added to the mean loss, in nats for each example.
 
     Call it once a step: in training mode it counts its calls, for the warm-up of `variational`.
 
@@ -33,7 +33,7 @@ def penalty(model: nn.Module) -> Tensor:
     """
     learning = [rates for rates in _required(model) if not (isinstance(rates, ConcreteRates) and rates.frozen)]
     if not learning:
-        raise StateError("the rates of this model are frozen and ask for nothing: leave the penalty out of the loss")
+        raise StateError("the rates of this model are frozen and have no penalty: leave it out of the loss")
     return torch.stack([rates.penalty() for rates in learning]).sum()
 
 
@@ -46,10 +46,11 @@ def to_scores(model: nn.Module) -> dict[str, Tensor]:
       noise that the layer bears (dropout at rate p is noise of variance p / (1 - p)). So rates share out a global
       budget among layers, whatever the scale of each, and magnitude ranks within one.
 
-    So that `sc.prune(model, 0.9, score=...)` takes them as they are, weights about which a method learns nothing by
-    default have scores too. `concrete`, which learns no rate for LSTM, GRU, RNN and attention: as above, with the mean
-    rate of the other layers (the mean of their logits). `hard_concrete`, which leaves the last layer out: above
-    all gates, by size, so that they go last. Weights outside a scope that was given have none: prune with that scope.
+    `sc.prune(model, 0.9, score=...)` takes these scores as they are, because weights that a method leaves out by
+    default have scores too. `concrete` learns no rate for LSTM, GRU, RNN and attention: their scores use the mean rate
+    of the other layers (the mean of the logits). `hard_concrete` leaves out the last layer: its weights have scores
+    above all gates, by size, and so go last. Weights outside a scope that you gave have no scores: prune with that
+    scope.
 
     Scores of different methods on one model cannot be compared: prune each with a scope of its own.
 
@@ -116,7 +117,7 @@ def _required(model: nn.Module) -> list[LearnedRates]:
     if not found:
         raise StateError(
             "no learned rates are on this model: begin with secateur.dropout.learned.variational(model, n_data=..., "
-            "warmup=...), concrete or hard_concrete, and ask before finish() or remove() takes them off"
+            "warmup=...), concrete or hard_concrete, and call this before finish() or remove()"
         )
     return found
 

@@ -33,7 +33,7 @@ def variational(
     log_sigma2: float = -10.0,
     scope: Mapping[str, nn.Parameter] | None = None,
 ) -> LearnedRates:
-    """Learn how much noise each weight bears, and prune those that bear any: sparse variational dropout.
+    """Learn how much noise each weight tolerates, to prune those that tolerate most: sparse variational dropout.
 
     Each weight is normal, with itself as the mean and its own learned log sigma^2. Linear and Conv1d to 3d draw the
     noise of their outputs (the local reparametrization); every other module draws weights once a forward, a recurrent

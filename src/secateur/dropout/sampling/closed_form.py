@@ -1,4 +1,4 @@
-"""Mean and variance under dropout in closed form, where the model allows it: no samples, no error of theirs."""
+"""Mean and variance under dropout in closed form, where the model allows it: without samples and their error."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What tells one model, one input and one output from another, as far as a plan for samples depends on it."""
+"""Keys of models, inputs and outputs: those with equal keys are sampled by the same plan."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ def sample(
     max_memory: int = 2**30,
     progress: bool = False,
 ) -> Prediction:
-    """Take samples of what a model answers with its dropout switched on: Monte-Carlo dropout (Gal & Ghahramani 2016).
+    """Take samples of the output of a model with its dropout switched on: Monte-Carlo dropout (Gal & Ghahramani 2016).
 
     The model stays as it is, in `eval()`: normalisation is frozen, and nothing is patched. What comes before the first
     dropout is computed once. How samples are computed (mapped by vmap, folded into the batch, one by one) is found by
@@ -54,14 +54,14 @@ def sample(
         model: in `eval()`.
         inputs: a tensor, a tuple of positional or a dict of keyword arguments.
         n: samples. The error of the standard deviation is about 24 % with 10, 10 % with 50, 5 % with 200.
-        seed: the masks of sample i follow from the seed and i alone: the first 20 of 50 are the 20. None: another seed
-            at each call, from torch's global generator.
-        shared: one mask for the whole batch, that is one sub-network a sample, instead of one for each of its elements.
-            Masks on weights (DropConnect, `recurrent` with `hidden` or `weight`) are the whole batch's in any case.
-            The batch is the dimension of the inputs that is the first of the output.
-        output: takes the tensor `[batch, ...]` out of what the model gives, if that is not a tensor; or a pair of mean
-            and variance, for a model that predicts its own noise.
-        max_memory: bytes that the samples of one pass may take above the start.
+        seed: the masks of sample i depend only on the seed and on i: n=20 gives the first 20 samples of n=50. None:
+            another seed at each call, from torch's global generator.
+        shared: one mask for the whole batch, so that a sample is one sub-network, instead of one mask for each element
+            of the batch. The batch shares masks on weights (DropConnect, `recurrent` with `hidden` or `weight`) in any
+            case. The batch is that dimension of the inputs which comes first in the output.
+        output: a function that returns the tensor `[batch, ...]` from what the model returns, if that is not a tensor;
+            or a pair of mean and variance, for a model that predicts its own noise.
+        max_memory: bytes that the samples of one pass may take, beyond those in use before.
         progress: draw a bar on stderr.
 
     Returns:

@@ -230,8 +230,8 @@ def outputs_of(answer: Any, output: Output | None) -> Outputs:
         )
     holds = ", ".join(map(str, found)) if isinstance(found, Mapping) else ""
     raise InputError(
-        f"the model gives a {type(found).__name__}{f' of {holds}' if holds else ''} and no tensor: say what to take of "
-        "it, such as output=lambda out: out" + (f"[{next(iter(found))!r}]" if holds else "[0]")
+        f"the model returns a {type(found).__name__}{f' of {holds}' if holds else ''}, not a tensor: say what to take "
+        "of it, such as output=lambda out: out" + (f"[{next(iter(found))!r}]" if holds else "[0]")
     )
 
 

@@ -30,7 +30,7 @@ class Prefix:
         self.closed = False
 
     def run(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Make a call and record it or, once closed, give what it gave."""
+        """Make a call and record it or, once closed, return what was recorded."""
         if not self.closed:
             result = func(*args, **kwargs)
             self._calls.append((func, tree_map(_weaken, result)))

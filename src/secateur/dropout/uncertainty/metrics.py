@@ -59,7 +59,8 @@ def ece(probabilities: Tensor, labels: Tensor, *, bins: int = 15) -> float:
     """Expected calibration error of the most probable class, 0 to 1 (Guo 2017), by torchmetrics.
 
     Bins of equal width, the lower edge inside: the gap between mean confidence and accuracy of each, weighted by its
-    share of the batch. It depends on `bins`, and is biased upwards where data are few: a perfect model has no zero.
+    share of the batch. It depends on `bins`, and is biased upwards where data are few: even a perfectly calibrated
+    model is above 0.
 
     Args:
         probabilities: [batch, classes], rows that sum to one.
@@ -227,7 +228,7 @@ def crps(samples: Tensor, targets: Tensor) -> float:
 
 
 def coverage(lower: Tensor, upper: Tensor, targets: Tensor) -> float:
-    """Share of the targets inside their interval, ends included, 0 to 1: that of a good 90 % interval is 0.9.
+    """Share of the targets inside their interval, ends included, 0 to 1; it should be 0.9 for 90 % intervals.
 
     Wide intervals cover as well: look at their width too, or at `crps`.
 
@@ -264,7 +265,9 @@ def _checked(probabilities: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     if (rows < 0).any() or (gaps > max(1e-4, torch.finfo(probabilities.dtype).eps)).any():
         raise InputError("probabilities are negative, or a row does not sum to one: give softmax(logits, -1)")
     if labels.min() < 0 or labels.max() >= shape[1]:
-        remedy = f"they count from 0, and there are {shape[1]} classes; leave out what has none, such as -100"
+        remedy = (
+            f"they count from 0, and there are {shape[1]} classes; leave out examples without a class, such as -100"
+        )
         raise InputError(f"labels go from {labels.min()} to {labels.max()}: {remedy}")
     return rows, labels.to(rows.device, torch.long)
 
@@ -274,9 +277,9 @@ def _require_numbers(**tensors: Tensor) -> None:
         if not isinstance(value, Tensor):
             raise InputTypeError(f"{name} is of the type {type(value).__name__}: give torch.as_tensor({name})")
         if not value.numel():
-            raise InputError(f"{name} has the shape {tuple(value.shape)}, and there is no mean of nothing: give data")
+            raise InputError(f"{name} has the shape {tuple(value.shape)}, which is empty: give data")
         if value.isnan().any():
-            raise InputError(f"{name} holds {int(value.isnan().sum())} NaN: mend what made them, or leave them out")
+            raise InputError(f"{name} holds {int(value.isnan().sum())} NaN: repair their source, or leave them out")
 
 
 def _require_shape(name: str, value: Tensor, shape: tuple[int, ...]) -> None:

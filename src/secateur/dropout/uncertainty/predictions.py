@@ -1,4 +1,4 @@
-"""What the samples of a model tell: a mean and a spread, and for classes how much is noise and how much ignorance.
+"""What follows from samples of a model: mean, spread, and how much of it more training data would remove.
 
 `secateur.dropout.sample` returns a `Prediction`; samples of an ensemble, or of another library, make one as well.
 """
@@ -88,11 +88,13 @@ class Prediction(Printed):
 
     @property
     def std_error(self) -> Tensor:
-        """Standard error of `std`, [batch, ...], in the unit of the output: how far n samples leave `std` open.
+        """Standard error of `std`, [batch, ...], in the unit of the output: how much `std` varies from n samples to
+        others.
 
-        For near-normal samples about `std / sqrt(2 (n - 1))`: 24 % of it at n = 10, 10 % at 50, 5 % at 200. Heavy
-        tails make it larger, and this too small where n is. By the jackknife (Efron and Stein 1981), as the
-        sample's fourth moment makes it 29 % too small at n = 10, even for normal samples. Infinite for n = 2.
+        For near-normal samples about `std / sqrt(2 (n - 1))`: 24 % of it at n = 10, 10 % at 50, 5 % at 200. With heavy
+        tails the error is larger, and for small n this estimate of it is too small. By the jackknife (Efron and Stein
+        1981), as the sample's fourth moment makes it 29 % too small at n = 10, even for normal samples. Infinite for n
+        = 2.
         """
         if self.n == 2:
             return torch.full_like(self.mean, math.inf)
@@ -153,7 +155,7 @@ class Prediction(Printed):
 
     @property
     def mutual_information(self) -> Tensor:
-        """What a label would tell of the model, in nats, [batch, ...], 0 to log(classes): how much samples disagree.
+        """Mutual information of label and model, in nats, [batch, ...], 0 to log(classes): how much samples disagree.
 
         `entropy` less the mean entropy of the samples: BALD (Houlsby 2011; Gal 2017).
         """
