@@ -158,8 +158,8 @@ BAD = {
     "pattern name": ({"sparsity": 0.5, "pattern": "2to4"}, r"choose free"),
     "scope": ({"sparsity": 0.5, "scope": ["0.weight"]}, r"give sc\.weights"),
     "scope name": ({"sparsity": 0.5, "scope": {"9.weight": None}}, r"names are"),
-    "scope of another": ({"sparsity": 0.5, "scope": sc.weights(net())}, r"anew"),
-    "scope of a larger": ({"sparsity": 0.5, "scope": sc.weights(nn.Sequential(*net(), nn.Linear(3, 3)))}, r"anew"),
+    "scope of another": ({"sparsity": 0.5, "scope": sc.weights(net())}, r"again"),
+    "scope of a larger": ({"sparsity": 0.5, "scope": sc.weights(nn.Sequential(*net(), nn.Linear(3, 3)))}, r"again"),
 }
 
 
@@ -197,7 +197,7 @@ def test_a_scope_from_sc_weights_or_a_plain_dict():
 
 
 def test_a_scope_of_another_model_or_no_scope():
-    with pytest.raises(InputError, match=r"another model: 0\.weight.*call sc\.weights\(model\) anew"):
+    with pytest.raises(InputError, match=r"another model: 0\.weight.*call sc\.weights\(model\) again"):
         sc.prune(net(), 0.5, scope=sc.weights(net()))
     with pytest.raises(InputTypeError, match=r"scope is a list: give sc\.weights"):
         sc.prune(net(), 0.5, scope=["0.weight"])

@@ -324,7 +324,7 @@ def test_given_masks_that_do_not_fit():
     with pytest.raises(MaskError, match=r"0\.weight has shape \(5, 5\), its mask \(10, 6\)"):
         sc.Pruner(nn.Sequential(nn.Linear(5, 5), nn.Tanh(), nn.Linear(10, 3)), masks)
     for options in ({"score": "random"}, {"allocation": "erk"}, {"schedule": linear()}, {"pattern": "rows"}):
-        with pytest.raises(InputError, match=r"given masks .*: leave .* as "):
+        with pytest.raises(InputError, match=r"given masks .*: leave "):
             sc.Pruner(net(), masks, **options)
 
 

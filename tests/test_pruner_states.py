@@ -67,8 +67,10 @@ def test_resume_with_another_scope_sparsity_or_schedule():
         r"sparsity\.0\.weight 0\.5 in the saved one, 0\.6 in this one.*build this one with the same": sc.Pruner(
             net(), 0.6, schedule=sc.linear(0, 9)
         ),
-        r"schedule\.kind 'linear' there, 'cubic' here": sc.Pruner(net(), 0.5, schedule=sc.cubic(0, 9)),
-        r"schedule\.stop 9 there, 10 here": sc.Pruner(net(), 0.5, schedule=sc.linear(0, 10)),
+        r"schedule\.kind 'linear' in the saved one, 'cubic' in this": sc.Pruner(
+            net(), 0.5, schedule=sc.cubic(0, 9)
+        ),
+        r"schedule\.stop 9 in the saved one, 10 in this one": sc.Pruner(net(), 0.5, schedule=sc.linear(0, 10)),
     }
     for message, other in others.items():
         other.step()
@@ -101,7 +103,7 @@ def test_resume_with_another_score(saved, loaded):
 
 @pytest.mark.parametrize("bad", [{}, {"version": 2}, {"version": 1}, {"0.weight": torch.ones(2)}])
 def test_no_state_of_a_pruner(bad):
-    with pytest.raises(InputError, match="no state_dict of a Pruner"):
+    with pytest.raises(InputError, match="not a state_dict of a Pruner"):
         sc.Pruner(net(), 0.5).load_state_dict(bad)
 
 

@@ -312,7 +312,7 @@ def test_a_long_table_sums_up_what_differs_only_in_numbers():
     blocks = nn.ModuleDict({"layers": nn.ModuleList(nn.ModuleDict({"fc": nn.Linear(4, 3)}) for _ in range(31))})
     lines = str(sc.weights(blocks)).splitlines()
     assert lines[2].split() == ["layers.*.fc.weight", "in", "372", "31", "x", "Linear"]
-    assert lines[3].split() == ["(others)", "out", "31", "x", "a", "bias", "or", "of", "one", "dimension"]
+    assert lines[3].split() == ["(others)", "out", "31", "x", "a", "bias,", "or", "one-dimensional"]
     assert lines[4].startswith("372 weights in scope, 80.00 % of the 465 parameters")
 
 

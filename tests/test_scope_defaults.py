@@ -341,7 +341,7 @@ def test_scripted_and_traced_models_are_refused_before_anything_else():
         scripted, traced = torch.jit.script(plain), torch.jit.trace(plain, torch.ones(1, 4))
     for model in (scripted, traced):
         for verb in (sc.weights, lambda m: sc.prune(m, 0.5)):
-            with pytest.raises(InputTypeError, match=r"prune the model it was made of.*masks\.apply\(model\)"):
+            with pytest.raises(InputTypeError, match=r"prune the model it was made from.*masks\.apply\(model\)"):
                 verb(model)
         masks.apply(model)
         assert sc.check(model, masks) == {}

@@ -417,5 +417,5 @@ def test_synflow_names_a_tensor_outside_the_flow():
             return self.used(x)
 
     model = Idle()
-    with pytest.raises(StateError, match=r"idle\.weight takes no part"):
+    with pytest.raises(StateError, match=r"idle\.weight does not affect the output"):
         sc.prune(model, 0.5, score=scores.synflow(model, torch.ones(1, 4)))

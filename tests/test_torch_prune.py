@@ -249,7 +249,7 @@ def test_faults_are_found_before_anything_changes(verb):
     soft[1].weight_mask = torch.full((2, 2), 0.5)
     for model, message in [
         (missing, "either 1.weight_orig or 1.weight_mask is missing: save both"),
-        (shapes, r"1.weight: its mask has shape \(3, 2\), its weights \(2, 2\).*save both anew"),
+        (shapes, r"1.weight: its mask has shape \(3, 2\), its weights \(2, 2\).*save both again"),
         (soft, "1.weight: its mask holds more than zeros and ones.*prune.remove"),
     ]:
         before = {name: tensor.clone() for name, tensor in model.state_dict().items()}

@@ -82,7 +82,7 @@ def resolve(given: Sequence[object], scope: Mapping[str, Tensor]) -> list[Any]:
         every |= {id(one): one for one in found}
         if not any(takes_hooks(one) for one in found):
             raise InputTypeError(
-                f"{type(thing).__name__} is no torch.optim.Optimizer that takes step hooks, and holds none in "
+                f"{type(thing).__name__} is not a torch.optim.Optimizer that takes step hooks, and holds none in "
                 ".optimizer: give the optimizer it wraps. A Trainer makes its own late: call attach() without "
                 "arguments, which follows any optimizer. Else call pruner.step() after each step"
             )

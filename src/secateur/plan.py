@@ -500,7 +500,7 @@ def _sheets(scope: Scope, names: Sequence[str], pattern: Pattern | None) -> dict
         for name, along in together.items():
             if name not in left:
                 raise PatternError(
-                    f"the pattern {pattern} joins {name!r}, which has no part in this budget or was joined already: "
+                    f"the pattern {pattern} joins {name!r}, which is not in this budget or was joined already: "
                     "take it into the scope, and give all joined tensors one sparsity"
                 )
             left.remove(name)

@@ -23,6 +23,7 @@ from secateur.scope import Scope, unwrap
 from secateur.scores import GradientScore, Score
 from secateur.sparsity import Sparsity, fraction
 from secateur.support import bits, checks
+from secateur.support.tables import counted
 
 _FEW = 0.1
 """Share of the weights in scope: `prune` warns of more zeros than that beyond those asked for."""
@@ -83,8 +84,8 @@ def prune(
         fixed = chosen.pattern is not None and chosen.pattern.sparsity is not None
         further = "" if fixed else "; to prune further, ask for a higher sparsity"
         warn(
-            f"{loose:,} weights that the masks keep are zero too, so that the model has more zeros than asked for, and "
-            "these may grow back in training. To hold them as well, take masks = "
+            f"the masks keep {counted(loose, 'weight')} whose value is zero: the model has more zeros than asked for. "
+            "They may grow back in training. To hold them as well, take masks = "
             f"sc.Masks.from_zeros(sc.weights(model)){further}"
         )
     return masks
@@ -253,9 +254,9 @@ class Pruner:
             raise StateError(self._unfinished())
         back = check(scope, self._masks)
         if back:
-            counted = ", ".join(f"{name} ({count:,})" for name, count in back.items())
+            named = ", ".join(f"{name} ({count:,})" for name, count in back.items())
             raise MaskError(
-                f"pruned weights are no longer zero: {counted}; something moved them after the last step of the pruner "
+                f"pruned weights are no longer zero: {named}; something moved them after the last step of the pruner "
                 "(an optimizer it does not follow, load_state_dict, an average of the weights swapped in): attach() "
                 "that optimizer, or call sc.remask(model, pruner.masks) and finish() again"
             )
@@ -325,11 +326,11 @@ class Pruner:
         scope = self._live()
         version = state.get("version") if isinstance(state, Mapping) else None
         if type(version) is not int or version != 1:
-            raise InputError("this is no state_dict of a Pruner of version 1: give what Pruner.state_dict() returned")
+            raise InputError("this is not a state_dict of a Pruner, version 1: give what Pruner.state_dict() gave")
         for key in ("settings", "steps", "counts", "shapes", "bits"):
             if key not in state:
                 raise InputError(
-                    f"this is no state_dict of a Pruner, it has no {key!r}: give what state_dict() returned"
+                    f"this is not a state_dict of a Pruner, it has no {key!r}: give what state_dict() returned"
                 )
         shapes = {name: list(weight.shape) for name, weight in scope.items()}
         states.require_shapes(state["shapes"], shapes)
@@ -406,7 +407,7 @@ class Pruner:
         so_far = f"after {self._steps} steps {pruned:,} weights are pruned, of the {asked:,} asked for"
         if self._steps == 0 and self._hooks is None:
             return (
-                f"{so_far}: attach(optimizer) before the loop (anew after undo() or detach()), or call step() after "
+                f"{so_far}: attach(optimizer) before the loop (again after undo() or detach()), or call step() after "
                 "each step of the optimizer"
             )
         if self._steps == 0:

@@ -174,7 +174,7 @@ def _kept(name: str, original: Tensor, masks: Iterable[Tensor]) -> Tensor:
         if mask.shape != original.shape:
             raise MaskError(
                 f"{name}: its mask has shape {tuple(mask.shape)}, its weights {tuple(original.shape)}: "
-                "they are of different models; save both anew from one model"
+                "they are of different models; save both again from one model"
             )
         if not bool(((mask == 0) | (mask == 1)).all()):
             raise MaskError(f"{name}: its mask holds more than zeros and ones, so it scales: use torch's prune.remove")

@@ -177,8 +177,8 @@ def test_prune_with_what_is_no_optimizer(watched, wrong):
 @pytest.mark.parametrize("wrong", [42, "adam", None])
 def test_attach_to_what_is_no_optimizer(watched, wrong):
     pruner = sc.Pruner(watched.model, 0.5)
-    watched.refuses(lambda: pruner.attach(wrong), TypeError, r"is no torch\.optim\.Optimizer.*pruner\.step\(\)")
-    watched.refuses(lambda: pruner.attach(watched.optimizer, wrong), TypeError, r"is no torch\.optim\.Optimizer")
+    watched.refuses(lambda: pruner.attach(wrong), TypeError, r"is not a torch\.optim\.Optimizer.*pruner\.step\(\)")
+    watched.refuses(lambda: pruner.attach(watched.optimizer, wrong), TypeError, r"is not a torch\.optim\.Optimizer")
 
 
 @pytest.mark.parametrize("kind", ["linear", "cubic", "geometric", "cosine"])
@@ -267,7 +267,7 @@ def test_a_resume_with_another_scope(watched, other):
         "shape": r"another scope \(first\.weight.*scope it had",
         "sparsity": r"0\.5.*0\.6.*build this one with the same",
         "schedule": r"schedule\.stop 10 in the saved one, 20 in this one.*build this one with the same",
-        "nothing": r"no state_dict of a Pruner",
+        "nothing": r"not a state_dict of a Pruner",
     }[other]
     watched.refuses(lambda: again.load_state_dict(state), errors.InputError, message)
     assert again.masks == masks

@@ -59,10 +59,10 @@ def test_inputs_are_the_same_each_time_and_as_spelled():
 @pytest.mark.parametrize(
     ("spelled", "remedy"),
     [
-        ("1,8", "'1,8' is no shape: give sizes such as 1x784"),
-        ("0x8", "is no shape: give sizes"),
-        ("", "is no shape: give sizes"),
-        ("1x8:int64:2:3", "is no shape: give sizes"),
+        ("1,8", "'1,8' is not a shape: give sizes such as 1x784"),
+        ("0x8", "is not a shape: give sizes"),
+        ("", "is not a shape: give sizes"),
+        ("1x8:int64:2:3", "is not a shape: give sizes"),
         ("1x8:long", "has no dtype secateur makes inputs of: choose float32, float64"),
         ("1x8:float32:5", "only whole numbers have one, of 1 or more; give sizes"),
         ("1x8:int64:0", "has no bound.* with a bound too"),
@@ -83,11 +83,11 @@ def test_models_are_functions_names_with_dots_or_there(place):
 @pytest.mark.parametrize(
     ("target", "error", "remedy"),
     [
-        ("PLACE", InputError, "is no MODULE:FACTORY: give for example models:build"),
-        (":mlp", InputError, "is no MODULE:FACTORY: give for example"),
+        ("PLACE", InputError, "is not MODULE:FACTORY: give for example models:build"),
+        (":mlp", InputError, "is not MODULE:FACTORY: give for example"),
         ("none_such:mlp", InputError, "no module named 'none_such' here or installed: give MODULE as in `import"),
         ("PLACE.py:mlp", InputError, "without .py, and run this in its folder"),
-        (".models:mlp", InputError, "'.models' is no name of a module: give MODULE as"),
+        (".models:mlp", InputError, "'.models' is not the name of a module: give MODULE as"),
         ("PLACE:mpl", UnknownNameError, "has no mpl; the nearest names are: mlp"),
         ("PLACE:number", InputTypeError, "is a int, not callable: give a function that makes a model"),
         ("PLACE:sized", InputTypeError, "without arguments .*'width'.*: wrap it in a function"),

@@ -48,7 +48,7 @@ def test_what_is_no_plan_is_refused(spoil):
     data = {**PLAN.to_dict(), **spoil}
     if spoil == {"cpu": None}:
         del data["cpu"]
-    with pytest.raises(FileError, match="Tune anew, without plan"):
+    with pytest.raises(FileError, match="Tune again, without plan"):
         KernelPlan.from_dict(data)
 
 

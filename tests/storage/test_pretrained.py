@@ -241,10 +241,10 @@ def test_lossy_levels_say_what_was_lost(tmp_path):
 
 
 def test_what_is_no_model_of_transformers(tmp_path):
-    with pytest.raises(InputTypeError, match=r"Linear is no model of transformers: use secateur\.save for it"):
+    with pytest.raises(InputTypeError, match=r"Linear is not a model of transformers: use secateur\.save for it"):
         sc.save_pretrained(nn.Linear(2, 2), tmp_path / "m")
     sc.save_pretrained(build("bert"), tmp_path / "m")
-    with pytest.raises(InputTypeError, match=r"is no class of transformers: use secateur\.load\(path, into=model\)"):
+    with pytest.raises(InputTypeError, match=r"is not a class of transformers: use secateur\.load\(path, into=model\)"):
         sc.load_pretrained(tmp_path / "m", nn.Linear)
     for options, message in [({"level": "zip"}, "no level named 'zip'"), ({"effort": "x"}, "no effort named 'x'")]:
         with pytest.raises(InputError, match=message):

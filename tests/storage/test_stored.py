@@ -111,7 +111,7 @@ def test_memory_that_is_there_only_by_strides_is_refused():
     wide = torch.ones(1).expand(1 << 27)
     with pytest.raises(InputError, match=r"w is 536\.9 MB, of which 4 B are stored.*copy it with \.clone\(\)"):
         stored_of({"w": wide})
-    with pytest.raises(InputError, match=r"v is .* of which 4 B are there"):
+    with pytest.raises(InputError, match=r"v is .* of which 4 B are stored"):
         stored_of({"w": wide[: 1 << 25], "v": wide[: 1 << 26]})
     assert len(stored_of({"w": wide[:1000]})) == 1
 

@@ -136,7 +136,7 @@ def test_two_tensors_of_one_name(tmp_path, state, places):
         (lambda: torch.quantize_per_tensor(ONE, 0.1, 0, torch.qint8), r"torch\.qint8.*save tensor\.dequantize\(\)"),
         (lambda: torch.quantize_per_channel(ONE, ONE[0], ONE[0], 0, torch.quint8), r"save tensor\.dequantize\(\)"),
         (lambda: torch.empty(3, 3, device="meta"), "on the meta device and holds no values: materialise it first"),
-        (lambda: torch.zeros(1).expand(1 << 20, 1 << 20), r"4398\.0 GB of which 4 B are there.*\.clone\(\) first"),
+        (lambda: torch.zeros(1).expand(1 << 20, 1 << 20), r"4398\.0 GB, of which 4 B are stored.*\.clone\(\) first"),
         (lambda: torch.zeros(8).as_strided((1 << 15, 1 << 15), (0, 0)), r"share memory.*\.clone\(\) first"),
         (lambda: torch.zeros(9).expand(1 << 28, 9)[:, ::2], r"share memory.*\.clone\(\) first"),
     ],

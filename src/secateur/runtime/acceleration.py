@@ -222,7 +222,7 @@ def _check(model: nn.Module, calls: Sequence[Arguments], threads: int | None, va
                 "Call it once, or use `to_empty` and `load_state_dict`, before you accelerate."
             )
     if _accelerated(model):
-        raise StateError("the model is accelerated already. To tune it anew: sc.accelerate(sc.dense(model), ...)")
+        raise StateError("the model is accelerated already. To tune it again: sc.accelerate(sc.dense(model), ...)")
 
 
 def _accelerated(model: nn.Module) -> bool:

@@ -99,7 +99,7 @@ def model_of(target: str) -> nn.Module:
     """
     place, _, name = target.partition(":")
     if not place or not name:
-        raise InputError(f"{target!r} is no MODULE:FACTORY: give for example models:build, for build() of models.py")
+        raise InputError(f"{target!r} is not MODULE:FACTORY: give for example models:build, for build() of models.py")
     found = _attribute(_imported(place), name, target)
     if isinstance(found, nn.Module):
         return found
@@ -131,7 +131,7 @@ def input_of(spelled: str, generator: torch.Generator) -> Tensor:
     """
     sizes, *rest = spelled.split(":")
     if len(rest) > 2 or not all(_is_count(size) for size in sizes.split("x")):
-        raise InputError(f"{spelled!r} is no shape: {_SPELLING}")
+        raise InputError(f"{spelled!r} is not a shape: {_SPELLING}")
     shape = [int(size) for size in sizes.split("x")]
     dtype = _DTYPES.get(rest[0] if rest else "float32")
     if dtype is None:
@@ -162,7 +162,7 @@ def _imported(place: str) -> Any:
             "without .py, and run this in its folder"
         ) from None
     except TypeError:  # a relative name
-        raise InputError(f"{place!r} is no name of a module: give MODULE as in `import MODULE`") from None
+        raise InputError(f"{place!r} is not the name of a module: give MODULE as in `import MODULE`") from None
 
 
 def _attribute(module: Any, name: str, target: str) -> Any:

@@ -53,7 +53,7 @@ def _obstacle(module: nn.Module, mixin: type[Sparse], zeros: float) -> str:
         return f"its weights are computed from {strange[0]} (by a parametrization, norm or pruning hook)"
     for name, parameter in module.named_parameters():
         if type(parameter.data) is not Tensor or parameter.layout is not torch.strided:
-            return f"{name} is no plain tensor"
+            return f"{name} is not a plain tensor"
         if parameter.dtype is not torch.float32 or not parameter.is_cpu:
             return f"{name} is {parameter.dtype} on {parameter.device}, and the kernels are for float32 on the CPU"
         if parameter.dim() == 1 and not parameter.is_contiguous():

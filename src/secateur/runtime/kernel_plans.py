@@ -145,7 +145,7 @@ class KernelPlan(Printed):
             return KernelPlan(data["cpu"], data["isa"], data["threads"], layers, gains, data["values"])
         except (KeyError, TypeError, ValueError) as error:
             raise FileError(
-                f"this is no plan of this version of secateur: {error!r}. Tune anew, without plan."
+                f"this is not a plan of this version of secateur: {error!r}. Tune again, without plan."
             ) from error
 
     def table(self) -> Table:

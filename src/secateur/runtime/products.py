@@ -341,5 +341,5 @@ def failure(code: int) -> Exception:
         return MemoryError("no memory for the scratch of a sparse kernel: use a smaller batch")
     return StateError(
         "the packed weights are of another version of secateur's native library. "
-        "Make them anew: fast = sc.accelerate(sc.dense(fast), example_inputs)"
+        "Make them again: fast = sc.accelerate(sc.dense(fast), example_inputs)"
     )

@@ -174,7 +174,8 @@ class Sparse(Swapped):
         if not self.fresh():
             raise StateError(
                 f"the weights of {self._place or 'the model'} have changed since they were packed, so its results "
-                "would be old ones. Accelerate the new weights: fast = sc.accelerate(sc.dense(fast), example_inputs)"
+                "would be those of the old weights. Accelerate the new weights: "
+                "fast = sc.accelerate(sc.dense(fast), example_inputs)"
             )
         self.stamp()
 

@@ -129,7 +129,7 @@ class Tuning:
             if old is None or new is None or _identity(old) != _identity(new):
                 raise InputError(
                     f"the plan is for another model: {name!r} is {_words(new)} here, and {_words(old)} in the plan. "
-                    "Leave plan out, and the model is tuned anew."
+                    "Leave plan out, and the model is tuned again."
                 )
         self.plans, self.gains = planned, plan.gains
         self._settle()

@@ -38,7 +38,7 @@ def save_pretrained(
             other weights.
     """
     if not hasattr(model, "save_pretrained"):
-        raise InputTypeError(f"{type(model).__name__} is no model of transformers: use secateur.save for it")
+        raise InputTypeError(f"{type(model).__name__} is not a model of transformers: use secateur.save for it")
     target = checks.path("folder", folder)
     with scratch_folder(folder) as plain:
         if target.is_dir():  # a tokenizer may be there already
@@ -61,7 +61,7 @@ def load_pretrained(folder: StrPath, cls: Any) -> Any:
         The model, in `eval()` mode, as `cls.from_pretrained` would give it.
     """
     if not hasattr(cls, "from_pretrained"):
-        raise InputTypeError(f"{cls!r} is no class of transformers: use secateur.load(path, into=model)")
+        raise InputTypeError(f"{cls!r} is not a class of transformers: use secateur.load(path, into=model)")
     checks.path("folder", folder)
     from transformers import AutoConfig, GenerationConfig
 

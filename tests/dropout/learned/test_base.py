@@ -303,7 +303,7 @@ def test_what_cannot_learn_is_refused_before_anything_changed(method):
         method("a model")
     with pytest.raises(InputTypeError, match=r"give sc\.weights"):
         method(nn.Linear(2, 2), scope=["weight"])
-    with pytest.raises(InputError, match=r"call sc\.weights\(model\) anew"):
+    with pytest.raises(InputError, match=r"call sc\.weights\(model\) again"):
         method(nn.Linear(2, 2), scope=sc.weights(nn.Linear(2, 2)))
 
 

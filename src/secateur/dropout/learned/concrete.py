@@ -215,7 +215,7 @@ def _layers(members: list[Member], users: Mapping[int, nn.Module], *, named: boo
     if others and (named or not fit):
         names = ", ".join(m.name for m in others[:3])
         raise InputError(
-            f"{names}: a {type(others[0].module).__name__} has no one input to which a learned rate belongs; concrete "
+            f"{names}: a {type(others[0].module).__name__} has no single input for a learned rate; concrete "
             "dropout is for Linear and convolutions: name those, scope=sc.weights(model, only=[...])"
         )
     return fit

@@ -33,7 +33,7 @@ def penalty(model: nn.Module) -> Tensor:
     """
     learning = [rates for rates in _required(model) if not (isinstance(rates, ConcreteRates) and rates.frozen)]
     if not learning:
-        raise StateError("the rates of this model are frozen and have no penalty: leave it out of the loss")
+        raise StateError("the rates of this model are frozen and have no penalty: leave the penalty out of the loss")
     return torch.stack([rates.penalty() for rates in learning]).sum()
 
 

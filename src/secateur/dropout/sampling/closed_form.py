@@ -122,7 +122,7 @@ class _Watcher(Follower):
         return self.dropped
 
     def numbers(self, call: DropoutCall, like: Tensor, shape: Sequence[int], normal: bool) -> Tensor:
-        self.refusal = self.refusal or f"{call.kind} is no noise on a tensor"
+        self.refusal = self.refusal or f"{call.kind} is not noise on a tensor"
         return torch.full(tuple(shape), 0.0 if normal else 1 - 2**-24, device=like.device)
 
     def plain(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
