@@ -138,7 +138,7 @@ NONE = {
     "feature alpha": (
         lambda: nn.Sequential(nn.Unflatten(1, (4, 2)), nn.FeatureAlphaDropout(), nn.Flatten(), linear()), "several",
     ),
-    "LSTM": (lambda: nn.LSTM(8, 8, 2, dropout=0.5), "follows|no tensor"),
+    "LSTM": (lambda: nn.LSTM(8, 8, 2, dropout=0.5), "follows|not a tensor"),
     "attention": (lambda: nn.TransformerEncoderLayer(8, 2, 8, batch_first=True), "another dropout|follows"),
     "convolution": (lambda: nn.Sequential(nn.Unflatten(1, (8, 1)), nn.Dropout(), nn.Conv1d(8, 8, 1)), "conv1d follows"),
     "DropConnect": (lambda: sc.dropout.DropConnect(8, 8), "follows"),

@@ -187,7 +187,7 @@ def test_an_answer_that_is_no_tensor(given):
         lambda s, x: {name: s.drop(s.a(x)) for name in pairs} if given is dict else given([s.drop(s.a(x)), x]),
         a=linear, drop=nn.Dropout,
     )  # fmt: skip
-    with pytest.raises(InputError, match=r"no tensor: say what to take.*output=lambda out: out\["):
+    with pytest.raises(InputError, match=r"not a tensor: say what to take.*output=lambda out: out\["):
         sample(model, X)
     with pytest.raises(InputTypeError, match=r"output= gave a str.*tensor"):
         sample(model, X, output=lambda answer: "left")
@@ -204,7 +204,7 @@ def test_mean_and_variance():
     assert near(got.samples, exact(model, X, 20, first))
     assert near(got.noise, exact(model, X, 20, lambda pair: pair[1]))
     assert got.aleatoric.shape == got.epistemic.shape == (4, 8)
-    with pytest.raises(InputError, match="no tensor"):
+    with pytest.raises(InputError, match="not a tensor"):
         sample(model, X)
 
 
