@@ -67,9 +67,7 @@ def test_resume_with_another_scope_sparsity_or_schedule():
         r"sparsity\.0\.weight 0\.5 in the saved one, 0\.6 in this one.*build this one with the same": sc.Pruner(
             net(), 0.6, schedule=sc.linear(0, 9)
         ),
-        r"schedule\.kind 'linear' in the saved one, 'cubic' in this": sc.Pruner(
-            net(), 0.5, schedule=sc.cubic(0, 9)
-        ),
+        r"schedule\.kind 'linear' in the saved one, 'cubic' in this": sc.Pruner(net(), 0.5, schedule=sc.cubic(0, 9)),
         r"schedule\.stop 9 in the saved one, 10 in this one": sc.Pruner(net(), 0.5, schedule=sc.linear(0, 10)),
     }
     for message, other in others.items():
