@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from secateur.errors import InputError
+from secateur import optimizers
+from secateur.errors import InputError, StateError
 from secateur.masks import Masks
+from secateur.support import checks
 
 Kept = dict[str, dict[int, list[int]]]
 """For each tensor by name, for each dimension that is cut, the positions that stay."""
@@ -95,11 +98,16 @@ def part(model: nn.Module, small: nn.Module, kept: Kept) -> None:
 
 
 def check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Check that an optimizer trains this model.
+    """Check that an optimizer trains this model, and that no pruner follows it any more.
 
     Raises:
-        InputError: it holds a parameter that is none of the model's.
+        InputTypeError: it is no optimizer. InputError: it holds a parameter that is none of the model's.
+        StateError: a Pruner is attached to it.
     """
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise checks.wrong("optimizer", optimizer, "the torch.optim.Optimizer that trains this model")
+    if optimizers.owners(optimizer):
+        raise StateError("a Pruner follows the optimizer, whose weights get other shapes: call its finish() first")
     own = {id(p) for p in model.parameters()}
     for i, group in enumerate(optimizer.param_groups):
         for p in group["params"]:
@@ -111,15 +119,37 @@ def check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
 
 
 def follow(model: nn.Module, small: nn.Module, kept: Kept, optimizer: torch.optim.Optimizer) -> None:
-    """Let an optimizer of the model train the small one: its parameters, and what it remembers of them, cut."""
+    """Let an optimizer of the model train the small one: its parameters, and what it remembers of them, cut.
+
+    Raises:
+        InputError: it remembers something of a parameter that is cut which is not one number a weight; the optimizer
+            is as it was.
+    """
     new: Mapping[str, Tensor] = named_tensors(small)
     names = {id(p): name for name, p in model.named_parameters()}
+    states = {p: _remembered(names[id(p)], p, kept, state) for p, state in optimizer.state.items()}
     for group in optimizer.param_groups:
         group["params"] = [new[names[id(p)]] for p in group["params"]]
-    for p, state in list(optimizer.state.items()):
-        name = names[id(p)]
-        optimizer.state[new[name]] = {
-            k: sliced(v, kept[name]) if isinstance(v, Tensor) and v.shape == p.shape and name in kept else v
-            for k, v in state.items()
-        }
+    for p, state in states.items():
         del optimizer.state[p]
+        optimizer.state[new[names[id(p)]]] = state
+
+
+def _remembered(name: str, p: Tensor, kept: Kept, state: Mapping[str, Any]) -> dict[str, Any]:
+    """What an optimizer remembers of a parameter, cut as it is."""
+    if name not in kept:
+        return dict(state)
+    found: dict[str, Any] = {}
+    for key, value in state.items():
+        one = isinstance(value, Tensor) and value.numel() == 1 and p.numel() > 1
+        if isinstance(value, Tensor) and value.shape == p.shape and not one:
+            found[key] = sliced(value, kept[name])
+        elif one or value is None or isinstance(value, int | float | str):
+            found[key] = value
+        else:
+            what = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise InputError(
+                f"the optimizer remembers {key} of {name} as {what}, not as one number a weight {tuple(p.shape)}: "
+                "shrink without optimizer=, and make a new one for the small model"
+            )
+    return found
