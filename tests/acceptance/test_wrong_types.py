@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.utils import prune as torch_prune
 
 import secateur as sc
-from secateur import allocation, dropout, patterns, runtime, schedules, scores, storage
+from secateur import allocation, dropout, patterns, runtime, schedules, scores, storage, structure
 from secateur.dropout import metrics
 from secateur.storage.checkpoints import inspect as inspect_file
 from secateur.storage.checkpoints import opened
@@ -143,6 +143,29 @@ CASES = {
         {**STEP, "folder": {"text"}},
     ),
     "units": (sc.units, lambda: {"model": net(), "example_inputs": X}, {"example_inputs": {"inputs"}}),
+    "shrink": (
+        sc.shrink,
+        lambda: {
+            "model": net(),
+            "example_inputs": X,
+            "sparsity": 0.5,
+            "score": "magnitude",
+            "allocation": "uniform",
+            "round_to": 1,
+            "min_width": 1,
+            "keep": (),
+            "verify": False,
+            **dict.fromkeys(("macs", "params", "latency", "masks", "optimizer")),
+        },
+        {
+            **{key: {None} for key in ("sparsity", "macs", "params", "latency", "masks", "optimizer")},
+            "example_inputs": {"inputs"},
+            "keep": {"several"},
+            "round_to": COUNT,
+            "min_width": COUNT,
+            "verify": FLAG,
+        },
+    ),
     "unpack": (
         sc.unpack,
         {"src": "m.safetensors", "dst": "u.safetensors", "progress": None},
@@ -387,4 +410,6 @@ def test_every_public_name_is_in_the_table():
 def test_the_table_gives_every_argument(name):
     verb, good, _ = CASES[name]
     named = set(inspect.signature(verb).parameters) - {"processes"}  # which torchrun's caller hands in
+    if verb is sc.shrink:
+        named = named - {"options"} | set(structure.Options.__annotations__)
     assert set(good() if callable(good) else good) == named - {"self"}

@@ -1,3 +1,4 @@
+import importlib
 import math
 
 import pytest
@@ -109,21 +110,32 @@ def test_one_amount_at_a_time():
 
 
 def test_the_time_is_searched_in_a_few_measurements():
-    asked = []
+    asked, draw = [], torch.Generator().manual_seed(0)
 
     def quadratic(share):
         asked.append(share)
-        return 0.1 + 0.9 * (1 - share) ** 2
+        return (0.1 + 0.9 * (1 - share) ** 2) * (1 + 0.04 * float(torch.randn((), generator=draw)))
 
-    assert quadratic(search_time(0.5, quadratic)) == pytest.approx(0.5, abs=0.015)
+    share = search_time(0.5, quadratic, lambda share: (0.1 + 0.9 * (1 - share) ** 2, share))
+    assert 0.1 + 0.9 * (1 - share) ** 2 == pytest.approx(0.5, abs=0.03)
     assert len(asked) <= 8
 
 
 def test_a_time_that_cannot_be_met_tells_the_measured_ones():
-    with pytest.raises(StructureError, match=r"latency=0\.3 cannot be met: .*0\.80 at a sparsity of 0\.9.*Ask for one"):
-        search_time(0.3, lambda share: 0.8)
+    with pytest.raises(StructureError, match=r"latency=0\.3 cannot be met: .*0\.80 at a sparsity of 0\.97\. Give one"):
+        search_time(0.3, lambda share: 0.8, lambda share: (0.8, None))
 
 
 def test_time_is_measured_side_by_side():
     wide, narrow = (nn.Sequential(nn.Linear(512, n), nn.Linear(n, 512)) for n in (4096, 64))
     assert time_left(wide, narrow, ((torch.randn(64, 512),), {}), 0.05) < 0.7
+
+
+def test_a_fraction_of_the_time_remains(monkeypatch):
+    def by_weights(model, small, example, seconds):
+        return left(small, "params")
+
+    monkeypatch.setattr(importlib.import_module("secateur.structure.shrink"), "time_left", by_weights)
+    small = sc.shrink(cnn(), X, latency=0.5, round_to=2)
+    assert left(small, "params") == pytest.approx(0.5, abs=0.05)
+    assert small[0].out_channels % 2 == 0

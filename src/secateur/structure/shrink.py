@@ -189,14 +189,17 @@ def _in_time(model: nn.Module, examples: Sequence[Arguments], ask: _Ask) -> _Res
     """A model that takes the asked fraction of the time, from a few that are measured beside the given one."""
     assert ask.target is not None
 
-    def ratio(share: float, verify: bool) -> tuple[float, _Result]:
-        found = _best(model, examples, ask._replace(share=share, target=None, verify=verify))
-        return time_left(model, found.model, examples[0]), found
+    def made(share: float, verify: bool) -> _Result:
+        return _best(model, examples, ask._replace(share=share, target=None, verify=verify))
 
-    share = search_time(ask.target.fraction, lambda share: ratio(share, False)[0])
-    got, best = ratio(share, ask.verify)
-    ask.target.check(got)
-    return best
+    def left(share: float) -> float:
+        return time_left(model, made(share, False).model, examples[0], seconds=1.0)
+
+    def sure(share: float) -> tuple[float, _Result]:
+        found = made(share, ask.verify)
+        return time_left(model, found.model, examples[0], seconds=3.0), found
+
+    return search_time(ask.target.fraction, left, sure)
 
 
 def _attempt(model: nn.Module, examples: Sequence[Arguments], ask: _Ask, policy: Policy, told: Configs) -> _Result:
@@ -481,7 +484,9 @@ def _keeping(model: nn.Module, keep: str | nn.Module | Sequence[str | nn.Module]
     paths = {id(m): path for path, m in model.named_modules()}
     names = list(named_tensors(model))
     found: dict[str, str] = {}
-    for one in (keep,) if isinstance(keep, str | nn.Module) else keep:
+    several = (keep,) if isinstance(keep, str | nn.Module) else keep
+    checks.several("keep", several, "a name, a glob, a module, or a list of these")
+    for one in several:
         if isinstance(one, nn.Module):
             if id(one) not in paths:
                 raise InputError(f"keep has a {type(one).__name__} that is none of the model's modules: give its own")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -22,9 +23,11 @@ NEAR = 0.05
 """A target is met by what lies within so much of it."""
 
 _HALVINGS = 20
-_MEASUREMENTS = 8
-_NEAR_TIME = 0.015
+_MEASUREMENTS = 10
+_NEAR_TIME = 0.02
 _NEARLY_ALL = 0.97
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -183,7 +186,7 @@ def reach(cap: Capture, model: nn.Module, target: Target) -> Callable[[Labels], 
     return lambda kept: (made(kept) + beside) / all_macs
 
 
-def time_left(model: nn.Module, small: nn.Module, example: Arguments, seconds: float = 0.5) -> float:
+def time_left(model: nn.Module, small: nn.Module, example: Arguments, seconds: float) -> float:
     """The time of a call of the small model over that of the given one, measured in turn: the median of the rounds."""
     models = {"given": model, "small": small}
     with timing.evaluating(models, torch.get_num_threads()):
@@ -191,32 +194,43 @@ def time_left(model: nn.Module, small: nn.Module, example: Arguments, seconds: f
     return timing.quantile([b / a for a, b in zip(blocks["given"], blocks["small"], strict=True)], 0.5)
 
 
-def search_time(fraction: float, left: Callable[[float], float]) -> float:
-    """The share of units at which a fraction of the time is left, from a few measurements.
+def search_time(fraction: float, left: Callable[[float], float], sure: Callable[[float], tuple[float, _T]]) -> _T:
+    """Find units to remove so that a fraction of the time is left, from a few measurements.
+
+    A line through those that came near says what to try next, so that no single one, which the machine may have
+    spoiled, leads astray.
 
     Args:
         fraction: of the time.
-        left: measures the fraction that is left at a share.
+        left: measures the fraction that is left at a share of the units.
+        sure: measures it longer, and gives what was made with it.
 
-    Returns the share among those measured that came nearest.
+    Returns what was made at the share that met the target.
 
     Raises:
-        StructureError: more time is left even where nearly everything goes.
+        StructureError: none did.
     """
-    slow, fast = (0.0, 1.0), (1.0, 0.0)  # share, time left; the second is a guess until it was measured
-    tried: list[tuple[float, float]] = []
-    while len(tried) < _MEASUREMENTS and slow[0] < _NEARLY_ALL:
-        along = (slow[1] - fraction) / (slow[1] - fast[1])
-        share = slow[0] + (fast[0] - slow[0]) * min(max(along, 0.1), 0.9)
-        tried.append((share, left(share)))
-        if abs(tried[-1][1] - fraction) <= _NEAR_TIME:
+    points = [(0.0, 1.0), (1.0, 0.0)]  # share, time left; the second is a guess
+    for _ in range(_MEASUREMENTS):
+        shares, times = np.array(points).T
+        slope, at_zero = np.polyfit(shares, times, 1, w=1 / (0.03 + np.abs(times - fraction)) ** 2)
+        share = float(np.clip((fraction - at_zero) / min(slope, -0.1), 0.02, _NEARLY_ALL))
+        got = left(share)
+        if abs(got - fraction) <= _NEAR_TIME:
+            got, found = sure(share)
+            if abs(got - fraction) <= _NEAR_TIME + 0.01:
+                return found
+        points.append((share, got))
+        if share == _NEARLY_ALL and got > fraction + NEAR:
             break
-        slow, fast = (tried[-1], fast) if tried[-1][1] > fraction else (slow, tried[-1])
-    share, got = min(tried, key=lambda one: abs(one[1] - fraction))
-    if abs(got - fraction) > NEAR:
-        told = ", ".join(f"{time:.2f} at a sparsity of {share:.2f}" for share, time in sorted(tried))
-        raise StructureError(
-            f"latency={fraction:g} cannot be met: of the time of a call is left {told}. "
-            "Ask for one of these, or measure on a machine that is less busy"
-        )
-    return share
+    share, got = min(points[2:], key=lambda one: abs(one[1] - fraction))
+    if abs(got - fraction) <= NEAR:
+        got, found = sure(share)
+        if abs(got - fraction) <= NEAR:
+            return found
+        points.append((share, got))
+    told = ", ".join(f"{time:.2f} at a sparsity of {share:.2f}" for share, time in sorted(points[2:]))
+    raise StructureError(
+        f"latency={fraction:g} cannot be met: of the time of a call is left {told}. "
+        "Give one of these sparsities, or measure when the machine is less busy"
+    )
