@@ -296,7 +296,7 @@ class _Reads(Capture):
                     continue
                 if terms is None:
                     some = on_a(a[1].double()).amax(-2).unsqueeze(-1)
-                    terms = (some > 0) & (on_b(b[1].double()) > 0)  # [..., k, n]
+                    terms = ((some > 0) & (on_b(b[1].double()) > 0)).cpu()  # [..., k, n], beside labels
                     if constant is not None:
                         terms = terms & ~constant.unsqueeze(-1)
                     for g in self.fields(out):
