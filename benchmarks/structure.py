@@ -226,11 +226,13 @@ COSTS: dict[str, Callable[[], Any]] = {
 
 def _cost(pipe: Any, name: str, shrinks: bool) -> None:
     """CPU seconds of a forward or of a call, and the peak memory of the process."""
+    torch.set_num_threads(1)
     model, inputs = COSTS[name]()
     model.eval()
+    shrink = sc.shrink  # what it imports is no part of a call
     start = time.process_time()
     if shrinks:
-        sc.shrink(model, inputs, 0.5)
+        shrink(model, inputs, 0.5)
     else:
         with torch.no_grad():
             judge.call(model, inputs)
