@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from torch import nn
 from torch.utils._pytree import tree_leaves
 
 import secateur as sc
+from secateur.structure import Plan, propose
 
 transformers = pytest.importorskip("transformers")
 
@@ -214,3 +216,58 @@ def test_a_saved_model_loads_as_the_same_function(name, tmp_path):
         given = {k: v for k, v in inputs.items() if not k.startswith("decoder_")}
         options = {"max_new_tokens": 5, "do_sample": False}
         assert torch.equal(small.generate(**given, **options), again.generate(**given, **options))
+
+
+def tiny(**changes):
+    config = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48}
+    torch.manual_seed(0)
+    return transformers.BertModel(transformers.BertConfig(vocab_size=WORDS, **config, **changes)).eval()
+
+
+class Tagger(nn.Module):
+    """A model of the user's around one of transformers."""
+
+    def __init__(self):
+        super().__init__()
+        self.bert, self.head = tiny(), nn.Linear(32, 3)
+
+    def forward(self, input_ids):
+        return self.head(self.bert(input_ids).last_hidden_state.relu() + self.bert(input_ids).pooler_output[:, None])
+
+
+@pytest.mark.slow
+def test_a_model_inside_another_one(tmp_path):
+    model = Tagger().eval()
+    small = sc.shrink(model, words(), 0.5)
+    assert (small.bert.config.hidden_size, model.bert.config.hidden_size) == (16, 32)
+    small.bert.save_pretrained(tmp_path)
+    assert apart(small.bert, transformers.BertModel.from_pretrained(tmp_path), text()) < 1e-5
+
+
+def test_a_plan_holds_the_config():
+    model = tiny()
+    plan = Plan.from_json(propose(model, text(), 0.5).to_json())
+    plan.apply(model)
+    assert model.config.intermediate_size == 24
+    assert model.config.hidden_size == 32  # an output has that width
+
+
+def test_heads_stay_where_a_config_ties_their_number_to_a_width_that_stays():
+    small = sc.shrink(tiny(), text(), 0.5)
+    assert small.encoder.layer[0].attention.self.query.out_features == 32
+
+
+def test_other_numbers_of_the_user_stay():
+    model = tiny(hidden_dropout_prob=0.3)
+    model.encoder.layer[0].output.dropout.p = 0.25
+    small = sc.shrink(model, text(), 0.5)
+    assert (small.config.hidden_dropout_prob, small.encoder.layer[0].output.dropout.p) == (0.3, 0.25)
+
+
+def test_a_model_that_its_config_does_not_make_is_left_to_its_owner():
+    model = tiny()
+    model.encoder.layer[0].intermediate.dense = nn.Linear(32, 40)
+    model.encoder.layer[0].output.dense = nn.Linear(40, 32)
+    small = sc.shrink(model, text(), 0.5)
+    assert small.encoder.layer[0].intermediate.dense.out_features == 20
+    assert small.config.intermediate_size == 48

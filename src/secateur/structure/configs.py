@@ -144,6 +144,10 @@ class _Search:
         fresh = self.made(self.config)
         return fresh is not None and _sizes(fresh) == _sizes(self.given)
 
+    def full(self, dim: Dim) -> Dim:
+        """A dimension by its name in the whole model."""
+        return f"{self.path}.{dim[0]}".strip("."), dim[1]
+
     def run(self, moves: Moves, runs: Sequence[tuple[Run, Sizes]], edits: Edits) -> Untold | None:
         if not self.loads():
             return None
@@ -153,7 +157,8 @@ class _Search:
         config, off = self.sized(was)
         if off:
             why = f"no config tells the size of {_named(off)}"
-            return Untold(why, None, self.beside(off), self.equations(was))
+            equal = [(self.full(a), self.full(b), k) for a, b, k in self.equations(was)]
+            return Untold(why, None, [*map(self.full, self.beside(off))], equal)
         found = self.alike(config)
         if isinstance(found, Untold):
             return found

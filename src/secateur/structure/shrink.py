@@ -241,6 +241,7 @@ def _attempt(model: nn.Module, examples: Sequence[Arguments], ask: _Ask, policy:
             )
         plan = plan.shifted(small, shifts)
         done, edits = cut(small, plan.kept, shifts), Edits()
+        known = len(cap.ledger.equals)
         failure = (
             _tell(told, small, cap, as_mask(kept), groups, edits)
             or _fit(small, cap, as_mask(kept), policy, edits)
@@ -260,6 +261,7 @@ def _attempt(model: nn.Module, examples: Sequence[Arguments], ask: _Ask, policy:
         edits.undo()
         undo(done)
         call, trouble = failure
+        asked = asked if len(cap.ledger.equals) == known else 0  # sizes that a config ties were asked for too freely
         _log.info("held: %s", trouble)
         if call is not None and not _hold_around(cap, as_mask(kept), call, trouble):
             break
