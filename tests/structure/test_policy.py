@@ -1,4 +1,4 @@
-from secateur.structure.policy import POLICIES, contract
+from secateur.structure.policy import POLICIES, Policy, contract
 
 
 def test_heads_go_whole_before_parts_of_them():
@@ -14,3 +14,8 @@ def test_beside_logits_the_inner_states_are_no_contract():
 def test_without_logits_all_is_contract():
     assert contract({"last_hidden_state": 3}) == {"last_hidden_state": 3}
     assert contract((1, 2)) == (1, 2)
+
+
+def test_policies_that_answer_alike():
+    assert Policy(cut_remade=True).like(["whole_heads"]) == Policy()
+    assert Policy(cut_remade=True).like(["cut_remade"]) == Policy(cut_remade=True)

@@ -194,6 +194,7 @@ class Capture(TorchFunctionMode):
         home: name and tensor of each parameter and buffer that may be cut, by id.
         runs: the forwards seen.
         unseen: names of parameters that no forward reached.
+        consulted: names of the parts of the policy that made a difference.
     """
 
     def __init__(self, model: nn.Module, policy: Policy) -> None:
@@ -203,11 +204,14 @@ class Capture(TorchFunctionMode):
         self._readings = Readings(self.ledger)
         self.runs: list[Run] = []
         self.unseen: list[str] = []
+        self.consulted: set[str] = set()
         remade = {id(m._buffers[k]) for m in model.modules() for k in m._non_persistent_buffers_set}
         self.home: dict[int, tuple[str, Tensor]] = {}
         for name, t in [*model.named_parameters(), *model.named_buffers()]:
             if t.is_floating_point() and (id(t) not in remade or policy.cut_remade or _alike(t)):
                 self.home.setdefault(id(t), (name, t))
+            if id(t) in remade and t.is_floating_point() and not _alike(t):
+                self.consulted.add("cut_remade")
         self._fields = WeakTensorKeyDictionary()
         self._elastic = WeakTensorKeyDictionary()  # zeros(n) and the like: any number of positions without identity
         self._loose = WeakTensorKeyDictionary()  # what was picked by data, and what was made of that
@@ -352,6 +356,7 @@ class Capture(TorchFunctionMode):
             if not support(f) & set(dims):
                 out.append(f)
             elif self.policy.whole_heads and support(f) - set(dims):
+                self.consulted.add("whole_heads")
                 left = self.rigid(f, dims)
                 left = None if left is None else squeeze(left)
                 out += [left] if left is not None else []

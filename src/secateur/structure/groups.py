@@ -45,6 +45,8 @@ class Groups:
         axes: the dimensions that have labels.
         cells: groups that may stand for one another: they lie on the same axes and in the same blocks. Largest first.
         blocks: (groups [blocks, members], why): equally many must stay in each row, or none of it.
+        stuck: why cells stay whole of which some were to go, by their place in `cells`; from the last `select`.
+        missed: by how much the last `select` misses what was wanted, as a fraction of the weights that were to go.
         equals: (groups along one axis, groups along another, their factors, why): sizes that must stay equal.
     """
 
@@ -66,6 +68,8 @@ class Groups:
             (self._positions(a), self._positions(b), (a.factor, b.factor), why) for a, b, why in cap.ledger.equals
         ]
         self.cells = self._cells()
+        self.stuck: dict[int, str] = {}
+        self.missed = 0.0
 
     def _positions(self, extent: Extent) -> Labels:
         """The group of each position along the dimensions of an extent.
@@ -144,10 +148,17 @@ class Groups:
             step=step[going],
             least=least[going],
         )
+        self.stuck = {going[i]: why for i, why in sizes.stuck.items()}
         counts = [0] * len(self.cells)
         for c, n in zip(going, sizes.kept.tolist(), strict=True):
             counts[c] = len(self.cells[c]) - n
+        self.missed = self._missed(stay, counts)
         return self._lowest(total, counts), counts
+
+    def _missed(self, stay: NDArray[np.float64], counts: Sequence[int]) -> float:
+        heavy = np.array([self._weight[cell[0]] for cell in self.cells])
+        meant = np.array([len(cell) for cell in self.cells]) - stay
+        return float(heavy @ np.abs(meant - counts) / max(heavy @ meant, 1e-9)) if len(heavy) else 0.0
 
     def select_dead(self, dead: NDArray[np.bool_]) -> tuple[Labels, list[int]]:
         """Take as many of the dead as the equations let go; the last of a cell stays.

@@ -244,7 +244,8 @@ def _rows(groups: Groups, counts: list[int]) -> list[Group]:
         elif counts[k]:
             held = ""
         else:
-            held = "only one of its kind" if len(members[k]) == 1 else NOT_ASKED
+            held = f"coupled by {groups.stuck[k]}" if k in groups.stuck else NOT_ASKED
+            held = "only one of its kind" if len(members[k]) == 1 else held
         rows.append(Group(len(members[k]), counts[k] if 0 <= k < len(counts) else 0, tuple(axes[k]), held))
     return rows
 

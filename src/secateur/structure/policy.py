@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,10 @@ class Policy:
     whole_heads: bool = True
     cut_remade: bool = False
     cut_softmax: bool = False
+
+    def like(self, parts: Collection[str]) -> Policy:
+        """The policy that answers as this one does in some parts, and as usual in the others."""
+        return Policy(**{name: getattr(self, name) for name in parts})
 
 
 POLICIES = (

@@ -113,8 +113,11 @@ def fold(cap: Capture, kept: Tensor, call: Call, factor: float) -> Fold | None:
             query |= {int(n) for f in one.ins[0][1] for n in labels(f).ravel()}
         reach += [s for s in sources if isinstance(s, Call)]
     ratios = {n / o for shape, fields in sizes for n, o in zip(size(shape, fields, kept), shape, strict=True)}
-    if not any(abs(factor**power / ratio - 1) < 1e-3 for ratio in ratios for power in (2, 4)):
+    exact = [ratio ** (1 / power) for ratio in ratios for power in (2, 4)]
+    exact = [one for one in exact if abs(factor / one - 1) < 3e-4]
+    if not exact:
         return None
+    factor = exact[0]
     scaled: dict[str, Scaled] = {}
     for one in makers.values():
         own = [s for s in one.sources if isinstance(s, str)]

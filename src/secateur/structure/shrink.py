@@ -41,6 +41,7 @@ _M = TypeVar("_M", bound=nn.Module)
 _log = logging.getLogger(__name__)
 _ROUNDS = 40
 _LEAST = 0.5  # of the weights that were to go: with fewer the target is missed
+_MISSES = 0.2  # of the weights that were to go: with more, parts of heads are tried too
 
 
 class Options(TypedDict, total=False):
@@ -79,6 +80,7 @@ class Options(TypedDict, total=False):
 class _Result(NamedTuple):
     model: nn.Module
     plan: Plan
+    missed: float  # see `Groups`
 
 
 class _Ask(NamedTuple):
@@ -168,18 +170,31 @@ def _transact(model: nn.Module, inputs: Any, sparsity: float | None, options: Op
 
 
 def _best(model: nn.Module, examples: Sequence[Arguments], ask: _Ask) -> _Result:
-    """The smallest model of all policies: of the first that removes what was asked for."""
-    best, errors, told = None, [], Configs(model)
+    """The smallest model of all policies: of the first that removes what was asked for.
+
+    Parts of heads go only where whole ones miss the wanted counts. A policy that makes no difference is not tried.
+    """
+    best, enough, errors, told = None, False, list[str](), Configs(model)
+    consulted: set[str] = set()
+    tried: list[Policy] = []
     for policy in POLICIES:
+        if policy.like(consulted) in [one.like(consulted) for one in tried]:
+            continue
+        if best is not None and (best.missed <= _MISSES if not policy.whole_heads else enough):
+            continue
+        tried.append(policy)
         try:
-            found = _attempt(model, examples, ask, policy, told)
+            found = _attempt(model, examples, ask, policy, told, consulted)
         except StructureError as error:
             errors.append(str(error))
             continue
-        if best is None or _weights(found.model) < 0.93 * _weights(best.model):
+        small = ask.share is None or _weights(found.model) < (1 - ask.share) ** 1.6 * _weights(model)
+        if enough and best is not None:
+            if small and found.missed < best.missed:
+                best = found
+        elif best is None or _weights(found.model) < 0.93 * _weights(best.model):
             best = found
-        if ask.share is None or _weights(best.model) < (1 - ask.share) ** 1.6 * _weights(model):
-            break
+        enough = enough or small
     if best is None:
         raise StructureError("; then ".join(dict.fromkeys(errors)))
     return best
@@ -202,7 +217,9 @@ def _in_time(model: nn.Module, examples: Sequence[Arguments], ask: _Ask) -> _Res
     return search_time(ask.target.fraction, left, sure)
 
 
-def _attempt(model: nn.Module, examples: Sequence[Arguments], ask: _Ask, policy: Policy, told: Configs) -> _Result:
+def _attempt(
+    model: nn.Module, examples: Sequence[Arguments], ask: _Ask, policy: Policy, told: Configs, consulted: set[str]
+) -> _Result:
     """Capture, choose, cut and prove; on a failure hold what surrounds the call, and choose again."""
     small = twin(model)
     try:
@@ -214,6 +231,7 @@ def _attempt(model: nn.Module, examples: Sequence[Arguments], ask: _Ask, policy:
             f"the model cannot take the example inputs ({type(error).__name__}: {error}): "
             "give inputs with which model(...) runs"
         ) from error
+    consulted |= cap.consulted
     for name, t in named_tensors(small).items():
         if name in ask.keep and cap.seen(t):
             for f in cap.fields(t):
@@ -257,7 +275,9 @@ def _attempt(model: nn.Module, examples: Sequence[Arguments], ask: _Ask, policy:
         if failure is None:
             if ask.target is not None and ask.target.what == "macs":
                 ask.target.check(counted(small, cap.runs) / counted(model, cap.runs))
-            return _Result(small, dataclasses.replace(plan, attributes=edits.listed(), scaled=_scaled(folds)))
+            return _Result(
+                small, dataclasses.replace(plan, attributes=edits.listed(), scaled=_scaled(folds)), groups.missed
+            )
         edits.undo()
         undo(done)
         call, trouble = failure

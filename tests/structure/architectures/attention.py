@@ -195,7 +195,7 @@ def rotary_grouped_queries(w):
     return Wrapped(w(32), attention, Branch(w(32), Swish(w(32), w(48)), Root)), features()
 
 
-@architecture(least=0.6)
+@architecture(least=0.6, limit=1e-7)  # rows of the query are multiplied, and rounded, in single precision
 def one_head_of_keys(w):
     attention = Branch(w(32), Grouped(w(32), w(4), 1, 8, rotary=False), Root)
     return Wrapped(w(32), attention, Branch(w(32), Swish(w(32), w(48)), Root)), features()

@@ -41,6 +41,8 @@ def along(site: Site) -> None:
     fields = site.of(site.operand)[1]
     at = 2 if site.name in ("topk", "kthvalue", "roll") else 1
     dims = dims_of(site.argument(at, "dims" if site.name == "roll" else "dim", -1), len(shape))
+    if "softmax" in site.name and any(support(f) & dims for f in fields):
+        cap.consulted.add("cut_softmax")
     left = over_kept(site, dims) if cap.policy.cut_softmax and "softmax" in site.name else site.rigid(fields, dims)
     for t in tensors(site.out):
         cap.label(t, left)
