@@ -1,3 +1,7 @@
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -93,3 +97,10 @@ def test_calm_leaves_modes_buffers_and_random_numbers():
     assert [m.training for m in model.modules()] == [True, True, False]
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_the_table_of_the_docs_is_that_of_the_rules():
+    page = (Path(__file__).parents[2] / "docs" / "shrinking.md").read_text()
+    made = "from secateur.structure import table; print(table())"  # rules of other tests are not ours
+    table = subprocess.run([sys.executable, "-c", made], capture_output=True, text=True, check=True).stdout
+    assert table in page, f"put this table into docs/shrinking.md:\n\n{table}"

@@ -24,6 +24,11 @@ def test_text():
     ]
 
 
+def test_a_table_prints_itself():
+    assert str(TABLE) == TABLE.text()
+    assert TABLE._repr_html_() == TABLE.html()
+
+
 def test_markdown():
     assert TABLE.markdown().split("\n") == [
         "**Title**",

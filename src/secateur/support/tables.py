@@ -47,6 +47,12 @@ class Table:
         folded = [line for note in self.notes for line in _fold(note, width)]
         return "\n".join([*_fold(self.title, width), "\n\n".join(parts), *folded])
 
+    def __str__(self) -> str:
+        return self.text()
+
+    def _repr_html_(self) -> str:
+        return self.html()
+
     def markdown(self) -> str:
         """A GitHub-flavoured Markdown table, notes below."""
         rows = [[_in_markdown(cell) for cell in row] for row in (self.header, *self.rows)]
