@@ -219,3 +219,33 @@ def test_widths_are_whole_numbers(option):
 def test_an_option_that_would_choose_nothing():
     with pytest.raises(InputError, match="round_to chooses nothing where zeros say which units go: leave it out"):
         sc.shrink(mlp(), X, round_to=8)
+
+
+def test_words_for_what_a_newcomer_gives():
+    pruned = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2))
+    torch.nn.utils.prune.l1_unstructured(pruned[0], "weight", 0.5)
+    with pytest.raises(InputError, match=r"0\.weight is computed from other weights.*sc\.from_torch_prune"):
+        sc.shrink(pruned, X, 0.5)
+    with pytest.raises(InputError, match=r"hold NaN.*give numbers"):
+        sc.shrink(mlp(), X * float("nan"), 0.5)
+    with pytest.raises(InputError, match=r"\(0, 4\): give a batch of one or more"):
+        sc.shrink(mlp(), X[:0], 0.5)
+    with pytest.raises(StructureError, match=r"no forward reaches a weight\. .*keep the model as it is"):
+        sc.shrink(nn.ReLU(), X, 0.5)
+    with pytest.raises(StructureError, match=r"only dead units go.*Give a sparsity, such as 0\.5"):
+        sc.shrink(mlp(), X)
+
+
+def test_a_size_that_is_written_in_the_code_is_named():
+    class Literal(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 8), nn.Linear(8, 2)
+
+        def forward(self, x):
+            return self.b(self.a(x).view(-1, 8))
+
+    with pytest.raises(
+        StructureError, match=r"^nothing can be removed: view in .*a number in the code\. Change the code"
+    ):
+        sc.shrink(Literal(), X, 0.5)

@@ -130,7 +130,8 @@ def follow_forward(model: nn.Module, run: Run, sizes: Sizes, edits: Edits) -> tu
         for pairs in _changes(model, run, sizes, at):
             found = found or _one(model, run, sizes, edits, at, pairs) or _several(model, run, sizes, edits, at, pairs)
         if found is None:
-            return at, f"{run.calls[at]}: {error}; no attribute explains it"
+            why = "no attribute of a module holds that size, so it may be a number in the code"
+            return at, f"{run.calls[at]} fails with fewer units ({error}), and {why}"
         at, error = found
     return None
 

@@ -22,7 +22,7 @@ from secateur.structure import criteria, scales
 from secateur.structure import rules as rules  # registers what is known of torch's functions
 from secateur.structure.allocation import ALLOCATIONS, Allocation
 from secateur.structure.attributes import Edits, Sizes, follow_forward, follow_modules
-from secateur.structure.capture import Call, Capture, Run, capture
+from secateur.structure.capture import Call, Capture, Run, capture, tensors
 from secateur.structure.configs import Configs, Dim
 from secateur.structure.criteria import Subject, UnitScore
 from secateur.structure.cut import check_optimizer, cut, follow, masked, named_tensors, part, twin, undo
@@ -196,7 +196,7 @@ def _best(model: nn.Module, examples: Sequence[Arguments], ask: _Ask) -> _Result
             best = found
         enough = enough or small
     if best is None:
-        raise StructureError("; then ".join(dict.fromkeys(errors)))
+        raise StructureError(errors[0])  # the others are of policies that nobody asked for
     return best
 
 
@@ -451,15 +451,23 @@ def _fields(*known: Sequence[Labelled]) -> list[Tensor]:
 
 
 def _none_dead(trouble: str) -> str:
-    why = trouble or "no unit has all its weights at zero on the way in, with its bias, or on the way out"
-    return f"no unit can go without a change of the function: {why}. Give a sparsity, such as 0.5, to remove others"
+    why = trouble or "none has only zeros for weights, on its way in (with the bias) or on its way out"
+    return f"without a sparsity only dead units go, and there are none: {why}. Give a sparsity, such as 0.5"
 
 
 def _nothing(plan: Plan, trouble: str) -> str:
-    why = trouble or _holds(plan) or "it has no units to remove"
-    if any(group.held == NOT_ASKED for group in plan.groups):
-        return f"nothing can be removed: {why}. Ask for a larger sparsity: a whole unit must be able to go"
-    return f"nothing can be removed: {why}. Change the code at that place, or keep the model as it is"
+    largest = max((g for g in plan.groups if g.held == NOT_ASKED), key=lambda group: group.units, default=None)
+    if largest is not None and not trouble:
+        return (
+            f"nothing would go: the largest group, {', '.join(largest.axes[:2])}, has {largest.units} units, and not "
+            "one of them is to go. Ask for a larger sparsity, or for a smaller round_to or min_width"
+        )
+    if trouble:
+        return f"nothing can be removed: {trouble}. Change the code at that place, or keep the model as it is"
+    return (
+        f"nothing can be removed. What holds it: {_holds(plan) or 'no forward reaches a weight'}. Change the code at "
+        "that place, shrink a larger model of which this is a part, or keep the model as it is"
+    )
 
 
 def _holds(plan: Plan) -> str:
@@ -550,11 +558,23 @@ def checked(model: nn.Module, inputs: Any) -> list[Arguments]:
             raise InputError(f"{name} is quantized: shrink the model first, then quantize it")
         if type(t).__module__.startswith("torch.distributed"):
             raise InputError(f"{name} is sharded: shrink the whole model on one process, then shard it")
-    if isinstance(inputs, list):
-        if not inputs:
-            raise InputError("example_inputs is an empty list: give at least one example")
-        return [arguments(one) for one in inputs]
-    return [arguments(inputs)]
+    for path, module in model.named_modules():
+        for attribute, t in vars(module).items():
+            if isinstance(t, Tensor) and not t.is_leaf:
+                raise InputError(
+                    f"{path}.{attribute}".lstrip(".")
+                    + " is computed from other weights, and cannot be copied: make it "
+                    "plain first, with sc.from_torch_prune(model) or torch.nn.utils.remove_weight_norm(module)"
+                )
+    if isinstance(inputs, list) and not inputs:
+        raise InputError("example_inputs is an empty list: give at least one example")
+    examples = [arguments(one) for one in inputs] if isinstance(inputs, list) else [arguments(inputs)]
+    given = tensors(examples)
+    if any(t.is_floating_point() and bool(t.isnan().any()) for t in given):
+        raise InputError("example_inputs hold NaN, with which no difference would show: give numbers")
+    if given and not any(t.numel() for t in given):
+        raise InputError(f"example_inputs hold no number, {tuple(given[0].shape)}: give a batch of one or more")
+    return examples
 
 
 def _weights(model: nn.Module) -> int:
