@@ -10,18 +10,22 @@ import torch
 from torch import nn
 
 import secateur as sc
-from secateur import allocation, patterns, schedules, scores
+from secateur import allocation, patterns, schedules, scores, structure
 from secateur.errors import InputError
 from secateur.storage import Recipe, prune_checkpoint
 from secateur.support.registry import Registry
 
-REGISTRIES = [scores.SCORES, allocation.ALLOCATIONS, patterns.PATTERNS, schedules.SCHEDULES]
+PAGES = {
+    "pruning.md": [scores.SCORES, allocation.ALLOCATIONS, patterns.PATTERNS, schedules.SCHEDULES],
+    "shrinking.md": [structure.CRITERIA, structure.ALLOCATIONS],
+}
+TABLES = [(page, registry) for page, registries in PAGES.items() for registry in registries]
 
 
-@pytest.mark.parametrize("registry", REGISTRIES, ids=lambda registry: registry.kind)
-def test_the_table_of_the_docs_is_that_of_the_registry(registry):
-    page = (Path(__file__).parents[2] / "docs" / "pruning.md").read_text()
-    assert registry.markdown() in page, f"put this table into docs/pruning.md:\n\n{registry.markdown()}"
+@pytest.mark.parametrize(("page", "registry"), TABLES, ids=lambda one: getattr(one, "kind", one))
+def test_the_table_of_the_docs_is_that_of_the_registry(page, registry):
+    text = (Path(__file__).parents[2] / "docs" / page).read_text()
+    assert registry.markdown() in text, f"put this table into docs/{page}:\n\n{registry.markdown()}"
 
 
 def test_a_score_of_ones_own():
