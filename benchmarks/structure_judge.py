@@ -2,7 +2,8 @@
 
 Every parameter holds distinct values, so that what stays of it is found by value. The original with all else masked
 then runs beside the small model. A statistic over units (norms, means, softmax) is taken over the entries that are
-alive, as many as the small model has. Nothing else is told to the original: a scale that changed is a difference.
+alive, as many as the small model has. Nothing else is told to the original: a scale that changed is a difference,
+unless the small model's weights make up for it.
 """
 
 import copy
@@ -47,46 +48,43 @@ def ties(model):
     return sorted(found.values())
 
 
-def stays(old, new, name):
-    """The mask of what stays of a parameter, by value."""
+SCALES = sorted({(a / b) ** 0.5 for a in range(1, 65) for b in range(1, 65)} - {1.0})  # of queries, by sizes of heads
+
+
+def stays(old, new, name, scales):
+    """The mask of what stays of a parameter, by value, and the factors that its rows were scaled by."""
     values, at = old.flatten().sort()
-    found = torch.searchsorted(values, new.flatten()).clamp_max(len(values) - 1)
-    other = values[found] != new.flatten()
-    if other.any():
-        found[other] = scaled(values, new.flatten()[other], name)
-    mask = torch.zeros(old.numel(), dtype=torch.bool)
-    mask[at[found]] = True
-    if int(mask.sum()) != new.numel():
-        raise Wrong(f"{name} holds a value twice")
-    return mask.reshape(old.shape)
-
-
-def scaled(values, new, name):
-    """Where values stand that were multiplied by a root of how the size of a head changed, all by the same."""
-    for factor in {(k / n) ** power for n in range(2, 65) for k in range(1, n) for power in (0.5, 0.25)}:
-        for some in (new[:4], new):
-            at = torch.searchsorted(values, some / factor * (1 - 1e-6 * some.sign())).clamp_max(len(values) - 1)
-            if not torch.allclose(values[at] * factor, some, rtol=3e-6, atol=0):
+    middles, mask, used = (values[1:] + values[:-1]) / 2, torch.zeros(old.numel(), dtype=torch.bool), set()
+    for row in new.reshape(len(new), -1) if new.ndim else new.reshape(1, 1):
+        for scale in (1.0, *scales):
+            nearest = torch.searchsorted(middles, row / scale)
+            if torch.allclose(values[nearest], row / scale, rtol=0 if scale == 1 else 1e-6, atol=0):
+                used |= {scale}
+                mask[at[nearest]] = True
                 break
         else:
-            return at
-    raise Wrong(f"{name} holds values that the original has not")
+            raise Wrong(f"{name} holds values that the original has not")
+    if int(mask.sum()) != new.numel():
+        raise Wrong(f"{name} holds a value twice")
+    return mask.reshape(old.shape), used - {1.0}
 
 
 def masked(original, small):
-    """The original in double precision, zero where the small model has nothing; and masks of parameters, by id."""
+    """The original in double precision, zero where the small model has nothing; masks by id; and scales."""
     ours = dict(small.named_parameters())
     theirs = copy.deepcopy(original).double()
-    masks = {}
-    for (name, p), q in zip(theirs.named_parameters(), original.parameters(), strict=True):
-        mask = stays(q.detach(), ours[name].detach(), name)
+    masks, scales = {}, set()
+    pairs = list(zip(theirs.named_parameters(), original.parameters(), strict=True))
+    for (name, p), q in sorted(pairs, key=lambda pair: -pair[1].ndim):  # a single value would fit many scales
+        mask, used = stays(q.detach(), ours[name].detach(), name, SCALES if q.ndim > 1 else sorted(scales))
+        scales |= used
         gain = name.endswith("original0")  # weight norm of a row of zeros is 0 / 0: its gain is what masks it
         with torch.no_grad():
             p.mul_(mask)
             if name.endswith("original1"):
                 p.add_((p == 0).all(dim=list(range(1, p.ndim)), keepdim=True).to(p))
         masks[id(p)] = mask if not gain else mask.flatten()
-    return theirs, masks
+    return theirs, masks, scales
 
 
 def reduced(name, args, kwargs):
@@ -219,7 +217,8 @@ def judge(original, small, inputs, limit=LIMIT):
         raise Wrong(f"tied were {ties(original)}, tied are {ties(small)}")
     if list(small.state_dict()) != list(original.state_dict()):
         raise Wrong("the state_dict has other keys")
-    theirs, masks = masked(original, small)
+    theirs, masks, scales = masked(original, small)
+    limit = max(limit, 1e-6) if scales else limit  # scaled in single precision
     ours = copy.deepcopy(small).double()
     with torch.no_grad():
         for given in (inputs, other(inputs)):
