@@ -451,7 +451,7 @@ def _fields(*known: Sequence[Labelled]) -> list[Tensor]:
 
 
 def _none_dead(trouble: str) -> str:
-    why = trouble or "none has only zeros for weights, on its way in (with the bias) or on its way out"
+    why = trouble or "a dead unit has only zeros for weights, on its way in (with the bias) or on its way out"
     return f"without a sparsity only dead units go, and there are none: {why}. Give a sparsity, such as 0.5"
 
 
