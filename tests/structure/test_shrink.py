@@ -3,6 +3,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 import secateur as sc
 from secateur.errors import InputError, InputTypeError, StructureError, UnknownNameError
@@ -223,7 +224,7 @@ def test_an_option_that_would_choose_nothing():
 
 def test_words_for_what_a_newcomer_gives():
     pruned = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2))
-    torch.nn.utils.prune.l1_unstructured(pruned[0], "weight", 0.5)
+    prune.l1_unstructured(pruned[0], "weight", 0.5)
     with pytest.raises(InputError, match=r"0\.weight is computed from other weights.*sc\.from_torch_prune"):
         sc.shrink(pruned, X, 0.5)
     with pytest.raises(InputError, match=r"hold NaN.*give numbers"):
