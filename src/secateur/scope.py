@@ -156,9 +156,9 @@ def weights(
     tensor         weights                                       why
     --------  ---  -------  ----------------------------------------
     0.weight   in       12                                    Linear
-    0.bias    out                a bias or of one dimension (Linear)
-    1.weight  out           a bias or of one dimension (BatchNorm1d)
-    1.bias    out           a bias or of one dimension (BatchNorm1d)
+    0.bias    out                a bias, or one-dimensional (Linear)
+    1.weight  out           a bias, or one-dimensional (BatchNorm1d)
+    1.bias    out           a bias, or one-dimensional (BatchNorm1d)
     12 weights in scope, 57.14 % of the 21 parameters of the model
     """
     model = unwrap(model)

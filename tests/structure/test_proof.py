@@ -30,7 +30,7 @@ def test_a_right_cut_differs_by_rounding():
     model, x = mlp(), torch.randn(3, 4)
     small, cap, kept, axes = halved(model, x)
     small[3].normalized_shape = (4,)
-    worst, call, _ = difference(model, small, cap.runs[0], ((x,), {}), kept, axes, tolerance(model))
+    worst, call, _ = difference(model, small, cap.runs[0], ((x,), {}), kept, axes)
     assert worst < 1e-6
     assert call is None
 
@@ -40,7 +40,7 @@ def test_a_wrong_cut_is_found_where_it_begins():
     small, cap, kept, axes = halved(model, x)
     small[3].normalized_shape = (4,)
     small[2].weight.data[0] += 1
-    worst, call, _ = difference(model, small, cap.runs[0], ((x,), {}), kept, axes, tolerance(model))
+    worst, call, _ = difference(model, small, cap.runs[0], ((x,), {}), kept, axes)
     assert worst > tolerance(model)
     assert (call.name, call.module) == ("linear", "2")
 
@@ -50,7 +50,7 @@ def test_nan_is_a_difference():
     small, cap, kept, axes = halved(model, x)
     small[3].normalized_shape = (4,)
     small[2].weight.data[0] = float("nan")
-    assert difference(model, small, cap.runs[0], ((x,), {}), kept, axes, 1e-4)[0] == float("inf")
+    assert difference(model, small, cap.runs[0], ((x,), {}), kept, axes)[0] == float("inf")
 
 
 def test_the_original_is_untouched():
@@ -58,7 +58,7 @@ def test_the_original_is_untouched():
     before = {k: v.clone() for k, v in model.state_dict().items()}
     small, cap, kept, axes = halved(model, x)
     small[3].normalized_shape = (4,)
-    difference(model, small, cap.runs[0], ((x,), {}), kept, axes, tolerance(model))
+    difference(model, small, cap.runs[0], ((x,), {}), kept, axes)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
@@ -94,9 +94,9 @@ def test_forwards_in_training_mode_are_proven_without_dropout():
     training = cap.runs[1]
     assert training.training
     assert repeats(training)
-    assert difference(model, small, training, ((x,), {}), kept, axes, tolerance(model))[1] is None
+    assert difference(model, small, training, ((x,), {}), kept, axes)[1] is None
     small.c.weight.data[:, [0, 1]] = small.c.weight.data[:, [1, 0]]
-    assert difference(model, small, training, ((x,), {}), kept, axes, tolerance(model))[1].module == "c"
+    assert difference(model, small, training, ((x,), {}), kept, axes)[1].module == "c"
 
 
 def test_noise_for_each_unit_is_not_drawn_twice_alike():
@@ -121,4 +121,4 @@ def test_numbers_beyond_all_bounds_are_left_out_of_a_comparison():
     torch.manual_seed(0)
     model, x = Masking().eval(), torch.randn(5, 4)
     small, cap, kept, axes = halved(model, x)
-    assert difference(model, small, cap.runs[0], ((x,), {}), kept, axes, tolerance(model))[1] is None
+    assert difference(model, small, cap.runs[0], ((x,), {}), kept, axes)[1] is None

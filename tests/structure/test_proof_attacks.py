@@ -12,7 +12,7 @@ from secateur.structure.cut import cut, twin
 from secateur.structure.groups import Groups, as_mask, scores, size
 from secateur.structure.plan import as_plan
 from secateur.structure.policy import Policy
-from secateur.structure.proof import difference, tolerance
+from secateur.structure.proof import difference
 
 assert rules
 
@@ -57,7 +57,7 @@ def shrunk(gain, policy):
     assert follow_forward(small, cap.runs[0], sizes, edits) is None
 
     def prove():
-        return difference(model, small, cap.runs[0], ((x,), {}), stays, groups.axes, tolerance(model))
+        return difference(model, small, cap.runs[0], ((x,), {}), stays, groups.axes)
 
     return small, plan, prove
 

@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 
 from secateur.errors import listed
 from secateur.structure.attributes import Edit, Edits, Sizes, replay
-from secateur.structure.capture import Call, Run, key
+from secateur.structure.capture import Call, Run
 from secateur.structure.cut import twin
 from secateur.structure.proof import difference
 
@@ -85,21 +85,20 @@ class Configs:
                 return untold
         return None
 
-    def differ(self, small: nn.Module, runs: Sequence[Run], kept: Tensor, limit: float) -> Untold | None:
+    def differ(self, small: nn.Module, runs: Sequence[Run], kept: Tensor) -> Untold | None:
         """What a model made from the configs computes otherwise than the small one, whose forwards run.
 
         Args:
             small: the cut model, after `follow`.
             runs: the forwards.
             kept: for each label, whether it stays.
-            limit: differences of outputs up to this one are none.
         """
         for path in _roots(small):
             search = _Search(self._model, small, path)
             whole = search.filled(search.module.config) if search.loads() else None
             for run in runs:
                 if whole is not None and not run.training:
-                    found = difference(whole, small, run, run.arguments, torch.ones_like(kept), (), limit)
+                    found = difference(whole, small, run, run.arguments, torch.ones_like(kept), ())
                     call = run.calls[-1] if found is None else found[1]
                     if call is not None:
                         return Untold(f"a model made from its config differs, first after {call}", call)
@@ -125,7 +124,9 @@ class _Unfilled(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        return args[0] if key(func) in ("normal", "uniform", "trunc_normal") and args else func(*args, **kwargs or {})
+        kwargs = kwargs or {}
+        draws = func in (nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_)  # others draw until it fits
+        return kwargs["tensor"] if draws and "tensor" in kwargs else func(*args, **kwargs)
 
 
 class _Search:

@@ -236,7 +236,6 @@ def difference(
     arguments: Arguments,
     kept: Tensor,
     axes: Sequence[Axis],
-    limit: float,
     between: frozenset[str] = frozenset(),
 ) -> Difference | None:
     """How much the small model differs from the masked original, relative to the largest number of an output.
@@ -248,12 +247,12 @@ def difference(
         arguments: of the forward: those of the run, or fresh ones.
         kept: for each label, whether it stays.
         axes: of the model's tensors; none where the original is to compute as it is, with nothing masked.
-        limit: differences up to this one are none.
         between: calls whose results differ by a factor that a later one takes back; see `scales`.
 
     Returns the difference, and the call where it begins if it is above the limit. None if the forward with these
     arguments makes other calls than the run did.
     """
+    limit = tolerance(original)
     named = dict(original.named_parameters())
     parameters: dict[int, list[Axis]] = {}
     for axis in axes:

@@ -31,7 +31,7 @@ from secateur.structure.fields import Labelled, Shape, support
 from secateur.structure.groups import Groups, as_mask, size
 from secateur.structure.plan import NOT_ASKED, Plan, as_plan
 from secateur.structure.policy import POLICIES, Policy
-from secateur.structure.proof import difference, fresh, repeats, tolerance
+from secateur.structure.proof import difference, fresh, repeats
 from secateur.structure.targets import Target, counted, reach, search_time, select, time_left
 from secateur.structure.units import Extent, Labels
 from secateur.support import checks
@@ -364,7 +364,7 @@ def _tell(
 
 
 def _told_right(told: Configs, small: nn.Module, cap: Capture, kept: Tensor) -> tuple[Call | None, str] | None:
-    untold = told.differ(small, cap.runs, kept, tolerance(small))
+    untold = told.differ(small, cap.runs, kept)
     return None if untold is None else (untold.call, untold.why)
 
 
@@ -407,13 +407,12 @@ def _prove(
     between: frozenset[str],
 ) -> tuple[Call, str, float | None] | None:
     """Compare with the original, masked or as it is. Returns the first call that differs, how, and by what factor."""
-    limit = tolerance(model)
     for run in cap.runs:
         if run.training and not repeats(run):
             continue
         for inputs in (run.arguments,) if run.training else (run.arguments, fresh(run.arguments)):
             try:
-                found = difference(model, small, run, inputs, kept, groups.axes if masked else (), limit, between)
+                found = difference(model, small, run, inputs, kept, groups.axes if masked else (), between)
             except Exception as error:
                 if inputs is run.arguments:
                     raise
