@@ -329,6 +329,7 @@ def _fit(small: nn.Module, cap: Capture, kept: Tensor, policy: Policy, edits: Ed
         failed = follow_forward(small, run, _sizes(run, kept), edits)
         if failed is not None:
             return run.calls[failed[0]], failed[1]
+    follow_modules(small, edits, policy.whole_heads)  # where groups went, other sizes follow these
     return None
 
 
