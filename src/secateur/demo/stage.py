@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import platform
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -61,6 +63,21 @@ def write(path: Path, content: bytes) -> None:
     """Write a file that is whole or not there at all."""
     with replacing(path) as unfinished:
         unfinished.write_bytes(content)
+
+
+def finish(
+    result: dict[str, Any],
+    began: float,
+    out: Path,
+    console: Console | None,
+    tell: Callable[[dict[str, Any], Path, Console], None],
+) -> dict[str, Any]:
+    """Note how many seconds it took since `began`, write `run.json`, and tell it where there is a console."""
+    result["seconds"] = round(time.perf_counter() - began, 1)
+    write(out / "run.json", json.dumps(result, indent=1).encode() + b"\n")
+    if console is not None:
+        tell(result, out, console)
+    return result
 
 
 def save_pictures(

@@ -22,7 +22,7 @@ from torch.nn.utils import prune as torch_prune
 import secateur as sc
 from secateur.demo import elsewhere, pictures
 from secateur.demo.digits import Digits, LSTMClassifier, accuracy, adam, alone, load, train
-from secateur.demo.stage import Watch, progress, require, save_pictures, unwatched, versions, write
+from secateur.demo.stage import Watch, finish, progress, require, save_pictures, unwatched, versions, write
 from secateur.errors import StateError
 from secateur.measurement.timing import Comparison, compare
 from secateur.sparsity import fraction
@@ -308,11 +308,7 @@ def run(
         "history": history,
     }
     save_pictures(result, out, pictures.NAMES, pictures.draw)
-    result["seconds"] = round(time.perf_counter() - began, 1)
-    write(out / "run.json", json.dumps(result, indent=1).encode() + b"\n")
-    if console is not None:
-        pictures.tell(result, out, console)
-    return result
+    return finish(result, began, out, console, pictures.tell)
 
 
 def look_at(model: nn.Module, data: Digits) -> dict[str, float]:

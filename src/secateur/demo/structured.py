@@ -5,7 +5,6 @@ The heart of it is `make_smaller`: one call of `sc.shrink`, and the training loo
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from torch import nn
 import secateur as sc
 from secateur.demo import elsewhere
 from secateur.demo.digits import Digits, LSTMClassifier, accuracy, adam, alone, load, train
-from secateur.demo.stage import Watch, progress, require, unwatched, versions, write
+from secateur.demo.stage import Watch, finish, progress, require, unwatched, versions, write
 from secateur.demo.story import load_elsewhere, prune_gradually, save_answers, speed_up, train_dense, train_on
 from secateur.errors import InputError
 from secateur.measurement.timing import compare, duration
@@ -164,11 +163,7 @@ def run(
         "fresh_process": fresh,
         "comparisons": comparisons,
     }
-    result["seconds"] = round(time.perf_counter() - began, 1)
-    write(out / "run.json", json.dumps(result, indent=1).encode() + b"\n")
-    if console is not None:
-        tell(result, out, console)
-    return result
+    return finish(result, began, out, console, tell)
 
 
 # How it is shown --------------------------------------------------------------------------------------------

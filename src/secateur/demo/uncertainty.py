@@ -5,7 +5,6 @@ The heart of it is `look`: one call of `sc.dropout.sample` on a model that stays
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 
 import secateur as sc
 from secateur.demo.digits import Digits, LSTMClassifier, adam, alone, load, train
-from secateur.demo.stage import Watch, progress, require, save_pictures, unwatched, versions, write
+from secateur.demo.stage import Watch, finish, progress, require, save_pictures, unwatched, versions
 from secateur.dropout import Prediction
 from secateur.dropout.uncertainty import metrics
 from secateur.support.tables import number, percent
@@ -181,11 +180,7 @@ def run(
         "least_sure": unsure,
     }
     save_pictures(result, out, [PICTURE], draw)
-    result["seconds"] = round(time.perf_counter() - began, 1)
-    write(out / "run.json", json.dumps(result, indent=1).encode() + b"\n")
-    if console is not None:
-        tell(result, out, console)
-    return result
+    return finish(result, began, out, console, tell)
 
 
 # How it is shown --------------------------------------------------------------------------------------------

@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from fnmatch import fnmatchcase
 from typing import Any, NamedTuple, TypedDict, TypeVar
 
 import numpy as np
@@ -17,6 +16,7 @@ from typing_extensions import Unpack
 
 from secateur.errors import InputError, InputTypeError, StructureError, UnknownNameError, nearest
 from secateur.masks import as_masks
+from secateur.scope import matches
 from secateur.scores import Score
 from secateur.structure import criteria, scales
 from secateur.structure import rules as rules  # registers what is known of torch's functions
@@ -525,8 +525,7 @@ def _keeping(model: nn.Module, keep: str | nn.Module | Sequence[str | nn.Module]
             continue
         if not isinstance(one, str):
             raise checks.wrong("keep", one, "names, globs or modules")
-        parts = {n: n.split(".") for n in names}
-        matched = [n for n, p in parts.items() if any(fnmatchcase(".".join(p[:k]), one) for k in range(1, len(p) + 1))]
+        matched = [n for n in names if matches(one, n)]
         if not matched:
             raise UnknownNameError(
                 f"keep={one!r} matches no tensor or module; {nearest(one, [*names, *paths.values()])}"
