@@ -10,7 +10,7 @@ from secateur.structure.criteria import CRITERIA as CRITERIA
 from secateur.structure.criteria import activation as activation
 from secateur.structure.criteria import criterion as criterion
 from secateur.structure.criteria import of_units as of_units
+from secateur.structure.options import Options as Options
 from secateur.structure.plan import Plan as Plan
-from secateur.structure.shrink import Options as Options
 from secateur.structure.shrink import propose as propose
 from secateur.structure.shrink import shrink as shrink

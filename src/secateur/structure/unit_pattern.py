@@ -19,9 +19,10 @@ from secateur.errors import StructureError
 from secateur.patterns import Slices
 from secateur.structure.capture import capture
 from secateur.structure.groups import Groups
+from secateur.structure.options import checked
 from secateur.structure.plan import Plan
 from secateur.structure.policy import POLICIES
-from secateur.structure.shrink import checked, propose
+from secateur.structure.shrink import propose
 
 
 @dataclass(frozen=True)

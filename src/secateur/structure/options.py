@@ -1,0 +1,182 @@
+"""What `shrink` is asked for: its options, read and checked before anything is done."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, TypedDict
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from secateur.errors import InputError, InputTypeError, UnknownNameError, nearest
+from secateur.scope import matches
+from secateur.scores import Score
+from secateur.structure import criteria
+from secateur.structure.allocation import ALLOCATIONS, Allocation
+from secateur.structure.capture import tensors
+from secateur.structure.criteria import UnitScore
+from secateur.structure.cut import named_tensors
+from secateur.structure.targets import Target
+from secateur.support import checks
+from secateur.support.inputs import Arguments, arguments
+
+
+class Options(TypedDict, total=False):
+    """What `shrink` and `propose` can be told.
+
+    Attributes:
+        macs, params, latency: instead of a sparsity, the fraction that remains of the given model's
+            multiply-accumulates (of all examples), of its parameters, or of the time of a call (of the first example,
+            measured side by side). Above 0 and below 1; met within 0.05, or an error says what can be met.
+        masks: from `prune` or a `Pruner`: the units that they leave dead go, and no others. Not with a sparsity.
+        score: how much each unit matters: a name of `secateur.structure.CRITERIA` or `sc.scores.SCORES`, what
+            `sc.accumulate` returns, or a function (name, parameter) to scores of its shape. A unit's score is the sum
+            over all of its weights. Default: "l2", their squares.
+        allocation: which units are ranked together, a name of `secateur.structure.ALLOCATIONS`. Default: "uniform",
+            each group alone.
+        round_to: dimensions that are cut keep a multiple of so many positions. Default: 1.
+        min_width: and at least so many. Default: 1.
+        keep: tensors and modules that keep their shapes: a glob of names, a module, or several of these.
+        verify: compare with the masked original, on the examples and on fresh inputs. Default: True.
+        optimizer: of the model; it trains the small model from then on, with what it remembers cut.
+    """
+
+    macs: float
+    params: float
+    latency: float
+    masks: Mapping[str, Tensor]
+    score: str | Score | UnitScore | Mapping[str, Tensor]
+    allocation: str | Allocation
+    round_to: int
+    min_width: int
+    keep: str | nn.Module | Sequence[str | nn.Module]
+    verify: bool
+    optimizer: torch.optim.Optimizer | None
+
+
+class Ask(NamedTuple):
+    """What is asked for, as read from the options."""
+
+    share: float | None  # of the units that goes
+    target: Target | None  # or what is to remain; where neither is given, the dead ones go
+    score: UnitScore
+    allocation: Allocation
+    round_to: int
+    min_width: int
+    keep: dict[str, str]  # tensor -> why
+    verify: bool
+
+    @property
+    def dead(self) -> bool:
+        """Whether exactly the dead units go."""
+        return self.share is None and self.target is None
+
+
+def read(model: nn.Module, sparsity: float | None, options: Options) -> Ask:
+    """Read a sparsity and the options beside it.
+
+    Raises:
+        InputError, InputTypeError, UnknownNameError: as `shrink` says.
+    """
+    for name in options:
+        if name not in Options.__annotations__:
+            raise InputTypeError(f"there is no option {name}: choose {', '.join(Options.__annotations__)}")
+    asked: dict[str, Any] = {} if sparsity is None else {"sparsity": sparsity}
+    asked |= {what: options[what] for what in ("macs", "params", "latency", "masks") if options.get(what) is not None}
+    if len(asked) > 1:
+        raise InputError(f"{' and '.join(asked)} are given together: each says what goes, so give one of them")
+    masks = asked.pop("masks", None)
+    for what, amount in asked.items():
+        if isinstance(amount, bool) or not isinstance(amount, int | float) or not 0 < amount < 1:
+            meant = "of units to remove" if what == "sparsity" else f"of the {what} that remains"
+            raise InputError(f"{what} is {amount!r}: give the fraction {meant}, between 0 and 1")
+    idle = [name for name in ("score", "allocation", "round_to", "min_width") if not asked and name in options]
+    if idle:
+        whose = "the masks" if masks is not None else "zeros"
+        raise InputError(
+            f"{idle[0]} chooses nothing where {whose} say which units go: leave it out, or give a sparsity"
+        )
+    for name in ("round_to", "min_width"):
+        checks.whole(name, options.get(name, 1), 1, "a number of positions")
+    checks.flag("verify", options.get("verify", True))
+    rule = options.get("allocation", "uniform")
+    rule = ALLOCATIONS.find(rule) if isinstance(rule, str) else rule
+    checks.function("allocation", rule, "a name, or a function (groups, model) that returns the pool of each cell")
+    return Ask(
+        sparsity,
+        next((Target(what, amount) for what, amount in asked.items() if what != "sparsity"), None),
+        criteria.resolve(options.get("score", "l2")),
+        rule,
+        options.get("round_to", 1),
+        options.get("min_width", 1),
+        _keeping(model, options.get("keep", ())),
+        options.get("verify", True),
+    )
+
+
+def _keeping(model: nn.Module, keep: str | nn.Module | Sequence[str | nn.Module]) -> dict[str, str]:
+    """The tensors that keep their shapes, and why."""
+    paths = {id(m): path for path, m in model.named_modules()}
+    names = list(named_tensors(model))
+    found: dict[str, str] = {}
+    several = (keep,) if isinstance(keep, str | nn.Module) else keep
+    checks.several("keep", several, "a name, a glob, a module, or a list of these")
+    for one in several:
+        if isinstance(one, nn.Module):
+            if id(one) not in paths:
+                raise InputError(f"keep has a {type(one).__name__} that is none of the model's modules: give its own")
+            matched = [n for n in names if n.startswith(f"{paths[id(one)]}.".lstrip("."))]
+            found.update(dict.fromkeys(matched, f"kept, as keep={paths[id(one)]!r} asks"))
+            continue
+        if not isinstance(one, str):
+            raise checks.wrong("keep", one, "names, globs or modules")
+        matched = [n for n in names if matches(one, n)]
+        if not matched:
+            raise UnknownNameError(
+                f"keep={one!r} matches no tensor or module; {nearest(one, [*names, *paths.values()])}"
+            )
+        found.update(dict.fromkeys(matched, f"kept, as keep={one!r} asks"))
+    return found
+
+
+def checked(model: nn.Module, inputs: Any) -> list[Arguments]:
+    """The examples, where the model and these can be used at all.
+
+    Raises:
+        InputError, InputTypeError: as `shrink` says.
+    """
+    if not isinstance(model, nn.Module):
+        raise InputTypeError(f"model is a {type(model).__name__}: give an nn.Module")
+    if isinstance(model, torch.jit.ScriptModule) or any(isinstance(m, torch.jit.ScriptModule) for m in model.modules()):
+        raise InputError("the model is scripted, and its code cannot be followed: shrink the model it was made from")
+    if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+        raise InputError(
+            "the model is wrapped for several processes or devices: shrink model.module, and wrap the result"
+        )
+    if hasattr(model, "_orig_mod"):
+        raise InputError("the model is compiled: shrink model._orig_mod, and compile what is returned")
+    for name, t in (*model.named_parameters(), *model.named_buffers()):
+        if is_lazy(t):
+            raise InputError(f"{name} has no shape yet: run the model once, then shrink it")
+        if t.is_quantized:
+            raise InputError(f"{name} is quantized: shrink the model first, then quantize it")
+        if type(t).__module__.startswith("torch.distributed"):
+            raise InputError(f"{name} is sharded: shrink the whole model on one process, then shard it")
+    for path, module in model.named_modules():
+        for attribute, t in vars(module).items():
+            if isinstance(t, Tensor) and not t.is_leaf:
+                raise InputError(
+                    f"{path}.{attribute}".lstrip(".")
+                    + " is computed from other weights, and cannot be copied: make it "
+                    "plain first, with sc.from_torch_prune(model) or torch.nn.utils.remove_weight_norm(module)"
+                )
+    if isinstance(inputs, list) and not inputs:
+        raise InputError("example_inputs is an empty list: give at least one example")
+    examples = [arguments(one) for one in inputs] if isinstance(inputs, list) else [arguments(inputs)]
+    given = tensors(examples)
+    if any(t.is_floating_point() and bool(t.isnan().any()) for t in given):
+        raise InputError("example_inputs hold NaN, with which no difference would show: give numbers")
+    if given and not any(t.numel() for t in given):
+        raise InputError(f"example_inputs hold no number, {tuple(given[0].shape)}: give a batch of one or more")
+    return examples
