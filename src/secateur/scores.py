@@ -292,7 +292,9 @@ def evaluate(score: Score, name: str, weight: Tensor) -> Tensor:
         found = score(name, weight.detach())
     if not isinstance(found, Tensor):
         raise InputTypeError(f"the score of {name} is a {type(found).__name__}: return a Tensor of its shape")
-    found = found.detach().to(weight.device)
+    found = found.detach()
+    if not weight.is_meta:  # a weight without values may have a score that has some
+        found = found.to(weight.device)
     if found.shape != weight.shape:
         raise InputError(f"the score of {name} has shape {tuple(found.shape)}: it must be {tuple(weight.shape)}")
     if found.is_complex():

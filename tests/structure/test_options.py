@@ -88,3 +88,24 @@ def test_words_for_what_a_newcomer_gives():
         sc.shrink(nn.ReLU(), X, 0.5)
     with pytest.raises(StructureError, match=r"only dead units go.*Give a sparsity, such as 0\.5"):
         sc.shrink(mlp(), X)
+
+
+def test_two_things_that_say_what_goes():
+    plan = sc.structure.propose(mlp(), X, 0.5)
+    with pytest.raises(InputError, match=r"sparsity and plan are given together.*give one of them"):
+        sc.shrink(mlp(), X, 0.5, plan=plan)
+    with pytest.raises(InputError, match="score chooses nothing where the plan says which units go: leave it out"):
+        sc.shrink(mlp(), X, plan=plan, score="l2")
+    with pytest.raises(InputTypeError, match=r"give what propose\(...\) returned"):
+        sc.shrink(mlp(), X, plan=plan.to_json())
+
+
+def test_models_whose_weights_are_elsewhere():
+    model = mlp()
+    model[0].to("meta")
+    with pytest.raises(InputError, match=r"0\.weight has no weights here, they are offloaded: load it without"):
+        sc.shrink(model, X, 0.5)
+    model = mlp().to("meta")
+    model[0]._hf_hook = object()
+    with pytest.raises(InputError, match=r"0\.weight has no weights here.*load it without a device_map"):
+        sc.shrink(model, X, 0.5, verify=False)

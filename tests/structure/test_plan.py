@@ -1,11 +1,13 @@
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
-from secateur.errors import InputError, MaskError
+from secateur.errors import InputError, MaskError, StructureError
 from secateur.structure import Plan, propose, shrink
+from secateur.structure.cut import sliced
 
 
 def made():
@@ -84,3 +86,97 @@ def test_a_plan_gives_biases_what_dead_units_took_with_them():
     assert all(torch.equal(state[name], t) for name, t in small.state_dict().items())
     assert torch.equal(other(x), small(x))
     assert torch.allclose(small(x), model(x), atol=1e-6)
+
+
+def test_a_plan_says_what_shrink_removes_and_is_proven():
+    model, x = made()
+    plan = Plan.from_json(propose(model, x, 0.5, verify=False).to_json())
+    assert not plan.proven
+    small = shrink(model, x, plan=plan)
+    assert all(torch.equal(a, b) for a, b in zip(small.parameters(), shrink(model, x, 0.5).parameters(), strict=True))
+    other = copy.deepcopy(model)
+    optimizer = torch.optim.Adam(other.parameters())
+    assert shrink(other, x, plan=plan, optimizer=optimizer)[0].out_channels == 4
+    assert optimizer.param_groups[0]["params"][0].shape == (4, 3, 3, 3)
+
+
+def test_a_plan_of_dead_units_keeps_the_function():
+    model, x = made()
+    with torch.no_grad():
+        model[0].weight[:3] = 0
+        model[1].bias[:3] = torch.tensor([1.0, 2.0, -1.0])
+    small = shrink(model, x, plan=Plan.from_json(propose(model, x).to_json()))
+    assert small[0].out_channels == 5
+    assert torch.allclose(small(x), model(x), atol=1e-6)
+
+
+def test_a_plan_that_does_not_fit_is_refused():
+    model, x = made()
+    plan = propose(model, x, 0.5)
+    with pytest.raises(MaskError, match="before anything is cut from it"):
+        shrink(shrink(model, x, 0.5), x, plan=plan)
+    torn = replace(plan, kept={**plan.kept, "1.weight": {0: [0, 1, 2, 3]}, "0.weight": {0: [4, 5, 6, 7]}})
+    with pytest.raises(
+        StructureError, match=r"other units of .* than can go together here\. Make a plan of this model"
+    ):
+        shrink(model, x, plan=torn)
+    outputs = replace(plan, kept={**plan.kept, "4.bias": {0: [0, 1]}}, shapes={**plan.shapes, "4.bias": (5,)})
+    with pytest.raises(StructureError, match=r"4\.bias\[0\], which stay here: an output of the model\. Make a plan"):
+        shrink(model, x, plan=outputs)
+
+
+def test_two_shrinks_in_turn_are_two_plans_in_turn():
+    model, x = made()
+    first = propose(model, x, 0.5)
+    once = shrink(model, x, 0.5)
+    second = propose(once, x, 0.5)
+    other = copy.deepcopy(model)
+    for text in (first.to_json(), second.to_json()):
+        Plan.from_json(text).apply(other)
+    want = shrink(once, x, 0.5)
+    assert other[0].out_channels == 2
+    assert torch.equal(other(x), want(x))
+    state = second.apply_state_dict(first.apply_state_dict(model.state_dict()))
+    assert all(torch.equal(state[name], t) for name, t in want.state_dict().items())
+
+
+def test_one_name_of_tied_tensors_is_enough():
+    tied = nn.Sequential(nn.Embedding(9, 8), nn.Linear(8, 9, bias=False)).eval()
+    tied[1].weight = tied[0].weight
+    plan = Plan.from_json(propose(tied, torch.arange(9), 0.5).to_json())
+    assert plan.tied == (("0.weight", "1.weight"),)
+    state = {name: t for name, t in tied.state_dict().items() if name == "0.weight"}
+    assert plan.apply_state_dict(state)["0.weight"].shape == (9, 4)
+
+
+def test_lists_stay_lists():
+    class Widths(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.widths = [3, 8]
+            self.a, self.b = nn.Linear(3, 8), nn.Linear(16, 2)
+
+        def forward(self, x):
+            return self.b(self.a(x).unflatten(0, (1, -1)).reshape(-1, 2 * self.widths[1]))
+
+    model = Widths().eval()
+    Plan.from_json(propose(model, torch.randn(4, 3), 0.5).to_json()).apply(model)
+    assert model.widths == [3, 4]
+
+
+@pytest.mark.parametrize("at", [1, 2, 3])
+def test_a_crash_in_the_middle_changes_nothing(monkeypatch, at):
+    model, x = made()
+    plan, before = propose(model, x, 0.5), copy.deepcopy(model)
+    calls = iter(range(1, 10))
+
+    def interrupted(tensor, dims):
+        if next(calls) == at:
+            raise KeyboardInterrupt("stop")
+        return sliced(tensor, dims)
+
+    monkeypatch.setattr("secateur.structure.cut.sliced", interrupted)
+    with pytest.raises(KeyboardInterrupt, match="stop"):
+        plan.apply(model)
+    assert repr(model) == repr(before)
+    assert all(torch.equal(t, before.state_dict()[name]) for name, t in model.state_dict().items())

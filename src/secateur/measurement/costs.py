@@ -141,7 +141,7 @@ class _ZeroMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.blind |= func.namespace not in ("aten", "prim", "prims") or name.startswith("quantized_")
         if formula := flop_registry.get(func.overloadpacket):
             added = name in ("addmm", "baddbmm")  # their first tensor is no factor
-            weights = [t for t in args[added : added + 2] if _storage(t) in self.fixed]
+            weights = [t for t in args[added : added + 2] if _storage(t) in self.fixed and not t.is_meta]
             density = math.prod(int(bits.plain(t).count_nonzero()) / max(t.numel(), 1) for t in weights)
             self.zero_macs += formula(*args, **(kwargs or {}), out_val=out) / 2 * (1 - density)
         given = {_storage(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}

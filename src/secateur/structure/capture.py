@@ -22,6 +22,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from secateur.errors import StructureError, listed
 from secateur.structure.fields import Labelled, Shape, along, labels, misfit, squeeze, support
+from secateur.structure.meta import Mixed, empty
 from secateur.structure.policy import Policy, contract
 from secateur.structure.readings import Readings, asked, marked, sizes_of
 from secateur.structure.units import Ledger
@@ -539,7 +540,8 @@ def calm(model: nn.Module, training: bool) -> Iterator[None]:
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.manual_seed(0)
             model.train(training)
-            yield
+            with Mixed() if empty(model) else contextlib.nullcontext():
+                yield
     finally:
         for m, flag in modes:
             m.training = flag
@@ -589,4 +591,4 @@ def _distinct(f: Tensor) -> int:
 
 
 def _alike(t: Tensor) -> bool:
-    return t.numel() > 1 and bool((t == t.flatten()[0]).all())
+    return t.numel() > 1 and not t.is_meta and bool((t == t.flatten()[0]).all())

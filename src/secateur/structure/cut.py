@@ -66,12 +66,16 @@ def cut(
         shifts: what is added to tensors before, number by number.
     """
     named = named_tensors(model)
-    done = {id(named[name]): (named[name], named[name].data) for name in [*(shifts or ()), *kept]}
-    for name, shift in {id(named[name]): (name, shift) for name, shift in (shifts or {}).items()}.values():
-        named[name].data = shifted(named[name].data, shift)
-    for name, dims in {id(named[name]): (name, dims) for name, dims in kept.items()}.values():
-        named[name].data = sliced(named[name].data, dims)
-    return list(done.values())
+    done = list({id(named[name]): (named[name], named[name].data) for name in [*(shifts or ()), *kept]}.values())
+    try:
+        for name, shift in {id(named[name]): (name, shift) for name, shift in (shifts or {}).items()}.values():
+            named[name].data = shifted(named[name].data, shift)
+        for name, dims in {id(named[name]): (name, dims) for name, dims in kept.items()}.values():
+            named[name].data = sliced(named[name].data, dims)
+    except BaseException:
+        undo(done)
+        raise
+    return done
 
 
 def shifted(tensor: Tensor, shift: Sequence[float]) -> Tensor:

@@ -17,6 +17,8 @@ from secateur.structure.allocation import ALLOCATIONS, Allocation
 from secateur.structure.capture import tensors
 from secateur.structure.criteria import UnitScore
 from secateur.structure.cut import named_tensors
+from secateur.structure.meta import empty
+from secateur.structure.plan import Plan
 from secateur.structure.targets import Target
 from secateur.support import checks
 from secateur.support.inputs import Arguments, arguments
@@ -30,6 +32,7 @@ class Options(TypedDict, total=False):
             multiply-accumulates (of all examples), of its parameters, or of the time of a call (of the first example,
             measured side by side). Above 0 and below 1; met within 0.05, or an error says what can be met.
         masks: from `prune` or a `Pruner`: the units that they leave dead go, and no others. Not with a sparsity.
+        plan: from `propose`, for this model or a copy: what it removes goes, and no others. Not with a sparsity.
         score: how much each unit matters: a name of `secateur.structure.CRITERIA` or `sc.scores.SCORES`, what
             `sc.accumulate` returns, or a function (name, parameter) to scores of its shape. A unit's score is the sum
             over all of its weights. Default: "l2", their squares.
@@ -46,6 +49,7 @@ class Options(TypedDict, total=False):
     params: float
     latency: float
     masks: Mapping[str, Tensor]
+    plan: Plan
     score: str | Score | UnitScore | Mapping[str, Tensor]
     allocation: str | Allocation
     round_to: int
@@ -59,8 +63,10 @@ class Ask(NamedTuple):
     """What is asked for, as read from the options."""
 
     share: float | None  # of the units that goes
-    target: Target | None  # or what is to remain; where neither is given, the dead ones go
+    target: Target | None  # or what is to remain
+    plan: Plan | None  # or what goes; where none of the three is given, the dead ones go
     score: UnitScore
+    named: str  # the score, in words
     allocation: Allocation
     round_to: int
     min_width: int
@@ -70,7 +76,12 @@ class Ask(NamedTuple):
     @property
     def dead(self) -> bool:
         """Whether exactly the dead units go."""
-        return self.share is None and self.target is None
+        return self.share is None and self.target is None and self.plan is None
+
+    @property
+    def exact(self) -> bool:
+        """Whether the function is to stay what it is: nothing is masked in the original that proves it."""
+        return self.dead or (self.plan is not None and bool(self.plan.shifts))
 
 
 def read(model: nn.Module, sparsity: float | None, options: Options) -> Ask:
@@ -83,36 +94,59 @@ def read(model: nn.Module, sparsity: float | None, options: Options) -> Ask:
         if name not in Options.__annotations__:
             raise InputTypeError(f"there is no option {name}: choose {', '.join(Options.__annotations__)}")
     asked: dict[str, Any] = {} if sparsity is None else {"sparsity": sparsity}
-    asked |= {what: options[what] for what in ("macs", "params", "latency", "masks") if options.get(what) is not None}
+    asked |= {
+        what: options[what] for what in ("macs", "params", "latency", "masks", "plan") if options.get(what) is not None
+    }
     if len(asked) > 1:
         raise InputError(f"{' and '.join(asked)} are given together: each says what goes, so give one of them")
-    masks = asked.pop("masks", None)
+    masks, plan = asked.pop("masks", None), asked.pop("plan", None)
+    if plan is not None and not isinstance(plan, Plan):
+        raise checks.wrong("plan", plan, "what propose(...) returned, or Plan.from_json(text)")
     for what, amount in asked.items():
         if isinstance(amount, bool) or not isinstance(amount, int | float) or not 0 < amount < 1:
             meant = "of units to remove" if what == "sparsity" else f"of the {what} that remains"
             raise InputError(f"{what} is {amount!r}: give the fraction {meant}, between 0 and 1")
     idle = [name for name in ("score", "allocation", "round_to", "min_width") if not asked and name in options]
     if idle:
-        whose = "the masks" if masks is not None else "zeros"
-        raise InputError(
-            f"{idle[0]} chooses nothing where {whose} say which units go: leave it out, or give a sparsity"
-        )
+        whose = "the masks say" if masks is not None else "zeros say" if plan is None else "the plan says"
+        raise InputError(f"{idle[0]} chooses nothing where {whose} which units go: leave it out, or give a sparsity")
     for name in ("round_to", "min_width"):
         checks.whole(name, options.get(name, 1), 1, "a number of positions")
     checks.flag("verify", options.get("verify", True))
+    if empty(model):
+        _without_weights(asked, options)
     rule = options.get("allocation", "uniform")
     rule = ALLOCATIONS.find(rule) if isinstance(rule, str) else rule
     checks.function("allocation", rule, "a name, or a function (groups, model) that returns the pool of each cell")
     return Ask(
         sparsity,
         next((Target(what, amount) for what, amount in asked.items() if what != "sparsity"), None),
-        criteria.resolve(options.get("score", "l2")),
+        plan,
+        criteria.resolve(score := options.get("score", "l2")),
+        checks.told(score),
         rule,
         options.get("round_to", 1),
         options.get("min_width", 1),
         _keeping(model, options.get("keep", ())),
         options.get("verify", True),
     )
+
+
+def _without_weights(asked: Mapping[str, float], options: Options) -> None:
+    """See that what is asked for needs no weights."""
+    needs = {
+        "which units are dead": not asked and options.get("plan") is None,
+        "the time of a call": "latency" in asked,
+    }
+    for what in (what for what, asks in needs.items() if asks):
+        raise InputError(
+            f"the model is on the meta device, without weights that tell {what}: give a sparsity, macs or params"
+        )
+    if options.get("verify", True):
+        raise InputError(
+            "the model is on the meta device, without weights to prove anything with: give verify=False, and prove "
+            "the plan later, with sc.shrink(model, example_inputs, plan=plan) of the model with its weights"
+        )
 
 
 def _keeping(model: nn.Module, keep: str | nn.Module | Sequence[str | nn.Module]) -> dict[str, str]:
@@ -163,6 +197,8 @@ def checked(model: nn.Module, inputs: Any) -> list[Arguments]:
             raise InputError(f"{name} is quantized: shrink the model first, then quantize it")
         if type(t).__module__.startswith("torch.distributed"):
             raise InputError(f"{name} is sharded: shrink the whole model on one process, then shard it")
+        if t.is_meta and (not empty(model) or any(hasattr(m, "_hf_hook") for m in model.modules())):
+            raise InputError(f"{name} has no weights here, they are offloaded: load it without a device_map")
     for path, module in model.named_modules():
         for attribute, t in vars(module).items():
             if isinstance(t, Tensor) and not t.is_leaf:
@@ -173,8 +209,8 @@ def checked(model: nn.Module, inputs: Any) -> list[Arguments]:
                 )
     if isinstance(inputs, list) and not inputs:
         raise InputError("example_inputs is an empty list: give at least one example")
-    examples = [arguments(one) for one in inputs] if isinstance(inputs, list) else [arguments(inputs)]
-    given = tensors(examples)
+    examples = [arguments(one, empty(model)) for one in (inputs if isinstance(inputs, list) else [inputs])]
+    given = [t for t in tensors(examples) if not t.is_meta]
     if any(t.is_floating_point() and bool(t.isnan().any()) for t in given):
         raise InputError("example_inputs hold NaN, with which no difference would show: give numbers")
     if given and not any(t.numel() for t in given):

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
 
-from secateur.errors import InputError, MaskError
-from secateur.structure.cut import Kept, cut, named_tensors, shifted, sliced
+from secateur.errors import InputError, MaskError, StructureError
+from secateur.structure.cut import Kept, cut, named_tensors, shifted, sliced, undo
 from secateur.structure.groups import Groups
 from secateur.structure.scales import Scaled
 from secateur.structure.scales import apply as scale
 from secateur.structure.units import Labels
 from secateur.support.tables import Table
 
+_UNPROVEN = "not proven: shrink(model, example_inputs, plan=plan) compares with the masked original"
+_REMAKE = "Make a plan of this model, with these inputs"
 NOT_ASKED = "none was to go"
 """Why units stay that could go."""
 
@@ -66,6 +68,8 @@ class Plan:
         groups: all units of the model.
         shifts: what is added to biases, before they are cut, for units that go and always had the same number.
         scaled: what is multiplied after the cut, because a size that changes is a scale of attention.
+        tied: names of one and the same tensor, of which a saved state may have one only.
+        proven: whether the cut model was compared with the masked original; not so with `verify=False`.
     """
 
     kept: Kept
@@ -75,6 +79,8 @@ class Plan:
     groups: tuple[Group, ...]
     shifts: dict[str, list[float]] = field(default_factory=dict)
     scaled: tuple[Scaled, ...] = ()
+    proven: bool = False
+    tied: tuple[tuple[str, ...], ...] = ()
 
     @property
     def removed(self) -> int:
@@ -107,7 +113,35 @@ class Plan:
             more = len(group.axes) - axes
             where = ", ".join(group.axes[:axes]) + (f" and {more} more" if more > 0 else "")
             rows.append((where, str(group.units), str(group.removed), group.held))
-        return Table(("where", "units", "go", "held by"), rows)
+        notes = () if self.proven else (_UNPROVEN,)
+        return Table(("where", "units", "go", "held by"), rows, notes=notes)
+
+    def choice(self, model: nn.Module, groups: Groups) -> tuple[Labels, list[int]]:
+        """What goes, among the units of a captured model that is not cut.
+
+        Returns the mask of kept labels, and how many go of each of `groups.cells`.
+
+        Raises:
+            MaskError: it is another model.
+            StructureError: what the plan removes is held there, or goes together with something else.
+        """
+        self._check(named_tensors(model))
+        gone = np.zeros(len(groups.root), bool)
+        for axis in groups.axes:
+            away = np.ones(len(axis.labels), bool)
+            away[self.kept.get(axis.name, {}).get(axis.dim, slice(None))] = False
+            own = groups.root[axis.labels[away]]
+            held = [groups.held[group] for group in own.tolist() if group in groups.held]
+            if held:
+                raise StructureError(f"the plan removes units of {axis}, which stay here: {held[0]}. {_REMAKE}")
+            gone[own] = True
+        kept: Labels = ~gone[groups.root]
+        counts = [int(gone[cell].sum()) for cell in groups.cells]
+        here = as_plan(model, groups, kept, counts, ()).kept
+        apart = [name for name in {**self.kept, **here} if self.kept.get(name) != here.get(name)]
+        if apart:
+            raise StructureError(f"the plan removes other units of {apart[0]} than can go together here. {_REMAKE}")
+        return kept, counts
 
     def to_json(self) -> str:
         """The plan as text, for `Plan.from_json`."""
@@ -130,6 +164,8 @@ class Plan:
                 tuple(Group(g["units"], g["removed"], tuple(g["axes"]), g["held"]) for g in data["groups"]),
                 {name: [*map(float, shift)] for name, shift in data.get("shifts", {}).items()},
                 tuple(Scaled(s["name"], s["dim"], tuple(s["positions"]), s["factor"]) for s in data.get("scaled", ())),
+                data.get("proven") is True,
+                tuple(map(tuple, data.get("tied", ()))),
             )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"this is no plan ({error!r}): give what to_json() of a plan wrote") from error
@@ -140,13 +176,16 @@ class Plan:
         Raises:
             MaskError: a tensor is missing or has another shape.
         """
-        self._check({name: t for name, t in state.items() if isinstance(t, Tensor)}, but=self.unsaved)
-        state = {name: shifted(t, self.shifts[name]) if name in self.shifts else t for name, t in state.items()}
-        small = {name: sliced(t, self.kept[name]) if name in self.kept else t for name, t in state.items()}
+        self.check({name: t for name, t in state.items() if isinstance(t, Tensor)})
+        return {name: self.cut(name, t) for name, t in state.items()}
+
+    def cut(self, name: str, tensor: Tensor) -> Tensor:
+        """One tensor of a state_dict, cut; the same one where nothing of it goes."""
+        tensor = shifted(tensor, self.shifts[name]) if name in self.shifts else tensor
+        tensor = sliced(tensor, self.kept[name]) if name in self.kept else tensor
         for one in self.scaled:
-            if one.name in small:
-                small[one.name] = one.apply(small[one.name])
-        return small
+            tensor = one.apply(tensor) if one.name == name else tensor
+        return tensor
 
     def apply(self, model: nn.Module) -> None:
         """Cut another copy of the model, in place.
@@ -154,13 +193,20 @@ class Plan:
         Raises:
             MaskError: it is another model: a tensor or attribute is missing or has another shape. Nothing is changed.
         """
-        named = named_tensors(model)
-        self._check(named)
-        owners = [(self._owner(model, one), one) for one in self.attributes]
-        cut(model, self.kept, self.shifts)
-        scale(model, self.scaled)
-        for owner, one in owners:
-            owner[one.keys[-1]] = one.value
+        self._check(named_tensors(model))
+        owners = [(self._owner(model, one), one.keys[-1], one.value) for one in self.attributes]
+        before = [(owner, key, owner[key]) for owner, key, _ in owners]
+        done: list[tuple[Tensor, Tensor]] = []
+        try:
+            done += cut(model, self.kept, self.shifts)
+            done += scale(model, self.scaled)
+            for owner, key, value in owners:
+                owner[key] = list(value) if isinstance(owner[key], list) else value
+        except BaseException:
+            undo(done)
+            for owner, key, old in before:
+                owner[key] = old
+            raise
 
     def _owner(self, model: nn.Module, one: Attribute) -> Any:
         try:
@@ -176,7 +222,16 @@ class Plan:
             ) from error
         return owner
 
-    def _check(self, named: Mapping[str, Tensor], but: tuple[str, ...] = ()) -> None:
+    def check(self, state: Mapping[str, Tensor]) -> None:
+        """See that a state is of the model that the plan was made for.
+
+        Raises:
+            MaskError: a tensor is missing or has another shape.
+        """
+        partners = {name for names in self.tied if any(n in state for n in names) for name in names}
+        self._check(state, {*self.unsaved, *partners})
+
+    def _check(self, named: Mapping[str, Tensor], but: Collection[str] = ()) -> None:
         for name, shape in self.shapes.items():
             if name not in named:
                 if name in but:
@@ -210,12 +265,16 @@ def as_plan(
             shapes[id(axis.tensor)] = tuple(axis.tensor.shape)
     named = {name: id(t) for name, t in named_tensors(model).items() if id(t) in positions}
     saved = set(model.state_dict())
+    alike: dict[int, list[str]] = {}
+    for name, i in named.items():
+        alike.setdefault(i, []).append(name)
     return Plan(
         {name: positions[i] for name, i in named.items()},
         {name: shapes[i] for name, i in named.items()},
         tuple(name for name in named if name not in saved),
         attributes,
         tuple(_rows(groups, counts)),
+        tied=tuple(tuple(names) for names in alike.values() if len(names) > 1),
     )
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from secateur.errors import InputTypeError, StructureError
+from secateur.errors import InputError, InputTypeError, StructureError
 from secateur.masks import as_masks
 from secateur.structure import rules as rules  # registers what is known of torch's functions
 from secateur.structure import scales
@@ -23,7 +23,8 @@ from secateur.structure.criteria import Subject
 from secateur.structure.cut import check_optimizer, cut, follow, masked, named_tensors, part, twin, undo
 from secateur.structure.dead import dead
 from secateur.structure.fields import Labelled, Shape, support
-from secateur.structure.groups import Groups, as_mask, size
+from secateur.structure.groups import Groups, Worth, as_mask, size
+from secateur.structure.meta import empty
 from secateur.structure.options import Ask, Options, checked, read
 from secateur.structure.plan import NOT_ASKED, Plan, as_plan
 from secateur.structure.policy import POLICIES, Policy
@@ -168,9 +169,10 @@ def _attempt(
     except StructureError:
         raise
     except Exception as error:
+        where = ", or load its weights: without them a forward cannot look at numbers" if empty(small) else ""
         raise InputTypeError(
             f"the model cannot take the example inputs ({type(error).__name__}: {error}): "
-            "give inputs with which model(...) runs"
+            f"give inputs with which model(...) runs{where}"
         ) from error
     consulted |= cap.consulted
     for name, t in named_tensors(small).items():
@@ -211,13 +213,15 @@ def _attempt(
             folds = list(scales.rooted(cap, as_mask(kept), model, small))
             done += scales.apply(small, _scaled(folds))
             if ask.verify:
-                prove = functools.partial(_prove, model, small, cap, as_mask(kept), groups, not ask.dead)
+                prove = functools.partial(_prove, model, small, cap, as_mask(kept), groups, not ask.exact)
                 failure = _prove_or_fold(prove, small, cap, as_mask(kept), folds, done)
         if failure is None:
             if ask.target is not None and ask.target.what == "macs":
                 ask.target.check(counted(small, cap.runs) / counted(model, cap.runs))
             return _Result(
-                small, dataclasses.replace(plan, attributes=edits.listed(), scaled=_scaled(folds)), groups.missed
+                small,
+                dataclasses.replace(plan, attributes=edits.listed(), scaled=_scaled(folds), proven=ask.verify),
+                groups.missed,
             )
         edits.undo()
         undo(done)
@@ -247,7 +251,10 @@ def _chooser(small: nn.Module, cap: Capture, ask: Ask, policy: Policy) -> Callab
             return _Choice(kept, counts, found.shifts(small, groups, kept))
 
         return zeros
-    worth = ask.score(Subject(small, cap, Groups(cap)))
+    if ask.plan is not None:
+        given = ask.plan
+        return lambda groups: _Choice(*given.choice(small, groups), given.shifts)
+    worth = _worth(small, cap, ask)
     left = reach(cap, small, ask.target) if ask.target is not None else None
 
     def lowest(groups: Groups) -> _Choice:
@@ -261,6 +268,18 @@ def _chooser(small: nn.Module, cap: Capture, ask: Ask, policy: Policy) -> Callab
             raise StructureError(f"{error}. What holds it: {_holds(stay) or 'nothing'}") from None
 
     return lowest
+
+
+def _worth(small: nn.Module, cap: Capture, ask: Ask) -> Worth:
+    try:
+        return ask.score(Subject(small, cap, Groups(cap)))
+    except RuntimeError as error:  # NotImplementedError is one
+        if not empty(small):
+            raise
+        raise InputError(
+            f"the score is {ask.named}, which looks at weights, and the model is on the meta device, without any: give "
+            "score='random', a table of scores, or a function of the shapes"
+        ) from error
 
 
 def _fit(small: nn.Module, cap: Capture, kept: Tensor, policy: Policy, edits: Edits) -> tuple[Call, str] | None:
@@ -306,7 +325,7 @@ def _tell(
 
 
 def _told_right(told: Configs, small: nn.Module, cap: Capture, kept: Tensor) -> tuple[Call | None, str] | None:
-    untold = told.differ(small, cap.runs, kept)
+    untold = None if empty(small) else told.differ(small, cap.runs, kept)
     return None if untold is None else (untold.call, untold.why)
 
 

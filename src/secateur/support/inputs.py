@@ -15,8 +15,12 @@ Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and keyword arguments of a call."""
 
 
-def arguments(inputs: Any) -> Arguments:
+def arguments(inputs: Any, meta: bool = False) -> Arguments:
     """How to call a model with a tensor, a tuple of positional or a dict of keyword arguments.
+
+    Args:
+        inputs: of the model.
+        meta: whether they may be on the meta device.
 
     Raises:
         InputTypeError: inputs of another type. InputError: a tensor on the meta device.
@@ -24,7 +28,7 @@ def arguments(inputs: Any) -> Arguments:
     >>> arguments((1, 2)), arguments({"x": 3})
     (((1, 2), {}), ((), {'x': 3}))
     """
-    if any(isinstance(leaf, Tensor) and leaf.is_meta for leaf in tree_leaves(inputs)):
+    if not meta and any(isinstance(leaf, Tensor) and leaf.is_meta for leaf in tree_leaves(inputs)):
         raise InputError("inputs are on the meta device and hold no values: give tensors on the device of the model")
     if isinstance(inputs, Mapping):
         return (), dict(inputs)

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_map
 
 from secateur.structure.capture import Site, rule, tensors
 from secateur.structure.fields import Shape, blend, labels, lead, squeeze, support
+from secateur.structure.meta import zeros
 
 
 def dims_of(dim: Any, ndim: int) -> set[int]:
@@ -209,7 +210,7 @@ def _at_ends(shape: Shape, index: Any) -> bool:
 
 def _indexed(site: Site, x: Tensor, index: Any) -> list[Tensor]:
     """The fields of x[index]."""
-    cap = site.capture
+    cap, index = site.capture, zeros(index)
     shape, fields = site.of(x)
     ints, slices, data = _index_dims(shape, list(index) if isinstance(index, tuple) else [index])
     out: list[Tensor] = []
