@@ -11,8 +11,8 @@ from typer.testing import CliRunner
 
 from secateur.cli import app
 from secateur.errors import InputError, InputTypeError, UnknownNameError, WriteError
-from secateur.shrink_command import run
-from secateur.structure import Plan
+from secateur.shrink_command import by_plan, run
+from secateur.structure import Plan, propose, shrink
 
 OF_THE_USER = """
 import torch
@@ -107,3 +107,50 @@ def test_a_folder_of_something_else(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "bert", "architectures": ["MyBert"]}')
     with pytest.raises(UnknownNameError, match="give a model of transformers' own"):
         run(None, [], hf=tmp_path, sparsity=0.5)
+
+
+def test_a_plan_cuts_a_checkpoint(place, tmp_path):
+    full = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2))
+    save_file(full.state_dict(), tmp_path / "full.safetensors")
+    once = run(place, ["2x8"], weights=tmp_path / "full.safetensors", out=tmp_path / "a.safetensors", sparsity=0.5)
+    arguments = ["shrink", "--weights", "full.safetensors", "--plan", "a.plan.json"]
+    shown = CliRunner().invoke(app, [*arguments, "--dry-run"])
+    assert "178 weights become 90" in shown.stdout, shown.output
+    result = CliRunner().invoke(app, [*arguments, "-o", "b.safetensors"])
+    assert result.exit_code == 0, result.output
+    found, want = load_file(tmp_path / "b.safetensors"), load_file(tmp_path / "a.safetensors")
+    assert found.keys() == want.keys()
+    assert all(torch.equal(found[name], t) for name, t in want.items())
+    assert once.weights == (178, 90)
+
+
+def test_a_plan_is_for_a_checkpoint(place, tmp_path):
+    (tmp_path / "p.json").write_text("[]")
+    for more in ([place], ["--sparsity", "0.5"], ["--input", "2x8"]):
+        result = CliRunner().invoke(app, ["shrink", "--plan", "p.json", "--weights", "f", "--dry-run", *more])
+        assert "--plan says what goes" in result.output
+    with pytest.raises(InputError, match="give either --weights F or --hf FOLDER"):
+        by_plan(tmp_path / "p.json")
+    with pytest.raises(InputError, match="give a file that is there"):
+        by_plan(tmp_path / "q.json", weights=tmp_path / "f")
+    with pytest.raises(InputError, match="give what to_json"):
+        by_plan(tmp_path / "p.json", weights=tmp_path / "f")
+
+
+def test_a_folder_cut_by_a_plan_of_its_shapes(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 64}
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(vocab_size=50, num_key_value_heads=2, **sizes)
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "full")
+    with torch.device("meta"):
+        model = transformers.LlamaForCausalLM(config)
+    ids = torch.randint(50, (2, 7), generator=torch.Generator().manual_seed(0))
+    plan = propose(model, {"input_ids": ids}, 0.5, score="random", verify=False)
+    (tmp_path / "plan.json").write_text(plan.to_json())
+    result = by_plan(tmp_path / "plan.json", hf=tmp_path / "full", out=tmp_path / "small")
+    small = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "small").eval()
+    assert sum(p.numel() for p in small.parameters()) == result.weights[1] < 0.5 * result.weights[0]
+    full = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "full").eval()
+    want = shrink(full, {"input_ids": ids}, plan=plan)
+    assert torch.equal(small(ids).logits, want(ids).logits)

@@ -204,14 +204,23 @@ def shrink(
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="A .safetensors file; a new folder with --hf.")
     ] = None,
+    plan: Annotated[
+        Path | None,
+        typer.Option(help="A plan made before, without MODULE:FACTORY: it cuts the checkpoint, tensor by tensor."),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would go; write nothing.")] = False,
     as_json: Json = False,
 ) -> None:
     """Give a model smaller shapes, proven equal to the masked original, and write it with its plan."""
-    from secateur.shrink_command import run
+    from secateur.shrink_command import by_plan, run
 
     if (out is None) == (not dry_run):
         raise typer.BadParameter("give either --out or --dry-run")
+    if plan is not None:
+        if model is not None or inputs or sparsity is not None:
+            raise typer.BadParameter("--plan says what goes: give it with --weights F or --hf FOLDER only")
+        _show(by_plan(plan, weights, hf, out), as_json)
+        return
     _show(run(model, inputs or [], hf=hf, weights=weights, out=out, sparsity=sparsity), as_json)
 
 

@@ -14,10 +14,11 @@ from torch import nn
 
 from secateur.errors import InputError, InputTypeError, UnknownNameError
 from secateur.runtime.bench import input_of, model_of
-from secateur.storage import load
+from secateur.storage import load, shrink_checkpoint
+from secateur.storage.checkpoints import opened
 from secateur.storage.pretrained import load_pretrained
 from secateur.structure import Plan, propose
-from secateur.support.files import replacing, replacing_folder, require_place
+from secateur.support.files import replacing, replacing_folder, require_file, require_place
 from secateur.support.tables import Table
 
 _SPELLING = "give --input once for each argument: 1x784, or with its name input_ids=1x16:int64"
@@ -99,6 +100,45 @@ def run(
     if out is not None:
         written = _write_folder(model, plan, Path(str(hf)), out) if hf is not None else _write_file(model, plan, out)
     return Shrunk(plan, (before, _count(model)), written)
+
+
+def by_plan(plan: Path, weights: Path | None = None, hf: Path | None = None, out: Path | None = None) -> Shrunk:
+    """Cut a checkpoint by a plan, tensor by tensor; no model with weights is made.
+
+    Args:
+        plan: a file that `run` wrote, or with what `Plan.to_json` gives.
+        weights: a checkpoint.
+        hf: or a folder of `save_pretrained`, whose config follows.
+        out: a .safetensors file, or a new folder for one; None: nothing is written.
+
+    Raises:
+        InputError, MaskError, WriteError: as of `Plan.from_json` and `storage.shrink_checkpoint`; or neither or both of
+            `weights` and `hf` are given, or there is no such file.
+    """
+    src = weights if hf is None else hf
+    if src is None or (weights is not None and hf is not None):
+        raise InputError("--plan cuts a checkpoint: give either --weights F or --hf FOLDER, and no MODULE:FACTORY")
+    require_file(plan)
+    told, checkpoint = Plan.from_json(plan.read_text(encoding="utf-8")), opened(src)
+    told.check(checkpoint.tensors)
+    shapes = {name: torch.empty(t.shape, device="meta") for name, t in checkpoint.tensors.items()}
+    sizes = [(t.numel(), told.cut(name, t).numel()) for name, t in shapes.items()]
+    if out is not None:
+        config = None if hf is None else _config(hf, told)
+        shrink_checkpoint(checkpoint, out, told)
+        if config is not None:
+            config.save_pretrained(out)
+    before, after = map(sum, zip(*sizes, strict=True))
+    return Shrunk(told, (before, after), () if out is None else (str(out),))
+
+
+def _config(folder: Path, plan: Plan) -> Any:
+    """The config of the smaller model."""
+    cls = _class_of(folder)
+    with torch.device("meta"):
+        model = cls(cls.config_class.from_pretrained(folder))
+    plan.apply(model)
+    return model.config
 
 
 def _count(model: nn.Module) -> int:

@@ -198,6 +198,11 @@ CASES = {
         },
         {"dst": {None}, "level": {None}, "progress": {None}},
     ),
+    "shrink_checkpoint": (
+        storage.shrink_checkpoint,
+        {"src": "m.safetensors", "dst": "o.safetensors", "plan": structure.Plan({}, {}, (), (), ())},
+        {},
+    ),
     "opened": (opened, {"path": "m.safetensors", "key": None}, {"key": {None}}),
     "inspect": (inspect_file, {"path": "m.safetensors"}, {}),
     "check_weights": (runtime.check_weights, {"fast": FAST}, {}),

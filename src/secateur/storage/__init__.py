@@ -6,6 +6,7 @@
 | `conversion` | `pack` and `unpack` checkpoints, file by file, folder by folder |
 | `pretrained` | the same for folders of Hugging Face models |
 | `pruning` | prune a checkpoint larger than memory |
+| `shrinking` | cut one by a plan of `shrink` |
 | `checkpoints`, `torch_files` | what a checkpoint holds, of whatever form; `inspect` |
 | `sharing` | how several processes share a checkpoint |
 | `reading`, `writing`, `state_hash` | the packed format: the file read and written, the identity of what it holds |
@@ -17,5 +18,16 @@ from secateur.storage.archive import load, save
 from secateur.storage.conversion import pack, unpack
 from secateur.storage.pretrained import load_pretrained, save_pretrained
 from secateur.storage.pruning import Recipe, prune_checkpoint
+from secateur.storage.shrinking import shrink_checkpoint
 
-__all__ = ["Recipe", "load", "load_pretrained", "pack", "prune_checkpoint", "save", "save_pretrained", "unpack"]
+__all__ = [
+    "Recipe",
+    "load",
+    "load_pretrained",
+    "pack",
+    "prune_checkpoint",
+    "save",
+    "save_pretrained",
+    "shrink_checkpoint",
+    "unpack",
+]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, TypedDict
+from dataclasses import dataclass
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -59,18 +60,29 @@ class Options(TypedDict, total=False):
     optimizer: torch.optim.Optimizer | None
 
 
-class Ask(NamedTuple):
-    """What is asked for, as read from the options."""
+@dataclass(frozen=True)
+class Ask:
+    """What is asked for, as read from the options.
 
-    share: float | None  # of the units that goes
-    target: Target | None  # or what is to remain
-    plan: Plan | None  # or what goes; where none of the three is given, the dead ones go
+    Attributes:
+        share: of the units that goes.
+        target: or what is to remain.
+        plan: or what goes; where none of the three is given, the dead ones go.
+        score: how much each unit matters.
+        named: the score, in words.
+        allocation, round_to, min_width, verify: see `Options`.
+        keep: tensors that keep their shapes, and why.
+    """
+
+    share: float | None
+    target: Target | None
+    plan: Plan | None
     score: UnitScore
-    named: str  # the score, in words
+    named: str
     allocation: Allocation
     round_to: int
     min_width: int
-    keep: dict[str, str]  # tensor -> why
+    keep: dict[str, str]
     verify: bool
 
     @property

@@ -222,8 +222,11 @@ class Plan:
             ) from error
         return owner
 
-    def check(self, state: Mapping[str, Tensor]) -> None:
+    def check(self, state: Mapping[str, Any]) -> None:
         """See that a state is of the model that the plan was made for.
+
+        Args:
+            state: by name tensors, or what else has their shape.
 
         Raises:
             MaskError: a tensor is missing or has another shape.

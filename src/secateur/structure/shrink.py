@@ -147,7 +147,7 @@ def _in_time(model: nn.Module, examples: Sequence[Arguments], ask: Ask) -> _Resu
     assert ask.target is not None
 
     def made(share: float, verify: bool) -> _Result:
-        return _best(model, examples, ask._replace(share=share, target=None, verify=verify))
+        return _best(model, examples, dataclasses.replace(ask, share=share, target=None, verify=verify))
 
     def left(share: float) -> float:
         return time_left(model, made(share, False).model, examples[0], seconds=1.0)
