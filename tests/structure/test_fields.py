@@ -1,6 +1,6 @@
 import torch
 
-from secateur.structure.fields import along, blend, labels, lead, masks, misfit, squeeze, support
+from secateur.structure.fields import along, blend, labels, lead, misfit, squeeze, support
 
 
 def test_squeeze_finds_where_labels_vary():
@@ -26,10 +26,3 @@ def test_lead_adds_dimensions_in_front():
 def test_fields_that_vary_alike_fit_best():
     rows, columns = along(torch.arange(1, 4), 2, 0), along(torch.arange(1, 6), 2, 1)
     assert misfit(rows, rows) == 0 < misfit(rows, columns)
-
-
-def test_masks_tell_positions_that_stay():
-    kept = torch.tensor([True, True, False, True])
-    rows, columns = masks((3, 2), [along(torch.tensor([1, 2, 3]), 2, 0)], kept)
-    assert rows.tolist() == [True, False, True]
-    assert columns is None

@@ -6,8 +6,7 @@ from torch import nn
 from secateur.errors import InputError
 from secateur.structure import rules
 from secateur.structure.capture import capture
-from secateur.structure.fields import along
-from secateur.structure.groups import Groups, as_mask, scores, size
+from secateur.structure.groups import Groups, scores
 from secateur.structure.policy import Policy
 
 assert rules
@@ -66,16 +65,3 @@ def test_equal_parts_are_checked():
     kept[rows[1][1:]] = True
     assert "unflatten" in next(groups.unequal(kept))[1]
     assert "unflatten" in why
-
-
-def test_the_size_that_remains():
-    kept = as_mask([True, True, False, True])
-    assert size((3, 5), [along(torch.tensor([1, 2, 3]), 2, 0)], kept) == (2, 5)
-
-
-def test_the_size_that_remains_where_rows_keep_different_positions():
-    """[layers, hidden]: both rows keep two of three, but only one position in common."""
-    kept = as_mask([True, True, True, False, False, True, True])
-    field = torch.tensor([[1.0, 2, 3], [4, 5, 6]])
-    assert size((2, 3), [field], kept) == (2, 2)
-    assert size((3, 2), [field.T], kept) == (2, 2)

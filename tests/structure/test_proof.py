@@ -7,7 +7,8 @@ from secateur.structure.cut import cut, twin
 from secateur.structure.groups import Groups, as_mask, scores
 from secateur.structure.plan import as_plan
 from secateur.structure.policy import Policy
-from secateur.structure.proof import difference, fresh, repeats, tolerance
+from secateur.structure.proof import Proof, fresh, repeats, tolerance
+from secateur.structure.remains import Remains
 
 assert rules
 
@@ -18,7 +19,7 @@ def halved(model, x):
     groups = Groups(cap)
     kept, counts = groups.select(scores(groups, lambda name, w: w.square()), 0.5)
     cut(small, as_plan(small, groups, kept, counts, ()).kept)
-    return small, cap, as_mask(kept), groups.axes
+    return small, cap, Proof(model, [Remains(run, as_mask(kept)) for run in cap.runs], groups.axes)
 
 
 def mlp():
@@ -28,37 +29,37 @@ def mlp():
 
 def test_a_right_cut_differs_by_rounding():
     model, x = mlp(), torch.randn(3, 4)
-    small, cap, kept, axes = halved(model, x)
+    small, _, proof = halved(model, x)
     small[3].normalized_shape = (4,)
-    worst, call, _ = difference(model, small, cap.runs[0], ((x,), {}), kept, axes)
+    worst, call, _ = proof.difference(small)
     assert worst < 1e-6
     assert call is None
 
 
 def test_a_wrong_cut_is_found_where_it_begins():
     model, x = mlp(), torch.randn(3, 4)
-    small, cap, kept, axes = halved(model, x)
+    small, _, proof = halved(model, x)
     small[3].normalized_shape = (4,)
     small[2].weight.data[0] += 1
-    worst, call, _ = difference(model, small, cap.runs[0], ((x,), {}), kept, axes)
+    worst, call, _ = proof.difference(small)
     assert worst > tolerance(model)
     assert (call.name, call.module) == ("linear", "2")
 
 
 def test_nan_is_a_difference():
     model, x = mlp(), torch.randn(3, 4)
-    small, cap, kept, axes = halved(model, x)
+    small, _, proof = halved(model, x)
     small[3].normalized_shape = (4,)
     small[2].weight.data[0] = float("nan")
-    assert difference(model, small, cap.runs[0], ((x,), {}), kept, axes)[0] == float("inf")
+    assert proof.difference(small)[0] == float("inf")
 
 
 def test_the_original_is_untouched():
     model, x = mlp(), torch.randn(3, 4)
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    small, cap, kept, axes = halved(model, x)
+    small, _, proof = halved(model, x)
     small[3].normalized_shape = (4,)
-    difference(model, small, cap.runs[0], ((x,), {}), kept, axes)
+    proof.difference(small)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
@@ -90,13 +91,13 @@ class TrainsMore(nn.Module):
 def test_forwards_in_training_mode_are_proven_without_dropout():
     torch.manual_seed(0)
     model, x = TrainsMore().eval(), torch.randn(5, 4)
-    small, cap, kept, axes = halved(model, x)
+    small, cap, proof = halved(model, x)
     training = cap.runs[1]
     assert training.training
     assert repeats(training)
-    assert difference(model, small, training, ((x,), {}), kept, axes)[1] is None
+    assert proof.difference(small, 1)[1] is None
     small.c.weight.data[:, [0, 1]] = small.c.weight.data[:, [1, 0]]
-    assert difference(model, small, training, ((x,), {}), kept, axes)[1].module == "c"
+    assert proof.difference(small, 1)[1].module == "c"
 
 
 def test_noise_for_each_unit_is_not_drawn_twice_alike():
@@ -120,5 +121,5 @@ def test_numbers_beyond_all_bounds_are_left_out_of_a_comparison():
 
     torch.manual_seed(0)
     model, x = Masking().eval(), torch.randn(5, 4)
-    small, cap, kept, axes = halved(model, x)
-    assert difference(model, small, cap.runs[0], ((x,), {}), kept, axes)[1] is None
+    small, _, proof = halved(model, x)
+    assert proof.difference(small)[1] is None

@@ -9,10 +9,11 @@ from secateur.structure import rules
 from secateur.structure.attributes import Edits, follow_forward, follow_modules
 from secateur.structure.capture import capture
 from secateur.structure.cut import cut, twin
-from secateur.structure.groups import Groups, as_mask, scores, size
+from secateur.structure.groups import Groups, as_mask, scores
 from secateur.structure.plan import as_plan
 from secateur.structure.policy import Policy
-from secateur.structure.proof import difference
+from secateur.structure.proof import Proof
+from secateur.structure.remains import Remains
 
 assert rules
 
@@ -53,11 +54,11 @@ def shrunk(gain, policy):
     plan, stays, edits = as_plan(small, groups, kept, counts, ()), as_mask(kept), Edits()
     cut(small, plan.kept)
     follow_modules(small, edits, policy.whole_heads)
-    sizes = [None if c.elastic else [size(*known, stays) for known in c.outs] for c in cap.runs[0].calls]
-    assert follow_forward(small, cap.runs[0], sizes, edits) is None
+    remains = Remains(cap.runs[0], stays)
+    assert follow_forward(small, cap.runs[0], remains.sizes, edits)[1] == ""
 
     def prove():
-        return difference(model, small, cap.runs[0], ((x,), {}), stays, groups.axes)
+        return Proof(model, [remains], groups.axes).difference(small)
 
     return small, plan, prove
 

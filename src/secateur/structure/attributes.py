@@ -7,19 +7,16 @@ then attributes with the old value are tried, and the one that gets further is k
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from secateur import anatomy
-from secateur.structure.capture import Run, calm, key, results
-from secateur.structure.fields import Shape
+from secateur.structure.capture import Run
 from secateur.structure.plan import Attribute
-
-Sizes = list[list[Shape] | None]
-"""For each call the shapes of its results; None where any will do, -1 for a size that depends on data."""
+from secateur.structure.remains import Sizes
+from secateur.structure.traces import Otherwise, Trace
 
 
 class Edit(NamedTuple):
@@ -66,48 +63,14 @@ class Edits:
         return tuple(Attribute(module, keys, value) for (module, keys), value in last.items())
 
 
-class _Differs(Exception):
-    pass
-
-
-class _Replay(TorchFunctionMode):
-    """Runs until a call is not the expected one or gives other sizes."""
-
-    def __init__(self, run: Run, sizes: Sizes) -> None:
-        super().__init__()
-        self.calls, self.sizes, self.at = run.calls, sizes, 0
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        out, name = func(*args, **kwargs or {}), key(func)
-        outs = results(name, args, out)
-        if self.at < len(self.calls) and name == self.calls[self.at].name and outs:
-            want, got = self.sizes[self.at], [tuple(t.shape) for t in outs]
-            if want is not None and not _fits(got, want):
-                raise _Differs(f"gives {got}, expected {want}")
-            self.at += 1
-        elif outs and not name.startswith("get."):
-            expected = self.calls[self.at].name if self.at < len(self.calls) else "the end"
-            raise _Differs(f"{name} instead of {expected}")
-        return out
-
-
-def _fits(got: Sequence[Shape], want: Sequence[Shape]) -> bool:
-    pairs = zip(got, want, strict=True)
-    return all(len(a) == len(b) and all(y in (x, -1) for x, y in zip(a, b, strict=True)) for a, b in pairs)
-
-
-def replay(model: nn.Module, run: Run, sizes: Sizes) -> tuple[int, str]:
-    """How many calls went as expected, and what happened then; empty if all did."""
-    args, kwargs = run.arguments
-    with calm(model, run.training), _Replay(run, sizes) as steps:
-        try:
-            model(*args, **kwargs)
-        except Exception as error:
-            text = str(error) if isinstance(error, _Differs) else f"{type(error).__name__}: {error}"
-            return steps.at, text[:200]
-    return len(run.calls), ""
+def replay(model: nn.Module, run: Run, sizes: Sizes) -> tuple[Trace, str]:
+    """How a model makes the calls of a run, and what happens otherwise; empty if all go as expected."""
+    trace = Trace(run, sizes)
+    try:
+        return trace.of(model, run.arguments), ""
+    except Exception as error:
+        text = str(error) if isinstance(error, Otherwise) else f"{type(error).__name__}: {error}"
+        return trace, text[:200]
 
 
 def follow_modules(model: nn.Module, edits: Edits, whole_heads: bool) -> None:
@@ -117,23 +80,24 @@ def follow_modules(model: nn.Module, edits: Edits, whole_heads: bool) -> None:
             edits.set(Edit(path, (name,), vars(module)), value)
 
 
-def follow_forward(model: nn.Module, run: Run, sizes: Sizes, edits: Edits) -> tuple[int, str] | None:
+def follow_forward(model: nn.Module, run: Run, sizes: Sizes, edits: Edits) -> tuple[Trace, str]:
     """Change attributes until the forward has the expected sizes.
 
-    Returns None, or the call that no attribute explains, and what is wrong with it.
+    Returns how it goes then, and what is wrong with the next call where no attribute explains it; empty if all is well.
     """
-    at, error = replay(model, run, sizes)
+    trace, error = replay(model, run, sizes)
     while error:
+        at = trace.at
         if at >= len(run.calls):
-            return len(run.calls) - 1, error
+            return trace, error
         found = None
         for pairs in _changes(model, run, sizes, at):
             found = found or _one(model, run, sizes, edits, at, pairs) or _several(model, run, sizes, edits, at, pairs)
         if found is None:
             why = "no attribute of a module holds that size, so it may be a number in the code"
-            return at, f"{run.calls[at]} fails with fewer units ({error}), and {why}"
-        at, error = found
-    return None
+            return trace, f"{run.calls[at]} fails with fewer units ({error}), and {why}"
+        trace, error = found
+    return trace, ""
 
 
 def _changes(model: nn.Module, run: Run, sizes: Sizes, at: int) -> Iterator[set[tuple[int, int]]]:
@@ -160,10 +124,10 @@ def _changes(model: nn.Module, run: Run, sizes: Sizes, at: int) -> Iterator[set[
 
 def _one(
     model: nn.Module, run: Run, sizes: Sizes, edits: Edits, at: int, pairs: set[tuple[int, int]]
-) -> tuple[int, str] | None:
+) -> tuple[Trace, str] | None:
     """Change one attribute, in all modules of its class or in one alone: that which gets furthest."""
     for holder in _holders(model, run.calls[at].module):
-        best: tuple[int, str, list[tuple[Edit, Any]]] | None = None
+        best: tuple[Trace, str, list[tuple[Edit, Any]]] | None = None
         space = holder.space
         for name, value in list(space.items() if isinstance(space, dict) else enumerate(space)):
             place = holder._replace(keys=(*holder.keys, name))
@@ -173,10 +137,10 @@ def _one(
                     for one in places:
                         edits.set(one, to)
                     got, why = replay(model, run, sizes)
-                    if got > at and (best is None or got > best[0]):
+                    if got.at > at and (best is None or got.at > best[0].at):
                         best = got, why, edits.since(mark)
                     edits.undo(mark)
-                    if (best is not None and best[0] == got) or len(places) == 1:
+                    if (best is not None and best[0].at == got.at) or len(places) == 1:
                         break
         if best is not None:
             for place, value in best[2]:
@@ -187,7 +151,7 @@ def _one(
 
 def _several(
     model: nn.Module, run: Run, sizes: Sizes, edits: Edits, at: int, pairs: set[tuple[int, int]], most: int = 200
-) -> tuple[int, str] | None:
+) -> tuple[Trace, str] | None:
     """Change several attributes of one module at once: for each old size one of those that hold it, or all."""
     path = run.calls[at].module
     space = vars(model.get_submodule(path))
@@ -202,7 +166,7 @@ def _several(
             for place, value in itertools.chain(*choice):
                 edits.set(place, value)
             got, why = replay(model, run, sizes)
-            if got > at:
+            if got.at > at:
                 return got, why
             edits.undo(mark)
     return None

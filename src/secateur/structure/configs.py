@@ -23,10 +23,12 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from secateur.errors import listed
-from secateur.structure.attributes import Edit, Edits, Sizes, replay
-from secateur.structure.capture import Call, Run
+from secateur.structure.attributes import Edit, Edits, replay
+from secateur.structure.capture import Call
 from secateur.structure.cut import twin
-from secateur.structure.proof import difference
+from secateur.structure.proof import apart, tolerance
+from secateur.structure.remains import Remains
+from secateur.structure.traces import Trace
 
 Keys = tuple[str | int, ...]
 """The way from a config to one of its numbers."""
@@ -36,6 +38,8 @@ Dim = tuple[str, int]
 _WITHIN_HEADS = re.compile("head_dim|head_size|d_kv|kv_channels")
 _NO_SIZE = re.compile("(_id|_ids|_token|label2id|id2label|version)$")
 _TRIALS = 400
+_DEPTH = re.compile("layer|depth|block")
+_FEW = 2  # layers, where all are alike
 
 
 @dataclass
@@ -67,39 +71,50 @@ class Configs:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self._moves: dict[str, Moves] = {}
+        self._given: dict[str, _Given] = {}
+        self._found: dict[str, tuple[str, list[Trace]]] = {}  # config found for a path, as it is saved; its forwards
 
-    def follow(self, small: nn.Module, runs: Sequence[tuple[Run, Sizes]], edits: Edits) -> Untold | None:
+    def _search(self, small: nn.Module, path: str) -> _Search:
+        if path not in self._given:
+            self._given[path] = _Given(self._model.get_submodule(path))
+        return _Search(self._given[path], small, path)
+
+    def follow(self, small: nn.Module, remains: Sequence[Remains], edits: Edits) -> Untold | None:
         """Let the configs, and what was made of them, follow the sizes.
 
         Args:
             small: the model, its tensors cut.
-            runs: the forwards, with the sizes of all results after the cut.
+            remains: what is left of the results of its forwards.
             edits: takes up what is changed.
 
         Returns None, or what no config tells.
         """
+        self._found.clear()
         for path in _roots(small):
-            untold = _Search(self._model, small, path).run(self._moves.setdefault(path, {}), runs, edits)
+            search = self._search(small, path)
+            untold = search.run(remains, edits)
             if untold is not None:
                 return untold
+            self._found[path] = _saved(search.module.config), search.traces
         return None
 
-    def differ(self, small: nn.Module, runs: Sequence[Run], kept: Tensor) -> Untold | None:
-        """What a model made from the configs computes otherwise than the small one, whose forwards run.
+    def differ(self, small: nn.Module, traces: Sequence[Trace]) -> Untold | None:
+        """What a model made from the configs computes otherwise than the small one.
 
         Args:
-            small: the cut model, after `follow`.
-            runs: the forwards.
-            kept: for each label, whether it stays.
+            small: the cut model, after `follow`, with all attributes right.
+            traces: of its forwards.
         """
         for path in _roots(small):
-            search = _Search(self._model, small, path)
-            whole = search.filled(search.module.config) if search.loads() else None
-            for run in runs:
-                if whole is not None and not run.training:
-                    found = difference(whole, small, run, run.arguments, torch.ones_like(kept), ())
-                    call = run.calls[-1] if found is None else found[1]
+            search = self._search(small, path)
+            saved, theirs = self._found.get(path, ("", []))
+            if search.given.loads and saved != _saved(search.module.config):  # attributes have followed since
+                whole = search.filled(search.module.config)
+                theirs = [Trace(one.run).of(whole, one.run.arguments) for one in traces] if whole is not None else []
+            for ours, other in zip(traces, theirs, strict=False):
+                if not ours.run.training:
+                    calls = ours.calls
+                    call = calls[-1] if other.at < len(calls) else apart(ours, other, tolerance(small)).call
                     if call is not None:
                         return Untold(f"a model made from its config differs, first after {call}", call)
         return None
@@ -129,31 +144,69 @@ class _Unfilled(TorchFunctionMode):
         return kwargs["tensor"] if draws and "tensor" in kwargs else func(*args, **kwargs)
 
 
-class _Search:
-    """The search for the config of one module."""
+class _Given:
+    """A transformers model as it was given.
 
-    def __init__(self, model: nn.Module, small: nn.Module, path: str) -> None:
-        self.small, self.path = small, path
+    Attributes:
+        config: of it.
+        sizes: of its tensors.
+        fresh: one that is made from the config, on the meta device; None if that fails.
+        loads: whether the model can be loaded from its config.
+        moves: what each number of the config tells; empty as long as nobody has asked.
+    """
+
+    def __init__(self, module: Any) -> None:
+        self.config: Any = copy.deepcopy(module.config)
+        self.sizes = _sizes(module)
+        self.fresh = _made(type(module), self.config)
+        self.loads = self.fresh is not None and _sizes(self.fresh) == self.sizes
+        self.moves: Moves = {}
+
+
+def _made(kind: type[Any], config: Any, device: str = "meta", fill: bool = False) -> Any:
+    """A fresh model, as from_pretrained would make it of the saved config; None if that fails.
+
+    With `fill`, its weights are drawn or computed as in a new model.
+    """
+    unfilled = contextlib.nullcontext() if fill else _Unfilled()
+    for attention in (config._attn_implementation, None):  # parts of a model may not have the one of the whole
+        with contextlib.suppress(Exception):  # whatever is said of numbers that do not go together
+            saved = type(config).from_dict(json.loads(_saved(config)))
+            saved._attn_implementation = attention
+            with torch.device(device), torch.random.fork_rng(devices=[]), unfilled:
+                return kind(saved)
+    return None
+
+
+def _saved(config: Any) -> str:
+    found: str = config.to_json_string()
+    return found
+
+
+class _Search:
+    """The search for the config of one module.
+
+    Attributes:
+        traces: of a model made from the config that was found.
+    """
+
+    def __init__(self, given: _Given, small: nn.Module, path: str) -> None:
+        self.small, self.path, self.given = small, path, given
         self.module: Any = small.get_submodule(path)
-        self.given: Any = model.get_submodule(path)
-        self.config: Any = copy.deepcopy(self.given.config)
+        self.config, self.moves = given.config, given.moves
         self.want = _sizes(self.module)
         self.left = _TRIALS
-
-    def loads(self) -> bool:
-        """Whether the model that was given can be loaded from its config."""
-        fresh = self.made(self.config)
-        return fresh is not None and _sizes(fresh) == _sizes(self.given)
+        self.traces: list[Trace] = []
 
     def full(self, dim: Dim) -> Dim:
         """A dimension by its name in the whole model."""
         return f"{self.path}.{dim[0]}".strip("."), dim[1]
 
-    def run(self, moves: Moves, runs: Sequence[tuple[Run, Sizes]], edits: Edits) -> Untold | None:
-        if not self.loads():
+    def run(self, remains: Sequence[Remains], edits: Edits) -> Untold | None:
+        if not self.given.loads:
             return None
-        was = _sizes(self.given)
-        self.moves, self.runs = moves, runs
+        was = self.given.sizes
+        self.remains = remains
         self.changed = {Fraction(self.want[d], n) for d, n in was.items() if self.want[d] != n}
         config, off = self.sized(was)
         if off:
@@ -166,20 +219,10 @@ class _Search:
         self.adopt(found, edits)
         return None
 
-    def made(self, config: Any, device: str = "meta", fill: bool = False) -> Any:
-        """A fresh model, as from_pretrained would make it of the saved config; None if that fails.
-
-        With `fill`, its weights are drawn or computed as in a new model.
-        """
+    def made(self, config: Any) -> Any:
+        """A fresh model on the meta device; None if that fails."""
         self.left -= 1
-        unfilled = contextlib.nullcontext() if fill else _Unfilled()
-        for attention in (config._attn_implementation, None):  # parts of a model may not have the one of the whole
-            with contextlib.suppress(Exception):  # whatever is said of numbers that do not go together
-                saved = type(config).from_dict(json.loads(config.to_json_string()))
-                saved._attn_implementation = attention
-                with torch.device(device), torch.random.fork_rng(devices=[]), unfilled:
-                    return type(self.module)(saved)
-        return None
+        return _made(type(self.module), config)
 
     # ------------------------------------------------------------------------------------------------------------ sizes
 
@@ -201,21 +244,43 @@ class _Search:
     def probe(self, was: dict[Dim, int]) -> None:
         """Find which sizes each number tells, and each two of one value that cannot change alone."""
 
+        config, like = self.shallow(was)
+
         def double(*knob: Keys) -> bool:
             for times in (2, 3):  # one of them may happen to be another size, at which a model has other tensors
-                fresh = self.made(_with(self.config, [(knob, times * _at(self.config, knob[0]))]))
+                fresh = self.made(_with(config, [(knob, times * _at(config, knob[0]))]))
                 sizes = {} if fresh is None else _sizes(fresh)
-                if set(sizes) == set(was):
+                if set(sizes) == set(like.values()):
                     self.moves[knob] = {
-                        d: was[d] + (n - was[d]) // (times - 1) for d, n in sizes.items() if n != was[d]
+                        d: was[d] + (sizes[e] - was[d]) // (times - 1) for d, e in like.items() if sizes[e] != was[d]
                     }
                     return True
             return False
 
-        stuck = [(keys, value) for keys, value in _numbers(self.config) if not double(keys)]
+        stuck = [(keys, value) for keys, value in _numbers(config) if not double(keys)]
         for (one, a), (other, b) in itertools.combinations(stuck, 2):
             if a == b:
                 double(one, other)
+
+    def shallow(self, was: dict[Dim, int]) -> tuple[Any, dict[Dim, Dim]]:
+        """A config of fewer layers, whose models are faster to make, and for each dimension one of theirs like it.
+
+        What numbers tell is guessed from these; whether a config is right is seen with all layers.
+        """
+        config, like = self.config, {d: d for d in was}
+        for keys, value in _numbers(self.config):
+            if value > _FEW and _DEPTH.search(str(keys)):
+                trial = _with(config, [((keys,), _FEW)])
+                for name, own in vars(trial).items():
+                    if isinstance(own, list) and len(own) == value:  # an entry for each layer
+                        setattr(trial, name, own[:_FEW])
+                fresh = self.made(trial)
+                sizes = {} if fresh is None else _sizes(fresh)
+                first = {_kind(d, n): d for d, n in reversed(sizes.items())}
+                found = {d: d if d in sizes else first.get(_kind(d, n)) for d, n in was.items()}
+                if sizes.keys() < set(like.values()) and all(e and sizes[e] == was[d] for d, e in found.items()):
+                    config, like = trial, {d: e for d, e in found.items() if e}
+        return config, like
 
     def steps(self, now: Any, was: dict[Dim, int], have: dict[Dim, int], off: set[Dim]) -> list[tuple[Knob, int]]:
         """Changes that would bring sizes nearer; those within heads last, because whole heads go first."""
@@ -275,7 +340,7 @@ class _Search:
                         config, at, why = trial, got, now
                         break
             else:
-                calls = [call for run, _ in self.runs for call in run.calls]
+                calls = [call for one in self.remains for call in one.run.calls]
                 return Untold(f"no config tells what is left: {why}", calls[min(at, len(calls) - 1)])
         return config
 
@@ -295,7 +360,8 @@ class _Search:
     def filled(self, config: Any) -> nn.Module | None:
         """The small model with one made from a config in place, filled with the tensors that are saved."""
         unsaved = "|".join(getattr(self.module, "_keys_to_ignore_on_save", None) or ())
-        fresh = self.made(config, str(next(self.module.parameters()).device), fill=bool(unsaved))
+        device = str(next(self.module.parameters()).device)
+        fresh = _made(type(self.module), config, device, fill=bool(unsaved))
         if fresh is None:
             return None
         state = {k: t for k, t in self.module.state_dict().items() if not (unsaved and re.search(unsaved, k))}
@@ -307,20 +373,22 @@ class _Search:
         whole, done = self.filled(config), 0
         if whole is None:
             return 0, "it cannot be made"
-        for run, sizes in self.runs:
-            at, why = replay(whole, run, sizes)
-            done += at
+        self.traces = []
+        for one in self.remains:
+            trace, why = replay(whole, one.run, one.sizes)
+            done += trace.at
             if why:
                 return done, why
+            self.traces.append(trace)
         return done, ""
 
     # ------------------------------------------------------------------------------------------------------- attributes
 
     def adopt(self, config: Any, edits: Edits) -> None:
         """Give the small model each attribute that the new config changes, the config itself among them."""
-        given, fresh = self.made(self.config), self.made(config)
+        fresh = self.made(config)
         for place in list(_attributes(self.module)):
-            old, new = _look(given, place), _look(fresh, place)
+            old, new = _look(self.given.fresh, place), _look(fresh, place)
             if type(old) is not type(new) or old != new:
                 edits.set(place._replace(module=f"{self.path}.{place.module}".strip(".")), new)
 
@@ -359,6 +427,11 @@ def _at(holder: Any, keys: Sequence[str | int]) -> Any:
     for one in keys:
         holder = _space(holder)[one]
     return holder
+
+
+def _kind(dim: Dim, size: int) -> tuple[str, int, int]:
+    """What the same dimension of all layers has in common."""
+    return re.sub(r"(?<![^.])\d+(?![^.])", "", dim[0]), dim[1], size
 
 
 def _with(config: Any, changes: Sequence[tuple[Knob, int]]) -> Any:

@@ -7,7 +7,7 @@ of any of its fields goes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -70,21 +70,3 @@ def variation(field: Tensor, dims: Iterable[int]) -> float:
 def misfit(f: Tensor, g: Tensor) -> float:
     """How badly two fields fit: how much one varies where the other does not."""
     return variation(f, support(f) - support(g)) + variation(g, support(g) - support(f))
-
-
-def masks(shape: Sequence[int], fields: Iterable[Tensor], kept: Tensor) -> list[Tensor | None]:
-    """For each dimension, the positions at which something stays; None where all do.
-
-    Args:
-        shape: of the tensor.
-        fields: of the tensor.
-        kept: for each label, whether it stays.
-    """
-    out: list[Tensor | None] = [None] * len(shape)
-    for f in fields:
-        stays = kept[f.long()]
-        for d in support(f):
-            mask = stays.movedim(d, 0).reshape(shape[d], -1).any(1)
-            old = out[d]
-            out[d] = mask if old is None else old & mask
-    return [None if mask is None or bool(mask.all()) else mask for mask in out]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from fractions import Fraction
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 
 from secateur.errors import InputError
 from secateur.structure.capture import Capture
-from secateur.structure.fields import Shape, labels, support
+from secateur.structure.fields import labels, support
 from secateur.structure.sizes import Equation, solve
 from secateur.structure.units import Extent, Labels
 
@@ -313,38 +312,6 @@ def _equation(a: dict[int, Fraction], b: dict[int, Fraction], why: str) -> Equat
     terms = {c: n for c in sorted(a.keys() | b.keys()) if (n := a.get(c, Fraction()) - b.get(c, Fraction()))}
     scale = math.lcm(*(n.denominator for n in terms.values()))
     return Equation({c: int(n * scale) for c, n in terms.items()}, why) if terms else None
-
-
-def size(shape: Shape, fields: Sequence[Tensor], kept: Tensor) -> Shape:
-    """The shape that remains of a tensor.
-
-    Args:
-        shape: of the tensor.
-        fields: of the tensor.
-        kept: for each label, whether it stays.
-    """
-    sizes = list(shape)
-    for d in range(len(sizes)):
-        near = [kept[f.long()] for f in fields if f.shape[d] > 1]
-        if near:
-            stays = near[0]
-            for mask in near[1:]:
-                stays = stays & mask
-            sizes[d] = _extents(stays)[d]
-    return tuple(sizes)
-
-
-def _extents(stays: Tensor) -> Shape:
-    """The sizes of the box that the kept positions fill when they close ranks.
-
-    Along each dimension either whole slices go, so that those which stay are counted, or as many positions of every
-    line. They differ where lines keep different positions ([layers, hidden]): the box with the right number is it.
-    """
-    lines = [int(stays.sum(d).max()) for d in range(stays.ndim)]
-    slices = [int(stays.movedim(d, 0).reshape(stays.shape[d], -1).any(1).sum()) for d in range(stays.ndim)]
-    boxes = itertools.product(*({a: 0, b: 0} for a, b in zip(slices, lines, strict=True)))
-    total = int(stays.sum())
-    return next((box for box in boxes if math.prod(box) == total), tuple(lines))
 
 
 def as_mask(kept: Labels) -> Tensor:

@@ -4,40 +4,31 @@ A unit that is gone does not count in a statistic over units (norms, means), a m
 masked original run on the kept units only, cut out and put back.
 
 The result of each call is compared, beside the outputs: what a branch computes wrongly shows there, though a factor of
-almost zero behind it (LayerScale, a last norm that begins at zero) hides it from the outputs. Results are not stored,
-but projected: three random sums of a tensor differ by as much as the tensors do, on average.
+almost zero behind it (LayerScale, a last norm that begins at zero) hides it from the outputs.
 """
 
 from __future__ import annotations
 
-import functools
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
-from secateur.structure.capture import Call, Run, calm, key, results, tensors
-from secateur.structure.fields import Shape, masks, support
+from secateur.structure.capture import Call, Run, key, results, tensors
 from secateur.structure.groups import Axis
-from secateur.structure.policy import contract
+from secateur.structure.remains import Remains
+from secateur.structure.traces import Print, Trace, dropping_nothing, fingerprint
 from secateur.support.inputs import Arguments
+
+_log = logging.getLogger(__name__)
 
 _STATISTICS = """layer_norm rms_norm group_norm instance_norm mean var std var_mean std_mean normalize norm weight_norm
 softmax log_softmax"""
 _OVER_KEPT = frozenset(_STATISTICS.split())
 _STEP = 1e-3  # a call whose result differs by more, relative to its length, is wrong; rounding stays far below
-
-_RECURRENT = ("lstm", "gru", "rnn_tanh", "rnn_relu")
-_DROPS = {
-    **dict.fromkeys(("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout"), 1),
-    **dict.fromkeys(_RECURRENT, 5),
-    "scaled_dot_product_attention": 4,
-    "multi_head_attention_forward": 10,
-}
-"""Where functions take the share that they drop."""
 
 _DRAWING = """bernoulli rand_like randn_like rand randn normal uniform exponential multinomial rrelu gumbel_softmax
 randint feature_dropout fractional_max_pool2d fractional_max_pool3d"""
@@ -49,121 +40,49 @@ def repeats(run: Run) -> bool:
     return not any(c.name in _DRAWS and any(fields for _, fields in (*c.ins, *c.outs)) for c in run.calls)
 
 
-def _dropping_nothing(
-    name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    at = _DROPS.get(name)
-    if at is None:
-        return args, dict(kwargs)
-    if name in _RECURRENT and not isinstance(args[3], bool):
-        at += 1  # packed sequences have their batch sizes in front
-    if len(args) > at:
-        args = (*args[:at], 0.0, *args[at + 1 :])
-    return args, {k: 0.0 if k in ("p", "dropout_p") else v for k, v in kwargs.items()}
-
-
-Print = tuple[int, Tensor]
-"""How many numbers a tensor has, its length, and three random sums."""
-
-
-class _Steps(TorchFunctionMode):
-    """Counts the calls that were captured, and takes a print of the results of each."""
-
-    def __init__(self, calls: Sequence[Call]) -> None:
-        super().__init__()
-        self.calls, self.at = calls, 0
-        self.prints: list[list[Print]] = []
-
-    def step(self, name: str) -> Call | None:
-        if self.at < len(self.calls) and self.calls[self.at].name == name:
-            self.at += 1
-            return self.calls[self.at - 1]
-        return None
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        name = key(func)
-        args, kwargs = _dropping_nothing(name, args, kwargs or {})
-        out = func(*args, **kwargs)
-        outs = results(name, args, out)
-        if outs and self.step(name):
-            self.prints.append([_print(t) for t in outs])
-        return out
-
-
-class _Masked(_Steps):
+class _Masked(Trace):
     """The original with units masked, its parameters one at a time, as a call reads them."""
 
-    def __init__(self, calls: Sequence[Call], kept: Tensor, parameters: Mapping[int, list[Axis]]) -> None:
-        super().__init__(calls)
-        self.kept, self.parameters = kept, parameters
+    def __init__(self, remains: Remains, gone: Mapping[int, list[tuple[int, Tensor]]]) -> None:
+        """Follow a run; `gone` are the positions that go, with their dimension, of parameters by id."""
+        super().__init__(remains.run)
+        self._remains, self._gone = remains, gone
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         name = key(func)
-        args, given = _dropping_nothing(name, args, kwargs or {})
+        args, given = dropping_nothing(name, args, kwargs or {})
         if not name.startswith("get.") or name in ("get.data", "get.T", "get.mT", "get.H", "get.mH"):
-            args, given = tree_map(self._mask, args), tree_map(self._mask, given)
-        ahead = self.at < len(self.calls) and self.calls[self.at].name == name
-        call = self.calls[self.at] if ahead else None
+            masked = {id(t): self._mask(t) for t in tensors((args, given)) if id(t) in self._gone}
+            if masked:
+                args, given = tree_map(lambda t: masked.get(id(t), t), (args, given))
+        call = self.calls[self.at] if self.ahead(name) else None
         train = name == "batch_norm" and True in (args[5:6] or [given.get("training")])
-        if (
-            self.parameters
-            and call is not None
-            and (name in _OVER_KEPT or train)
-            and any(fields for _, fields in call.ins)
-        ):
-            self.at += 1
+        if self._gone and call is not None and (name in _OVER_KEPT or train) and any(fields for _, fields in call.ins):
             return self._over_kept(call, func, args, given)
         out = func(*args, **given)
         outs = results(name, args, out)
-        if outs and self.step(name) is call and call is not None:
-            known = zip(outs, call.outs, strict=False)
-            self.prints.append([_print(self._closed(t, *one)) for t, one in known])
+        if outs and self.ahead(name):
+            known = self._remains.outs[self.at]
+            self.note(fingerprint(left.cut(t)) for t, left in zip(outs, known, strict=False))
         return out
 
-    def _mask(self, t: Any) -> Any:
-        axes = self.parameters.get(id(t)) if isinstance(t, Tensor) else None
-        if not axes:
-            return t
-        masked = t.detach()
-        for axis in axes:
-            gone = (~self.kept[torch.from_numpy(axis.labels)]).nonzero().flatten().to(t.device)
-            if len(gone):
-                masked = masked.index_fill(axis.dim, gone, 0)
+    def _mask(self, t: Tensor) -> Tensor:
+        masked = t.detach().clone()
+        for dim, gone in self._gone[id(t)]:
+            masked.index_fill_(dim, gone.to(t.device), 0)
         return masked
 
-    def _closed(self, t: Tensor, shape: Shape, fields: Sequence[Tensor]) -> Tensor:
-        """What stays of a result, close together; flat where lines keep different positions."""
-        stays = masks(shape, fields, self.kept)
-        inner: Tensor | None = None
-        for f in fields:
-            if len(support(f)) > 1:
-                some = self._cut(
-                    self.kept[f.long()], [m if n > 1 else None for m, n in zip(stays, f.shape, strict=True)]
-                )
-                if not bool(some.all()):
-                    inner = some if inner is None else inner & some
-        t = self._cut(t, stays)
-        return t if inner is None else t[inner.to(t.device).expand(t.shape)]
-
-    def _cut(self, t: Tensor, stays: Sequence[Tensor | None]) -> Tensor:
-        for d, mask in enumerate(stays):
-            if mask is not None:
-                t = t.index_select(d, mask.nonzero().flatten().to(t.device))
-        return t
-
     def _over_kept(self, call: Call, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        known = iter(call.ins)
+        known = iter(self._remains.ins(call))
         small: dict[int, Tensor] = {}
 
         def shrink(t: Any) -> Any:
             if not isinstance(t, Tensor):
                 return t
             if id(t) not in small:
-                small[id(t)] = self._cut(t, masks(*next(known), self.kept))
+                small[id(t)] = next(known).box(t)
             return small[id(t)]
 
         args, kwargs = tree_map(shrink, args), tree_map(shrink, kwargs)
@@ -171,48 +90,25 @@ class _Masked(_Steps):
             args = (args[0], tuple(args[0].shape[-len(args[1]) :]), *args[2:])
         if call.name == "group_norm" and args[1] == call.ins[0][0][1]:
             args = (args[0], args[0].shape[1], *args[2:])
-        outs = iter(call.outs)
+        outs = iter(zip(call.outs, self._remains.outs[self.at], strict=True))
 
         def grow(t: Any) -> Any:
             if not isinstance(t, Tensor):
                 return t
-            shape, fields = next(outs)
-            stays = masks(shape, fields, self.kept)
-            if all(mask is None for mask in stays):
+            (shape, _), left = next(outs)
+            if all(line is None for line in left.lines):
                 return t
-            shape = tuple(
-                n if mask is not None else t.shape[d] for d, (n, mask) in enumerate(zip(shape, stays, strict=True))
-            )
-            full = torch.zeros(shape, dtype=t.dtype, device=t.device)
-            at = [torch.arange(n) if m is None else m.nonzero().flatten() for n, m in zip(shape, stays, strict=True)]
+            sizes = [
+                n if line is not None else t.shape[d] for d, (n, line) in enumerate(zip(shape, left.lines, strict=True))
+            ]
+            full = torch.zeros(sizes, dtype=t.dtype, device=t.device)
+            at = [torch.arange(n) if line is None else line for n, line in zip(sizes, left.lines, strict=True)]
             full[torch.meshgrid(*at, indexing="ij")] = t
             return full
 
         found = func(*args, **kwargs)
-        self.prints.append([_print(t) for t in tensors(found)])
+        self.note(map(fingerprint, tensors(found)))
         return tree_map(grow, found)
-
-
-_CHUNK = 1 << 18
-
-
-@functools.cache
-def _random() -> Tensor:
-    return torch.randn(3, _CHUNK, generator=torch.Generator().manual_seed(1))
-
-
-def _print(t: Tensor) -> Print:
-    if not (t.is_floating_point() or t.is_complex()):  # what is chosen from numbers is as right as they are
-        return 0, torch.zeros(4)
-    t = t.detach().to_dense() if t.layout is not torch.strided else t.detach()
-    v = (torch.view_as_real(t.resolve_conj()) if t.is_complex() else t).flatten().float()
-    length = torch.linalg.vector_norm(v)
-    if not bool(length.isfinite()):  # masks of -inf, or of the least number of a type
-        v = torch.where(v.abs() < 1e15, v, 0)
-        length = torch.linalg.vector_norm(v)
-    random = _random().to(v.device)
-    sums = sum(random[:, : len(part)] @ part * random[0, i] for i, part in enumerate(torch.split(v, _CHUNK)))
-    return v.numel(), torch.cat([length[None], torch.as_tensor(sums)]).cpu()
 
 
 class Difference(NamedTuple):
@@ -229,63 +125,113 @@ class Difference(NamedTuple):
     factor: float | None = None
 
 
-def difference(
-    original: nn.Module,
-    small: nn.Module,
-    run: Run,
-    arguments: Arguments,
-    kept: Tensor,
-    axes: Sequence[Axis],
-    between: frozenset[str] = frozenset(),
-) -> Difference | None:
-    """How much the small model differs from the masked original, relative to the largest number of an output.
+class Proof:
+    """The masked original, beside which small models run.
+
+    Attributes:
+        kept: for each label, whether it stays.
+    """
+
+    def __init__(self, original: nn.Module, remains: Sequence[Remains], axes: Sequence[Axis] = ()) -> None:
+        """Let the original run as small models do.
+
+        Args:
+            original: the model, uncut.
+            remains: of each run of the capture.
+            axes: of the model's tensors; none where the original is to compute as it is, with nothing masked.
+        """
+        self._original, self._remains, self.kept = original, remains, remains[0].kept
+        self._limit = tolerance(original)
+        self._gone: dict[int, list[tuple[int, Tensor]]] = {}
+        named = dict(original.named_parameters())
+        for axis in axes:
+            gone = (~self.kept[torch.from_numpy(axis.labels)]).nonzero().flatten()
+            if axis.name in named and len(gone):
+                self._gone.setdefault(id(named[axis.name]), []).append((axis.dim, gone))
+        self._traces: dict[tuple[int, bool], Trace] = {}
+
+    def fails(
+        self, small: nn.Module, known: Sequence[Trace | None], between: frozenset[str] = frozenset()
+    ) -> tuple[Call, str, float | None] | None:
+        """Compare with a small model, on the examples and on fresh inputs.
+
+        Args:
+            small: the cut model.
+            known: what is known of it on the examples, for each run.
+            between: calls whose results differ by a factor that a later one takes back; see `scales`.
+
+        Returns None, or the first call that differs, how, and by what factor.
+        """
+        for at, (remains, trace) in enumerate(zip(self._remains, known, strict=True)):
+            run = remains.run
+            if run.training and not repeats(run):
+                continue
+            found = self.difference(small, at, trace, between)
+            if found is None:
+                return run.calls[-1], "the masked original makes other calls than the smaller model", None
+            if not found.call and not run.training:
+                try:
+                    found = self.difference(small, at, None, between, True) or found
+                except Exception as error:
+                    _log.info("no proof on fresh inputs: %s", error)
+            if found.call:
+                worst, call, factor = found
+                return found.call, f"differs from the masked original by {worst:.1e}, first after {call}", factor
+        return None
+
+    def difference(
+        self,
+        small: nn.Module,
+        at: int = 0,
+        known: Trace | None = None,
+        between: frozenset[str] = frozenset(),
+        anew: bool = False,
+    ) -> Difference | None:
+        """How much a small model differs in one run, with its own arguments, or with fresh ones.
+
+        Returns None if the forward makes other calls than the run did.
+        """
+        run = self._remains[at].run
+        arguments = fresh(run.arguments) if anew else run.arguments
+        got = known or Trace(run).of(small, arguments)
+        if (at, anew) not in self._traces:
+            self._traces[at, anew] = _Masked(self._remains[at], self._gone).of(self._original, arguments)
+        want = self._traces[at, anew]
+        if not want.at == got.at == len(run.calls):
+            return None
+        return apart(want, got, self._limit, between)
+
+
+def apart(want: Trace, got: Trace, limit: float, between: frozenset[str] = frozenset()) -> Difference:
+    """The difference between two traces that made all calls of the same run.
 
     Args:
-        original: the model, uncut.
-        small: the cut one.
-        run: of the capture.
-        arguments: of the forward: those of the run, or fresh ones.
-        kept: for each label, whether it stays.
-        axes: of the model's tensors; none where the original is to compute as it is, with nothing masked.
-        between: calls whose results differ by a factor that a later one takes back; see `scales`.
-
-    Returns the difference, and the call where it begins if it is above the limit. None if the forward with these
-    arguments makes other calls than the run did.
+        want: what is right.
+        got: what is compared with it.
+        limit: what rounding explains.
+        between: see `Proof.fails`.
     """
-    limit = tolerance(original)
-    named = dict(original.named_parameters())
-    parameters: dict[int, list[Axis]] = {}
-    for axis in axes:
-        if axis.name in named:
-            parameters.setdefault(id(named[axis.name]), []).append(axis)
-    args, kwargs = arguments
-    with calm(small, run.training), _Steps(run.calls) as ours:
-        got = small(*args, **kwargs)
-    with calm(original, run.training), _Masked(run.calls, kept, parameters) as theirs:
-        want = original(*args, **kwargs)
-    if not ours.at == theirs.at == len(run.calls):
-        return None
-    pairs = zip(tensors(contract(want)), tensors(contract(got)), strict=True)
-    worst = max((_apart(a, b) for a, b in pairs), default=0.0)
-    for call, a, b in zip(run.calls, theirs.prints, ours.prints, strict=True):
-        apart = 0.0 if call.elastic or str(call) in between else max(map(_prints_apart, a, b), default=0.0)
-        if apart > max(_STEP, limit):
-            return Difference(max(worst, apart), call, _factor(a, b))
-    return Difference(worst, run.calls[-1] if worst > limit else None)
+    outs = zip(tensors(want.out), tensors(got.out), strict=True)
+    worst = max((_apart(a, b) for a, b in outs), default=0.0)
+    for call, a, b in zip(want.calls, want.prints, got.prints, strict=True):
+        off = 0.0 if call.elastic or (between and str(call) in between) else max(map(_prints_apart, a, b), default=0.0)
+        if off > max(_STEP, limit):
+            return Difference(max(worst, off), call, _factor(a, b))
+    return Difference(worst, want.calls[-1] if worst > limit else None)
 
 
 def _prints_apart(a: Print, b: Print) -> float:
     if a[0] != b[0]:
         return float("inf")
-    return float((a[1] - b[1]).abs().max() / a[1][0].clamp_min(1e-12))
+    return max(abs(x - y) for x, y in zip(a[1:], b[1:], strict=True)) / max(a[1], 1e-12)
 
 
 def _factor(a: Sequence[Print], b: Sequence[Print]) -> float | None:
     """The number that makes b of a, if there is one."""
-    if len(a) != 1 or len(b) != 1 or a[0][0] != b[0][0] or not float(b[0][1][0]):
+    if len(a) != 1 or len(b) != 1 or a[0][0] != b[0][0] or not b[0][1]:
         return None
-    factor = float(a[0][1][0] / b[0][1][0])
-    return factor if _prints_apart(a[0], (b[0][0], b[0][1] * factor)) < _STEP else None
+    factor = a[0][1] / b[0][1]
+    return factor if _prints_apart(a[0], (b[0][0], *(n * factor for n in b[0][1:]))) < _STEP else None
 
 
 def _apart(a: Tensor, b: Tensor) -> float:

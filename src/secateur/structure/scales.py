@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from secateur.structure.capture import Call, Capture
 from secateur.structure.cut import named_tensors
 from secateur.structure.fields import labels
-from secateur.structure.groups import size
+from secateur.structure.remains import size
 
 _PRODUCTS = ("matmul", "bmm", "baddbmm", "einsum", "__matmul")
 _SCALERS = ("layer_norm", "rms_norm", "mul", "__mul", "__rmul", "multiply")

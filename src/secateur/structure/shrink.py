@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, TypeVar
@@ -16,20 +15,22 @@ from secateur.errors import InputError, InputTypeError, StructureError
 from secateur.masks import as_masks
 from secateur.structure import rules as rules  # registers what is known of torch's functions
 from secateur.structure import scales
-from secateur.structure.attributes import Edits, Sizes, follow_forward, follow_modules
-from secateur.structure.capture import Call, Capture, Run, capture
+from secateur.structure.attributes import Edits, follow_forward, follow_modules
+from secateur.structure.capture import Call, Capture, capture
 from secateur.structure.configs import Configs, Dim
 from secateur.structure.criteria import Subject
 from secateur.structure.cut import check_optimizer, cut, follow, masked, named_tensors, part, twin, undo
 from secateur.structure.dead import dead
-from secateur.structure.fields import Labelled, Shape, support
-from secateur.structure.groups import Groups, Worth, as_mask, size
+from secateur.structure.fields import Labelled
+from secateur.structure.groups import Groups, Worth, as_mask
 from secateur.structure.meta import empty
 from secateur.structure.options import Ask, Options, checked, read
 from secateur.structure.plan import NOT_ASKED, Plan, as_plan
 from secateur.structure.policy import POLICIES, Policy
-from secateur.structure.proof import difference, fresh, repeats
+from secateur.structure.proof import Proof
+from secateur.structure.remains import Remains
 from secateur.structure.targets import counted, reach, search_time, select, time_left
+from secateur.structure.traces import Trace
 from secateur.structure.units import Extent, Labels
 from secateur.support.inputs import Arguments
 
@@ -203,18 +204,20 @@ def _attempt(
         plan = plan.shifted(small, shifts)
         done, edits = cut(small, plan.kept, shifts), Edits()
         known = len(cap.ledger.equals)
+        remains = [Remains(run, as_mask(kept)) for run in cap.runs]
+        traces: list[Trace] = []
         failure = (
-            _tell(told, small, cap, as_mask(kept), groups, edits)
-            or _fit(small, cap, as_mask(kept), policy, edits)
-            or _told_right(told, small, cap, as_mask(kept))
+            _tell(told, small, cap, remains, groups, edits)
+            or _fit(small, remains, policy, edits, traces)
+            or _told_right(told, small, traces)
         )
         folds: list[scales.Fold] = []
         if failure is None:
             folds = list(scales.rooted(cap, as_mask(kept), model, small))
             done += scales.apply(small, _scaled(folds))
             if ask.verify:
-                prove = functools.partial(_prove, model, small, cap, as_mask(kept), groups, not ask.exact)
-                failure = _prove_or_fold(prove, small, cap, as_mask(kept), folds, done)
+                proof = Proof(model, remains, () if ask.exact else groups.axes)
+                failure = _prove_or_fold(proof, small, cap, traces, folds, done)
         if failure is None:
             if ask.target is not None and ask.target.what == "macs":
                 ask.target.check(counted(small, cap.runs) / counted(model, cap.runs))
@@ -282,34 +285,31 @@ def _worth(small: nn.Module, cap: Capture, ask: Ask) -> Worth:
         ) from error
 
 
-def _fit(small: nn.Module, cap: Capture, kept: Tensor, policy: Policy, edits: Edits) -> tuple[Call, str] | None:
-    """Let attributes follow. Returns the call that does not fit, and why, if there is one."""
+def _fit(
+    small: nn.Module, remains: Sequence[Remains], policy: Policy, edits: Edits, traces: list[Trace]
+) -> tuple[Call, str] | None:
+    """Let attributes follow, and give the traces of the fitted model. Returns the call that does not fit, and why."""
     follow_modules(small, edits, policy.whole_heads)
-    for run in cap.runs:
-        failed = follow_forward(small, run, _sizes(run, kept), edits)
-        if failed is not None:
-            return run.calls[failed[0]], failed[1]
+    for one in remains:
+        trace, why = follow_forward(small, one.run, one.sizes, edits)
+        if why:
+            return trace.calls[min(trace.at, len(trace.calls) - 1)], why
+        traces.append(trace)
+    mark = len(edits)
     follow_modules(small, edits, policy.whole_heads)  # where groups went, other sizes follow these
+    if len(edits) > mark:
+        traces[:] = [Trace(one.run).of(small, one.run.arguments) for one in remains]
     return None
 
 
-def _size(call: Call, shape: Shape, fields: Sequence[Tensor], kept: Tensor) -> Shape:
-    """The expected size of a result; -1 along dimensions where it depends on data."""
-    known = {d for f in fields for d in support(f)}
-    return tuple(n if d in known or not call.loose else -1 for d, n in enumerate(size(shape, fields, kept)))
-
-
-def _sizes(run: Run, kept: Tensor) -> Sizes:
-    return [None if c.elastic else [_size(c, *known, kept) for known in c.outs] for c in run.calls]
-
-
 def _tell(
-    told: Configs, small: nn.Module, cap: Capture, kept: Tensor, groups: Groups, edits: Edits
+    told: Configs, small: nn.Module, cap: Capture, remains: Sequence[Remains], groups: Groups, edits: Edits
 ) -> tuple[Call | None, str] | None:
     """Let configs follow. Returns what they cannot tell, and the call to hold; None if the ledger knows already."""
-    untold = told.follow(small, [(run, _sizes(run, kept)) for run in cap.runs], edits)
+    untold = told.follow(small, remains, edits)
     if untold is None:
         return None
+    kept = remains[0].kept
     named = {name: id(t) for name, t in named_tensors(small).items()}
     axes = {(id(axis.tensor), axis.dim): axis.labels for axis in groups.axes}
 
@@ -324,8 +324,8 @@ def _tell(
     return untold.call or (None if gone else cap.runs[-1].calls[-1]), untold.why
 
 
-def _told_right(told: Configs, small: nn.Module, cap: Capture, kept: Tensor) -> tuple[Call | None, str] | None:
-    untold = None if empty(small) else told.differ(small, cap.runs, kept)
+def _told_right(told: Configs, small: nn.Module, traces: Sequence[Trace]) -> tuple[Call | None, str] | None:
+    untold = None if empty(small) else told.differ(small, traces)
     return None if untold is None else (untold.call, untold.why)
 
 
@@ -334,58 +334,29 @@ def _scaled(folds: Sequence[scales.Fold]) -> tuple[scales.Scaled, ...]:
 
 
 def _prove_or_fold(
-    prove: Callable[[frozenset[str]], tuple[Call, str, float | None] | None],
+    proof: Proof,
     small: nn.Module,
     cap: Capture,
-    kept: Tensor,
+    traces: Sequence[Trace],
     folds: list[scales.Fold],
     done: list[tuple[Tensor, Tensor]],
 ) -> tuple[Call, str] | None:
     """Prove; where a call differs because a size is its scale, fold that, in all calls of its line, and go on."""
     lines: set[tuple[str, str]] = set()
-    while (found := prove(frozenset().union(*(fold.between for fold in folds)))) is not None:
+    known: Sequence[Trace | None] = traces if not folds else [None] * len(traces)
+    while (found := proof.fails(small, known, frozenset().union(*(fold.between for fold in folds)))) is not None:
         call, why, factor = found
         if factor is None or (call.name, call.line) in lines:
             return call, why
         lines.add((call.name, call.line))
         alike = [c for run in cap.runs for c in run.calls if (c.name, c.line) == (call.name, call.line)]
-        found_folds = [fold for c in alike if (fold := scales.fold(cap, kept, c, factor)) is not None]
+        found_folds = [fold for c in alike if (fold := scales.fold(cap, proof.kept, c, factor)) is not None]
         new = list({fold.scaled: fold for fold in found_folds}.values())
         if not new:
             return call, why
         folds += new
         done += scales.apply(small, _scaled(new))
-    return None
-
-
-def _prove(
-    model: nn.Module,
-    small: nn.Module,
-    cap: Capture,
-    kept: Tensor,
-    groups: Groups,
-    masked: bool,
-    between: frozenset[str],
-) -> tuple[Call, str, float | None] | None:
-    """Compare with the original, masked or as it is. Returns the first call that differs, how, and by what factor."""
-    for run in cap.runs:
-        if run.training and not repeats(run):
-            continue
-        for inputs in (run.arguments,) if run.training else (run.arguments, fresh(run.arguments)):
-            try:
-                found = difference(model, small, run, inputs, kept, groups.axes if masked else (), between)
-            except Exception as error:
-                if inputs is run.arguments:
-                    raise
-                _log.info("no proof on fresh inputs: %s", error)
-                continue
-            if found is None:
-                if inputs is run.arguments:
-                    return run.calls[-1], "the masked original makes other calls than the smaller model", None
-                continue
-            worst, call, factor = found
-            if call is not None:
-                return call, f"differs from the masked original by {worst:.1e}, first after {call}", factor
+        known = [None] * len(traces)
     return None
 
 

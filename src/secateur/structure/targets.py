@@ -15,7 +15,8 @@ from secateur.errors import InputError, StructureError
 from secateur.measurement import costs, timing
 from secateur.structure.capture import Capture, Run, calm
 from secateur.structure.fields import labels, support
-from secateur.structure.groups import Groups, Worth, as_mask, size
+from secateur.structure.groups import Groups, Worth, as_mask
+from secateur.structure.remains import size
 from secateur.structure.units import Labels
 from secateur.support.inputs import Arguments
 

@@ -1,0 +1,126 @@
+"""What remains of the results of a captured forward when units go."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from functools import cached_property
+from typing import NamedTuple
+
+from torch import Tensor
+
+from secateur.structure.capture import Call, Run
+from secateur.structure.fields import Shape, support
+
+Sizes = list[list[Shape] | None]
+"""For each call the shapes of its results; None where any will do, -1 for a size that depends on data."""
+
+
+class Part(NamedTuple):
+    """What remains of a tensor.
+
+    Attributes:
+        shape: of what remains.
+        lines: for each dimension the positions at which something stays; None where all do.
+        inner: of what these leave, the numbers that stay, with size 1 where all are alike; None where all do. So it is
+            where lines keep different positions ([layers, hidden]).
+    """
+
+    shape: Shape
+    lines: list[Tensor | None]
+    inner: Tensor | None
+
+    def cut(self, t: Tensor) -> Tensor:
+        """What remains of a tensor, close together; flat where lines keep different positions."""
+        t = self.box(t)
+        return t if self.inner is None else t[self.inner.to(t.device).expand(t.shape)]
+
+    def box(self, t: Tensor) -> Tensor:
+        """A tensor without the lines of which nothing remains."""
+        return _at(t, self.lines)
+
+
+def part(shape: Shape, fields: Sequence[Tensor], kept: Tensor) -> Part:
+    """What remains of a tensor.
+
+    Args:
+        shape: of the tensor.
+        fields: of the tensor.
+        kept: for each label, whether it stays.
+    """
+    stays = [s for f in fields if not bool((s := kept[f.long()]).all())]
+    masks: list[Tensor | None] = [None] * len(shape)
+    for s in stays:
+        for d in support(s):
+            own = s.movedim(d, 0).reshape(shape[d], -1).any(1)
+            old = masks[d]
+            masks[d] = own if old is None else old & own
+    lines = [None if mask is None else mask.nonzero().flatten() for mask in masks]
+    inner: Tensor | None = None
+    for s in stays:
+        some = _at(s, [line if n > 1 else None for line, n in zip(lines, s.shape, strict=True)])
+        if not bool(some.all()):
+            inner = some if inner is None else inner & some
+    sizes = [n if line is None else len(line) for n, line in zip(shape, lines, strict=True)]
+    if inner is not None:
+        box = _extents(inner)
+        sizes = [m if inner.shape[d] > 1 else n for d, (n, m) in enumerate(zip(sizes, box, strict=True))]
+    return Part(tuple(sizes), lines, inner)
+
+
+def size(shape: Shape, fields: Sequence[Tensor], kept: Tensor) -> Shape:
+    """The shape of what remains of a tensor; arguments as of `part`."""
+    return part(shape, fields, kept).shape
+
+
+def _at(t: Tensor, lines: Sequence[Tensor | None]) -> Tensor:
+    for d, line in enumerate(lines):
+        if line is not None:
+            t = t.index_select(d, line.to(t.device))
+    return t
+
+
+def _extents(stays: Tensor) -> Shape:
+    """The sizes of the box that the kept positions fill when they close ranks.
+
+    Along each dimension either whole slices go, so that those which stay are counted, or as many positions of every
+    line. They differ where lines keep different positions ([layers, hidden]): the box with the right number is it.
+    """
+    lines = [int(stays.sum(d).max()) for d in range(stays.ndim)]
+    slices = [int(stays.movedim(d, 0).reshape(stays.shape[d], -1).any(1).sum()) for d in range(stays.ndim)]
+    boxes = itertools.product(*({a: 0, b: 0} for a, b in zip(slices, lines, strict=True)))
+    total = int(stays.sum())
+    return next((box for box in boxes if math.prod(box) == total), tuple(lines))
+
+
+class Remains:
+    """What remains of the results of one forward."""
+
+    def __init__(self, run: Run, kept: Tensor) -> None:
+        self.run, self.kept = run, kept
+
+    @cached_property
+    def outs(self) -> list[list[Part]]:
+        """What remains of the results of each call."""
+        return [[part(*known, self.kept) for known in call.outs] for call in self.run.calls]
+
+    def ins(self, call: Call) -> list[Part]:
+        """What remains of the operands of a call."""
+        return [part(*known, self.kept) for known in call.ins]
+
+    @cached_property
+    def sizes(self) -> Sizes:
+        """The shapes that are to be expected."""
+        return [
+            None if call.elastic else [_expected(call, *one) for one in zip(call.outs, parts, strict=True)]
+            for call, parts in zip(self.run.calls, self.outs, strict=True)
+        ]
+
+
+def _expected(call: Call, known: tuple[Shape, list[Tensor]], left: Part) -> Shape:
+    """The shape of a result; -1 along dimensions where it depends on data."""
+    if not call.loose:
+        return left.shape
+    labelled = {d for f in known[1] for d in support(f)}
+    return tuple(n if d in labelled else -1 for d, n in enumerate(left.shape))
