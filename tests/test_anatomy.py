@@ -161,6 +161,13 @@ def test_readers():
     assert found[id(model[1].out_proj)] is model[1]
 
 
+@pytest.mark.parametrize("widths", [{}, {"kdim": 5}])
+def test_attention_has_the_width_of_its_query_whatever_its_outputs(widths):
+    layer = nn.MultiheadAttention(12, 3, **widths)
+    layer.out_proj.weight = nn.Parameter(torch.zeros(7, 12))
+    assert anatomy.sizes(layer, whole_heads=True).items() >= {"embed_dim": 12, "num_heads": 3, "head_dim": 4}.items()
+
+
 def test_a_lazy_layer_has_the_layout_it_will_have_when_it_has_a_shape():
     assert layout_of(nn.Linear(2, 2), "bias") == Layout("o")
     for groups, kernel in itertools.product((1, 2), (1, 3)):

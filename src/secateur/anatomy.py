@@ -353,7 +353,8 @@ def _recurrent_sizes(module: nn.RNNBase | nn.RNNCellBase) -> dict[str, object]:
 
 
 def _attention_sizes(module: nn.MultiheadAttention, whole_heads: bool) -> dict[str, object]:
-    outer, inner = module.out_proj.weight.shape
+    query = module.in_proj_weight if module._qkv_same_embed_dim else module.q_proj_weight
+    outer, inner = query.shape[1], module.out_proj.weight.shape[1]
     heads = module.num_heads
     if whole_heads and inner % module.head_dim == 0:
         heads = inner // module.head_dim

@@ -1,6 +1,7 @@
 import torch
 from torch import nn
 
+import secateur as sc
 from secateur.structure import rules
 from secateur.structure.capture import capture
 from secateur.structure.cut import cut, twin
@@ -123,3 +124,20 @@ def test_numbers_beyond_all_bounds_are_left_out_of_a_comparison():
     model, x = Masking().eval(), torch.randn(5, 4)
     small, _, proof = halved(model, x)
     assert proof.difference(small)[1] is None
+
+
+def test_a_result_that_nobody_takes_up_may_differ():
+    """The weights of attention are a mean over heads: over fewer when heads go."""
+
+    class Attends(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.attention, self.last = nn.Linear(5, 24), nn.MultiheadAttention(24, 3), nn.Linear(24, 2)
+
+        def forward(self, x):
+            x = self.first(x)
+            return self.last(self.attention(x, x, x)[0])
+
+    torch.manual_seed(0)
+    small = sc.shrink(Attends().eval(), torch.randn(2, 7, 5), 0.34).attention
+    assert (small.embed_dim, small.num_heads, small.head_dim) == (16, 2, 8)

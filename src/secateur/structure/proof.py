@@ -214,7 +214,10 @@ def apart(want: Trace, got: Trace, limit: float, between: frozenset[str] = froze
     outs = zip(tensors(want.out), tensors(got.out), strict=True)
     worst = max((_apart(a, b) for a, b in outs), default=0.0)
     for call, a, b in zip(want.calls, want.prints, got.prints, strict=True):
-        off = 0.0 if call.elastic or (between and str(call) in between) else max(map(_prints_apart, a, b), default=0.0)
+        if call.elastic or (between and str(call) in between):
+            continue
+        taken = [i for i in range(len(a)) if i in call.used or len(a) == 1]  # weights of attention often are not
+        off = max((_prints_apart(a[i], b[i]) for i in taken), default=0.0)
         if off > max(_STEP, limit):
             return Difference(max(worst, off), call, _factor(a, b))
     return Difference(worst, want.calls[-1] if worst > limit else None)
