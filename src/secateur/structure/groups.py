@@ -116,7 +116,7 @@ class Groups:
     def select(
         self,
         scores: Worth,
-        share: float | Sequence[float],
+        share: float | Sequence[float] | Worth,
         pools: Sequence[Hashable] | None = None,
         round_to: int = 1,
         min_width: int = 1,
@@ -186,7 +186,7 @@ class Groups:
         return found
 
     def _wanted(
-        self, total: Worth, share: float | Sequence[float], pools: Sequence[Hashable], least: NDArray[np.int64]
+        self, total: Worth, share: float | Sequence[float] | Worth, pools: Sequence[Hashable], least: NDArray[np.int64]
     ) -> NDArray[np.float64]:
         """How many units of each cell are to stay; fractions where a cell is ranked alone."""
         sizes = np.array([len(cell) for cell in self.cells], np.float64)
@@ -214,31 +214,44 @@ class Groups:
                 least[c] = max(least[c], -(-min_width // times))
         return step, least
 
+    @cached_property
     def equations(self) -> list[Equation]:
-        """What the blocks and the equal sizes demand of all cells."""
-        return list(self._equations(range(len(self.cells))))
-
-    def _equations(self, going: Sequence[int]) -> Iterator[Equation]:
-        """What the blocks and the equal sizes demand of the cells that may be cut, in the order of `going`."""
+        """What the blocks and the equal sizes demand of the cells."""
         which = np.full(len(self.root), -1)
-        for i, c in enumerate(going):
-            which[self.cells[c]] = i
+        for c, members in enumerate(self.cells):
+            which[members] = c
 
         def form(row: Labels) -> dict[int, Fraction]:
             """How many positions go with one group of each cell."""
             found, times = np.unique(row[row >= 0], return_counts=True)
-            pairs = zip(found.tolist(), times.tolist(), strict=True)
-            return {i: Fraction(n, len(self.cells[going[i]])) for i, n in pairs}
+            return {c: Fraction(n, len(self.cells[c])) for c, n in zip(found.tolist(), times.tolist(), strict=True)}
 
+        found = []
         for rows, why in self.blocks:
             cells = np.sort(which[rows], 1)
             cells[(rows == rows[:, :1]).all(1)] = -1  # a row that is one group stays whole or goes whole
             first, *others = (form(row) for row in np.unique(cells, axis=0))
-            yield from (e for other in others if (e := _equation(first, other, why)))
+            found += [_equation(first, other, why) for other in others]
         for a, b, factors, why in self.equals:
             ours, theirs = ({c: n * k for c, n in form(which[x]).items()} for x, k in zip((a, b), factors, strict=True))
-            if e := _equation(ours, theirs, why):
-                yield e
+            found.append(_equation(ours, theirs, why))
+        return [e for e in found if e is not None]
+
+    def _equations(self, going: Sequence[int]) -> Iterator[Equation]:
+        """The equations of the cells that may be cut, in the order of `going`; of the others nothing goes."""
+        place = {c: i for i, c in enumerate(going)}
+        for equation in self.equations:
+            if terms := {place[c]: n for c, n in equation.coefficients.items() if c in place}:
+                yield Equation(terms, equation.why)
+
+    @cached_property
+    def parts(self) -> Labels:
+        """For each cell the number of its part: no equation binds cells of two parts."""
+        found = np.arange(len(self.cells))
+        for equation in self.equations:
+            bound = np.isin(found, found[list(equation.coefficients)])
+            found[bound] = found[bound].min()
+        return found
 
     @cached_property
     def cell_of(self) -> Labels:

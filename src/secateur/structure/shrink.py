@@ -29,7 +29,7 @@ from secateur.structure.plan import NOT_ASKED, Plan, as_plan
 from secateur.structure.policy import POLICIES, Policy
 from secateur.structure.proof import Proof
 from secateur.structure.remains import Remains
-from secateur.structure.targets import counted, reach, search_time, select, time_left
+from secateur.structure.targets import Target, counted, knob, reach, search_time, select, time_left
 from secateur.structure.traces import Trace
 from secateur.structure.units import Extent, Labels
 from secateur.support.inputs import Arguments
@@ -146,18 +146,19 @@ def _best(model: nn.Module, examples: Sequence[Arguments], ask: Ask) -> _Result:
 def _in_time(model: nn.Module, examples: Sequence[Arguments], ask: Ask) -> _Result:
     """A model that takes the asked fraction of the time, from a few that are measured beside the given one."""
     assert ask.target is not None
+    what = knob(model, examples[0])
 
-    def made(share: float, verify: bool) -> _Result:
-        return _best(model, examples, dataclasses.replace(ask, share=share, target=None, verify=verify))
+    def made(cost: float, verify: bool) -> _Result:
+        return _best(model, examples, dataclasses.replace(ask, target=Target(what, cost, strict=False), verify=verify))
 
-    def left(share: float) -> float:
-        return time_left(model, made(share, False).model, examples[0], seconds=1.0)
+    def left(cost: float) -> float:
+        return time_left(model, made(cost, False).model, examples[0], seconds=1.0)
 
-    def sure(share: float) -> tuple[float, _Result]:
-        found = made(share, ask.verify)
+    def sure(cost: float) -> tuple[float, _Result]:
+        found = made(cost, ask.verify)
         return time_left(model, found.model, examples[0], seconds=3.0), found
 
-    return search_time(ask.target.fraction, left, sure)
+    return search_time(ask.target.fraction, what, left, sure)
 
 
 def _attempt(
@@ -219,8 +220,8 @@ def _attempt(
                 proof = Proof(model, remains, () if ask.exact else groups.axes)
                 failure = _prove_or_fold(proof, small, cap, traces, folds, done)
         if failure is None:
-            if ask.target is not None and ask.target.what == "macs":
-                ask.target.check(counted(small, cap.runs) / counted(model, cap.runs))
+            if ask.target is not None and ask.target.what == "macs" and ask.target.strict:
+                ask.target.check(counted(small, examples) / counted(model, examples))
             return _Result(
                 small,
                 dataclasses.replace(plan, attributes=edits.listed(), scaled=_scaled(folds), proven=ask.verify),

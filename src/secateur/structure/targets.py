@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from torch import nn
 
 from secateur.errors import InputError, StructureError
 from secateur.measurement import costs, timing
-from secateur.structure.capture import Capture, Run, calm
+from secateur.structure.capture import Capture, calm
 from secateur.structure.fields import labels, support
 from secateur.structure.groups import Groups, Worth, as_mask
 from secateur.structure.remains import size
@@ -23,10 +24,13 @@ from secateur.support.inputs import Arguments
 NEAR = 0.05
 """A target is met by what lies within so much of it."""
 
-_HALVINGS = 20
+CLOSE = 0.005
+"""Nearer than that nobody looks."""
+
+_HALVINGS = 12
 _MEASUREMENTS = 10
 _NEAR_TIME = 0.02
-_NEARLY_ALL = 0.97
+_NEARLY_NONE = 0.01
 
 _T = TypeVar("_T")
 
@@ -38,10 +42,12 @@ class Target:
     Attributes:
         what: "params", "macs" or "latency".
         fraction: of those of the given model.
+        strict: whether to raise where units are too coarse for it, or to take the nearest.
     """
 
     what: str
     fraction: float
+    strict: bool = True
 
     def check(self, got: float) -> None:
         """See that a model meets the target.
@@ -96,24 +102,32 @@ def products(cap: Capture) -> Callable[[Labels], int]:
     return count
 
 
-def counted(model: nn.Module, runs: Sequence[Run]) -> int:
-    """The multiply-accumulates of all forwards in eval mode, as `sc.measure` counts them.
+def counted(model: nn.Module, examples: Iterable[Arguments]) -> int:
+    """The multiply-accumulates of forwards in eval mode, as `sc.measure` counts them.
 
     Raises:
         InputError: torch cannot tell them, or there are none.
     """
     total = 0
-    for run in runs:
-        if not run.training:
-            with calm(model, False):
-                found = costs.macs(model, run.arguments)["macs"]
-            if not found:
-                raise InputError(
-                    "the MACs of this model cannot be counted: it has no matrix products, or some that torch does not "
-                    "know. Give params= or latency= instead"
-                )
-            total += found
+    for one in examples:
+        with calm(model, False):
+            found = costs.macs(model, one)["macs"]
+        if not found:
+            raise InputError(
+                "the MACs of this model cannot be counted: it has no matrix products, or some that torch does not "
+                "know. Give params= or latency= instead"
+            )
+        total += found
     return total
+
+
+def knob(model: nn.Module, example: Arguments) -> str:
+    """What is turned to meet a time: "macs", or "params" where MACs cannot be counted."""
+    try:
+        counted(model, [example])
+    except InputError:
+        return "params"
+    return "macs"
 
 
 def select(
@@ -126,8 +140,6 @@ def select(
     min_width: int,
 ) -> tuple[Labels, list[int]]:
     """Choose units so that a fraction of a cost is left, as near as units are fine; no model is cut meanwhile.
-
-    First the share of all pools is halved in, then pools go over to the next share one by one.
 
     Args:
         groups: of the model.
@@ -142,38 +154,99 @@ def select(
     Raises:
         StructureError: the target is out of reach, or units are too coarse for it.
     """
-    tried: dict[float, tuple[Labels, list[int]]] = {}
-    count = len(set(pools))
 
-    def attempt(share: float | Sequence[float]) -> float:
-        choice = groups.select(worth, share, pools, round_to, min_width)
-        cost = left(choice[0])
-        tried.setdefault(cost, choice)
-        return cost
+    def take(share: float | Worth, pools: Sequence[Hashable]) -> _Choice:
+        kept, counts = groups.select(worth, share, pools, round_to, min_width)
+        return _Choice(left(kept), kept, np.array(counts), share, pools)
 
-    low, high = 0.0, 1.0
-    least = attempt(high)
-    if least > target.fraction + NEAR:
+    search = _Search(take, target.fraction, groups)
+    search.approach(lambda share: take(share, pools), np.unique(groups.parts))
+    tried, named = search.tried, f"{target.what}={target.fraction:g} cannot be met"
+    best = search.best()
+    if search.off(best) > NEAR and target.strict:
+        below = max((one.left for one in tried if one.left <= target.fraction), default=None)
+        above = min(one.left for one in tried if one.left > target.fraction)
+        if below is None:
+            raise StructureError(f"{named}: at least {above:.3f} of the given model's remain")
         raise StructureError(
-            f"{target.what}={target.fraction:g} cannot be met: at least {least:.3f} of the given model's remain"
+            f"{named}: whole units go, and the nearest are {below:.3f} and {above:.3f}. Ask for one of these"
         )
-    attempt(low)
-    for _ in range(_HALVINGS):
-        middle = (low + high) / 2
-        low, high = (middle, high) if attempt(middle) > target.fraction else (low, middle)
-    first, last = 0, count
-    while last - first > 1:
-        middle = (first + last) // 2
-        ahead = attempt([high] * middle + [low] * (count - middle))
-        first, last = (middle, last) if ahead > target.fraction else (first, middle)
-    best = min(tried, key=lambda cost: abs(cost - target.fraction))
-    if abs(best - target.fraction) > NEAR:
-        below, above = max(c for c in tried if c <= target.fraction), min(c for c in tried if c > target.fraction)
-        raise StructureError(
-            f"{target.what}={target.fraction:g} cannot be met: whole units go, and the nearest are {below:.3f} and "
-            f"{above:.3f}. Ask for one of these"
-        )
-    return tried[best]
+    chosen = groups.select(worth, best.share, best.pools, round_to, min_width)  # what it tells of cells is of this one
+    groups.missed = search.off(best) / (1 - target.fraction)
+    return chosen
+
+
+class _Choice(NamedTuple):
+    """Units that go, what is left of the cost, and how to have them again from `Groups.select`."""
+
+    left: float
+    kept: Labels
+    counts: Labels
+    share: float | Worth
+    pools: Sequence[Hashable]
+
+
+class _Search:
+    """Looks for a fraction that is left, first with all units alike, then with those that are fine enough."""
+
+    def __init__(
+        self, take: Callable[[float | Worth, Sequence[Hashable]], _Choice], fraction: float, groups: Groups
+    ) -> None:
+        self.take, self.fraction, self.parts = take, fraction, groups.parts
+        self.sizes = np.array([len(cell) for cell in groups.cells])
+        self.each = range(len(self.sizes))
+        self.tried: list[_Choice] = []
+        self.meant = np.zeros(len(self.sizes))
+
+    def best(self) -> _Choice:
+        """What comes nearest; where several are near enough, that which is most like what all units alike would be."""
+
+        def strange(choice: _Choice) -> float:
+            return float(np.abs(choice.counts / self.sizes - self.meant).max(initial=0))
+
+        return min(self.tried, key=lambda one: (max(self.off(one), CLOSE), strange(one), self.off(one)))
+
+    def off(self, choice: _Choice) -> float:
+        return abs(choice.left - self.fraction)
+
+    def approach(self, line: Callable[[float], _Choice], free: Labels, turns: int = 2) -> None:
+        """Halve a line from nothing to all. Where it jumps over the fraction, let parts jump one by one. The part at
+        which it is passed stays on one side or the other, and the others, `free`, make up for it.
+        """
+        above, below, known = line(0.0), line(1.0), len(self.tried)
+        self.tried += [above, below]
+        if not below.left <= self.fraction < above.left:
+            return
+        low, high = 0.0, 1.0
+        for _ in range(_HALVINGS):
+            found = line((low + high) / 2)
+            if self._over(found):
+                low, above = (low + high) / 2, found
+            else:
+                high, below = (low + high) / 2, found
+        first, last, start, end = 0, len(free), above.counts, below.counts
+        if len(free) == len(np.unique(self.parts)):
+            self.meant = start / self.sizes
+        while last - first > 1:
+            middle = (first + last) // 2
+            found = self.take(np.where(np.isin(self.parts, free[:middle]), end, start) / self.sizes, self.each)
+            if self._over(found):
+                first, above = middle, found
+            else:
+                last, below = middle, found
+        rest = np.delete(free, first)
+        if turns and len(rest) and min(map(self.off, self.tried[known:])) > CLOSE:
+            for side in (above, below):
+                self.approach(functools.partial(self._beside, side.counts / self.sizes, rest), rest, turns - 1)
+
+    def _over(self, found: _Choice) -> bool:
+        self.tried.append(found)
+        return found.left > self.fraction
+
+    def _beside(self, shares: Worth, free: Labels, at: float) -> _Choice:
+        """The given shares at 1 / 2; of some parts nothing goes at 0, all goes at 1."""
+        other = 2 * at * shares if at < 0.5 else shares + (2 * at - 1) * (1 - shares)
+        return self.take(np.where(np.isin(self.parts, free), other, shares), self.each)
 
 
 def reach(cap: Capture, model: nn.Module, target: Target) -> Callable[[Labels], float]:
@@ -182,7 +255,7 @@ def reach(cap: Capture, model: nn.Module, target: Target) -> Callable[[Labels], 
         parts = parameters(cap, model)
         full = parts(np.ones(cap.ledger.size, bool))
         return lambda kept: parts(kept) / full
-    made, all_macs = products(cap), counted(model, cap.runs)
+    made, all_macs = products(cap), counted(model, [run.arguments for run in cap.runs if not run.training])
     beside = all_macs - made(np.ones(cap.ledger.size, bool))  # of what labels do not follow
     return lambda kept: (made(kept) + beside) / all_macs
 
@@ -195,43 +268,46 @@ def time_left(model: nn.Module, small: nn.Module, example: Arguments, seconds: f
     return timing.quantile([b / a for a, b in zip(blocks["given"], blocks["small"], strict=True)], 0.5)
 
 
-def search_time(fraction: float, left: Callable[[float], float], sure: Callable[[float], tuple[float, _T]]) -> _T:
-    """Find units to remove so that a fraction of the time is left, from a few measurements.
+def search_time(
+    fraction: float, knob: str, left: Callable[[float], float], sure: Callable[[float], tuple[float, _T]]
+) -> _T:
+    """Find a model that takes a fraction of the time, from a few measurements.
 
     A line through those that came near says what to try next, so that no single one, which the machine may have
     spoiled, leads astray.
 
     Args:
         fraction: of the time.
-        left: measures the fraction that is left at a share of the units.
+        knob: the cost of which another fraction is asked for each time: "macs" or "params".
+        left: measures the fraction of the time that is left with a fraction of that cost.
         sure: measures it longer, and gives what was made with it.
 
-    Returns what was made at the share that met the target.
+    Returns what was made when the target was met.
 
     Raises:
-        StructureError: none did.
+        StructureError: it never was.
     """
-    points = [(0.0, 1.0), (1.0, 0.0)]  # share, time left; the second is a guess
+    points = [(1.0, 1.0), (0.0, 0.0)]  # cost, time left; the second is a guess
     for _ in range(_MEASUREMENTS):
-        shares, times = np.array(points).T
-        slope, at_zero = np.polyfit(shares, times, 1, w=1 / (0.03 + np.abs(times - fraction)) ** 2)
-        share = float(np.clip((fraction - at_zero) / min(slope, -0.1), 0.02, _NEARLY_ALL))
-        got = left(share)
+        asked, times = np.array(points).T
+        slope, at_zero = np.polyfit(asked, times, 1, w=1 / (0.03 + np.abs(times - fraction)) ** 2)
+        cost = float(np.clip((fraction - at_zero) / max(slope, 0.1), _NEARLY_NONE, 1 - _NEARLY_NONE))
+        got = left(cost)
         if abs(got - fraction) <= _NEAR_TIME:
-            got, found = sure(share)
-            if abs(got - fraction) <= _NEAR_TIME + 0.01:
+            got, found = sure(cost)
+            if abs(got - fraction) <= _NEAR_TIME:
                 return found
-        points.append((share, got))
-        if share == _NEARLY_ALL and got > fraction + NEAR:
+        points.append((cost, got))
+        if cost == _NEARLY_NONE and got > fraction + NEAR:
             break
-    share, got = min(points[2:], key=lambda one: abs(one[1] - fraction))
+    cost, got = min(points[2:], key=lambda one: abs(one[1] - fraction))
     if abs(got - fraction) <= NEAR:
-        got, found = sure(share)
+        got, found = sure(cost)
         if abs(got - fraction) <= NEAR:
             return found
-        points.append((share, got))
-    told = ", ".join(f"{time:.2f} at a sparsity of {share:.2f}" for share, time in sorted(points[2:]))
+        points.append((cost, got))
+    told = ", ".join(f"{time:.2f} with {knob}={cost:.2f}" for cost, time in sorted(points[2:]))
     raise StructureError(
         f"latency={fraction:g} cannot be met: of the time of a call is left {told}. "
-        "Give one of these sparsities, or measure when the machine is less busy"
+        "Give one of these, or measure when the machine is less busy"
     )

@@ -131,7 +131,7 @@ def _inputs(layout: anatomy.Layout, ndim: int) -> set[int]:
 
 def _joined(groups: Groups, reads: list[list[Slices]]) -> list[list[Slices]]:
     into = list(range(len(reads)))
-    for equation in groups.equations():
+    for equation in groups.equations:
         terms = list(equation.coefficients.items())
         if len(terms) == 2 and terms[0][1] == -terms[1][1]:
             (a, _), (b, _) = terms
