@@ -153,7 +153,7 @@ def resolve(given: str | Allocation | Rule) -> Allocation:
     if callable(given):
         return Allocation(given)
     raise InputTypeError(
-        f"allocation is a {type(given).__name__}: give a name or a function (weights, count); a sparsity for each "
+        f"allocation is {checks.kind(given)}: give a name or a function (weights, count); a sparsity for each "
         "tensor goes in place of the sparsity: sc.prune(model, {'lstm*': 0.9, 'head.weight': 0.5})"
     )
 

@@ -290,9 +290,7 @@ def as_masks(given: object) -> Masks:
     if isinstance(given, Masks):
         return given
     if not isinstance(given, Mapping):
-        raise InputTypeError(
-            f"masks is a {type(given).__name__}: give what sc.prune returned, or a dict of bool tensors"
-        )
+        raise InputTypeError(f"masks is {checks.kind(given)}: give what sc.prune returned, or a dict of bool tensors")
     return Masks(given)
 
 

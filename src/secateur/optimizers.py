@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from secateur.errors import InputError, InputTypeError, listed
 from secateur.masks import Masks
-from secateur.support import bits
+from secateur.support import bits, checks
 
 Before = Callable[[Optimizer, Any, Any], Any]
 After = Callable[[Optimizer, Any, Any], None]
@@ -279,7 +279,7 @@ def _zeroing(
         elif (code := _code_of_zero(tensor, beside)) is not None:
             return lambda: tensor.masked_fill_(pruned, code)
     raise InputError(
-        f"the optimizer keeps {what} as a {type(tensor).__name__} of {tensor.dtype} and shape {tuple(tensor.shape)}, "
+        f"the optimizer keeps {what} as {checks.kind(tensor)} of {tensor.dtype} and shape {tuple(tensor.shape)}, "
         "in an encoding whose zero is not known: prune with an optimizer that keeps its state in floating point, or "
         "make a new optimizer after the pruning"
     )

@@ -314,7 +314,7 @@ def resolve(given: str | Pattern | None) -> Pattern | None:
     """Turn what a user may pass as `pattern=` into a pattern; None is the free one."""
     found = _read(given, "", lambda _: True) if isinstance(given, str) else given
     if found is not None and not hasattr(found, "reduce"):
-        raise InputTypeError(f"pattern is a {type(found).__name__}: give sc.n_m(2, 4), sc.blocks(4, 4) or a name")
+        raise InputTypeError(f"pattern is {checks.kind(found)}: give sc.n_m(2, 4), sc.blocks(4, 4) or a name")
     return found
 
 

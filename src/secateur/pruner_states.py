@@ -11,6 +11,7 @@ from torch import Tensor
 from secateur.errors import InputError, listed
 from secateur.masks import Masks
 from secateur.scope import Scope
+from secateur.support import checks
 
 _MOST_STEPS = 10**12
 """No training makes so many: at a thousand a second it would take 30 years."""
@@ -41,7 +42,7 @@ def require_shapes(theirs: object, mine: Mapping[str, list[int]]) -> None:
         InputError: it is of others.
     """
     if not isinstance(theirs, Mapping):
-        raise _damaged(f"its shapes are a {type(theirs).__name__}")
+        raise _damaged(f"its shapes are {checks.kind(theirs)}")
     differ = sorted(map(str, set(theirs) ^ set(mine))) or [name for name in mine if _differs(theirs[name], mine[name])]
     if differ:
         raise InputError(f"the saved pruner has another scope ({listed(differ)}): build this one with the scope it had")
@@ -135,4 +136,4 @@ def _told(thing: object) -> str:
     if isinstance(thing, Tensor):
         sparse = "sparse " if thing.layout is not torch.strided else ""
         return f"{sparse}{thing.dtype} {tuple(thing.shape)} on {thing.device}"
-    return f"a {type(thing).__name__}" if thing is not None else "missing"
+    return checks.kind(thing) if thing is not None else "missing"

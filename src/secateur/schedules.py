@@ -162,4 +162,4 @@ def resolve(given: str | Schedule | Callable[[int], float]) -> Schedule | Callab
         raise InputError(f"schedule={given!r} needs its steps: sc.cubic(start=500, stop=4000, every=100), for example")
     if isinstance(given, Schedule) or callable(given):
         return given
-    raise InputTypeError(f"schedule is a {type(given).__name__}: give sc.cubic(start, stop) or a function of the step")
+    raise InputTypeError(f"schedule is {checks.kind(given)}: give sc.cubic(start, stop) or a function of the step")

@@ -207,7 +207,7 @@ def resolve(model: nn.Module, given: Mapping[str, nn.Parameter] | None) -> Scope
     if given is None:
         return weights(model)
     if not isinstance(given, Mapping):
-        raise InputTypeError(f"scope is a {type(given).__name__}: give sc.weights(model, only=..., skip=...)")
+        raise InputTypeError(f"scope is {checks.kind(given)}: give sc.weights(model, only=..., skip=...)")
     if not isinstance(given, Scope):
         return weights(model, only=list(given))
     own = dict(unwrap(model).named_parameters(remove_duplicate=False))
@@ -398,7 +398,7 @@ def require_prunable(member: Member) -> None:
     require_values(name, parameter)
     if type(parameter.data) is not Tensor:
         raise InputError(
-            f"{name} is a {type(parameter.data).__name__}, not a plain tensor: prune before sharding or quantizing"
+            f"{name} is {checks.kind(parameter.data)}, not a plain tensor: prune before sharding or quantizing"
         )
     if parameter.layout is not torch.strided:
         layout = str(parameter.layout).removeprefix("torch.")

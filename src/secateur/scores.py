@@ -266,9 +266,7 @@ def resolve(given_score: str | Score | Mapping[str, Tensor]) -> Score:
     if isinstance(given_score, Mapping):
         return given(given_score)
     if not callable(given_score):
-        raise InputTypeError(
-            f"score is a {type(given_score).__name__}: give a name, a function (name, weight), or a dict"
-        )
+        raise InputTypeError(f"score is {checks.kind(given_score)}: give a name, a function (name, weight), or a dict")
     return given_score
 
 
@@ -291,7 +289,7 @@ def evaluate(score: Score, name: str, weight: Tensor) -> Tensor:
     with torch.no_grad():
         found = score(name, weight.detach())
     if not isinstance(found, Tensor):
-        raise InputTypeError(f"the score of {name} is a {type(found).__name__}: return a Tensor of its shape")
+        raise InputTypeError(f"the score of {name} is {checks.kind(found)}: return a Tensor of its shape")
     found = found.detach()
     if not weight.is_meta:  # a weight without values may have a score that has some
         found = found.to(weight.device)

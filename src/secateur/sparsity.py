@@ -13,6 +13,7 @@ import numpy as np
 from torch import Tensor
 
 from secateur.errors import InputError, InputTypeError, UnknownNameError, nearest
+from secateur.support import checks
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ def fraction(sparsity: object) -> Fraction:
         sparsity = sparsity.detach().cpu().float().numpy()[()] if sparsity.itemsize <= 4 else sparsity.item()
     remedy = "give the fraction of weights that become zero, 0.0 <= sparsity <= 1.0, such as 0.9"
     if isinstance(sparsity, (bool, np.bool_, str)) or not isinstance(sparsity, (Real, np.floating)):
-        raise InputError(f"sparsity is {sparsity!r}, a {type(sparsity).__name__}: {remedy}")
+        raise InputError(f"sparsity is {sparsity!r}, {checks.kind(sparsity)}: {remedy}")
     if isinstance(sparsity, (int, np.integer)):
         raise InputTypeError(
             f"sparsity is the int {sparsity!r}, which could mean two things: write {_meant(int(sparsity))}, "

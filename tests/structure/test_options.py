@@ -1,10 +1,12 @@
 import pytest
 import torch
-from torch import nn
-from torch.nn.utils import prune
+from torch import distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.utils import parametrizations, prune
 
 import secateur as sc
-from secateur.errors import InputError, InputTypeError, StructureError, UnknownNameError
+from secateur.errors import InputError, InputTypeError, MaskError, StateError, StructureError, UnknownNameError
 
 
 def mlp():
@@ -24,8 +26,10 @@ def test_sparsity(sparsity):
 def test_inputs():
     with pytest.raises(InputTypeError, match=r"give inputs with which model\(...\) runs"):
         sc.shrink(mlp(), torch.randn(3, 5), 0.5)
-    with pytest.raises(InputTypeError, match="Pass a tensor"):
+    with pytest.raises(InputTypeError, match=r"inputs is None: .*Pass a tensor"):
         sc.shrink(mlp(), None, 0.5)
+    with pytest.raises(InputTypeError, match=r"inputs is an int: .*Pass a tensor"):
+        sc.shrink(mlp(), 3, 0.5)
     with pytest.raises(InputError, match="give at least one example"):
         sc.shrink(mlp(), [], 0.5)
 
@@ -38,6 +42,77 @@ def test_models_that_cannot_be_followed():
         sc.shrink(nn.LazyLinear(3), X)
     with pytest.raises(InputError, match=r"shrink model\._orig_mod"):
         sc.shrink(torch.compile(mlp()), X)
+    with pytest.raises(InputError, match="0 is compiled: compile the whole model instead, after it was shrunk"):
+        sc.shrink(nn.Sequential(torch.compile(nn.Linear(4, 8)), nn.Linear(8, 2)), X, 0.5)
+    model = mlp()
+    model.compile()
+    with pytest.raises(InputError, match=r"compiled in place: shrink copy\.deepcopy\(model\)"):
+        sc.shrink(model, X, 0.5)
+    for scripted in (torch.jit.trace(mlp(), X), nn.Sequential(torch.jit.script(nn.Linear(4, 8)), nn.Linear(8, 2))):
+        with pytest.raises(InputError, match="shrink the model it was made from"):
+            sc.shrink(scripted, X, 0.5)
+    with pytest.raises(InputError, match=r"shrink model\.module"):
+        sc.shrink(nn.DataParallel(mlp()), X, 0.5)
+    with torch.inference_mode():
+        model = mlp()
+    with pytest.raises(InputError, match=r"0\.weight was made in inference mode.*make the model outside of it"):
+        sc.shrink(model, X, 0.5)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+def test_quantized_models():
+    with pytest.raises(InputError, match="0 is quantized: shrink the model first, then quantize it"):
+        sc.shrink(torch.ao.quantization.quantize_dynamic(mlp(), {nn.Linear}), X, 0.5)
+
+
+def test_a_sharded_model(tmp_path):
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
+    try:
+        model = fully_shard(mlp(), mesh=init_device_mesh("cpu", (1,)))
+        with pytest.raises(
+            InputError, match=r"0\.weight is sharded: shrink the whole model on one process, then shard"
+        ):
+            sc.shrink(model, X, 0.5)
+    finally:
+        distributed.destroy_process_group()
+
+
+def test_models_that_are_made_otherwise():
+    """Graph modules, hooks, parametrizations, frozen weights, dropout that stays on, under a Pruner, in inference."""
+    widths = {}
+    widths["graph"] = torch.fx.symbolic_trace(mlp())
+    widths["hook"] = mlp()
+    widths["hook"][0].register_forward_hook(lambda module, inputs, out: out * 2)
+    widths["frozen"] = mlp().requires_grad_(False)
+    widths["training"] = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 2)).train()
+    pruned = mlp()
+    optimizer = torch.optim.SGD(pruned.parameters(), 0.1)
+    sc.Pruner(pruned, 0.5, schedule=sc.cubic(0, 5)).attach(optimizer)
+    widths["pruner"] = pruned
+    for kind, model in widths.items():
+        small = sc.shrink(model, X, 0.5)
+        assert next(m.out_features for m in small.children() if isinstance(m, nn.Linear)) == 4, kind
+        assert small.training == model.training
+    with torch.inference_mode():
+        assert not any(p.is_inference() for p in sc.shrink(model, X, 0.5).parameters())
+    computed = mlp()
+    parametrizations.weight_norm(computed[2])
+    assert sc.shrink(computed, X, 0.5)[0].out_features == 4
+    with pytest.raises(StateError, match=r"call its finish\(\) first"):
+        sc.shrink(pruned, X, 0.5, optimizer=optimizer)
+
+
+def test_what_is_of_another_model():
+    masks = sc.prune(mlp(), 0.5)
+    with pytest.raises(UnknownNameError, match=r"these masks are for another model: it has no 0\.weight; the nearest"):
+        sc.shrink(nn.ModuleDict({"a": nn.Linear(4, 2)}), X, masks=masks)
+    with pytest.raises(MaskError, match=r"these masks are for another model: 0\.weight has shape \(9, 4\)"):
+        sc.shrink(nn.Sequential(nn.Linear(4, 9), nn.Linear(9, 2)), X, masks=masks)
+
+
+def test_a_target_out_of_reach_says_how_far_it_can_go_and_what_holds_it():
+    with pytest.raises(StructureError, match=r"at least 0\.\d+ of the given model's remain\. What holds it: "):
+        sc.shrink(mlp(), X, macs=0.001)
 
 
 def test_an_optimizer_of_another_model():

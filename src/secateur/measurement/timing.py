@@ -274,7 +274,7 @@ def _check(
     seconds: float,
 ) -> None:
     if not isinstance(models, Mapping):
-        raise InputTypeError(f'models is a {type(models).__name__}. Pass a dict such as {{"dense": model}}.')
+        raise InputTypeError(f'models is {checks.kind(models)}. Pass a dict such as {{"dense": model}}.')
     if not models:
         raise InputError("models is empty: there is nothing to measure. Pass at least one named model.")
     checks.threads(threads)
@@ -286,7 +286,7 @@ def _check(
     given = {t.device for t in tree_leaves(call) if isinstance(t, Tensor)}
     for name, model in models.items():
         if not isinstance(model, nn.Module):
-            raise InputTypeError(f"{name!r} is a {type(model).__name__}, not an nn.Module. Pass the model itself.")
+            raise InputTypeError(f"{name!r} is {checks.kind(model)}, not an nn.Module. Pass the model itself.")
         for key, tensor in (*model.named_parameters(), *model.named_buffers()):
             if is_lazy(tensor) or tensor.is_meta:
                 raise InputError(

@@ -20,6 +20,7 @@ from secateur.measurement.timing import Comparison, compare
 from secateur.runtime.acceleration import accelerate, explain
 from secateur.runtime.kernel_plans import KernelPlan
 from secateur.storage import load
+from secateur.support import checks
 from secateur.support.files import StrPath
 
 BOUND = 100
@@ -104,7 +105,7 @@ def model_of(target: str) -> nn.Module:
     if isinstance(found, nn.Module):
         return found
     if not callable(found):
-        raise InputTypeError(f"{target} is a {type(found).__name__}, not callable: give a function that makes a model")
+        raise InputTypeError(f"{target} is {checks.kind(found)}, not callable: give a function that makes a model")
     try:
         inspect.signature(found).bind()
     except TypeError as error:
@@ -113,7 +114,7 @@ def model_of(target: str) -> nn.Module:
         pass
     model = found()
     if not isinstance(model, nn.Module):
-        raise InputTypeError(f"{target} gave a {type(model).__name__}, not an nn.Module: let it return the model")
+        raise InputTypeError(f"{target} gave {checks.kind(model)}, not an nn.Module: let it return the model")
     return model
 
 

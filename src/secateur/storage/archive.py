@@ -204,11 +204,11 @@ def _tensors_of(model: nn.Module | Mapping[str, Tensor]) -> list[Stored]:
                 "the model inside: to go on with the wrapper, save its state_dict()"
             )
     if not isinstance(state, Mapping):
-        raise InputTypeError(f"save takes a module or a state_dict, not a {type(state).__name__}")
+        raise InputTypeError(f"save takes a module or a state_dict, not {checks.kind(state)}")
     for name, tensor in state.items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor):
             raise InputTypeError(
-                f"{name} is a {type(tensor).__name__}: a .safetensors file holds tensors by name; save it elsewhere"
+                f"{name} is {checks.kind(tensor)}: a .safetensors file holds tensors by name; save it elsewhere"
             )
         kind_of(name, tensor)
     refuse_names(state)

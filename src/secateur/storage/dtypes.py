@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from secateur.errors import InputTypeError
+from secateur.support import checks
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ def require_values(name: str, tensor: Tensor) -> None:
     if tensor.is_nested:
         raise InputTypeError(f"{name} is a nested tensor, of rows of several sizes: save each of tensor.unbind()")
     if type(tensor.detach()) not in (Tensor, torch.nn.Parameter):
-        raise InputTypeError(f"{name} is a {type(tensor).__name__}, not a plain tensor: save what it stands for")
+        raise InputTypeError(f"{name} is {checks.kind(tensor)}, not a plain tensor: save what it stands for")
     if tensor.is_meta:
         raise InputTypeError(f"{name} is on the meta device and holds no values: materialise it first")
     if tensor.is_quantized or tensor.dtype not in KINDS:

@@ -171,7 +171,7 @@ def _keeping(model: nn.Module, keep: str | nn.Module | Sequence[str | nn.Module]
     for one in several:
         if isinstance(one, nn.Module):
             if id(one) not in paths:
-                raise InputError(f"keep has a {type(one).__name__} that is none of the model's modules: give its own")
+                raise InputError(f"keep has {checks.kind(one)} that is none of the model's modules: give its own")
             matched = [n for n in names if n.startswith(f"{paths[id(one)]}.".lstrip("."))]
             found.update(dict.fromkeys(matched, f"kept, as keep={paths[id(one)]!r} asks"))
             continue
@@ -193,7 +193,7 @@ def checked(model: nn.Module, inputs: Any) -> list[Arguments]:
         InputError, InputTypeError: as `shrink` says.
     """
     if not isinstance(model, nn.Module):
-        raise InputTypeError(f"model is a {type(model).__name__}: give an nn.Module")
+        raise InputTypeError(f"model is {checks.kind(model)}: give an nn.Module")
     if isinstance(model, torch.jit.ScriptModule) or any(isinstance(m, torch.jit.ScriptModule) for m in model.modules()):
         raise InputError("the model is scripted, and its code cannot be followed: shrink the model it was made from")
     if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
@@ -205,13 +205,24 @@ def checked(model: nn.Module, inputs: Any) -> list[Arguments]:
     for name, t in (*model.named_parameters(), *model.named_buffers()):
         if is_lazy(t):
             raise InputError(f"{name} has no shape yet: run the model once, then shrink it")
-        if t.is_quantized:
+        if t.is_quantized or type(t).__module__.partition(".")[0] in ("bitsandbytes", "torchao"):
             raise InputError(f"{name} is quantized: shrink the model first, then quantize it")
+        if t.is_inference():
+            raise InputError(f"{name} was made in inference mode, and cannot be copied: make the model outside of it")
         if type(t).__module__.startswith("torch.distributed"):
             raise InputError(f"{name} is sharded: shrink the whole model on one process, then shard it")
         if t.is_meta and (not empty(model) or any(hasattr(m, "_hf_hook") for m in model.modules())):
             raise InputError(f"{name} has no weights here, they are offloaded: load it without a device_map")
     for path, module in model.named_modules():
+        if hasattr(module, "_orig_mod"):
+            raise InputError(f"{path} is compiled: compile the whole model instead, after it was shrunk")
+        if module._compiled_call_impl is not None:
+            raise InputError(
+                f"{path or 'the model'} was compiled in place: shrink copy.deepcopy(model), which is not, and compile "
+                "what is returned"
+            )
+        if type(module).__module__.startswith("torch.ao.nn") and ".quantized" in type(module).__module__:
+            raise InputError(f"{path} is quantized: shrink the model first, then quantize it")
         for attribute, t in vars(module).items():
             if isinstance(t, Tensor) and not t.is_leaf:
                 raise InputError(

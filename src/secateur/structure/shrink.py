@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
@@ -76,9 +77,7 @@ def shrink(model: _M, example_inputs: Any, sparsity: float | None = None, **opti
       (2): Linear(in_features=8, out_features=4, bias=True)
     )
     """
-    small = _transact(model, example_inputs, sparsity, options).model
-    assert isinstance(small, type(model))
-    return small
+    return cast(_M, _transact(model, example_inputs, sparsity, options).model)
 
 
 def propose(model: nn.Module, example_inputs: Any, sparsity: float | None = None, **options: Unpack[Options]) -> Plan:
@@ -94,6 +93,7 @@ def propose(model: nn.Module, example_inputs: Any, sparsity: float | None = None
     return _transact(model, example_inputs, sparsity, {**options, "optimizer": None}).plan
 
 
+@torch.inference_mode(False)  # what is made is trained on
 def _transact(model: nn.Module, inputs: Any, sparsity: float | None, options: Options) -> _Result:
     examples = checked(model, inputs)
     ask = read(model, sparsity, options)

@@ -16,7 +16,17 @@ def told(value: object) -> str:
     ("'3'", 'a list')
     """
     short = value is None or isinstance(value, (bool, int, float, complex, str, bytes))
-    return repr(value) if short else f"a {type(value).__name__}"
+    return repr(value) if short else kind(value)
+
+
+def kind(value: object) -> str:
+    """Word what something is: its type with an article.
+
+    >>> kind([1, 2]), kind(3), kind(None)
+    ('a list', 'an int', 'None')
+    """
+    name = type(value).__name__
+    return "None" if value is None else f"{'an' if name[0] in 'aeioAEIO' else 'a'} {name}"
 
 
 def wrong(name: str, value: object, remedy: str) -> InputTypeError:

@@ -10,6 +10,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_leaves
 
 from secateur.errors import InputError, InputTypeError
+from secateur.support import checks
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and keyword arguments of a call."""
@@ -37,6 +38,6 @@ def arguments(inputs: Any, meta: bool = False) -> Arguments:
     if isinstance(inputs, tuple):
         return inputs, {}
     raise InputTypeError(
-        f"inputs is a {type(inputs).__name__}: it is not clear how to call a model with it. "
+        f"inputs is {checks.kind(inputs)}: it is not clear how to call a model with it. "
         "Pass a tensor, a tuple of positional arguments, or a dict of keyword arguments."
     )

@@ -16,6 +16,7 @@ from secateur.dropout.learned.base import LearnedRates, Place
 from secateur.errors import InputError, StateError, warn
 from secateur.scope import Member, unwrap
 from secateur.sparsity import fraction, half_up
+from secateur.support import checks
 
 TEMPERATURE = 0.1
 
@@ -215,7 +216,7 @@ def _layers(members: list[Member], users: Mapping[int, nn.Module], *, named: boo
     if others and (named or not fit):
         names = ", ".join(m.name for m in others[:3])
         raise InputError(
-            f"{names}: a {type(others[0].module).__name__} has no single input for a learned rate; concrete "
+            f"{names}: {checks.kind(others[0].module)} has no single input for a learned rate; concrete "
             "dropout is for Linear and convolutions: name those, scope=sc.weights(model, only=[...])"
         )
     return fit

@@ -25,6 +25,7 @@ from secateur.dropout.sampling.prefix import Boundary, Prefix
 from secateur.dropout.sampling.sampler import Sampler
 from secateur.dropout.sampling.strategies import Alone, Folded, Mapped, Outputs
 from secateur.errors import InputError, InputTypeError
+from secateur.support import checks
 from secateur.support.inputs import Arguments
 from secateur.support.tables import counted
 
@@ -226,11 +227,11 @@ def outputs_of(answer: Any, output: Output | None) -> Outputs:
         return tensors
     if output is not None:
         raise InputTypeError(
-            f"output= gave a {type(found).__name__}: it must give a tensor, or a tuple of mean and variance"
+            f"output= gave {checks.kind(found)}: it must give a tensor, or a tuple of mean and variance"
         )
     holds = ", ".join(map(str, found)) if isinstance(found, Mapping) else ""
     raise InputError(
-        f"the model returns a {type(found).__name__}{f' of {holds}' if holds else ''}, not a tensor: say what to take "
+        f"the model returns {checks.kind(found)}{f' of {holds}' if holds else ''}, not a tensor: say what to take "
         "of it, such as output=lambda out: out" + (f"[{next(iter(found))!r}]" if holds else "[0]")
     )
 
