@@ -257,6 +257,18 @@ def test_heads_stay_where_a_config_ties_their_number_to_a_width_that_stays():
     assert small.encoder.layer[0].attention.self.query.out_features == 32
 
 
+def test_a_width_that_follows_from_another_by_default_may_change_alone():
+    torch.manual_seed(0)
+    gpt = {**GPT, "n_head": 2, "use_cache": False}
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**gpt)).eval()
+    small = sc.shrink(model, text(), params=0.6)
+    assert weights(small) / weights(model) == pytest.approx(0.6, abs=0.01)
+    assert (model.config.n_inner, model.config.n_embd) == (None, 64)
+    again = type(small)(small.config)
+    again.load_state_dict(small.state_dict())
+    assert small.config.n_inner == small.transformer.h[0].mlp.c_fc.weight.shape[1] != 4 * small.config.n_embd
+
+
 def test_other_numbers_of_the_user_stay():
     model = tiny(hidden_dropout_prob=0.3)
     model.encoder.layer[0].output.dropout.p = 0.25

@@ -36,7 +36,8 @@ Dim = tuple[str, int]
 """A dimension of a tensor of the state_dict."""
 
 _WITHIN_HEADS = re.compile("head_dim|head_size|d_kv|kv_channels")
-_NO_SIZE = re.compile("(_id|_ids|_token|label2id|id2label|version)$")
+_NO_SIZE = re.compile("(_id|_ids|_token|label2id|id2label|version|architectures|type|activation|dropout)$")
+_UNUSUAL = 9240  # a size that no model has, and that everything divides
 _TRIALS = 400
 _DEPTH = re.compile("layer|depth|block")
 _FEW = 2  # layers, where all are alike
@@ -161,6 +162,19 @@ class _Given:
         self.fresh = _made(type(module), self.config)
         self.loads = self.fresh is not None and _sizes(self.fresh) == self.sizes
         self.moves: Moves = {}
+        for name, value in list(vars(self.config).items()) if self.loads else ():
+            if value is None and not name.startswith("_") and not _NO_SIZE.search(name):
+                self._free(type(module), ((name,),))
+
+    def _free(self, kind: type[Any], knob: Knob) -> None:
+        """Write down a size that by default follows from others, as n_inner of GPT-2 does, so that it may change."""
+        probe = _made(kind, _with(self.config, [(knob, _UNUSUAL)]))
+        found = {} if probe is None else _sizes(probe)
+        was = {self.sizes.get(d) for d, n in found.items() if n == _UNUSUAL}
+        if len(was) == 1 and (size := was.pop()) is not None:
+            told = _with(self.config, [(knob, size)])
+            if (fresh := _made(kind, told)) is not None and _sizes(fresh) == self.sizes:
+                self.config = told
 
 
 def _made(kind: type[Any], config: Any, device: str = "meta", fill: bool = False) -> Any:
