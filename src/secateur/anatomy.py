@@ -314,7 +314,7 @@ def sizes(module: nn.Module, whole_heads: bool = True) -> dict[str, object]:
     if isinstance(module, nn.Linear):
         return {"out_features": shape[0], "in_features": shape[1]}
     if isinstance(module, nn.modules.conv._ConvNd):
-        return _convolution_sizes(module, shape[0], shape[1])
+        return {**_convolution_sizes(module, shape[0], shape[1]), "kernel_size": shape[2:]}
     if isinstance(module, nn.GroupNorm):
         groups = shape[0] if module.num_groups == module.num_channels else module.num_groups
         return {"num_groups": groups, "num_channels": shape[0]}

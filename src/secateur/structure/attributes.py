@@ -90,9 +90,10 @@ def follow_forward(model: nn.Module, run: Run, sizes: Sizes, edits: Edits) -> tu
         at = trace.at
         if at >= len(run.calls):
             return trace, error
-        found = None
+        found, known = None, set[tuple[int, int]]()
         for pairs in _changes(model, run, sizes, at):
-            found = found or _one(model, run, sizes, edits, at, pairs) or _several(model, run, sizes, edits, at, pairs)
+            known |= pairs
+            found = found or _one(model, run, sizes, edits, at, pairs) or _several(model, run, sizes, edits, at, known)
         if found is None:
             why = "no attribute of a module holds that size, so it may be a number in the code"
             return trace, f"{run.calls[at]} fails with fewer units ({error}), and {why}"
@@ -153,23 +154,28 @@ def _several(
     model: nn.Module, run: Run, sizes: Sizes, edits: Edits, at: int, pairs: set[tuple[int, int]], most: int = 200
 ) -> tuple[Trace, str] | None:
     """Change several attributes of one module at once: for each old size one of those that hold it, or all."""
-    path = run.calls[at].module
-    space = vars(model.get_submodule(path))
-    options: list[list[tuple[tuple[Edit, int], ...]]] = []
-    for old, new in dict(pairs).items():
-        places = [(Edit(path, (n,), space), new) for n, v in space.items() if type(v) is int and v == old]
-        if places:
-            options.append([(), *((one,) for one in places), *([tuple(places)] if len(places) > 1 else [])])
-    for choice in itertools.islice(itertools.product(*options), most):
-        if sum(map(bool, choice)) > 1:
-            mark = len(edits)
-            for place, value in itertools.chain(*choice):
-                edits.set(place, value)
-            got, why = replay(model, run, sizes)
-            if got.at > at:
-                return got, why
-            edits.undo(mark)
+    for path in (run.calls[at].module, *_above(run.calls[at].module)):
+        space = vars(model.get_submodule(path))
+        options: list[list[tuple[tuple[Edit, int], ...]]] = []
+        for old, new in dict(pairs).items():
+            places = [(Edit(path, (n,), space), new) for n, v in space.items() if type(v) is int and v == old]
+            if places:
+                options.append([(), *((one,) for one in places), *([tuple(places)] if len(places) > 1 else [])])
+        for choice in itertools.islice(itertools.product(*options), most):
+            if sum(map(len, choice)) > 1:
+                mark = len(edits)
+                for place, value in itertools.chain(*choice):
+                    edits.set(place, value)
+                got, why = replay(model, run, sizes)
+                if got.at > at:
+                    return got, why
+                edits.undo(mark)
     return None
+
+
+def _above(path: str) -> list[str]:
+    """The modules that a module is in, from near to far."""
+    return [path.rsplit(".", k)[0] if path.count(".") >= k else "" for k in range(1, path.count(".") + 1 + bool(path))]
 
 
 def _alike(model: nn.Module, place: Edit, value: Any) -> list[Edit]:
@@ -188,9 +194,8 @@ def _equal(a: Any, b: Any) -> bool:
 def _holders(model: nn.Module, path: str) -> Iterator[Edit]:
     """What may hold a size: the module, its children, its ancestors, and what they own that is no module."""
     seen: set[int] = set()
-    above = [path.rsplit(".", k)[0] if path.count(".") >= k else "" for k in range(1, path.count(".") + 2)]
     below = [f"{path}.{name}".lstrip(".") for name, _ in model.get_submodule(path).named_children()]
-    for module in dict.fromkeys([path, *below, *above]):
+    for module in dict.fromkeys([path, *below, *_above(path)]):
         stack = [Edit(module, (), vars(model.get_submodule(module)))]
         while stack:
             holder = stack.pop(0)

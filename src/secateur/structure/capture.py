@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from secateur.errors import StructureError, listed
-from secateur.structure.fields import Labelled, Shape, along, labels, misfit, squeeze, support
+from secateur.structure.fields import Labelled, Shape, along, labels, measured, misfit, squeeze, support
 from secateur.structure.meta import Mixed, empty
 from secateur.structure.policy import Policy, contract
 from secateur.structure.readings import Readings, asked, marked, sizes_of
@@ -209,9 +209,9 @@ class Capture(TorchFunctionMode):
         remade = {id(m._buffers[k]) for m in model.modules() for k in m._non_persistent_buffers_set}
         self.home: dict[int, tuple[str, Tensor]] = {}
         for name, t in [*model.named_parameters(), *model.named_buffers()]:
-            if t.is_floating_point() and (id(t) not in remade or policy.cut_remade or _alike(t)):
+            if measured(t) and (id(t) not in remade or policy.cut_remade or _alike(t)):
                 self.home.setdefault(id(t), (name, t))
-            if id(t) in remade and t.is_floating_point() and not _alike(t):
+            if id(t) in remade and measured(t) and not _alike(t):
                 self.consulted.add("cut_remade")
         self._fields = WeakTensorKeyDictionary()
         self._elastic = WeakTensorKeyDictionary()  # zeros(n) and the like: any number of positions without identity
@@ -315,7 +315,8 @@ class Capture(TorchFunctionMode):
         while pairs := [
             (misfit(f, g), i, j) for i, f in enumerate(left) for j, g in enumerate(right) if support(f) & support(g)
         ]:
-            _, i, j = min(pairs)
+            near = [pair[1:] for pair in pairs if pair[0] == min(pairs)[0]]
+            i, j = min(near, key=lambda at: self._finest(left[at[0]], right[at[1]])) if len(near) > 1 else near[0]
             f, g = left.pop(i), right.pop(j)
             if support(f) == support(g):
                 self.unite(f, g)
@@ -328,15 +329,25 @@ class Capture(TorchFunctionMode):
                 else:
                     self.rigid(small, support(small))
                     side += [h] if (h := self.rigid(big, support(small))) is not None else []
-            else:
-                both = support(f) & support(g)
-                for mine, h in ((left, self.rigid(f, both)), (right, self.rigid(g, both))):
-                    mine += [h] if h is not None else []
+            else:  # [h, d] and [h, e]: what they share goes whole, or stays whole
+                both, whole = support(f) & support(g), self.policy.whole_heads
+                self.consulted.add("whole_heads")
+                rest = [self.rigid(h, support(h) - both if whole else both) for h in (f, g)]
+                if whole and rest[0] is not None and rest[1] is not None:
+                    self.unite(rest[0], rest[1])
+                    out.append(rest[0])
+                else:
+                    left += [h for h in rest[:1] if h is not None]
+                    right += [h for h in rest[1:] if h is not None]
         for mine, other in ((left, size), (right, shape)):
             for f in mine:  # without a partner: where the other operand is as large, nothing can go
                 h = self.rigid(f, {d for d in support(f) if other[d] > 1})
                 out += [h] if h is not None else []
         return out
+
+    def _finest(self, *fields: Tensor) -> float:
+        """The numbers that one unit of these carries: few where there are many units."""
+        return sum(self.ledger.mass(labels(f)) for f in fields)
 
     def _rows_go(self, small: Tensor, big: Tensor) -> bool:
         """Where [h] meets [h, d]: whether whole rows go, as `small` asks, or h stays whole so that d can go instead.
@@ -435,7 +446,7 @@ class Capture(TorchFunctionMode):
             self.now.elastic = any(t in self._elastic for t in outs)
             picked = name == "__getitem" and any(t.dtype == torch.bool for t in operands[1:])
             picked = picked or name in _PICKED_BY_DATA or any(t in self._loose for t in operands)
-            self.now.loose = picked or not any(t.is_floating_point() for t in outs)  # integers have no labels
+            self.now.loose = picked or not any(map(measured, outs))  # integers have no labels
             self.now.outs = [(tuple(t.shape), self.fields(t)) for t in outs]
             for t, dim, reading in () if self.now.elastic else asked(name, args, kwargs, outs):
                 self._readings.met(tuple(t.shape), self.fields(t), dim, reading, str(self.now))
@@ -465,7 +476,9 @@ class Capture(TorchFunctionMode):
         moved = known.moves or len(elastic) == len(operands)
         if elastic and not moved:
             site.before = {**site.before, **{id(t): ((1,) * t.ndim, []) for t in elastic}}
-        if elastic and moved:  # before the rule, which may know better: what is written to is real
+            for t in outs:  # what is added in place is real
+                self.make_elastic(t, False)
+        if elastic and moved and all(t in self._elastic for t in operands if measured(t)):
             for t in outs:
                 self._elastic[t] = True
         try:

@@ -19,6 +19,11 @@ Labelled = tuple[Shape, list[Tensor]]
 """The shape of a tensor, and its fields."""
 
 
+def measured(tensor: Tensor) -> bool:
+    """Whether a tensor has labels: one of real or complex numbers, none of indices or flags."""
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
 def labels(field: Tensor) -> Labels:
     """The labels of a field as integers of the same shape."""
     found: Labels = field.to(torch.int64).numpy()

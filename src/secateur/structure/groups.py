@@ -306,7 +306,7 @@ def scores(groups: Groups, score: Callable[[str, Tensor], Tensor]) -> Worth:
     for name, t, dim, own in groups.axes:
         if isinstance(t, nn.Parameter):
             if name != done:
-                done, found = name, score(name, t.detach()).cpu()
+                done, found = name, score(name, t.detach().abs() if t.is_complex() else t.detach()).cpu()
                 if found.shape != t.shape:
                     raise InputError(
                         f"the scores of {name} have the shape {tuple(found.shape)}, the tensor {tuple(t.shape)}: "

@@ -91,10 +91,13 @@ class Readings:
         """A result of this shape was asked to have this size along `dim`."""
         dims: tuple[int, ...] = (dim,)
         factor = value.factor
-        beside = [d for d in range(len(shape)) if d != dim and shape[d] * factor == 1]
-        if factor < 1 and beside:  # [.., heads, embed // heads]: together they are embed, also when heads go
-            nearest = min(beside, key=lambda d: abs(d - dim))
-            dims, factor = tuple(sorted((nearest, dim))), Fraction(1)
+        if factor < 1:  # [.., heads, embed // heads] or [batch * heads, .., embed // heads]: together they are embed
+            known = frozenset[int]().union(*map(support, fields))
+            times = {d: shape[d] * factor for d in range(len(shape)) if d != dim}
+            beside = [d for d, n in times.items() if n == 1 or (n.denominator == 1 and d in known)]
+            if beside:
+                nearest = min(beside, key=lambda d: (times[d] != 1, abs(d - dim)))
+                dims, factor = tuple(sorted((nearest, dim))), times[nearest]
         here = _extent(shape, fields, dims)
         if here is None:  # a product of counts, no equation between them: the parts keep their sizes
             for f in fields:

@@ -214,9 +214,9 @@ def _move(column: Ints, removed: Ints, want: Floats, most: Ints, price: Floats, 
     high = np.where(a > 0, (room - r) // a, r // -a)
     first, last = int(low.max()), int(high.min())
     best = float((price[on] * (want[on] - r)) @ a) / float(price[on] @ a**2)
-    near = min(max(math.floor(best + 0.5), first), last)
+    near = min(max(math.ceil(best - 0.5), first), last)
     around = range(max(first, near - common + 1), min(last, near + common - 1) + 1)  # what is allowed repeats so
-    for k in sorted(around, key=lambda k: (abs(k - best), -k)):
+    for k in sorted(around, key=lambda k: (round(abs(k - best), 9), k)):
         if _rounded(removed[on] + k * a, total[on], step[on]):
             return k
     return 0

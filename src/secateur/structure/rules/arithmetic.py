@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from secateur.structure.capture import RULES, Site, rule, tensors
-from secateur.structure.fields import lead, support
+from secateur.structure.fields import lead, measured, support
 from secateur.structure.rules.move import dims_of
 
 _FROM_TORCH = {
@@ -16,10 +16,10 @@ _FROM_TORCH = {
 }
 _SIGNS = "add sub mul div truediv floordiv mod pow and or xor eq ne lt le gt ge"
 _OPERATORS = {f"__{side}{name}" for side in ("", "i", "r") for name in _SIGNS.split()}
-_FURTHER = """__neg __invert __abs absolute alpha_dropout bernoulli clip copy data.set div divide dropout dropout1d
-dropout2d dropout3d fake_quantize feature_alpha_dropout feature_dropout fill floor_divide greater greater_equal
-hardswish imag less less_equal logsigmoid masked_fill multiply negative not_equal real rrelu softsign subtract
-tanhshrink weight_norm where zero"""
+_FURTHER = """__neg __invert __abs absolute alpha_dropout bernoulli clip complex conj copy data.set div divide dropout
+dropout1d dropout2d dropout3d fake_quantize feature_alpha_dropout feature_dropout fill floor_divide
+greater greater_equal hardswish imag less less_equal logsigmoid masked_fill multiply negative not_equal
+polar real resolve_conj rrelu softsign subtract tanhshrink weight_norm where zero"""
 
 
 @rule(
@@ -54,6 +54,18 @@ def over_kept(site: Site, dims: set[int]) -> list[torch.Tensor]:
     for f in site.of(site.operand)[1]:
         left += site.rigid([f], support(f) - dims) if support(f) & dims else [f]
     return left
+
+
+@rule(
+    """fft_fft fft_ifft fft_rfft fft_irfft fft_hfft fft_ihfft fft_fft2 fft_ifft2 fft_rfft2 fft_irfft2 fft_fftn fft_ifftn
+    fft_rfftn fft_irfftn fft_fftshift fft_ifftshift"""
+)
+def spectrum(site: Site) -> None:
+    """Positions along the dimensions that are transformed stay."""
+    shape, fields = site.of(site.operand)
+    usual = (-2, -1) if site.name.endswith("2") else None if site.name.endswith(("n", "shift")) else -1
+    dims = dims_of(site.argument(1 if "shift" in site.name else 2, "dim", usual), len(shape))
+    site.capture.label(site.out, site.rigid(fields, dims))
 
 
 @rule("mean sum nansum var std norm vector_norm linalg_vector_norm count_nonzero prod")
@@ -96,7 +108,7 @@ def pointwise(site: Site) -> None:
 @rule("zeros ones empty full new_zeros new_ones new_empty new_full", always=True)
 def factory(site: Site) -> None:
     """Every position is alike: the tensor may be made smaller."""
-    site.capture.label(site.out, site.capture.fresh(site.out) if site.out.is_floating_point() else [])
+    site.capture.label(site.out, site.capture.fresh(site.out) if measured(site.out) else [])
     site.capture.make_elastic(site.out)
 
 

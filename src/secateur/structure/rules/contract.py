@@ -32,7 +32,7 @@ def linear(site: Site) -> None:
     _add_bias(site, site.argument(2, "bias"), -1)
 
 
-@rule("matmul bmm mm mv dot __matmul __rmatmul __imatmul")
+@rule("matmul bmm mm mv spmm __matmul __rmatmul __imatmul")
 def matmul(site: Site) -> None:
     """Summed over the shared dimension."""
     a, b = site.operand, site.argument(1, "other", site.kwargs.get("mat2"))
@@ -43,6 +43,56 @@ def matmul(site: Site) -> None:
     right = [*range(2 - b.ndim, 0), "k", "n"] if b.ndim > 1 else ["k"]
     ends = [*(["m"] if a.ndim > 1 else []), *(["n"] if b.ndim > 1 else [])]
     _multiply(site, [(a, left), (b, right)], [*range(2 - n, 0), *ends])
+
+
+@rule("dot vdot inner")
+def inner(site: Site) -> None:
+    """Summed over the last dimension of both."""
+    a, b = site.operand, site.argument(1, "other")
+    left, right = ([f"{side}{d}" for d in range(t.ndim - 1)] for side, t in (("a", a), ("b", b)))
+    _multiply(site, [(a, [*left, "k"]), (b, [*right, "k"])], [*left, *right])
+
+
+@rule("outer ger")
+def outer(site: Site) -> None:
+    """Each of one vector with each of the other."""
+    _multiply(site, [(site.operand, "a"), (site.argument(1, "vec2"), "b")], "ab")
+
+
+@rule("tensordot")
+def tensordot(site: Site) -> None:
+    """Summed over the pairs of dimensions that are named."""
+    a, b, dims = site.operand, site.argument(1, "other", site.kwargs.get("b")), site.argument(2, "dims", 2)
+    if isinstance(dims, int):
+        dims = range(a.ndim - dims, a.ndim), range(dims)
+    left: list[Letter] = [f"a{d}" for d in range(a.ndim)]
+    right: list[Letter] = [f"b{d}" for d in range(b.ndim)]
+    for i, j in zip(*dims, strict=True):
+        left[i] = right[j] = f"k{i % a.ndim}"
+    free = [c for c in (*left, *right) if str(c)[0] != "k"]
+    _multiply(site, [(a, left), (b, right)], free)
+
+
+@rule("bilinear")
+def bilinear(site: Site) -> None:
+    """Summed over both inputs; outputs are the rows of the weight."""
+    x, y, w = (site.argument(i, name) for i, name in enumerate(("input1", "input2", "weight")))
+    batch: list[Letter] = list(range(x.ndim - 1))
+    _multiply(site, [(x, [*batch, "i"]), (w, "oij"), (y, [*batch, "j"])], [*batch, "o"])
+    _add_bias(site, site.argument(3, "bias"), -1)
+
+
+@rule("cdist pairwise_distance cosine_similarity")
+def distance(site: Site) -> None:
+    """A sum over the units that stay, of pairs of rows."""
+    pair = [site.argument(i, f"x{i + 1}") for i in (0, 1)]
+    with site.capture.inside():
+        if site.name == "cdist":
+            made = torch.matmul(pair[0], pair[1].transpose(-1, -2))
+        else:
+            dim = site.argument(2, "dim", 1) if site.name == "cosine_similarity" else -1
+            made = (pair[0] * pair[1]).sum(dim, site.argument(4, "keepdim", False) is True)
+    site.capture.same(site.out, made)
 
 
 @rule("addmm baddbmm addbmm addmv")
@@ -93,6 +143,17 @@ def einsum(site: Site) -> None:
     site.capture.label(site.out, site.capture.contract(factors, result))
 
 
+def _meets(site: Site, at: int, size: int, kernel: int) -> str:
+    """How a kernel meets the places along one dimension: "each" alone, "all" at once, or "" for windows of them."""
+    stride, padding = (
+        n if isinstance(n, int | str) else n[at % len(n)]
+        for n in (site.argument(3, "stride", 1), site.argument(4, "padding", 0))
+    )
+    if padding in (0, "valid") and kernel == size > 1:
+        return "all"
+    return "each" if kernel == stride == 1 and padding in (0, "valid", "same") else ""
+
+
 def _convolution(site: Site, transposed: bool) -> None:
     cap, out = site.capture, site.out
     x, w, groups = site.operand, site.argument(1, "weight"), site.argument(6, "groups", 1)
@@ -103,16 +164,23 @@ def _convolution(site: Site, transposed: bool) -> None:
             x = x.reshape(x.shape[0], groups, -1, *x.shape[2:])
             w = w.reshape(groups, -1, *w.shape[1:])
 
+    kinds = [""] * k if transposed else [_meets(site, i, int(x.shape[i - k]), int(w.shape[i - k])) for i in range(k)]
+
     def whole(t: Tensor) -> Labelled:
-        return tuple(t.shape), site.rigid(cap.fields(t), range(t.ndim - k, t.ndim))
+        stay = [t.ndim - k + i for i, kind in enumerate(kinds) if not kind]
+        return tuple(t.shape), site.rigid(cap.fields(t), stay)
 
     space: dict[str, list[Letter]] = {c: [f"{c}{i}" for i in range(k)] for c in "xwo"}
+    for i, kind in enumerate(kinds):
+        if kind:
+            space["o" if kind == "each" else "w"][i] = space["x"][i]
     group: list[Letter] = ["g"] if groups > 1 else []
     sides: list[Letter] = ["i", "o"] if transposed else ["o", "i"]
     left: list[Letter] = ["n", *group, "i", *space["x"]]
     sizes, fields = whole(x)
-    if not transposed:  # places do not matter to fields; a product is made at each of the result
-        sizes = (*sizes[:-k], *out.shape[-k:])
+    if not transposed:  # a product is made at each place of the result
+        places = [n if kind == "all" else m for n, m, kind in zip(sizes[-k:], out.shape[-k:], kinds, strict=True)]
+        sizes = (*sizes[:-k], *places)
     got = cap.contract(
         [((sizes, fields), left), (whole(w), [*group, *sides, *space["w"]])], ["n", *group, "o", *space["o"]]
     )
@@ -139,9 +207,10 @@ def conv_transpose(site: Site) -> None:
     _convolution(site, True)
 
 
-@rule("embedding")
+@rule("embedding embedding_bag")
 def embedding(site: Site) -> None:
     """Rows are picked by data, and stay."""
     table: Any = next(t for t in (site.argument(1, "weight"), *tensors(site.args)) if t.is_floating_point())
     left = site.rigid(site.of(table)[1], {0})
-    site.capture.label(site.out, [lead(f.squeeze(0), site.out.ndim) for f in left])
+    out = tensors(site.out)[0]
+    site.capture.label(out, [lead(f.squeeze(0), out.ndim) for f in left])

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from secateur.structure.capture import Site, rule, tensors
-from secateur.structure.fields import Shape, blend, labels, lead, squeeze, support
+from secateur.structure.fields import Shape, blend, labels, lead, measured, squeeze, support
 from secateur.structure.meta import zeros
 
 
@@ -26,9 +26,9 @@ def dims_of(dim: Any, ndim: int) -> set[int]:
 
 @rule(
     """permute transpose t T mT H mH movedim moveaxis swapaxes swapdims expand expand_as broadcast_to repeat
-    repeat_interleave tile squeeze unsqueeze narrow unfold flip fliplr flipud rot90 pixel_shuffle pixel_unshuffle
-    channel_shuffle native_channel_shuffle diagonal tril triu cat concat concatenate stack hstack vstack dstack
-    column_stack atleast_1d atleast_2d atleast_3d im2col meshgrid broadcast_tensors block_diag as_strided""",
+    repeat_interleave tile squeeze unsqueeze narrow flip fliplr flipud rot90 pixel_shuffle pixel_unshuffle
+    channel_shuffle native_channel_shuffle diagonal tril triu stack hstack vstack dstack
+    column_stack atleast_1d atleast_2d atleast_3d meshgrid broadcast_tensors block_diag as_strided""",
     moves=True,
 )
 def move(site: Site) -> None:
@@ -43,7 +43,7 @@ def move(site: Site) -> None:
             ride = f.expand(shape).contiguous() if dense else f.expand(shape)
 
             def swap(t: Any, own: Tensor = own, ride: Tensor = ride) -> Any:
-                if not isinstance(t, Tensor) or (not t.dtype.is_floating_point and t is not own):
+                if not isinstance(t, Tensor) or (not measured(t) and t is not own):
                     return t
                 return ride if t is own else torch.zeros((), dtype=ride.dtype).expand(site.of(t)[0])
 
@@ -53,6 +53,26 @@ def move(site: Site) -> None:
                     into.append(g)
     for t, found in zip(tensors(site.out), outs, strict=True):
         site.capture.label(t, blend(found) if len(operands) > 1 else found)
+
+
+@rule("cat concat concatenate", moves=True)
+def cat(site: Site) -> None:
+    """Labels lie side by side along the dimension; along the others equal positions are one unit."""
+    out = site.out
+    dim = site.argument(1, "dim", site.kwargs.get("axis", 0)) % out.ndim
+    parts = [site.of(t) for t in site.argument(0, "tensors") if t.ndim == out.ndim]
+    if any(dim in support(f) and len(support(f)) > 1 for _, fields in parts for f in fields):
+        move(site)
+        return
+    beside, start = list[Tensor](), 0
+    for shape, fields in parts:
+        for f in (f for f in fields if dim in support(f)):
+            wide = f.new_zeros([out.shape[d] if d == dim else 1 for d in range(out.ndim)])
+            wide.narrow(dim, start, shape[dim]).copy_(f)
+            beside.append(wide)
+        start += shape[dim]
+    rest = [((*shape[:dim], 1, *shape[dim + 1 :]), [f for f in own if dim not in support(f)]) for shape, own in parts]
+    site.capture.label(out, [*blend(beside), *site.capture.join(rest)])
 
 
 @rule("pad", moves=True)
@@ -68,6 +88,31 @@ def pad(site: Site) -> None:
         elif (g := squeeze(F.pad(f.expand(shape), pads, how))) is not None:
             done.append(g)
     site.capture.label(site.out, done)
+
+
+@rule("unfold im2col")
+def unfold(site: Site) -> None:
+    """[.., channels, height, width] to [.., channels * window, places]: places in space stay."""
+    if site.func is torch.Tensor.unfold:
+        move(site)
+        return
+    shape, fields = site.of(site.operand)
+    left = site.rigid(fields, {len(shape) - 2, len(shape) - 1})
+    window = site.out.shape[-2] // shape[-3]
+    site.capture.label(site.out, [f.repeat_interleave(window if f.shape[-3] > 1 else 1, -3).flatten(-2) for f in left])
+
+
+@rule("view_as_real")
+def view_as_real(site: Site) -> None:
+    """Both parts of a number are of its unit."""
+    site.capture.label(site.out, [f.unsqueeze(-1) for f in site.of(site.operand)[1]])
+
+
+@rule("view_as_complex")
+def view_as_complex(site: Site) -> None:
+    """Both parts of a number are of its unit."""
+    shape, fields = site.of(site.operand)
+    site.capture.label(site.out, [f.squeeze(-1) for f in site.rigid(fields, {len(shape) - 1})])
 
 
 @rule("fold col2im")
