@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar, cast
 
 import numpy as np
@@ -39,7 +39,7 @@ _M = TypeVar("_M", bound=nn.Module)
 _log = logging.getLogger(__name__)
 _ROUNDS = 40
 _LEAST = 0.5  # of the weights that were to go: with fewer the target is missed
-_MISSES = 0.2  # of the weights that were to go: with more, parts of heads are tried too
+_MISSES = 0.4  # of the weights that were to go: with more, parts of heads are tried too
 
 
 class _Result(NamedTuple):
@@ -373,9 +373,22 @@ def _hold_around(cap: Capture, kept: Tensor, call: Call, why: str) -> bool:
         return any(hold([f]) for f in sorted(known, key=Tensor.numel))
 
     every = [c for run in cap.runs for c in run.calls]
+    if not _fields(call.outs, call.ins) and any(hold_one(_fields(c.outs, c.ins)) for c in _where_used(every, call)):
+        return True
     beside = [f for c in every if c.module == call.module for f in _fields(c.outs, c.ins)]
     unused = [f for c in every for i, known in enumerate(c.outs) if i not in c.used for f in _fields([known])]
     return hold_one(_fields(call.outs)) or hold_one(_fields(call.ins)) or hold(beside) or hold(unused)
+
+
+def _where_used(every: Sequence[Call], call: Call) -> Iterator[Call]:
+    """The calls that take up a result without units (a scale made of a size), then those that made their operands."""
+    reach = [c for c in every if any(s is call for s in c.sources)]
+    seen = {id(call), *map(id, reach)}
+    for one in reach:
+        yield one
+        new = {id(s): s for s in one.sources if isinstance(s, Call) and id(s) not in seen}
+        seen |= set(new)
+        reach += new.values()
 
 
 def _fields(*known: Sequence[Labelled]) -> list[Tensor]:
