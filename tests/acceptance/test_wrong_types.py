@@ -155,10 +155,10 @@ CASES = {
             "min_width": 1,
             "keep": (),
             "verify": False,
-            **dict.fromkeys(("macs", "params", "latency", "masks", "plan", "optimizer")),
+            **dict.fromkeys(("macs", "params", "latency", "depth", "masks", "plan", "optimizer")),
         },
         {
-            **{key: {None} for key in ("sparsity", "macs", "params", "latency", "masks", "plan", "optimizer")},
+            **{key: {None} for key in ("sparsity", "macs", "params", "latency", "depth", "masks", "plan", "optimizer")},
             "example_inputs": {"inputs"},
             "keep": {"several"},
             "round_to": COUNT,

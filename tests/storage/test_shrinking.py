@@ -89,3 +89,29 @@ def test_numbers_that_are_added_and_multiplied(tmp_path):
     save_file(model.state_dict(), tmp_path / "full.safetensors")
     shrink_checkpoint(tmp_path / "full.safetensors", tmp_path / "small.safetensors", plan)
     same(load_file(tmp_path / "small.safetensors"), shrink(model, X).state_dict())
+
+
+class Residual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return x + self.inner(x)
+
+
+def test_blocks_that_go_and_those_that_move_up(tmp_path):
+    model = nn.Sequential(*(Residual() for _ in range(4)))
+    plan = propose(model, X, depth=0.5)
+    save_file(model.state_dict(), tmp_path / "full.safetensors")
+    shrink_checkpoint(tmp_path / "full.safetensors", tmp_path / "small.safetensors", plan)
+    found = load_file(tmp_path / "small.safetensors")
+    assert {*found} == {"0.inner.weight", "0.inner.bias", "1.inner.weight", "1.inner.bias"}
+    same(found, plan.apply_state_dict(model.state_dict()))
+    with pytest.raises(MaskError, match=r"there is no .*: apply it to a copy"):
+        shrink_checkpoint(tmp_path / "small.safetensors", tmp_path / "smaller.safetensors", plan)
+    state = model.state_dict()
+    src = shards(tmp_path / "folder", *({n: t for n, t in state.items() if n[0] in part} for part in ("01", "23")))
+    shrink_checkpoint(src, tmp_path / "smaller", plan)
+    parts = {name: t for file in (tmp_path / "smaller").glob("*.safetensors") for name, t in load_file(file).items()}
+    same(parts, found)

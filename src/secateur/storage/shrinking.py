@@ -21,9 +21,9 @@ from secateur.support.files import StrPath
 class _Cut(Stored):
     """A tensor without what a plan removes of it; it is in memory while it is read."""
 
-    def __init__(self, of: Stored, plan: Plan) -> None:
-        shape = plan.cut(of.name, torch.empty(of.shape, dtype=of.dtype, device="meta")).shape
-        super().__init__(of.name, of.dtype, shape)
+    def __init__(self, of: Stored, name: str, plan: Plan) -> None:
+        shape = plan.cut(name, torch.empty(of.shape, dtype=of.dtype, device="meta")).shape
+        super().__init__(name, of.dtype, shape)
         self._of = of
         self._plan = plan
 
@@ -54,7 +54,8 @@ def shrink_checkpoint(src: StrPath | Checkpoint, dst: StrPath, plan: Plan) -> Co
     plan.check(checkpoint.tensors)
 
     def write(path: Path, shard: Shard) -> Sequence[TensorInfo]:
-        tensors = tuple(_Cut(tensor, plan) for tensor in shard.tensors)
+        named = [(tensor, plan.renamed(tensor.name)) for tensor in shard.tensors]
+        tensors = tuple(_Cut(tensor, name, plan) for tensor, name in named if name is not None)
         write_plain(path, replace(shard, tensors=tensors, sha256=None))
         return [info(tensor, tensor.zeros(), stored_bytes=tensor.nbytes) for tensor in tensors]
 

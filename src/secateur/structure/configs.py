@@ -24,11 +24,14 @@ from torch.overrides import TorchFunctionMode
 
 from secateur.errors import listed
 from secateur.structure.attributes import Edit, Edits, replay
+from secateur.structure.blocks import Block, Renaming, lists
 from secateur.structure.capture import Call
-from secateur.structure.cut import twin
+from secateur.structure.cut import named_tensors, twin
 from secateur.structure.proof import apart, tolerance
+from secateur.structure.reads import Named, strays
 from secateur.structure.remains import Remains
 from secateur.structure.traces import Trace
+from secateur.support.inputs import Arguments
 
 Keys = tuple[str | int, ...]
 """The way from a config to one of its numbers."""
@@ -40,6 +43,8 @@ _NO_SIZE = re.compile("(_id|_ids|_token|label2id|id2label|version|architectures|
 _UNUSUAL = 9240  # a size that no model has, and that everything divides
 _TRIALS = 400
 _DEPTH = re.compile("layer|depth|block")
+_ROWS = re.compile("layer|depth|block|types")
+_NOTHING = object()
 _FEW = 2  # layers, where all are alike
 
 
@@ -119,6 +124,39 @@ class Configs:
                     if call is not None:
                         return Untold(f"a model made from its config differs, first after {call}", call)
         return None
+
+    def shorten(self, small: nn.Module, blocks: Sequence[Block], examples: Sequence[Arguments], edits: Edits) -> str:
+        """Let the configs, and what was made of them, follow lists of modules from which some were taken.
+
+        Args:
+            small: the model without them.
+            blocks: what was taken, and what the others are called now.
+            examples: of the model.
+            edits: takes up what is changed.
+
+        Returns what no config tells, or an empty string.
+        """
+        renaming = Renaming(blocks)
+        for path in _roots(small):
+            before = renaming.before(path)
+            if before not in self._given:
+                self._given[before] = _Given(self._model.get_submodule(before))
+            count = _Count(self._given[before], small, path, renaming)
+            own = [block for block in blocks if f"{block.name}.".startswith(f"{before}." if before else "")]
+            if not own or not count.given.loads:
+                continue
+            why = count.shorter(own, edits)
+            whole = None if why else count.filled(count.config)
+            if whole is not None:
+                named = named_tensors(small)
+                ours = Named(small, {id(t): name for name, t in named.items()})
+                tied = {name: ours.names[id(t)] for name, t in named.items()}
+                theirs = Named(whole, {id(t): tied.get(name, name) for name, t in named_tensors(whole).items()})
+                why = next((why for arguments in examples if (why := strays(ours, theirs, arguments))), "")
+                why = why and f"a model made from its config differs: {why}"
+            if why:
+                return why
+        return ""
 
 
 def _roots(model: nn.Module) -> Iterator[str]:
@@ -402,9 +440,65 @@ class _Search:
         """Give the small model each attribute that the new config changes, the config itself among them."""
         fresh = self.made(config)
         for place in list(_attributes(self.module)):
-            old, new = _look(self.given.fresh, place), _look(fresh, place)
-            if type(old) is not type(new) or old != new:
+            old, new = _look(self.given.fresh, self.before(place)), _look(fresh, place)
+            if new is not _NOTHING and (type(old) is not type(new) or old != new):
                 edits.set(place._replace(module=f"{self.path}.{place.module}".strip(".")), new)
+
+    def before(self, place: Edit) -> Edit:
+        """Where an attribute of the small model stood in the given one."""
+        return place
+
+
+class _Count(_Search):
+    """The search for the config of one module in whose lists there are fewer modules."""
+
+    def __init__(self, given: _Given, small: nn.Module, path: str, renaming: Renaming) -> None:
+        super().__init__(given, small, path)
+        self.renaming = renaming
+
+    def before(self, place: Edit) -> Edit:
+        path = self.renaming.before(f"{self.path}.{place.module}".strip("."))
+        return place._replace(module=path.removeprefix(self.renaming.before(self.path)).lstrip("."))
+
+    def shorter(self, blocks: Sequence[Block], edits: Edits) -> str:
+        """Find the config that tells how many modules each list has now, and adopt it. Returns what none tells."""
+        for container, own in lists(blocks).items():
+            inside = container.removeprefix(self.renaming.before(self.path)).strip(".")
+            config = self.counted(f"{inside}.".lstrip("."), own)
+            if config is None:
+                return f"no config tells that {container} has {sum(bool(b.becomes) for b in own)} modules"
+            self.config = config
+        self.adopt(self.config, edits)
+        return ""
+
+    def counted(self, inside: str, own: Sequence[Block]) -> Any:
+        """The config with which one list has the modules that stay, and all else is as before; None if there is none.
+
+        A number of the config counts the modules of the list, or a list of the config has an entry for each, or both.
+        """
+        gone = [i for i, block in enumerate(own) if not block.becomes]
+        old, new = len(own), len(own) - len(gone)
+        numbers = [keys for keys, value in _numbers(self.config) if value == old]
+        rows = [keys for keys, value in _lists(self.config) if len(value) == old]
+        want = {dim: n for dim, n in _sizes(self.made(self.config)).items() if not dim[0].startswith(inside)}
+        want |= {dim: n for dim, n in self.want.items() if dim[0].startswith(inside)}
+
+        def fits(config: Any) -> bool:
+            fresh = self.made(_staged(config, new))
+            return fresh is not None and _sizes(fresh) == want
+
+        cuts = [[keys for keys in rows if _ROWS.search(str(keys[-1]))], rows, *([keys] for keys in rows), []]
+        single = [([keys], cut) for keys in numbers for cut in (cuts if isinstance(keys[-1], str) else [[]])]
+        for number, cut in (*single, *(([], cut) for cut in cuts)):
+            config = _with(_without(self.config, cut, gone), [((keys,), new) for keys in number])
+            if not fits(config):
+                continue
+            for other in numbers if number and isinstance(number[0][-1], str) else ():  # another name of the number
+                again = _with(config, [((other,), new)])
+                if other not in number and _ROWS.search(str(other[-1])) and fits(again):
+                    config = again
+            return _staged(config, new)
+        return None
 
 
 def _sizes(module: nn.Module) -> dict[Dim, int]:
@@ -441,6 +535,36 @@ def _at(holder: Any, keys: Sequence[str | int]) -> Any:
     for one in keys:
         holder = _space(holder)[one]
     return holder
+
+
+def _lists(config: Any) -> Iterator[tuple[Keys, Any]]:
+    """The lists of a config, and of those inside it."""
+    for name, value in list(_inside(config)):
+        if isinstance(value, list | tuple):
+            yield (name,), value
+        if isinstance(value, list | tuple | dict) or hasattr(value, "model_type"):
+            for keys, inner in _lists(value):
+                yield (name, *keys), inner
+
+
+def _without(config: Any, rows: Sequence[Keys], gone: Collection[int]) -> Any:
+    """A copy of a config whose lists have lost some entries."""
+    config = copy.deepcopy(config)
+    for *way, last in rows:
+        holder: Any = _at(config, way)
+        if not isinstance(holder, tuple):
+            old = _space(holder)[last]
+            _space(holder)[last] = type(old)(v for i, v in enumerate(old) if i not in gone)
+    return config
+
+
+def _staged(config: Any, count: int) -> Any:
+    """A config whose every layer is a stage, one of which a backbone gives, with so many stages; others as they are."""
+    stages = getattr(config, "stage_names", None)
+    if stages and config.out_features == stages[-1:] and getattr(config, "num_hidden_layers", None) == count:
+        config.stage_names = stages[: count + 1]
+        config.set_output_features_output_indices(out_features=config.stage_names[-1:], out_indices=[count])
+    return config
 
 
 def _kind(dim: Dim, size: int) -> tuple[str, int, int]:
@@ -498,8 +622,8 @@ def _plain(value: Any) -> bool:
 
 
 def _look(model: nn.Module, place: Edit) -> Any:
-    """What stands at the same place of another model."""
+    """What stands at the same place of another model; `_NOTHING` if there is no such place."""
     try:
         return _at(model.get_submodule(place.module), place.keys)
     except (AttributeError, LookupError, TypeError):
-        return None
+        return _NOTHING

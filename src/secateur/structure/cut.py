@@ -12,10 +12,13 @@ from torch import Tensor, nn
 from secateur import optimizers
 from secateur.errors import InputError, StateError
 from secateur.masks import Masks
+from secateur.structure.blocks import Renaming
 from secateur.support import checks
 
 Kept = dict[str, dict[int, list[int]]]
 """For each tensor by name, for each dimension that is cut, the positions that stay."""
+
+_SAME = Renaming(())
 
 
 def sliced(tensor: Tensor, dims: Mapping[int, list[int]]) -> Tensor:
@@ -90,11 +93,11 @@ def undo(done: list[tuple[Tensor, Tensor]]) -> None:
         t.data = data
 
 
-def part(model: nn.Module, small: nn.Module, kept: Kept) -> None:
+def part(model: nn.Module, small: nn.Module, kept: Kept, renaming: Renaming = _SAME) -> None:
     """Give the small model memory of its own, and the gradients of the model, cut."""
     old = named_tensors(model)
     for name, t in small.named_parameters():
-        source = old[name]
+        source = old[renaming.before(name)]
         if t.untyped_storage().data_ptr() == source.untyped_storage().data_ptr():
             t.data = t.data.clone()
         if source.grad is not None:
@@ -122,21 +125,27 @@ def check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
                 )
 
 
-def follow(model: nn.Module, small: nn.Module, kept: Kept, optimizer: torch.optim.Optimizer) -> None:
+def follow(
+    model: nn.Module, small: nn.Module, kept: Kept, optimizer: torch.optim.Optimizer, renaming: Renaming = _SAME
+) -> None:
     """Let an optimizer of the model train the small one: its parameters, and what it remembers of them, cut.
+
+    Parameters of blocks that went leave their groups; a group that is empty then stays, because schedulers count them.
 
     Raises:
         InputError: it remembers something of a parameter that is cut which is not one number a weight; the optimizer
             is as it was.
     """
     new: Mapping[str, Tensor] = named_tensors(small)
-    names = {id(p): name for name, p in model.named_parameters()}
-    states = {p: _remembered(names[id(p)], p, kept, state) for p, state in optimizer.state.items()}
+    every = model.named_parameters(remove_duplicate=False)
+    names = {id(p): now for name, p in every if (now := renaming(name)) is not None}
+    stay = {p: state for p, state in optimizer.state.items() if id(p) in names}
+    states = {p: _remembered(names[id(p)], p, kept, state) for p, state in stay.items()}
     for group in optimizer.param_groups:
-        group["params"] = [new[names[id(p)]] for p in group["params"]]
-    for p, state in states.items():
+        group["params"] = [new[names[id(p)]] for p in group["params"] if id(p) in names]
+    for p in list(optimizer.state):
         del optimizer.state[p]
-        optimizer.state[new[names[id(p)]]] = state
+    optimizer.state.update({new[names[id(p)]]: state for p, state in states.items()})
 
 
 def _remembered(name: str, p: Tensor, kept: Kept, state: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
@@ -32,6 +32,9 @@ class Options(TypedDict, total=False):
         macs, params, latency: instead of a sparsity, the fraction that remains of the given model's
             multiply-accumulates (of all examples), of its parameters, or of the time of a call (of the first example,
             measured side by side). Above 0 and below 1; met within 0.05, or an error says what can be met.
+        depth: the fraction that remains of the residual blocks: modules of a list (nn.ModuleList, nn.Sequential) that
+            add to what they take. Those go whose absence changes the outputs least, and in each list one stays. Above
+            0 and below 1; exactly round(depth * blocks) remain. Beside a sparsity, first blocks go, then units.
         masks: from `prune` or a `Pruner`: the units that they leave dead go, and no others. Not with a sparsity.
         plan: from `propose`, for this model or a copy: what it removes goes, and no others. Not with a sparsity.
         score: how much each unit matters: a name of `secateur.structure.CRITERIA` or `sc.scores.SCORES`, what
@@ -41,7 +44,8 @@ class Options(TypedDict, total=False):
             each group alone.
         round_to: dimensions that are cut keep a multiple of so many positions. Default: 1.
         min_width: and at least so many. Default: 1.
-        keep: tensors and modules that keep their shapes: a glob of names, a module, or several of these.
+        keep: tensors and modules that keep their shapes, and blocks that stay: a glob of names, a module, or several
+            of these.
         verify: compare with the masked original, on the examples and on fresh inputs. Default: True.
         optimizer: of the model; it trains the small model from then on, with what it remembers cut.
     """
@@ -49,6 +53,7 @@ class Options(TypedDict, total=False):
     macs: float
     params: float
     latency: float
+    depth: float
     masks: Mapping[str, Tensor]
     plan: Plan
     score: str | Score | UnitScore | Mapping[str, Tensor]
@@ -72,6 +77,8 @@ class Ask:
         named: the score, in words.
         allocation, round_to, min_width, verify: see `Options`.
         keep: tensors that keep their shapes, and why.
+        depth: of the blocks that remains; None: all of them.
+        masked: whether masks were given.
     """
 
     share: float | None
@@ -84,6 +91,8 @@ class Ask:
     min_width: int
     keep: dict[str, str]
     verify: bool
+    depth: float | None = None
+    masked: bool = False
 
     @property
     def dead(self) -> bool:
@@ -94,6 +103,13 @@ class Ask:
     def exact(self) -> bool:
         """Whether the function is to stay what it is: nothing is masked in the original that proves it."""
         return self.dead or (self.plan is not None and bool(self.plan.shifts))
+
+    @property
+    def narrower(self) -> bool:
+        """Whether units are to go, and not blocks alone."""
+        if self.plan is not None:
+            return bool(self.plan.kept) or not self.plan.blocks
+        return self.depth is None or self.masked or not self.dead
 
 
 def read(model: nn.Module, sparsity: float | None, options: Options) -> Ask:
@@ -115,13 +131,15 @@ def read(model: nn.Module, sparsity: float | None, options: Options) -> Ask:
     if plan is not None and not isinstance(plan, Plan):
         raise checks.wrong("plan", plan, "what propose(...) returned, or Plan.from_json(text)")
     for what, amount in asked.items():
-        if isinstance(amount, bool) or not isinstance(amount, int | float) or not 0 < amount < 1:
-            meant = "of units to remove" if what == "sparsity" else f"of the {what} that remains"
-            raise InputError(f"{what} is {amount!r}: give the fraction {meant}, between 0 and 1")
+        _check_fraction(what, amount, "of units to remove" if what == "sparsity" else f"of the {what} that remains")
+    depth = options.get("depth")
+    if depth is not None:
+        _check_depth(depth, [*asked, *(["plan"] if plan is not None else [])], options.get("score"))
     idle = [name for name in ("score", "allocation", "round_to", "min_width") if not asked and name in options]
     if idle:
         whose = "the masks say" if masks is not None else "zeros say" if plan is None else "the plan says"
-        raise InputError(f"{idle[0]} chooses nothing where {whose} which units go: leave it out, or give a sparsity")
+        where = f"{whose} which units go" if depth is None else "only blocks go"
+        raise InputError(f"{idle[0]} chooses nothing where {where}: leave it out, or give a sparsity")
     for name in ("round_to", "min_width"):
         checks.whole(name, options.get(name, 1), 1, "a number of positions")
     checks.flag("verify", options.get("verify", True))
@@ -141,12 +159,35 @@ def read(model: nn.Module, sparsity: float | None, options: Options) -> Ask:
         options.get("min_width", 1),
         _keeping(model, options.get("keep", ())),
         options.get("verify", True),
+        depth,
+        masks is not None,
     )
+
+
+def _check_fraction(what: str, amount: object, meant: str) -> None:
+    if isinstance(amount, bool) or not isinstance(amount, int | float) or not 0 < amount < 1:
+        raise InputError(f"{what} is {amount!r}: give the fraction {meant}, between 0 and 1")
+
+
+def _check_depth(depth: float, beside: Iterable[str], score: object) -> None:
+    _check_fraction("depth", depth, "of the blocks that remains")
+    for what in beside:
+        if what != "sparsity":
+            raise InputError(
+                f"depth and {what} are given together, and it is not clear what each is to take: shrink with "
+                f"depth={depth:g} first, then shrink the result with {what}="
+            )
+    if score is not None and not isinstance(score, str):
+        raise InputError(
+            "score knows weights by their names, which change where blocks go: shrink with depth= first, then score "
+            "the result and shrink it"
+        )
 
 
 def _without_weights(asked: Mapping[str, float], options: Options) -> None:
     """See that what is asked for needs no weights."""
     needs = {
+        "what blocks do to the outputs": options.get("depth") is not None,
         "which units are dead": not asked and options.get("plan") is None,
         "the time of a call": "latency" in asked,
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -11,6 +12,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from secateur.errors import InputError, MaskError, StructureError
+from secateur.structure.blocks import Block, Renaming, check_names, put_back, take_out
 from secateur.structure.cut import Kept, cut, named_tensors, shifted, sliced, undo
 from secateur.structure.groups import Groups
 from secateur.structure.scales import Scaled
@@ -70,6 +72,7 @@ class Plan:
         scaled: what is multiplied after the cut, because a size that changes is a scale of attention.
         tied: names of one and the same tensor, of which a saved state may have one only.
         proven: whether the cut model was compared with the masked original; not so with `verify=False`.
+        blocks: the modules of lists from which some go, before all else: the other names are those of the model then.
     """
 
     kept: Kept
@@ -81,6 +84,7 @@ class Plan:
     scaled: tuple[Scaled, ...] = ()
     proven: bool = False
     tied: tuple[tuple[str, ...], ...] = ()
+    blocks: tuple[Block, ...] = ()
 
     @property
     def removed(self) -> int:
@@ -103,12 +107,15 @@ class Plan:
         return replace(self, shifts=shifts, shapes=self.shapes | {name: tuple(named[name].shape) for name in shifts})
 
     def explain(self, axes: int = 3) -> Table:
-        """A table of the groups: how many units, how many of them go, where they lie, what holds them.
+        """A table of the blocks and of the groups: how many units, how many of them go, where, what holds the others.
 
         Args:
             axes: how many places to name in each row.
         """
         rows = []
+        for block in self.blocks:
+            influence = "" if block.influence is None else f", influence {block.influence:.3g}"
+            rows.append((block.name + influence, "1 block", str(int(not block.becomes)), block.held))
         for group in self.groups:
             more = len(group.axes) - axes
             where = ", ".join(group.axes[:axes]) + (f" and {more} more" if more > 0 else "")
@@ -166,6 +173,7 @@ class Plan:
                 tuple(Scaled(s["name"], s["dim"], tuple(s["positions"]), s["factor"]) for s in data.get("scaled", ())),
                 data.get("proven") is True,
                 tuple(map(tuple, data.get("tied", ()))),
+                tuple(Block(b["name"], b["becomes"], b["influence"], b["held"]) for b in data.get("blocks", ())),
             )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"this is no plan ({error!r}): give what to_json() of a plan wrote") from error
@@ -174,13 +182,21 @@ class Plan:
         """The tensors of a state_dict, cut: new tensors where something goes, the same ones elsewhere.
 
         Raises:
-            MaskError: a tensor is missing or has another shape.
+            MaskError: a tensor or block is missing or has another shape.
         """
         self.check({name: t for name, t in state.items() if isinstance(t, Tensor)})
-        return {name: self.cut(name, t) for name, t in state.items()}
+        return {now: self.cut(now, t) for name, t in state.items() if (now := self.renamed(name)) is not None}
+
+    def renamed(self, name: str) -> str | None:
+        """The name that a tensor has after blocks went; None if it goes with its block."""
+        return self._renaming(name)
+
+    @functools.cached_property
+    def _renaming(self) -> Renaming:
+        return Renaming(self.blocks)
 
     def cut(self, name: str, tensor: Tensor) -> Tensor:
-        """One tensor of a state_dict, cut; the same one where nothing of it goes."""
+        """One tensor of a state_dict, by its new name, cut; the same one where nothing of it goes."""
         tensor = shifted(tensor, self.shifts[name]) if name in self.shifts else tensor
         tensor = sliced(tensor, self.kept[name]) if name in self.kept else tensor
         for one in self.scaled:
@@ -191,13 +207,16 @@ class Plan:
         """Cut another copy of the model, in place.
 
         Raises:
-            MaskError: it is another model: a tensor or attribute is missing or has another shape. Nothing is changed.
+            MaskError: it is another model: a tensor, attribute or block is missing or has another shape. Nothing is
+                changed.
         """
-        self._check(named_tensors(model))
-        owners = [(self._owner(model, one), one.keys[-1], one.value) for one in self.attributes]
-        before = [(owner, key, owner[key]) for owner, key, _ in owners]
+        taken = take_out(model, self.blocks)
         done: list[tuple[Tensor, Tensor]] = []
+        before: list[tuple[Any, str | int, Any]] = []
         try:
+            self._check(named_tensors(model))
+            owners = [(self._owner(model, one), one.keys[-1], one.value) for one in self.attributes]
+            before += [(owner, key, owner[key]) for owner, key, _ in owners]
             done += cut(model, self.kept, self.shifts)
             done += scale(model, self.scaled)
             for owner, key, value in owners:
@@ -206,6 +225,7 @@ class Plan:
             undo(done)
             for owner, key, old in before:
                 owner[key] = old
+            put_back(taken)
             raise
 
     def _owner(self, model: nn.Module, one: Attribute) -> Any:
@@ -229,8 +249,10 @@ class Plan:
             state: by name tensors, or what else has their shape.
 
         Raises:
-            MaskError: a tensor is missing or has another shape.
+            MaskError: a tensor or block is missing or has another shape.
         """
+        check_names(state, self.blocks)
+        state = {now: t for name, t in state.items() if (now := self.renamed(name)) is not None}
         partners = {name for names in self.tied if any(n in state for n in names) for name in names}
         self._check(state, {*self.unsaved, *partners})
 

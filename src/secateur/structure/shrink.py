@@ -17,11 +17,13 @@ from secateur.masks import as_masks
 from secateur.structure import rules as rules  # registers what is known of torch's functions
 from secateur.structure import scales
 from secateur.structure.attributes import Edits, follow_forward, follow_modules
+from secateur.structure.blocks import Renaming
 from secateur.structure.capture import Call, Capture, capture
 from secateur.structure.configs import Configs, Dim
 from secateur.structure.criteria import Subject
 from secateur.structure.cut import check_optimizer, cut, follow, masked, named_tensors, part, twin, undo
 from secateur.structure.dead import dead
+from secateur.structure.depth import Shorter, shorten, shorten_by
 from secateur.structure.fields import Labelled
 from secateur.structure.groups import Groups, Worth, as_mask
 from secateur.structure.meta import empty
@@ -49,17 +51,17 @@ class _Result(NamedTuple):
 
 
 def shrink(model: _M, example_inputs: Any, sparsity: float | None = None, **options: Unpack[Options]) -> _M:
-    """Return the same model with fewer units: smaller layers, heads and embeddings of the same classes.
+    """Return the same model with fewer units, or fewer blocks: smaller layers of the same classes, shorter lists.
 
     Args:
         model: stays as it is.
         example_inputs: a tensor, a tuple of positional or a dict of keyword arguments; or a list of several of these.
         sparsity: fraction of the units of each group that go, 0 < sparsity < 1. A group keeps at least one unit.
-            None, without `macs`, `params` or `latency`: exactly the units go that are dead already, because weights of
-            them are zero: no number of theirs reaches an output. So pruning with masks ends.
+            None, without `macs`, `params`, `latency` or `depth`: exactly the units go that are dead already, because
+            weights of them are zero: no number of theirs reaches an output. So pruning with masks ends.
         **options: see `Options`.
 
-    Returns a new model of the same class; it equals the given one with the same units masked.
+    Returns a new model of the same class; it equals the given one with the same units masked, and blocks passed by.
 
     Raises:
         InputError: a sparsity, target, score or optimizer that cannot be used, or two of the former; or a model that is
@@ -102,13 +104,25 @@ def _transact(model: nn.Module, inputs: Any, sparsity: float | None, options: Op
         model = masked(model, as_masks(options["masks"]))
     if optimizer is not None:
         check_optimizer(original, optimizer)
+    shorter = Shorter(model)
+    if ask.depth is not None:
+        shorter = shorten(model, examples, ask.depth, ask.keep, ask.verify)
+    elif ask.plan is not None and ask.plan.blocks:
+        shorter = shorten_by(model, examples, ask.plan.blocks, ask.verify)
+    renaming = Renaming(shorter.blocks)
+    keep = {now: why for name, why in ask.keep.items() if (now := renaming(name)) is not None}
+    ask = dataclasses.replace(ask, keep=keep)
     if ask.target is not None and ask.target.what == "latency":
         best = _in_time(model, examples, ask)
+    elif ask.narrower:
+        best = _best(shorter.model, examples, ask)
     else:
-        best = _best(model, examples, ask)
-    part(original, best.model, best.plan.kept)
+        best = _Result(shorter.model, Plan({}, {}, (), (), (), proven=True), 0.0)
+    attributes = (*shorter.attributes, *best.plan.attributes)
+    best = best._replace(plan=dataclasses.replace(best.plan, blocks=shorter.blocks, attributes=attributes))
+    part(original, best.model, best.plan.kept, renaming)
     if optimizer is not None:
-        follow(original, best.model, best.plan.kept, optimizer)
+        follow(original, best.model, best.plan.kept, optimizer, renaming)
     return best
 
 

@@ -1,0 +1,85 @@
+"""Two models that should make the same calls of the same tensors: one without some blocks, and one that passes them by.
+
+Calls that read no tensor of a model are not compared: code around blocks may make masks for some of them only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import zip_longest
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from secateur.structure.capture import calm, key, results, tensors
+from secateur.structure.policy import contract
+from secateur.structure.proof import tolerance
+from secateur.structure.traces import Print, fingerprint
+from secateur.support.inputs import Arguments
+
+
+class Named(NamedTuple):
+    """A model, and names of its tensors, by id."""
+
+    model: nn.Module
+    names: Mapping[int, str]
+
+
+class _Reads(TorchFunctionMode):
+    """Notes which tensors of a model each call reads, and takes prints of its results."""
+
+    def __init__(self, names: Mapping[int, str]) -> None:
+        super().__init__()
+        self.names = names
+        self.calls: list[tuple[str, list[Print]]] = []
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        name, operands = key(func), tensors((args, kwargs or {}))
+        out = func(*args, **kwargs or {})
+        read = [self.names[id(t)] for t in operands if id(t) in self.names]
+        if read and (outs := results(name, args, out)):
+            self.calls.append((f"{name} of {', '.join(read)}", [*map(fingerprint, outs)]))
+        return out
+
+
+def strays(one: Named, other: Named, arguments: Arguments) -> str:
+    """Where two models first differ that should make the same calls of the same tensors; empty if nowhere.
+
+    Args:
+        one, other: the models; what is the same tensor in both has one name.
+        arguments: of the forward, in eval mode.
+
+    Returns what differs, in words.
+    """
+    (first, want), (second, got) = _read(one, arguments), _read(other, arguments)
+    limit = tolerance(one.model)
+    for (a, before), (b, after) in zip_longest(first, second, fillvalue=("the end", [])):
+        if a != b:
+            return f"{b} comes in place of {a}"
+        if len(before) != len(after) or max(map(_apart, before, after), default=0.0) > limit:
+            return f"{a} gives other numbers"
+    if len(want) != len(got):
+        return f"there are {len(got)} outputs in place of {len(want)}"
+    worst = max((_apart(fingerprint(a), fingerprint(b)) for a, b in zip(want, got, strict=True)), default=0.0)
+    if worst > limit:
+        return f"the outputs differ by {worst:.1e}"
+    whole = [(a, b) for a, b in zip(want, got, strict=True) if not (a.is_floating_point() or a.is_complex())]
+    return "" if all(torch.equal(a, b) for a, b in whole) else "the outputs differ"
+
+
+def _read(one: Named, arguments: Arguments) -> tuple[list[tuple[str, list[Print]]], Sequence[Tensor]]:
+    args, kwargs = arguments
+    with calm(one.model, False), _Reads(one.names) as reads:
+        out = one.model(*args, **kwargs)
+    return reads.calls, tensors(contract(out))
+
+
+def _apart(a: Print, b: Print) -> float:
+    """The difference between two tensors relative to the length of the first, as their prints tell."""
+    if a[0] != b[0]:
+        return float("inf")
+    return max(abs(x - y) for x, y in zip(a, b, strict=True)) / max(a[1], 1e-12)
