@@ -7,10 +7,11 @@ built of (`unite`, `rigid`), what follows from them (`join`, `reduce`, `contract
 from __future__ import annotations
 
 import contextlib
+import functools
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -125,6 +126,7 @@ def table() -> str:
     return "\n".join(lines + [f"| {meaning} | {' '.join(sorted(names))} |" for meaning, names in rows.items()])
 
 
+@functools.lru_cache(4096)
 def key(func: Any) -> str:
     """A function's plain name: "add" for add, add_ and Tensor.add; "__add" for +; "get.T" for a property."""
     name = getattr(func, "__name__", "") or str(func)
@@ -135,7 +137,16 @@ def key(func: Any) -> str:
 
 def tensors(tree: Any) -> list[Tensor]:
     """The tensors in nested containers."""
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+    if isinstance(tree, Tensor):
+        return [tree]
+    if type(tree) in (tuple, list):  # arguments of calls, mostly: others are many times slower to look through
+        return [t for one in tree if one is not None for t in tensors(one)]
+    if type(tree) is dict:
+        return tensors([*tree.values()])
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)] if type(tree) not in _LEAVES else []
+
+
+_LEAVES = frozenset([int, float, str, bool, slice, torch.dtype, torch.device, type(...)])
 
 
 def results(name: str, args: tuple[Any, ...], out: Any) -> list[Tensor]:
@@ -186,6 +197,23 @@ class Run:
     calls: list[Call]
 
 
+@dataclass(slots=True)
+class _Known:
+    """What is known of a tensor.
+
+    Attributes:
+        fields: of it; None if no forward has taken it up.
+        elastic: it is zeros(n) or the like: any number of positions without identity.
+        loose: it was picked by data, or made of what was.
+        made: the call that made it, and which of the results it is.
+    """
+
+    fields: list[Tensor] | None = None
+    elastic: bool = False
+    loose: bool = False
+    made: tuple[Call, int] | None = None
+
+
 class Capture(TorchFunctionMode):
     """The labels of a model's tensors, and what its forwards do to them.
 
@@ -213,21 +241,25 @@ class Capture(TorchFunctionMode):
                 self.home.setdefault(id(t), (name, t))
             if id(t) in remade and measured(t) and not _alike(t):
                 self.consulted.add("cut_remade")
-        self._fields = WeakTensorKeyDictionary()
-        self._elastic = WeakTensorKeyDictionary()  # zeros(n) and the like: any number of positions without identity
-        self._loose = WeakTensorKeyDictionary()  # what was picked by data, and what was made of that
-        self._made = WeakTensorKeyDictionary()  # tensor -> (call, which result)
+        self._known = WeakTensorKeyDictionary()
         self._calls: list[Call] = []
         self._depth = 0
         self._stack: list[str] = [""]
         self.now: Call = Call("", "", "")
 
+    def _of(self, tensor: Tensor) -> _Known:
+        try:
+            found: _Known = self._known[tensor]
+        except KeyError:
+            found = self._known[tensor] = _Known()
+        return found
+
     def fields(self, tensor: Tensor) -> list[Tensor]:
         """The fields of a tensor."""
-        if tensor not in self._fields:
-            self._fields[tensor] = self.fresh(tensor) if id(tensor) in self.home else []
-        found: list[Tensor] = self._fields[tensor]
-        return found
+        known = self._of(tensor)
+        if known.fields is None:
+            known.fields = self.fresh(tensor) if id(tensor) in self.home else []
+        return known.fields
 
     def fresh(self, tensor: Tensor) -> list[Tensor]:
         """New labels for each dimension of a tensor."""
@@ -242,7 +274,7 @@ class Capture(TorchFunctionMode):
                 raise ValueError(f"a field {tuple(f.shape)} for a tensor {tuple(tensor.shape)}")
             if not support(f):  # one unit is all there is: it stays
                 self.hold(f)
-        self._fields[tensor] = [f for f in fields if support(f)]
+        self._of(tensor).fields = [f for f in fields if support(f)]
 
     def same(self, out: Tensor, made: Tensor) -> None:
         """Give the result of a composite the labels of what simpler functions made."""
@@ -259,14 +291,11 @@ class Capture(TorchFunctionMode):
 
     def seen(self, tensor: Tensor) -> bool:
         """Whether a forward took up a tensor."""
-        return tensor in self._fields
+        return self._of(tensor).fields is not None
 
     def make_elastic(self, tensor: Tensor, elastic: bool = True) -> None:
         """Note that a tensor may have any size, or that it no longer may."""
-        if elastic:
-            self._elastic[tensor] = True
-        elif tensor in self._elastic:
-            del self._elastic[tensor]
+        self._of(tensor).elastic = elastic
 
     # ----------------------------------------------------------------------------------------------------- primitives
 
@@ -428,41 +457,39 @@ class Capture(TorchFunctionMode):
             return out
         outer = self.now
         if self._depth == 0:
+            own = {id(t): t for t in operands}
             self.now = Call(name, self._stack[-1], _line(), ins=list(before.values()))
-            self.now.sources = [self._source(t) for t in {id(t): t for t in operands}.values()]
-            for t in operands:
-                if t in self._made:
-                    call, which = self._made[t]
-                    call.used.add(which)
+            self.now.sources = [self._taken(t) for t in own.values()]
         live = any(fields for _, fields in before.values())
         if known is not None and (live or known.value.always):
             self._apply(known.value, Site(self, func, args, kwargs, out, before), operands, outs)
         elif live:
             self._hold_all(before, f"unknown function {self.now}")
-        for t in outs:
-            if t not in self._fields:
-                self._fields[t] = []
+        made = [self._of(t) for t in outs]
+        for one in made:
+            one.fields = one.fields or []
         if self._depth == 0:
-            self.now.elastic = any(t in self._elastic for t in outs)
+            self.now.elastic = any(one.elastic for one in made)
             picked = name == "__getitem" and any(t.dtype == torch.bool for t in operands[1:])
-            picked = picked or name in _PICKED_BY_DATA or any(t in self._loose for t in operands)
+            picked = picked or name in _PICKED_BY_DATA or any(self._of(t).loose for t in operands)
             self.now.loose = picked or not any(map(measured, outs))  # integers have no labels
             self.now.outs = [(tuple(t.shape), self.fields(t)) for t in outs]
             for t, dim, reading in () if self.now.elastic else asked(name, args, kwargs, outs):
                 self._readings.met(tuple(t.shape), self.fields(t), dim, reading, str(self.now))
-            for i, t in enumerate(outs):
-                self._made[t] = self.now, i
-                if picked:
-                    self._loose[t] = True
+            for i, one in enumerate(made):
+                one.made = self.now, i
+                one.loose |= picked
             self._calls.append(self.now)
             self.now = outer
         return out
 
-    def _source(self, t: Tensor) -> Call | str | None:
-        if t in self._made:
-            call: Call = self._made[t][0]
-            return call
-        return self.home[id(t)][0] if id(t) in self.home else None
+    def _taken(self, t: Tensor) -> Call | str | None:
+        """Where an operand comes from; its call is noted to be of use."""
+        made = self._of(t).made
+        if made is None:
+            return self.home[id(t)][0] if id(t) in self.home else None
+        made[0].used.add(made[1])
+        return made[0]
 
     def _read(self, out: Any, tensor: Tensor, dim: int | None = None) -> Any:
         """A shape, or one size of it, that remembers where it was read."""
@@ -472,21 +499,21 @@ class Capture(TorchFunctionMode):
         return sizes if dim is None or isinstance(out, torch.Size) else sizes[dim]
 
     def _apply(self, known: Rule, site: Site, operands: list[Tensor], outs: list[Tensor]) -> None:
-        elastic = [t for t in operands if t in self._elastic]
+        elastic = [t for t in operands if self._of(t).elastic]
         moved = known.moves or len(elastic) == len(operands)
         if elastic and not moved:
             site.before = {**site.before, **{id(t): ((1,) * t.ndim, []) for t in elastic}}
             for t in outs:  # what is added in place is real
                 self.make_elastic(t, False)
-        if elastic and moved and all(t in self._elastic for t in operands if measured(t)):
+        if elastic and moved and all(self._of(t).elastic for t in operands if measured(t)):
             for t in outs:
-                self._elastic[t] = True
+                self.make_elastic(t)
         try:
             known.apply(site)
         except Exception as error:  # a rule that does not fit this call: nothing that it touches may go
             self._hold_all(site.before, f"{self.now}: its rule does not fit ({type(error).__name__}: {error})")
             for t in outs:
-                self._fields[t] = []
+                self._of(t).fields = []
 
     def _hold_all(self, before: Mapping[int, Labelled], why: str) -> None:
         for _, fields in before.values():
@@ -510,9 +537,7 @@ class Capture(TorchFunctionMode):
         with calm(model, training), marked(model), _module_stack(model) as self._stack, self:
             out = model(*args, **kwargs)
         for t in tensors(contract(out)):
-            if t in self._made:
-                call, which = self._made[t]
-                call.used.add(which)
+            self._taken(t)
             for f in self.fields(t):
                 self.hold(f, "an output of the model")
         self.runs.append(Run(arguments, training, self._calls))
@@ -527,7 +552,7 @@ def capture(model: nn.Module, examples: Sequence[Arguments], policy: Policy) -> 
     cap = Capture(model, policy)
     for arguments in examples:
         cap.forward(model, arguments, False)
-    cap.unseen = [n for n, p in model.named_parameters() if p not in cap._fields]
+    cap.unseen = [n for n, p in model.named_parameters() if not cap.seen(p)]
     if cap.unseen:
         try:
             for arguments in examples:
@@ -537,7 +562,7 @@ def capture(model: nn.Module, examples: Sequence[Arguments], policy: Policy) -> 
                 f"{listed(cap.unseen)} may take part in training only, and the forward in training mode fails "
                 f"({type(error).__name__}: {error}): give inputs with which it runs too, or delete what is not used"
             ) from error
-        cap.unseen = [n for n, p in model.named_parameters() if p not in cap._fields]
+        cap.unseen = [n for n, p in model.named_parameters() if not cap.seen(p)]
     return cap
 
 
@@ -596,7 +621,7 @@ def _line() -> str:
     frame = sys._getframe(2)
     while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(("torch.", "secateur.structure")):
         frame = frame.f_back
-    return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
+    return f"{os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno}"
 
 
 def _distinct(f: Tensor) -> int:

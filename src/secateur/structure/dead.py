@@ -169,7 +169,7 @@ class _Reads(Capture):
         operands = tensors((args, kwargs))
         careful = name in _PRODUCTS or name in _TIMES
         nonzero = {id(t): (t != 0) | self.fed(t) for t in operands} if careful else {}
-        before = {id(f): f for t in operands if t in self._fields for f in self._fields[t]}
+        before = {id(f): f for t in operands if self.seen(t) for f in self.fields(t)}
         self._composed = False
         out = super().__torch_function__(func, types, args, kwargs)
         outs = results(name, args, out)

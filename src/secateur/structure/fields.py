@@ -37,10 +37,13 @@ def support(field: Tensor) -> frozenset[int]:
 
 def squeeze(field: Tensor) -> Tensor | None:
     """Give a field size 1 along each dimension where its labels do not vary; None if nothing is labelled."""
-    for d in range(field.ndim):
-        if field.shape[d] > 1 and (field.stride(d) == 0 or bool((field == field.narrow(d, 0, 1)).all())):
-            field = field.narrow(d, 0, 1)
-    return field.clone() if bool((field != 0).any()) else None
+    own = field.numpy()
+    for d, n in enumerate(own.shape):
+        if n > 1:
+            first = own[(slice(None),) * d + (slice(1),)]
+            if own.strides[d] == 0 or bool((own == first).all()):
+                own = first
+    return torch.from_numpy(own.copy()) if own.any() else None
 
 
 def lead(field: Tensor, ndim: int) -> Tensor:

@@ -67,7 +67,7 @@ class Ledger:
         a, b = a.ravel(), b.ravel()
         free = (a > 0) & (b > 0) & (a != b)
         if free.any():
-            code = np.unique(np.minimum(a[free], b[free]) * self.size + np.maximum(a[free], b[free]))
+            code = distinct(np.minimum(a[free], b[free]) * self.size + np.maximum(a[free], b[free]))
             self._pairs.append(np.stack(np.divmod(code, self.size)))
         alone = (a > 0) ^ (b > 0)
         if alone.any():
@@ -75,8 +75,7 @@ class Ledger:
 
     def hold(self, labels: Labels, why: str) -> bool:
         """Let none of these go. Returns whether there were any."""
-        labels = np.unique(labels)
-        labels = labels[labels > 0]
+        labels = distinct(labels[labels > 0])
         if len(labels):
             self.held.append((labels, why))
         return len(labels) > 0
@@ -99,6 +98,17 @@ class Ledger:
             for group in np.unique(root[labels]).tolist():
                 why.setdefault(group, reason)
         return root, why
+
+
+def distinct(labels: Labels) -> Labels:
+    """As np.unique, which hashes and is slow for few labels.
+
+    >>> distinct(np.array([[3, 1], [1, 2]])).tolist()
+    [1, 2, 3]
+    """
+    labels = np.sort(labels, None)
+    found: Labels = labels[np.concatenate([labels[:1] == labels[:1], labels[1:] != labels[:-1]])]
+    return found
 
 
 def components(nodes: int, a: Labels, b: Labels) -> Labels:
