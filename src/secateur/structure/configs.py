@@ -192,6 +192,8 @@ class _Given:
         fresh: one that is made from the config, on the meta device; None if that fails.
         loads: whether the model can be loaded from its config.
         moves: what each number of the config tells; empty as long as nobody has asked.
+        depths: numbers of layers, which may be lower in a trial.
+        like: for each dimension one that is like it, and is there in a trial.
     """
 
     def __init__(self, module: Any) -> None:
@@ -200,13 +202,32 @@ class _Given:
         self.fresh = _made(type(module), self.config)
         self.loads = self.fresh is not None and _sizes(self.fresh) == self.sizes
         self.moves: Moves = {}
-        for name, value in list(vars(self.config).items()) if self.loads else ():
-            if value is None and not name.startswith("_") and not _NO_SIZE.search(name):
-                self._free(type(module), ((name,),))
+        self.depths: list[Keys] = []
+        self.like = {d: d for d in self.sizes}
+        if self.loads:
+            self._find_depths(type(module))
+            for name, value in list(vars(self.config).items()):
+                if value is None and not name.startswith("_") and not _NO_SIZE.search(name):
+                    self._free(type(module), ((name,),))
+
+    def _find_depths(self, kind: type[Any]) -> None:
+        """Find the numbers of layers that are alike: with few of them models are faster to make."""
+        for keys, value in _numbers(self.config):
+            if value > _FEW and _DEPTH.search(str(keys)):
+                fresh = _made(kind, _shortened(self.config, [*self.depths, keys]))
+                sizes = {} if fresh is None else _sizes(fresh)
+                first = {_kind(d, n): d for d, n in sizes.items()}
+                like = {d: e for d, n in self.sizes.items() if (e := d if d in sizes else first.get(_kind(d, n)))}
+                if (
+                    sizes.keys() < set(self.like.values())
+                    and like.keys() == self.sizes.keys()
+                    and all(sizes[e] == self.sizes[d] for d, e in like.items())
+                ):
+                    self.depths, self.like = [*self.depths, keys], like
 
     def _free(self, kind: type[Any], knob: Knob) -> None:
         """Write down a size that by default follows from others, as n_inner of GPT-2 does, so that it may change."""
-        probe = _made(kind, _with(self.config, [(knob, _UNUSUAL)]))
+        probe = _made(kind, _shortened(_with(self.config, [(knob, _UNUSUAL)]), self.depths))
         found = {} if probe is None else _sizes(probe)
         was = {self.sizes.get(d) for d, n in found.items() if n == _UNUSUAL}
         if len(was) == 1 and (size := was.pop()) is not None:
@@ -261,6 +282,12 @@ class _Search:
         self.remains = remains
         self.changed = {Fraction(self.want[d], n) for d, n in was.items() if self.want[d] != n}
         config, off = self.sized(was)
+        fresh = self.made(config)
+        if self.given.depths and not off and (fresh is None or _sizes(fresh) != self.want):
+            self.given.depths, self.given.like = [], {d: d for d in was}  # layers are not alike after all
+            self.moves.clear()
+            config, off = self.sized(was)
+            fresh = self.made(config)
         if off:
             why = f"no config tells the size of {_named(off)}"
             equal = [(self.full(a), self.full(b), k) for a, b, k in self.equations(was)]
@@ -268,13 +295,19 @@ class _Search:
         found = self.alike(config)
         if isinstance(found, Untold):
             return found
-        self.adopt(found, edits)
+        self.adopt(fresh if found is config else self.made(found), edits)
         return None
 
     def made(self, config: Any) -> Any:
         """A fresh model on the meta device; None if that fails."""
         self.left -= 1
         return _made(type(self.module), config)
+
+    def told(self, config: Any) -> dict[Dim, int]:
+        """The sizes that a config tells, read off a model of few layers; none if it cannot be made."""
+        fresh, like = self.made(_shortened(config, self.given.depths)), self.given.like
+        sizes = {} if fresh is None else _sizes(fresh)
+        return {d: sizes[e] for d, e in like.items()} if sizes.keys() == set(like.values()) else {}
 
     # ------------------------------------------------------------------------------------------------------------ sizes
 
@@ -296,43 +329,20 @@ class _Search:
     def probe(self, was: dict[Dim, int]) -> None:
         """Find which sizes each number tells, and each two of one value that cannot change alone."""
 
-        config, like = self.shallow(was)
-
         def double(*knob: Keys) -> bool:
             for times in (2, 3):  # one of them may happen to be another size, at which a model has other tensors
-                fresh = self.made(_with(config, [(knob, times * _at(config, knob[0]))]))
-                sizes = {} if fresh is None else _sizes(fresh)
-                if set(sizes) == set(like.values()):
+                sizes = self.told(_with(self.config, [(knob, times * _at(self.config, knob[0]))]))
+                if sizes:
                     self.moves[knob] = {
-                        d: was[d] + (sizes[e] - was[d]) // (times - 1) for d, e in like.items() if sizes[e] != was[d]
+                        d: was[d] + (n - was[d]) // (times - 1) for d, n in sizes.items() if n != was[d]
                     }
                     return True
             return False
 
-        stuck = [(keys, value) for keys, value in _numbers(config) if not double(keys)]
+        stuck = [(keys, value) for keys, value in _numbers(self.config) if not double(keys)]
         for (one, a), (other, b) in itertools.combinations(stuck, 2):
             if a == b:
                 double(one, other)
-
-    def shallow(self, was: dict[Dim, int]) -> tuple[Any, dict[Dim, Dim]]:
-        """A config of fewer layers, whose models are faster to make, and for each dimension one of theirs like it.
-
-        What numbers tell is guessed from these; whether a config is right is seen with all layers.
-        """
-        config, like = self.config, {d: d for d in was}
-        for keys, value in _numbers(self.config):
-            if value > _FEW and _DEPTH.search(str(keys)):
-                trial = _with(config, [((keys,), _FEW)])
-                for name, own in vars(trial).items():
-                    if isinstance(own, list) and len(own) == value:  # an entry for each layer
-                        setattr(trial, name, own[:_FEW])
-                fresh = self.made(trial)
-                sizes = {} if fresh is None else _sizes(fresh)
-                first = {_kind(d, n): d for d, n in reversed(sizes.items())}
-                found = {d: d if d in sizes else first.get(_kind(d, n)) for d, n in was.items()}
-                if sizes.keys() < set(like.values()) and all(e and sizes[e] == was[d] for d, e in found.items()):
-                    config, like = trial, {d: e for d, e in found.items() if e}
-        return config, like
 
     def steps(self, now: Any, was: dict[Dim, int], have: dict[Dim, int], off: set[Dim]) -> list[tuple[Knob, int]]:
         """Changes that would bring sizes nearer; those within heads last, because whole heads go first."""
@@ -356,8 +366,7 @@ class _Search:
             if self.left < 0 or (found is not None and inner and not within):
                 break
             trial = _with(now, choice)
-            fresh = self.made(trial)
-            have = {} if fresh is None else _sizes(fresh)
+            have = self.told(trial)
             if set(have) == set(self.want) and (n := sum(have[d] != self.want[d] for d in have)) < most:
                 found, most, within = (trial, have), n, inner
         return found
@@ -385,8 +394,7 @@ class _Search:
         while why:
             for choice in self.silent(config):
                 trial = _with(config, choice)
-                fresh = self.made(trial)
-                if self.left > 0 and fresh is not None and _sizes(fresh) == self.want:
+                if self.left > 0 and self.told(trial) == self.want:
                     got, now = self.goes(trial)
                     if not now or got > at:
                         config, at, why = trial, got, now
@@ -414,7 +422,7 @@ class _Search:
         unsaved = "|".join(getattr(self.module, "_keys_to_ignore_on_save", None) or ())
         device = str(next(self.module.parameters()).device)
         fresh = _made(type(self.module), config, device, fill=bool(unsaved))
-        if fresh is None:
+        if fresh is None or _sizes(fresh) != self.want:
             return None
         state = {k: t for k, t in self.module.state_dict().items() if not (unsaved and re.search(unsaved, k))}
         fresh.load_state_dict(state, strict=False, assign=True)
@@ -436,9 +444,8 @@ class _Search:
 
     # ------------------------------------------------------------------------------------------------------- attributes
 
-    def adopt(self, config: Any, edits: Edits) -> None:
+    def adopt(self, fresh: Any, edits: Edits) -> None:
         """Give the small model each attribute that the new config changes, the config itself among them."""
-        fresh = self.made(config)
         for place in list(_attributes(self.module)):
             old, new = _look(self.given.fresh, self.before(place)), _look(fresh, place)
             if new is not _NOTHING and (type(old) is not type(new) or old != new):
@@ -570,6 +577,18 @@ def _staged(config: Any, count: int) -> Any:
 def _kind(dim: Dim, size: int) -> tuple[str, int, int]:
     """What the same dimension of all layers has in common."""
     return re.sub(r"(?<![^.])\d+(?![^.])", "", dim[0]), dim[1], size
+
+
+def _shortened(config: Any, depths: Sequence[Keys]) -> Any:
+    """A config of models of few layers."""
+    for keys in depths:
+        layers = _at(config, keys)
+        config = _with(config, [((keys,), min(_FEW, layers))])
+        space = _space(_at(config, keys[:-1]))
+        for name, own in list(space.items()) if isinstance(space, dict) else ():
+            if isinstance(own, list) and len(own) == layers:  # an entry for each layer
+                space[name] = own[:_FEW]
+    return config
 
 
 def _with(config: Any, changes: Sequence[tuple[Knob, int]]) -> Any:

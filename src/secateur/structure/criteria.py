@@ -130,7 +130,7 @@ CRITERIA.add(
 @criterion("l2", source='He et al. 2018, "Soft Filter Pruning", eq. 2 with p = 2')
 def l2(name: str, weight: Tensor) -> Tensor:
     """Sum of w^2; the default."""
-    return weight.abs().float().square()
+    return (weight.abs() if weight.is_complex() else weight).float().square()
 
 
 @criterion("normalised", source='Fang et al. 2023, "DepGraph", section 3.4')

@@ -17,7 +17,7 @@ from secateur.errors import InputError
 from secateur.structure.capture import Capture
 from secateur.structure.fields import labels, support
 from secateur.structure.sizes import Equation, solve
-from secateur.structure.units import Extent, Labels
+from secateur.structure.units import Extent, Labels, tally
 
 Worth = NDArray[np.float64]
 """For each label a number: those of the labels of a group are added up."""
@@ -98,12 +98,12 @@ class Groups:
                 weighed[groups] = True
         for rows, _ in self.blocks:
             for row in rows:
-                groups, times = np.unique(row, return_counts=True)
+                groups, times = tally(row)
                 part = times < len(row)
                 sign[groups[part]] += rng.integers(1 << 62, dtype=np.uint64) * times[part].astype(np.uint64)
         for a, b, _, _ in self.equals:
             for row in (a, b):
-                groups, times = np.unique(row, return_counts=True)
+                groups, times = tally(row)
                 sign[groups] += rng.integers(1 << 62, dtype=np.uint64) * times.astype(np.uint64)
         free = weighed & (self.root == np.arange(count))
         free[list(self.held)] = False
@@ -223,14 +223,14 @@ class Groups:
 
         def form(row: Labels) -> dict[int, Fraction]:
             """How many positions go with one group of each cell."""
-            found, times = np.unique(row[row >= 0], return_counts=True)
+            found, times = tally(row[row >= 0])
             return {c: Fraction(n, len(self.cells[c])) for c, n in zip(found.tolist(), times.tolist(), strict=True)}
 
         found = []
         for rows, why in self.blocks:
             cells = np.sort(which[rows], 1)
             cells[(rows == rows[:, :1]).all(1)] = -1  # a row that is one group stays whole or goes whole
-            first, *others = (form(row) for row in np.unique(cells, axis=0))
+            first, *others = (form(row) for row in {row.tobytes(): row for row in cells}.values())
             found += [_equation(first, other, why) for other in others]
         for a, b, factors, why in self.equals:
             ours, theirs = ({c: n * k for c, n in form(which[x]).items()} for x, k in zip((a, b), factors, strict=True))
@@ -307,16 +307,17 @@ def scores(groups: Groups, score: Callable[[str, Tensor], Tensor]) -> Worth:
         if isinstance(t, nn.Parameter):
             if name != done:
                 done, found = name, score(name, t.detach().abs() if t.is_complex() else t.detach()).cpu()
+                found = found.float() if found.element_size() < 4 else found
                 if found.shape != t.shape:
                     raise InputError(
                         f"the scores of {name} have the shape {tuple(found.shape)}, the tensor {tuple(t.shape)}: "
                         "give a score for each weight"
                     )
             others = [d for d in range(t.ndim) if d != dim]
-            per = found.sum(others, dtype=torch.float64) if others else found.double()
+            per = (found.sum(others) if others else found).double()
             if bool(per.isnan().any()):
                 raise InputError(f"the scores of {name} hold NaN: give numbers, inf for what must stay")
-            total += np.bincount(own, per.numpy(), len(total))
+            np.add.at(total, own, per.numpy())
     return total
 
 

@@ -17,7 +17,7 @@ from secateur.structure.cut import Kept, cut, named_tensors, shifted, sliced, un
 from secateur.structure.groups import Groups
 from secateur.structure.scales import Scaled
 from secateur.structure.scales import apply as scale
-from secateur.structure.units import Labels
+from secateur.structure.units import Labels, tally
 from secateur.support.tables import Table
 
 _UNPROVEN = "not proven: shrink(model, example_inputs, plan=plan) compares with the masked original"
@@ -315,8 +315,8 @@ def _rows(groups: Groups, counts: list[int]) -> list[Group]:
     axes: dict[int, list[str]] = {}
     members: dict[int, set[int]] = {}
     for axis in groups.axes:
-        own = np.unique(groups.root[axis.labels])
-        for k in np.unique(kind[own]).tolist():
+        own, _ = tally(groups.root[axis.labels])
+        for k in tally(kind[own])[0].tolist():
             axes.setdefault(k, []).append(str(axis))
             members.setdefault(k, set()).update(own[kind[own] == k].tolist())
     rows = []

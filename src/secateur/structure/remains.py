@@ -8,10 +8,13 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import NamedTuple
 
+import numpy as np
+import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from secateur.structure.capture import Call, Run
-from secateur.structure.fields import Shape, support
+from secateur.structure.fields import Shape, labels, support
 
 Sizes = list[list[Shape] | None]
 """For each call the shapes of its results; None where any will do, -1 for a size that depends on data."""
@@ -49,19 +52,23 @@ def part(shape: Shape, fields: Sequence[Tensor], kept: Tensor) -> Part:
         fields: of the tensor.
         kept: for each label, whether it stays.
     """
-    stays = [s for f in fields if not bool((s := kept[f.long()]).all())]
-    masks: list[Tensor | None] = [None] * len(shape)
+    own = kept.numpy()
+    stays = [s for f in fields if not (s := own[labels(f)]).all()]
+    masks: list[NDArray[np.bool_] | None] = [None] * len(shape)
+    joint = []
     for s in stays:
-        for d in support(s):
-            own = s.movedim(d, 0).reshape(shape[d], -1).any(1)
+        varies = [d for d, n in enumerate(s.shape) if n > 1]
+        joint += [s] if len(varies) > 1 else []
+        for d in varies:
+            some = s.any(tuple(k for k in varies if k != d)).ravel()
             old = masks[d]
-            masks[d] = own if old is None else old & own
-    lines = [None if mask is None else mask.nonzero().flatten() for mask in masks]
+            masks[d] = some if old is None else old & some
+    lines = [None if mask is None else torch.from_numpy(np.flatnonzero(mask)) for mask in masks]
     inner: Tensor | None = None
-    for s in stays:
-        some = _at(s, [line if n > 1 else None for line, n in zip(lines, s.shape, strict=True)])
-        if not bool(some.all()):
-            inner = some if inner is None else inner & some
+    for s in joint:
+        rest = _at(torch.from_numpy(s), [line if n > 1 else None for line, n in zip(lines, s.shape, strict=True)])
+        if not bool(rest.all()):
+            inner = rest if inner is None else inner & rest
     sizes = [n if line is None else len(line) for n, line in zip(shape, lines, strict=True)]
     if inner is not None:
         box = _extents(inner)

@@ -67,7 +67,7 @@ class Ledger:
         a, b = a.ravel(), b.ravel()
         free = (a > 0) & (b > 0) & (a != b)
         if free.any():
-            code = distinct(np.minimum(a[free], b[free]) * self.size + np.maximum(a[free], b[free]))
+            code, _ = tally(np.minimum(a[free], b[free]) * self.size + np.maximum(a[free], b[free]))
             self._pairs.append(np.stack(np.divmod(code, self.size)))
         alone = (a > 0) ^ (b > 0)
         if alone.any():
@@ -75,7 +75,7 @@ class Ledger:
 
     def hold(self, labels: Labels, why: str) -> bool:
         """Let none of these go. Returns whether there were any."""
-        labels = distinct(labels[labels > 0])
+        labels, _ = tally(labels[labels > 0])
         if len(labels):
             self.held.append((labels, why))
         return len(labels) > 0
@@ -95,20 +95,20 @@ class Ledger:
         root = components(self.size, pairs[0], pairs[1])
         why = {0: "no unit"}
         for labels, reason in self.held:
-            for group in np.unique(root[labels]).tolist():
+            for group in tally(root[labels])[0].tolist():
                 why.setdefault(group, reason)
         return root, why
 
 
-def distinct(labels: Labels) -> Labels:
-    """As np.unique, which hashes and is slow for few labels.
+def tally(labels: Labels) -> tuple[Labels, Labels]:
+    """The different labels in order, and how often each is there; np.unique hashes, and is slow for few of them.
 
-    >>> distinct(np.array([[3, 1], [1, 2]])).tolist()
-    [1, 2, 3]
+    >>> [found.tolist() for found in tally(np.array([[3, 1], [1, 2]]))]
+    [[1, 2, 3], [2, 1, 1]]
     """
     labels = np.sort(labels, None)
-    found: Labels = labels[np.concatenate([labels[:1] == labels[:1], labels[1:] != labels[:-1]])]
-    return found
+    first = np.flatnonzero(np.concatenate([labels[:1] == labels[:1], labels[1:] != labels[:-1]]))
+    return labels[first], np.diff(first, append=len(labels))
 
 
 def components(nodes: int, a: Labels, b: Labels) -> Labels:
