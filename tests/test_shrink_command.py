@@ -21,6 +21,11 @@ from torch import nn
 def mlp():
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2))
+
+def encoder():
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    return nn.TransformerEncoder(layer, 4, enable_nested_tensor=False)
 """
 
 
@@ -62,6 +67,32 @@ def test_either_out_or_dry_run(place):
     result = CliRunner().invoke(app, ["shrink", place, "--input", "2x8", "--sparsity", "0.5"])
     assert result.exit_code == 2
     assert "give either --out or --dry-run" in result.output
+
+
+def test_what_remains(place, tmp_path):
+    arguments = ["shrink", place, "--input", "2x8", "--dry-run"]
+    for what in ("--macs", "--params", "--sparsity"):
+        result = CliRunner().invoke(app, [*arguments, what, "0.5"])
+        assert "178 weights become 90" in result.stdout, result.output
+    result = CliRunner().invoke(app, [*arguments, "--latency", "1.5"])
+    assert result.exit_code == 2
+    assert "give the fraction of the latency that remains" in result.output
+
+
+def test_blocks_in_a_table_and_in_the_plan(place, tmp_path):
+    target = place.replace("mlp", "encoder")
+    arguments = ["shrink", target, "--input", "2x5x8", "--depth", "0.5"]
+    shown = CliRunner().invoke(app, [*arguments, "--dry-run"])
+    assert shown.exit_code == 0, shown.output
+    assert "layers.0, influence 0." in shown.stdout
+    assert shown.stdout.count("1 block") == 4
+    whole = CliRunner().invoke(app, [*arguments, "-o", "small.safetensors"])
+    assert whole.exit_code == 0, whole.output
+    assert {name.split(".")[1] for name in load_file("small.safetensors")} == {"0", "1"}
+    assert sum(block.becomes == "" for block in Plan.from_json((tmp_path / "small.plan.json").read_text()).blocks) == 2
+    both = CliRunner().invoke(app, [*arguments, "--macs", "0.5", "--dry-run"])
+    assert both.exit_code == 2
+    assert "depth=0.5 first, then shrink the result with macs=" in both.output
 
 
 def test_which_model(place, tmp_path):
@@ -126,7 +157,7 @@ def test_a_plan_cuts_a_checkpoint(place, tmp_path):
 
 def test_a_plan_is_for_a_checkpoint(place, tmp_path):
     (tmp_path / "p.json").write_text("[]")
-    for more in ([place], ["--sparsity", "0.5"], ["--input", "2x8"]):
+    for more in ([place], ["--sparsity", "0.5"], ["--depth", "0.5"], ["--input", "2x8"]):
         result = CliRunner().invoke(app, ["shrink", "--plan", "p.json", "--weights", "f", "--dry-run", *more])
         assert "--plan says what goes" in result.output
     with pytest.raises(InputError, match="give either --weights F or --hf FOLDER"):
@@ -154,3 +185,17 @@ def test_a_folder_cut_by_a_plan_of_its_shapes(tmp_path):
     full = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "full").eval()
     want = shrink(full, {"input_ids": ids}, plan=plan)
     assert torch.equal(small(ids).logits, want(ids).logits)
+
+
+def test_a_folder_with_fewer_layers_and_a_plan_for_another(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 64}
+    for name in ("full", "other"):
+        transformers.BertForMaskedLM(transformers.BertConfig(vocab_size=50, **sizes)).save_pretrained(tmp_path / name)
+    result = run(None, [], hf=tmp_path / "full", out=tmp_path / "small", depth=0.67)
+    again = transformers.BertForMaskedLM.from_pretrained(tmp_path / "small")
+    assert (again.config.num_hidden_layers, len(again.bert.encoder.layer)) == (2, 2)
+    assert sum(p.numel() for p in again.parameters()) == result.weights[1]
+    done = by_plan(tmp_path / "small" / "secateur.plan.json", hf=tmp_path / "other", out=tmp_path / "second")
+    assert done.weights[1] == result.weights[1]
+    assert transformers.BertForMaskedLM.from_pretrained(tmp_path / "second").config.num_hidden_layers == 2

@@ -201,6 +201,14 @@ def shrink(
         float | None,
         typer.Option(help="Fraction of the units of each group that go.", show_default="the dead units"),
     ] = None,
+    macs: Annotated[
+        float | None, typer.Option(help="Fraction of the multiply-accumulates that remains, in place of --sparsity.")
+    ] = None,
+    params: Annotated[float | None, typer.Option(help="Fraction of the parameters that remains.")] = None,
+    latency: Annotated[float | None, typer.Option(help="Fraction of the time of a call that remains.")] = None,
+    depth: Annotated[
+        float | None, typer.Option(help="Fraction of the residual blocks that remains; alone, or with --sparsity.")
+    ] = None,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="A .safetensors file; a new folder with --hf.")
     ] = None,
@@ -217,11 +225,14 @@ def shrink(
     if (out is None) == (not dry_run):
         raise typer.BadParameter("give either --out or --dry-run")
     if plan is not None:
-        if model is not None or inputs or sparsity is not None:
+        amounts = (sparsity, macs, params, latency, depth)
+        if model is not None or inputs or any(amount is not None for amount in amounts):
             raise typer.BadParameter("--plan says what goes: give it with --weights F or --hf FOLDER only")
         _show(by_plan(plan, weights, hf, out), as_json)
         return
-    _show(run(model, inputs or [], hf=hf, weights=weights, out=out, sparsity=sparsity), as_json)
+    asked = {"macs": macs, "params": params, "latency": latency, "depth": depth}
+    given: Any = {what: amount for what, amount in asked.items() if amount is not None}
+    _show(run(model, inputs or [], hf=hf, weights=weights, out=out, sparsity=sparsity, **given), as_json)
 
 
 @app.command()

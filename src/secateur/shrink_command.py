@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from safetensors.torch import save_model
 from torch import nn
+from typing_extensions import Unpack
 
 from secateur.errors import InputError, InputTypeError, UnknownNameError
 from secateur.runtime.bench import input_of, model_of
 from secateur.storage import load, shrink_checkpoint
 from secateur.storage.checkpoints import opened
 from secateur.storage.pretrained import load_pretrained
-from secateur.structure import Plan, propose
+from secateur.structure import Options, Plan, propose
 from secateur.support.files import replacing, replacing_folder, require_file, require_place
 from secateur.support.tables import Table
 
@@ -60,6 +61,7 @@ def run(
     weights: Path | None = None,
     out: Path | None = None,
     sparsity: float | None = None,
+    **options: Unpack[Options],
 ) -> Shrunk:
     """Shrink a model and write it.
 
@@ -71,7 +73,7 @@ def run(
         weights: what `sc.load` reads, to fill the model of `target`.
         out: for `target` a .safetensors file, with the plan beside it as .plan.json; for `hf` a new folder, with
             the tokenizer and what else is in the old one. None: nothing is written.
-        sparsity: as for `sc.shrink`.
+        sparsity, **options: as for `sc.shrink`.
 
     Raises:
         InputError, InputTypeError, UnknownNameError, StructureError: as of `model_of`, `input_of`, `sc.load` and
@@ -94,7 +96,7 @@ def run(
             load(weights, into=model)
     model.eval()
     before = _count(model)
-    plan = propose(model, _spelled(inputs) if inputs else _example(model), sparsity)
+    plan = propose(model, _spelled(inputs) if inputs else _example(model), sparsity, **options)
     plan.apply(model)
     written: tuple[str, ...] = ()
     if out is not None:
@@ -122,13 +124,14 @@ def by_plan(plan: Path, weights: Path | None = None, hf: Path | None = None, out
     told, checkpoint = Plan.from_json(plan.read_text(encoding="utf-8")), opened(src)
     told.check(checkpoint.tensors)
     shapes = {name: torch.empty(t.shape, device="meta") for name, t in checkpoint.tensors.items()}
-    sizes = [(t.numel(), told.cut(name, t).numel()) for name, t in shapes.items()]
+    stay = {now: t for name, t in shapes.items() if (now := told.renamed(name)) is not None}
+    before = sum(t.numel() for t in shapes.values())
+    after = sum(told.cut(name, t).numel() for name, t in stay.items())
     if out is not None:
         config = None if hf is None else _config(hf, told)
         shrink_checkpoint(checkpoint, out, told)
         if config is not None:
             config.save_pretrained(out)
-    before, after = map(sum, zip(*sizes, strict=True))
     return Shrunk(told, (before, after), () if out is None else (str(out),))
 
 
