@@ -117,8 +117,27 @@ def test_units_behind_a_norm_over_them_are_left_out():
 def test_no_unit_is_an_error():
     with pytest.raises(StructureError, match=r"propose\(model, example_inputs, 0\.5\)\.explain\(\)"):
         sc.units(nn.Sequential(nn.Linear(4, 2)), X)
-    with pytest.raises(StructureError, match="Give a sparsity"):
+    with pytest.raises(StructureError, match=r"no kind of unit can go alone: see propose"):
         sc.units(nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 2)), X)
+
+
+def test_units_that_go_only_with_others_are_left_out():
+    """The heads of nn.MultiheadAttention are as wide together as what it reads."""
+
+    class Attends(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.attention, self.last = nn.Linear(4, 24), nn.MultiheadAttention(24, 3), nn.Linear(24, 2)
+            self.up, self.down = nn.Linear(24, 6), nn.Linear(6, 24)
+
+        def forward(self, x):
+            x = self.first(x)
+            return self.last(x + self.attention(x, x, x)[0] + self.down(self.up(x).relu()))
+
+    model, x = Attends().eval(), torch.randn(2, 5, 4)
+    pattern = sc.units(model, x)
+    assert [one.name for kind in pattern.slices for one in kind] == ["down.weight"]
+    assert sc.shrink(model, x, masks=sc.prune(model, 0.5, pattern=pattern)).up.out_features == 3
 
 
 def test_wrong_types():

@@ -87,15 +87,20 @@ def units(model: nn.Module, example_inputs: Any) -> Units:
     """
     cap = capture(model, checked(model, example_inputs), POLICIES[0])
     kinds = _together(Groups(cap), model)
-    masks = {n: torch.ones_like(p, dtype=torch.bool) for n, p in model.named_parameters()}
-    for one in (one for kind in kinds for one in kind):
-        gone = [p for at in one.at[: len(one.at) // 2] for p in at]
-        masks[one.name].index_fill_(one.dim, torch.tensor(gone, device=masks[one.name].device), False)
-    plan = propose(model, example_inputs, masks=masks) if kinds else None
-    able = tuple(kind for kind in kinds if plan is not None and all(_went(plan, one) for one in kind))
-    if not able:
-        raise StructureError("no kind of unit can go alone: see propose(model, example_inputs, 0.5).explain()")
-    return Units(able)
+    while kinds:
+        masks = {n: torch.ones_like(p, dtype=torch.bool) for n, p in model.named_parameters()}
+        for one in (one for kind in kinds for one in kind):
+            gone = [p for at in one.at[: len(one.at) // 2] for p in at]
+            masks[one.name].index_fill_(one.dim, torch.tensor(gone, device=masks[one.name].device), False)
+        try:
+            plan = propose(model, example_inputs, masks=masks)
+        except StructureError:  # nothing goes
+            break
+        able = [kind for kind in kinds if all(_went(plan, one) for one in kind)]
+        if len(able) == len(kinds):
+            return Units(tuple(able))
+        kinds = able  # they may have needed the others
+    raise StructureError("no kind of unit can go alone: see propose(model, example_inputs, 0.5).explain()")
 
 
 def _went(plan: Plan, one: Slices) -> bool:
