@@ -103,11 +103,11 @@ def macs(model: nn.Module, x: Tensor) -> int:
 
 
 def nearest(make: Callable[[float], nn.Module], x: Tensor, wanted: float) -> tuple[float, nn.Module]:
-    """Of the models made at shares between 0 and 1, halved in ten times, the one whose MACs come nearest.
+    """Of the models made at shares between 0 and 0.9, halved in ten times, the one whose MACs come nearest.
 
     One that has a tenth more than wanted is no choice.
     """
-    low, high = 0.0, 1.0
+    low, high = 0.0, 0.9
     found = []
     for _ in range(10):
         share = (low + high) / 2
@@ -212,12 +212,13 @@ PEER: dict[str, Half] = {
     "BN scale": peer("BNScaleImportance"),
     "FPGM": peer("FPGMImportance"),
 }
-BEST_PEER = "magnitude"
+BEST_PEER = "magnitude, isomorphic"
 
 
 def sides(task: Task, options: argparse.Namespace) -> dict[str, Half]:
-    found = OURS if options.choose else {name: OURS[name] for name in (DEFAULT, "gradually")}
-    found = {name: half for name, half in found.items() if "CNN" in task.name or "bn_scale" not in name}
+    found = OURS if options.choose else {name: OURS[name] for name in (DEFAULT, "normalised, isomorphic", "gradually")}
+    blind = () if "CNN" in task.name else ("bn_scale",) if "LSTM" in task.name else ("bn_scale", "activation")
+    found = {name: half for name, half in found.items() if not name.startswith(blind)}
     if options.peer and "CNN" in task.name:
         chosen = PEER if options.choose else {BEST_PEER: PEER[BEST_PEER]}
         found = found | {f"Torch-Pruning, {name}": half for name, half in chosen.items()}

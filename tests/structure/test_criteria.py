@@ -24,7 +24,8 @@ def cnn():
     return nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(), nn.Linear(24, 2)).eval()
 
 
-X, PICTURES = torch.randn(5, 4, generator=torch.Generator().manual_seed(0)), torch.randn(2, 3, 4, 4)
+GENERATOR = torch.Generator().manual_seed(0)
+X, PICTURES = torch.randn(5, 4, generator=GENERATOR), torch.randn(2, 3, 4, 4, generator=GENERATOR)
 
 
 def worth(model, score, *inputs):
@@ -95,6 +96,52 @@ def test_activation_of_a_layer_that_is_flattened():
 def test_activation_needs_data():
     with pytest.raises(InputError, match="give batches of real data"):
         worth(nn.Sequential(nn.Linear(4, 6, bias=False), nn.Linear(6, 2)), "activation", torch.zeros(1, 4))
+
+
+class Recurs(nn.Module):
+    def __init__(self, layers):
+        super().__init__()
+        self.rnn, self.out = nn.LSTM(4, 6, layers, batch_first=True), nn.Linear(6, 2)
+
+    def forward(self, x):
+        return self.out(self.rnn(x)[0])
+
+
+class Attends(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.into, self.qkv, self.out = nn.Linear(4, 24), nn.Linear(24, 72), nn.Linear(24, 2)
+
+    def forward(self, x):
+        q, k, v = self.qkv(self.into(x)).view(*x.shape[:2], 3, 4, 6).permute(2, 0, 3, 1, 4)
+        return self.out(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+LAYERS = {"convolutions": (cnn, PICTURES), "LSTM": (lambda: Recurs(1), torch.randn(2, 5, 4, generator=GENERATOR))}
+LAYERS["attention"] = Attends, torch.randn(2, 5, 4, generator=GENERATOR)
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("name", CRITERIA)
+def test_each_score_ranks_units_of_each_kind(kind, name):
+    torch.manual_seed(0)
+    model, x = LAYERS[kind][0]().eval(), LAYERS[kind][1]
+    if name == "bn_scale" and kind != "convolutions":
+        with pytest.raises(InputError, match="choose another score, or keep them with keep="):
+            sc.shrink(model, x, 0.5, score=name)
+        return
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight)
+    score = sc.accumulate(model, [x], lambda model, x: model(x).square().mean()) if name == "taylor" else name
+    assert worth(model, score, x).unique().numel() == len(worth(model, score, x))
+    small = sc.shrink(model, x, macs=0.5, score=score)
+    assert sum(p.numel() for p in small.parameters()) < 0.7 * sum(p.numel() for p in model.parameters())
+
+
+def test_activation_does_not_see_what_stays_inside_a_call():
+    with pytest.raises(InputError, match=r"shows the units of rnn\.weight_ih_l0, .*: choose another score, or keep"):
+        sc.shrink(Recurs(2), torch.randn(2, 5, 4), 0.5, score="activation")
 
 
 def test_random_is_the_same_for_a_seed():

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -168,15 +169,20 @@ def bn_scale(subject: Subject) -> Worth:
         return axis.tensor.detach().abs()
 
     worth = per_axis(subject, scale)
+    _known(subject, found, "no BatchNorm has a scale for")
+    return worth
+
+
+def _known(subject: Subject, found: NDArray[np.bool_], why: str) -> None:
+    """Raise an InputError where a score tells nothing of some units of a cell."""
     groups = subject.groups
     without = [c for c, cell in enumerate(groups.cells) if len(cell) > 1 and not found[cell].all()]
     bare = list(dict.fromkeys(a.name for a in groups.axes if np.isin(groups.cell_of[a.labels], without).any()))
     if bare:
         raise InputError(
-            f"no BatchNorm has a scale for the units of {listed(bare)}: choose another score, "
+            f"{why} the units of {listed(bare)}: choose another score, "
             f"or keep them with keep={bare[:2]} and further names"
         )
-    return worth
 
 
 @criterion("fpgm", source='He et al. 2019, "Filter Pruning via Geometric Median", eq. 4')
@@ -199,6 +205,8 @@ def activation(batches: Iterable[Any] = ()) -> UnitScore:
 
     Args:
         batches: inputs of the model, each as `shrink` takes them; by default its example inputs.
+
+    What stays inside one call is not seen: heads of nn.MultiheadAttention, all but the last layer of an nn.LSTM.
     """
 
     @of_units
@@ -210,6 +218,10 @@ def activation(batches: Iterable[Any] = ()) -> UnitScore:
                 subject.model(*args, **kwargs)
         if not total.any():
             raise InputError("no layer read anything but zeros: give batches of real data, or choose another score")
+        seen = np.bincount(subject.groups.root, total, len(total)) > 0
+        for cell in subject.groups.cells:  # of some units a ReLU may let nothing through
+            seen[cell] |= seen[cell].any()
+        _known(subject, seen, "no tensor between two layers shows")
         return total
 
     return worth
