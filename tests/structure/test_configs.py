@@ -110,6 +110,7 @@ ZOO = {  # class of the model, its config, inputs, and what share of the weights
     "mistral": ("MistralForCausalLM", {**LLAMA, "head_dim": 16, "sliding_window": 8}, text, 0.3),
     "qwen2": ("Qwen2ForCausalLM", LLAMA, text, 0.3),
     "qwen3": ("Qwen3ForCausalLM", {**LLAMA, "head_dim": 16}, text, 0.3),
+    "phi3": ("Phi3ForCausalLM", LLAMA, text, 0.3),
     "phi": ("PhiForCausalLM", {**LLAMA, "partial_rotary_factor": 0.5}, text, 0.31),
     "mixtral": ("MixtralForCausalLM", {**LLAMA, "num_local_experts": 4}, text, 0.3),
     # embeddings are scaled by the root of the width, so that stays; as does that of T5, whose outputs are
@@ -131,6 +132,7 @@ ZOO = {  # class of the model, its config, inputs, and what share of the weights
     "hubert": ("HubertForCTC", SPEECH, sound, 0.3),
     "vit": ("ViTForImageClassification", VIT, picture, 0.31),
     "deit": ("DeiTForImageClassification", VIT, picture, 0.31),
+    "dinov2": ("Dinov2ForImageClassification", VIT, picture, 0.3),  # no forward reaches its mask token
     "beit": ("BeitForImageClassification", {**VIT, "use_relative_position_bias": True}, picture, 0.31),
     "swin": (
         "SwinForImageClassification",
@@ -216,6 +218,28 @@ def test_a_saved_model_loads_as_the_same_function(name, tmp_path):
         given = {k: v for k, v in inputs.items() if not k.startswith("decoder_")}
         options = {"max_new_tokens": 5, "do_sample": False}
         assert torch.equal(small.generate(**given, **options), again.generate(**given, **options))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "sparsity", "left"),
+    [
+        ("llama", 0.3, 0.5),  # the width is a multiple of the heads
+        ("llama", 0.7, 0.15),
+        ("mixtral", 0.3, 0.4),  # and of 16 bytes
+        ("segformer", 0.3, 0.5),  # a whole ratio of two widths
+        ("segformer", 0.7, 0.2),
+        ("dinov2", 0.7, 0.1),
+        ("vit", 0.7, 0.11),  # 4 heads of 19 // 4 have the size of 1 head of 16
+        ("beit", 0.3, 0.6),  # the first forward fills a cache
+    ],
+)
+def test_sizes_that_a_config_ties(name, sparsity, left, tmp_path):
+    model, inputs, _ = built(name)
+    small = sc.shrink(model, inputs, sparsity)
+    assert weights(small) < left * weights(model)
+    small.save_pretrained(tmp_path)
+    assert apart(small, type(small).from_pretrained(tmp_path).eval(), inputs) < 1e-5
 
 
 def tiny(**changes):

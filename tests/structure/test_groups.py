@@ -29,6 +29,13 @@ def totals(groups):
     return per, np.bincount(groups.root, per, len(per))
 
 
+def test_a_multiple_of_positions_stays():
+    cap = capture(mlp(), [((torch.randn(3, 4),), {})], Policy())
+    cap.ledger.multiple(next(axis.labels for axis in Groups(cap).axes if str(axis) == "2.weight[0]"), 4, "config")
+    groups = Groups(cap)
+    assert groups.select(totals(groups)[0], 0.4)[1] == [4, 2]
+
+
 def test_scores_are_summed_over_all_tensors_of_a_group():
     model = mlp()
     groups = of(model, torch.randn(3, 4))

@@ -1,4 +1,5 @@
 import copy
+import functools
 
 import pytest
 import torch
@@ -174,3 +175,19 @@ def test_a_size_that_is_written_in_the_code_is_named():
         StructureError, match=r"^nothing can be removed: view in .*a number in the code\. Change the code"
     ):
         sc.shrink(Literal(), X, 0.5)
+
+
+def test_a_cache_that_the_first_forward_fills():
+    class Index(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 8), nn.Linear(8, 2)
+
+        def forward(self, x):
+            return self.b(self.a(x) + places(x.shape[0])[:, None])
+
+    @functools.lru_cache
+    def places(count):
+        return torch.arange(count).float()
+
+    assert sc.shrink(Index().eval(), X, 0.5).a.out_features == 4

@@ -49,6 +49,14 @@ def test_labels_beyond_2_to_the_24_stay_apart():
     assert high.tolist() == [2**24 + 3, 2**24 + 4]
 
 
+def test_a_multiple_is_noted_once():
+    ledger = Ledger()
+    units = ledger.new(8)
+    assert ledger.multiple(units, 4, "config")
+    assert not ledger.multiple(units, 4, "config")
+    assert ledger.multiple(units, 2, "config")
+
+
 def test_mass_is_the_mean():
     ledger = Ledger()
     a, b = ledger.new(2, 4.0), ledger.new(2, 8.0)

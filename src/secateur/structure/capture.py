@@ -163,7 +163,7 @@ class Call:
         module: path of the module whose forward made it.
         line: file and line of the code that made it.
         outs, ins: shape and fields of the results and of the operands.
-        elastic: made of zeros or the like: any size will do.
+        elastic: made of zeros or the like, or without numbers: any size will do.
         loose: sizes without units may change: they depend on the values of data, or the results are integers.
         used: which results a later call took up.
         products: for each product in it, sizes of all its letters, summed ones too, and fields over them: their number
@@ -469,7 +469,7 @@ class Capture(TorchFunctionMode):
         for one in made:
             one.fields = one.fields or []
         if self._depth == 0:
-            self.now.elastic = any(one.elastic for one in made)
+            self.now.elastic = any(one.elastic for one in made) or not any(t.numel() for t in outs)
             picked = name == "__getitem" and any(t.dtype == torch.bool for t in operands[1:])
             picked = picked or name in _PICKED_BY_DATA or any(self._of(t).loose for t in operands)
             self.now.loose = picked or not any(map(measured, outs))  # integers have no labels

@@ -11,6 +11,7 @@ import contextlib
 import copy
 import itertools
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -42,6 +43,7 @@ _WITHIN_HEADS = re.compile("head_dim|head_size|d_kv|kv_channels")
 _NO_SIZE = re.compile("(_id|_ids|_token|label2id|id2label|version|architectures|type|activation|dropout)$")
 _UNUSUAL = 9240  # a size that no model has, and that everything divides
 _TRIALS = 400
+_NEAR = 16  # below a size that a config does not take, so many are tried
 _DEPTH = re.compile("layer|depth|block")
 _ROWS = re.compile("layer|depth|block|types")
 _NOTHING = object()
@@ -58,12 +60,14 @@ class Untold:
         dims: dimensions whose sizes are untold, and those that the same numbers tell.
         equal: (one dimension, another, factor): one number tells both, so that the first must keep its size of
             factor times the second. Empty if all are so.
+        multiples: (dimension, of what): sizes of which the config takes multiples only.
     """
 
     why: str
     call: Call | None = None
     dims: Collection[Dim] = ()
     equal: Sequence[tuple[Dim, Dim, Fraction]] = ()
+    multiples: Sequence[tuple[Dim, int]] = ()
 
 
 Knob = tuple[Keys, ...]
@@ -288,13 +292,14 @@ class _Search:
             self.moves.clear()
             config, off = self.sized(was)
             fresh = self.made(config)
+        equal = [(self.full(a), self.full(b), k) for a, b, k in self.equations(was)]
         if off:
             why = f"no config tells the size of {_named(off)}"
-            equal = [(self.full(a), self.full(b), k) for a, b, k in self.equations(was)]
-            return Untold(why, None, [*map(self.full, self.beside(off))], equal)
+            multiples = [(self.full(d), of) for d, of in ([] if equal else self.multiples(config, was, off))]
+            return Untold(why, None, [*map(self.full, self.beside(off))], equal, multiples)
         found = self.alike(config)
-        if isinstance(found, Untold):
-            return found
+        if isinstance(found, Untold):  # sizes may fit by chance: 4 heads of 19 // 4 are 1 head of 16
+            return Untold(found.why, None, (), equal) if equal else found
         self.adopt(fresh if found is config else self.made(found), edits)
         return None
 
@@ -379,8 +384,24 @@ class _Search:
             by = {knob for knob in by if not _WITHIN_HEADS.search(str(knob))} or by  # heads go whole
             told.setdefault(frozenset(by), []).append(d)
         told.pop(frozenset(), None)
-        found = [(first, d, Fraction(was[first], was[d])) for first, *others in told.values() for d in others]
+        pairs = [(first, d) for first, *others in told.values() for d in others]
+        for whole, (d, *_) in told.items():  # a width times a ratio: the ratio stays
+            if parts := [own[0] for part, own in sorted(told.items(), key=lambda one: -len(one[1])) if part < whole]:
+                pairs.append((parts[0], d))
+        found = [(a, b, Fraction(was[a], was[b])) for a, b in pairs]
         return found if any(self.want[a] != k * self.want[b] for a, b, k in found) else []
+
+    def multiples(self, now: Any, was: dict[Dim, int], off: set[Dim]) -> list[tuple[Dim, int]]:
+        """Sizes of which no other than certain multiples are taken: of heads, for example."""
+        for knob, new in self.steps(now, was, self.told(now), off):
+            if not self.told(_with(now, [(knob, new)])):
+                for value in range(new - 1, max(new - _NEAR, 0), -1):
+                    if self.told(_with(now, [(knob, value)])):
+                        old = _at(self.config, knob[0])
+                        told = [d for d, n in self.moves[knob].items() if n == 2 * was[d]]
+                        step = math.gcd(old, value)
+                        return [(d, step * was[d] // old) for d in told if step > 1 and step * was[d] % old == 0]
+        return []
 
     def beside(self, off: set[Dim]) -> set[Dim]:
         """All dimensions that are told by a number that tells one of these."""

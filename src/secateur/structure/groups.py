@@ -46,6 +46,7 @@ class Groups:
         blocks: (groups [blocks, members], why): equally many must stay in each row, or none of it.
         stuck: why cells stay whole of which some were to go, by their place in `cells`; from the last `select`.
         missed: by how much the last `select` misses what was wanted, as a fraction of the weights that were to go.
+        multiples: (groups along an axis, of what): the size of the axis stays a multiple of that.
         equals: (groups along one axis, groups along another, their factors, why): sizes that must stay equal.
     """
 
@@ -66,6 +67,7 @@ class Groups:
         self.equals = [
             (self._positions(a), self._positions(b), (a.factor, b.factor), why) for a, b, why in cap.ledger.equals
         ]
+        self.multiples = [(self.root[row], of) for row, of, _ in cap.ledger.multiples]
         self.cells = self._cells()
         self.stuck: dict[int, str] = {}
         self.missed = 0.0
@@ -212,6 +214,10 @@ class Groups:
             for times in places.values():  # positions of the axis that a unit is
                 step[c] = math.lcm(int(step[c]), round_to // math.gcd(round_to, times))
                 least[c] = max(least[c], -(-min_width // times))
+        for row, of in self.multiples:
+            for c, times in zip(*np.unique(self.cell_of[row], return_counts=True), strict=True):
+                if c >= 0:
+                    step[c] = math.lcm(int(step[c]), of // math.gcd(of, int(times) // len(self.cells[c])))
         return step, least
 
     @cached_property

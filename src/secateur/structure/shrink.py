@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from fractions import Fraction
 from typing import Any, NamedTuple, TypeVar, cast
 
 import numpy as np
@@ -24,7 +26,7 @@ from secateur.structure.criteria import Subject
 from secateur.structure.cut import check_optimizer, cut, follow, masked, named_tensors, part, twin, undo
 from secateur.structure.dead import dead
 from secateur.structure.depth import Shorter, shorten, shorten_by
-from secateur.structure.fields import Labelled
+from secateur.structure.fields import Labelled, along
 from secateur.structure.groups import Groups, Worth, as_mask
 from secateur.structure.meta import empty
 from secateur.structure.options import Ask, Options, checked, read
@@ -33,7 +35,7 @@ from secateur.structure.policy import POLICIES, Policy
 from secateur.structure.proof import Proof
 from secateur.structure.remains import Remains
 from secateur.structure.targets import Target, counted, knob, reach, search_time, select, time_left
-from secateur.structure.traces import Trace
+from secateur.structure.traces import Trace, makes_other_calls
 from secateur.structure.units import Extent, Labels
 from secateur.support.inputs import Arguments
 
@@ -176,9 +178,18 @@ def _in_time(model: nn.Module, examples: Sequence[Arguments], ask: Ask) -> _Resu
 
 
 def _attempt(
-    model: nn.Module, examples: Sequence[Arguments], ask: Ask, policy: Policy, told: Configs, consulted: set[str]
+    model: nn.Module,
+    examples: Sequence[Arguments],
+    ask: Ask,
+    policy: Policy,
+    told: Configs,
+    consulted: set[str],
+    warm: bool = False,
 ) -> _Result:
-    """Capture, choose, cut and prove; on a failure hold what surrounds the call, and choose again."""
+    """Capture, choose, cut and prove; on a failure hold what surrounds the call, and choose again.
+
+    Where a later forward makes other calls, the first may have filled a cache: then all begins anew, once.
+    """
     small = twin(model)
     try:
         cap = capture(small, examples, policy)
@@ -244,6 +255,8 @@ def _attempt(
         edits.undo()
         undo(done)
         call, trouble = failure
+        if makes_other_calls(trouble) and not warm:
+            return _attempt(model, examples, ask, policy, told, consulted, warm=True)
         asked = asked if len(cap.ledger.equals) == known else 0  # sizes that a config ties were asked for too freely
         _log.info("held: %s", trouble)
         if call is not None and not _hold_around(cap, as_mask(kept), call, trouble):
@@ -331,12 +344,38 @@ def _tell(
     def units(dim: Dim) -> Labels:
         return axes.get((named[dim[0]], dim[1]), np.zeros(1, np.int64))
 
+    if _unseen_follow(cap, groups, named_tensors(small), untold.equal):
+        return None, untold.why
     for one, other, factor in untold.equal:
         cap.ledger.equal(Extent(units(one), (0,)), Extent(units(other), (0,), factor), untold.why)
+    for dim, of in untold.multiples:
+        if not cap.ledger.multiple(units(dim), of, untold.why):
+            cap.ledger.hold(units(dim), untold.why)
     gone = [u for dim in untold.dims if not kept[u := units(dim)].all()]
-    for own in () if untold.equal else gone:
+    for own in () if untold.equal or untold.multiples else gone:
         cap.ledger.hold(own, untold.why)
-    return untold.call or (None if gone else cap.runs[-1].calls[-1]), untold.why
+    return untold.call or (None if gone or untold.equal else cap.runs[-1].calls[-1]), untold.why
+
+
+def _unseen_follow(
+    cap: Capture, groups: Groups, named: Mapping[str, Tensor], equal: Sequence[tuple[Dim, Dim, Fraction]]
+) -> bool:
+    """Label tensors that no forward reaches as most of the others are whose size the same number of a config tells.
+
+    Returns whether there were any.
+    """
+    axes = {(axis.name, axis.dim): axis.labels for axis in groups.axes}
+    alike: dict[Dim, set[Dim]] = {}
+    for one, other, _ in (pair for pair in equal if pair[2] == 1):
+        alike.setdefault(one, {one}).add(other)
+    found = False
+    for dims in alike.values():
+        rows = Counter(tuple(groups.root[axes[d]].tolist()) for d in sorted(dims) if d in axes)
+        for name, dim in dims if rows else ():
+            if not cap.seen(t := named[name]):
+                cap.label(t, [along(np.array(rows.most_common(1)[0][0]), t.ndim, dim)])
+                found = True
+    return found
 
 
 def _told_right(told: Configs, small: nn.Module, traces: Sequence[Trace]) -> tuple[Call | None, str] | None:

@@ -40,6 +40,7 @@ class Ledger:
         held: (labels, why): units that never go.
         blocks: (labels [blocks, members], why): equally many units must stay in each row, or none of it.
         equals: (extent, extent, why): two sizes that must stay equal.
+        multiples: (labels, of what, why): of these, in as many positions, a multiple stays.
     """
 
     def __init__(self) -> None:
@@ -47,6 +48,7 @@ class Ledger:
         self.held: list[tuple[Labels, str]] = []
         self.blocks: list[tuple[Labels, str]] = []
         self.equals: list[tuple[Extent, Extent, str]] = []
+        self.multiples: list[tuple[Labels, int, str]] = []
         self._mass: list[NDArray[np.float32]] = [np.zeros(1, np.float32)]
         self._pairs: list[Labels] = []
 
@@ -88,6 +90,13 @@ class Ledger:
     def equal(self, a: Extent, b: Extent, why: str) -> None:
         """Let two sizes stay equal."""
         self.equals.append((a, b, why))
+
+    def multiple(self, labels: Labels, of: int, why: str) -> bool:
+        """Let a multiple of so many positions stay. Returns whether that is new."""
+        known = any(of == n and np.array_equal(labels, own) for own, n, _ in self.multiples)
+        if not known:
+            self.multiples.append((labels, of, why))
+        return not known
 
     def solve(self) -> tuple[Labels, dict[int, str]]:
         """The smallest label of the group of each label, and for each held group, by that label, the first reason."""

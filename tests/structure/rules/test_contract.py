@@ -66,3 +66,19 @@ def test_tied_embeddings_stay_tied():
     assert small.c.weight is small.a.weight
     assert small.a.weight.shape == (9, 8)
     assert small.a.embedding_dim == 8
+
+
+@pytest.mark.skipif(not hasattr(nn.functional, "grouped_mm"), reason="this torch has no grouped_mm")
+def test_grouped_products_keep_multiples_of_16_bytes():
+    class Experts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.c = nn.Linear(6, 16), nn.Linear(24, 3)
+            self.w = nn.Parameter(torch.randn(2, 16, 24))
+
+        def forward(self, x):
+            ends = torch.tensor([3, 8], dtype=torch.int32)
+            return self.c(nn.functional.grouped_mm(self.a(x), self.w, offs=ends))
+
+    small = sc.shrink(Experts().eval(), torch.randn(8, 6), 0.3)
+    assert small.w.shape == (2, 12, 16)

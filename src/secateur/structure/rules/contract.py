@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from secateur.structure.capture import Letter, Site, rule, tensors
-from secateur.structure.fields import Labelled, lead, squeeze
+from secateur.structure.fields import Labelled, labels, lead, squeeze, support
 from secateur.structure.rules.norms import with_vectors
 
 
@@ -108,11 +108,14 @@ def addmm(site: Site) -> None:
 
 @rule("grouped_mm")
 def grouped_mm(site: Site) -> None:
-    """Rows meet one of the experts' matrices [e, k, n]: experts stay."""
+    """Rows meet one of the experts' matrices [e, k, n], whose sides are multiples of 16 bytes: experts stay."""
     x, w = site.args[:2]
     if w.ndim != 3:
         raise ValueError("its second operand is no stack of matrices")
     shape, fields = site.of(w)
+    for f in fields:
+        if len(support(f)) == 1 and support(f) != {0}:
+            site.capture.ledger.multiple(labels(f).ravel(), 16 // w.element_size(), str(site.capture.now))
     experts = (1, *shape[1:]), site.rigid(fields, {0})  # each row meets one
     site.capture.label(site.out, site.capture.contract([(site.of(x), "tk"), (experts, "ekn")], "tn"))
 
