@@ -306,6 +306,43 @@ def test_code_that_knows_the_blocks_by_number_is_refused(code, why):
     assert len(model.layers) == 4
 
 
+class Inner(Residual):
+    """A block with a list of its own, whose modules it calls by number."""
+
+    def __init__(self):
+        super().__init__()
+        self.parts = nn.ModuleList(Residual() for _ in range(2))
+
+    def forward(self, x):
+        return x + self.inner(self.parts[1](self.parts[0](x)))
+
+
+def test_where_the_innermost_blocks_cannot_go_those_around_them_do():
+    model = nn.Sequential(*(Inner() for _ in range(4)))
+    assert {name.count(".") for name in names(propose(model, X, depth=0.5))} == {0}
+
+
+class Aside(Stack):
+    """A branch for training, off one of the blocks."""
+
+    def __init__(self, place):
+        super().__init__(4, None)
+        self.aside, self.place = nn.Linear(8, 2), place
+
+    def forward(self, x):
+        for i, layer in enumerate(self.layers):
+            x = layer(x)
+            if self.training and i == self.place:
+                aside = self.aside(x)
+        return (x, aside) if self.training else x
+
+
+def test_a_branch_that_runs_in_training_only_counts():
+    assert names(propose(seeded(Aside, 0), X, depth=0.5, keep="layers.0")) == ["layers.1", "layers.2"]
+    with pytest.raises(StructureError, match=r"without it, in training mode, .* in place of linear of aside\.weight"):
+        propose(seeded(Aside, 2), X, depth=0.25)
+
+
 def test_a_last_block_may_go_where_others_may_not():
     class Ends(Stack):
         pass

@@ -496,7 +496,7 @@ class _Count(_Search):
             if config is None:
                 return f"no config tells that {container} has {sum(bool(b.becomes) for b in own)} modules"
             self.config = config
-        self.adopt(self.config, edits)
+        self.adopt(self.made(self.config), edits)
         return ""
 
     def counted(self, inside: str, own: Sequence[Block]) -> Any:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -25,7 +26,7 @@ from secateur.structure.plan import Attribute
 from secateur.structure.policy import contract
 from secateur.structure.proof import fresh
 from secateur.structure.reads import Named, strays
-from secateur.structure.residuals import Candidate, candidates, passed_by
+from secateur.structure.residuals import Candidate, candidates, innermost, outer, passed_by
 from secateur.support.inputs import Arguments
 
 _log = logging.getLogger(__name__)
@@ -56,41 +57,49 @@ def shorten(
     Raises:
         StructureError: no block is to go, or fewer can go than are to; says why.
     """
-    found = candidates(model, examples)
-    every = [one for modules in found.values() for one in modules]
-    for one in every:
+    lists = candidates(model, examples)
+    for one in (one for modules in lists.values() for one in modules):
         held = next((why for name, why in keep.items() if name.startswith(f"{one.name}.")), "")
         one.why = held or one.why
-    kin = _kin(model, found)
-    remain = math.floor(depth * len(kin) + 0.5)
-    if not kin:
+    influence: dict[str, float] = {}
+    while True:
+        found = innermost(lists)
+        kin = _kin(model, found)
+        wanted = len(kin) - math.floor(depth * len(kin) + 0.5)
+        _check(depth, len(kin), wanted)
+        _add_influences(model, examples, found, influence)
+        goes = _least(found, kin, influence, wanted)
+        spent = [path for path, modules in found.items() if all(one.why for one in modules) and outer(lists, path)]
+        if len(goes) == wanted:
+            done, why = _without(model, examples, found, goes, influence, verify)
+            if done is not None:
+                return done
+            for one in goes:
+                alone = _without(model, examples, found, [one], influence, verify=False)[1]
+                one.why = alone and f"without it, {alone}"
+            if not any(one.why for one in goes):
+                raise StructureError(
+                    f"without {listed([one.name for one in goes], 12)} the model is another one than with these passed "
+                    f"by: {why}. Give keep= for some of them, or another depth"
+                )
+        elif spent:
+            lists = {path: modules for path, modules in lists.items() if path not in spent}  # those around may go
+        else:
+            raise StructureError(_too_few(depth, kin, wanted, len(goes), found))
+
+
+def _check(depth: float, blocks: int, wanted: int) -> None:
+    """See that there are blocks, and that some are to go."""
+    if not blocks:
         raise StructureError(
             f"depth={depth:g} finds nothing to take out: no list of the model (nn.ModuleList, nn.Sequential) has two "
             "blocks of one class that add to what they take. Give a sparsity, which makes layers narrower"
         )
-    if remain == len(kin):
+    if not wanted:
         raise StructureError(
-            f"depth={depth:g} leaves all {len(kin)} blocks: it is the fraction that remains, so give "
-            f"{(len(kin) - 1) / len(kin):.2g} or less"
+            f"depth={depth:g} leaves all {blocks} blocks: it is the fraction that remains, so give "
+            f"{(blocks - 1) / blocks:.2g} or less"
         )
-    influence = _influences(model, examples, every)
-    for _ in every:
-        goes = _least(found, kin, influence, len(kin) - remain)
-        if len(goes) < len(kin) - remain:
-            raise StructureError(_too_few(depth, kin, remain, len(goes), every))
-        done, why = _without(model, examples, found, goes, influence, verify)
-        if done is not None:
-            return done
-        _log.info("%s cannot go together: %s", listed([one.name for one in goes]), why)
-        alone = {one.name: _without(model, examples, found, [one], influence, False)[1] for one in goes}
-        for one in goes:
-            one.why = f"without it, {alone[one.name]}" if alone[one.name] else one.why
-        if not any(alone.values()):
-            raise StructureError(
-                f"without {listed([one.name for one in goes], 12)} the model is another one than with these passed "
-                f"by: {why}. Give keep= for some of them, or another depth"
-            )
-    raise StructureError(_too_few(depth, kin, remain, 0, every))
 
 
 def shorten_by(model: nn.Module, examples: Sequence[Arguments], blocks: Sequence[Block], verify: bool) -> Shorter:
@@ -100,8 +109,9 @@ def shorten_by(model: nn.Module, examples: Sequence[Arguments], blocks: Sequence
         MaskError: it is another model. StructureError: they cannot go here; says why.
     """
     put_back(take_out(model, blocks))
-    found = candidates(model, examples)
     goes = {block.name for block in blocks if not block.becomes}
+    lists = candidates(model, examples)
+    found = {path: modules for path, modules in lists.items() if any(one.name in goes for one in modules)}
     names = {one.name: one for modules in found.values() for one in modules}
     held = next((f"{name}: {names[name].why}" for name in sorted(goes & {*names}) if names[name].why), "")
     influence = {block.name: block.influence for block in blocks if block.influence is not None}
@@ -120,19 +130,25 @@ def _kin(model: nn.Module, found: Mapping[str, Sequence[Candidate]]) -> set[str]
     kin = set()
     for modules in found.values():
         kinds = {one.name: type(model.get_submodule(one.name)) for one in modules}
+        count = Counter(kinds.values())
         residual = {kinds[one.name] for one in modules if one.forms}
-        kin |= {name for name, kind in kinds.items() if kind in residual}
+        kin |= {name for name, kind in kinds.items() if kind in residual and count[kind] > 1}
     return kin
 
 
-def _influences(model: nn.Module, examples: Sequence[Arguments], every: Sequence[Candidate]) -> dict[str, float]:
-    """How much the outputs change without each block that may go, as a fraction of their length."""
+def _add_influences(
+    model: nn.Module,
+    examples: Sequence[Arguments],
+    found: Mapping[str, Sequence[Candidate]],
+    influence: dict[str, float],
+) -> None:
+    """Find how much the outputs change without each block that may go, as a fraction of their length."""
+    new = [one for modules in found.values() for one in modules if not one.why and one.name not in influence]
+    if not new:
+        return
     model = twin(model)
     whole = [_outputs(model, arguments) for arguments in examples]
-    influence: dict[str, float] = {}
-    for one in every:
-        if one.why:
-            continue
+    for one in new:
         try:
             with passed_by(model, [one]):
                 changes = [
@@ -145,7 +161,6 @@ def _influences(model: nn.Module, examples: Sequence[Arguments], every: Sequence
             continue
         change = sum(changes) / max(1, len(changes))
         influence[one.name] = change if math.isfinite(change) else math.inf
-    return influence
 
 
 def _outputs(model: nn.Module, arguments: Arguments) -> list[Tensor]:
@@ -170,14 +185,19 @@ def _least(
     return goes
 
 
-def _too_few(depth: float, kin: Collection[str], remain: int, can: int, every: Sequence[Candidate]) -> str:
+def _too_few(
+    depth: float, kin: Collection[str], wanted: int, can: int, found: Mapping[str, Sequence[Candidate]]
+) -> str:
     reasons: dict[str, list[str]] = {}
-    for one in every:
+    for one in (one for modules in found.values() for one in modules):
         if one.name in kin and one.why:
             reasons.setdefault(one.why, []).append(one.name)
-    told = "; ".join(f"{listed(names)}: {why}" for why, names in reasons.items()) or "one of each list stays"
+    told = "; ".join(f"{listed(names)}: {why}" for why, names in [*reasons.items()][:4])
     remedy = f"Ask for a depth of {1 - can / len(kin):.2g} or more" if can else "Give a sparsity, for narrower layers"
-    return f"depth={depth:g} leaves {remain} of {len(kin)} blocks, and only {can} can go: {told}. {remedy}"
+    return (
+        f"depth={depth:g} leaves {len(kin) - wanted} of {len(kin)} blocks, and only {can} can go: "
+        f"{told or 'one of each list stays'}. {remedy}"
+    )
 
 
 def _without(
@@ -225,21 +245,29 @@ def _named(model: nn.Module, renaming: Callable[[str], str | None]) -> Named:
 
 
 def _proven(given: Named, small: Named, examples: Sequence[Arguments], verify: bool) -> str:
-    """What differs on the examples, and on fresh inputs where these run; empty if nothing does."""
+    """What differs on the examples, and on fresh inputs where these run; empty if nothing does.
+
+    In training mode too where parameters take no part in eval mode.
+    """
     for arguments in examples:
         try:
             why = strays(given, small, arguments)
         except Exception as error:
             return f"the forward fails ({type(error).__name__}: {error})"
-        if why:
-            return why
-        for others in (fresh(arguments),) if verify else ():
+        for others in (fresh(arguments),) if verify and not why else ():
             try:
                 why = strays(given, small, others)
             except Exception as error:
                 _log.info("no proof on fresh inputs: %s", error)
-            if why:
-                return f"on fresh inputs, {why}"
+        if why:
+            return why
+    for arguments in examples if given.unread else ():
+        try:
+            why = strays(given, small, arguments, training=True)
+        except Exception as error:
+            return f"the forward in training mode fails ({type(error).__name__}: {error})"
+        if why:
+            return f"in training mode, {why}"
     return ""
 
 

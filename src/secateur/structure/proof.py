@@ -32,12 +32,13 @@ _STEP = 1e-3  # a call whose result differs by more, relative to its length, is 
 
 _DRAWING = """bernoulli rand_like randn_like rand randn normal uniform exponential multinomial rrelu gumbel_softmax
 randint feature_dropout fractional_max_pool2d fractional_max_pool3d"""
-_DRAWS = frozenset(_DRAWING.split())
+DRAWS = frozenset(_DRAWING.split())
+"""Functions that draw numbers, other than dropout."""
 
 
 def repeats(run: Run) -> bool:
     """Whether a forward draws the same numbers for the small model: none for units. Dropout is left out of a proof."""
-    return not any(c.name in _DRAWS and any(fields for _, fields in (*c.ins, *c.outs)) for c in run.calls)
+    return not any(c.name in DRAWS and any(fields for _, fields in (*c.ins, *c.outs)) for c in run.calls)
 
 
 class _Masked(Trace):

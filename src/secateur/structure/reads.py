@@ -6,8 +6,9 @@ Calls that read no tensor of a model are not compared: code around blocks may ma
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import zip_longest
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,25 +16,40 @@ from torch.overrides import TorchFunctionMode
 
 from secateur.structure.capture import calm, key, results, tensors
 from secateur.structure.policy import contract
-from secateur.structure.proof import tolerance
+from secateur.structure.proof import DRAWS, tolerance
 from secateur.structure.traces import Print, fingerprint
 from secateur.support.inputs import Arguments
 
 
-class Named(NamedTuple):
-    """A model, and names of its tensors, by id."""
+@dataclass
+class Named:
+    """A model, and names of its tensors, by id.
+
+    Attributes:
+        unread: names of its parameters that no forward has read so far.
+    """
 
     model: nn.Module
     names: Mapping[int, str]
+    unread: set[str] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.unread = {self.names[id(p)] for p in self.model.parameters() if id(p) in self.names}
 
 
 class _Reads(TorchFunctionMode):
-    """Notes which tensors of a model each call reads, and takes prints of its results."""
+    """Notes which tensors of a model each call reads, and takes prints of its results.
+
+    Attributes:
+        draws: whether numbers were drawn, other than for dropout.
+    """
 
     def __init__(self, names: Mapping[int, str]) -> None:
         super().__init__()
         self.names = names
         self.calls: list[tuple[str, list[Print]]] = []
+        self.read: set[str] = set()
+        self.draws = False
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -41,21 +57,27 @@ class _Reads(TorchFunctionMode):
         name, operands = key(func), tensors((args, kwargs or {}))
         out = func(*args, **kwargs or {})
         read = [self.names[id(t)] for t in operands if id(t) in self.names]
+        self.draws = self.draws or name in DRAWS
+        self.read.update(() if name.startswith("get.") else read)
         if read and (outs := results(name, args, out)):
             self.calls.append((f"{name} of {', '.join(read)}", [*map(fingerprint, outs)]))
         return out
 
 
-def strays(one: Named, other: Named, arguments: Arguments) -> str:
+def strays(one: Named, other: Named, arguments: Arguments, training: bool = False) -> str:
     """Where two models first differ that should make the same calls of the same tensors; empty if nowhere.
 
     Args:
         one, other: the models; what is the same tensor in both has one name.
-        arguments: of the forward, in eval mode.
+        arguments: of the forward.
+        training: in which mode; where numbers are drawn in training, these may be others, and nothing is compared.
 
     Returns what differs, in words.
     """
-    (first, want), (second, got) = _read(one, arguments), _read(other, arguments)
+    (reads, want), (others, got) = _read(one, arguments, training), _read(other, arguments, training)
+    if training and reads.draws:
+        return ""
+    first, second = reads.calls, others.calls
     limit = tolerance(one.model)
     for (a, before), (b, after) in zip_longest(first, second, fillvalue=("the end", [])):
         if a != b:
@@ -71,11 +93,12 @@ def strays(one: Named, other: Named, arguments: Arguments) -> str:
     return "" if all(torch.equal(a, b) for a, b in whole) else "the outputs differ"
 
 
-def _read(one: Named, arguments: Arguments) -> tuple[list[tuple[str, list[Print]]], Sequence[Tensor]]:
+def _read(one: Named, arguments: Arguments, training: bool) -> tuple[_Reads, Sequence[Tensor]]:
     args, kwargs = arguments
-    with calm(one.model, False), _Reads(one.names) as reads:
+    with calm(one.model, training), _Reads(one.names) as reads:
         out = one.model(*args, **kwargs)
-    return reads.calls, tensors(contract(out))
+    one.unread -= reads.read
+    return reads, tensors(contract(out))
 
 
 def _apart(a: Print, b: Print) -> float:

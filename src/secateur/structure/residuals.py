@@ -73,8 +73,7 @@ class Candidate:
 def candidates(model: nn.Module, examples: Sequence[Arguments]) -> dict[str, list[Candidate]]:
     """The modules of each list that has residual blocks, as the examples use them.
 
-    A list counts if two of its modules are of one class and one of these is a residual block; of lists within lists
-    the innermost.
+    A list counts if two of its modules are of one class and one of these is a residual block.
     """
     model = twin(model)
     paths = {container: children(model, container) for container in _lists(model)}
@@ -94,8 +93,17 @@ def candidates(model: nn.Module, examples: Sequence[Arguments]) -> dict[str, lis
         if any(not one.why for one in every):
             found[container] = every
     parted = {one.name for every in found.values() for one in every if not one.why and one.name not in one.forms}
-    found = {path: every for path, every in found.items() if path not in parted}
+    return {path: every for path, every in found.items() if path not in parted}
+
+
+def innermost(found: Mapping[str, list[Candidate]]) -> dict[str, list[Candidate]]:
+    """Of lists within lists the innermost."""
     return {path: every for path, every in found.items() if not any(_within(other, path) for other in found)}
+
+
+def outer(found: Iterable[str], path: str) -> bool:
+    """Whether a list lies within another one of these."""
+    return any(_within(path, other) for other in found)
 
 
 def _adds(one: Candidate) -> bool:
