@@ -6,6 +6,10 @@ def test_heads_go_whole_before_parts_of_them():
     assert len(set(POLICIES)) == len(POLICIES)
 
 
+def test_configs_that_cannot_tell_are_left_behind_last():
+    assert [policy.told for policy in POLICIES] == [True] * (len(POLICIES) - 1) + [False]
+
+
 def test_beside_logits_the_inner_states_are_no_contract():
     out = {"logits": 1, "hidden_states": 2, "last_hidden_state": 3, "past_key_values": 4, "image_embeds": 5}
     assert contract(out) == {"logits": 1, "image_embeds": 5}

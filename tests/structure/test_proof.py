@@ -141,3 +141,24 @@ def test_a_result_that_nobody_takes_up_may_differ():
     torch.manual_seed(0)
     small = sc.shrink(Attends().eval(), torch.randn(2, 7, 5), 0.34).attention
     assert (small.embed_dim, small.num_heads, small.head_dim) == (16, 2, 8)
+
+
+def test_what_is_rounding_only_is_no_difference():
+    torch.manual_seed(0)
+    layers = nn.Sequential(*(nn.Linear(8, 8) for _ in range(4)))
+    model = Waves(layers).eval()
+    small = sc.shrink(model, torch.randn(16, 8), 0.5)
+    assert small.layers[0].out_features == 4
+
+
+class Waves(nn.Module):
+    """Each layer makes a difference many times larger: in single precision little is left of the sums."""
+
+    def __init__(self, layers):
+        super().__init__()
+        self.layers = layers
+
+    def forward(self, x):
+        for layer in self.layers[:-1]:
+            x = torch.sin(300 * layer(x))
+        return self.layers[-1](x)

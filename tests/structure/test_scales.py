@@ -73,11 +73,20 @@ def test_behind_a_norm_its_weight_is_what_can_be_multiplied(norm):
     assert not any(one.name.startswith("q.") for one in plan.scaled)
 
 
+def test_where_little_is_lost_what_would_be_multiplied_stays():
+    model = made(F.scaled_dot_product_attention)
+    model.last = nn.Sequential(nn.Linear(20, 600), nn.ReLU(), nn.Linear(600, 3))
+    plan = propose(model, X, 0.5)
+    assert plan.scaled == ()
+    assert "the size of a head is read as a scale" in {group.held for group in plan.groups}
+
+
 def test_a_shared_norm_is_in_the_way():
     model = made(F.scaled_dot_product_attention, norm=nn.LayerNorm)
     model.k_norm = model.q_norm
     small = shrink(model, X, 0.5)
-    assert small.out.in_features == 24
+    assert small.q.out_features == small.k.out_features == 24
+    assert small.v.out_features == small.out.in_features == 12
 
 
 def test_multi_head_attention():

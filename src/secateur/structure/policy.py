@@ -17,11 +17,15 @@ class Policy:
             head is often used as a scale (head_dim ** -0.5), which would change.
         cut_remade: buffers that are not saved may be cut too. A constructor makes them anew, at full size.
         cut_softmax: a softmax over units may run over those that stay.
+        fold: a size that is read as a scale may change, and weights are multiplied so that the function does not.
+        told: only sizes that the config of a transformers model can tell may change, so that it can be loaded again.
     """
 
     whole_heads: bool = True
     cut_remade: bool = False
     cut_softmax: bool = False
+    fold: bool = False
+    told: bool = True
 
     def like(self, parts: Collection[str]) -> Policy:
         """The policy that answers as this one does in some parts, and as usual in the others."""
@@ -33,8 +37,11 @@ POLICIES = (
     Policy(cut_remade=True),
     Policy(cut_softmax=True),
     Policy(cut_remade=True, cut_softmax=True),
-    Policy(whole_heads=False),
-    Policy(whole_heads=False, cut_remade=True, cut_softmax=True),
+    Policy(fold=True),
+    Policy(fold=True, cut_remade=True, cut_softmax=True),
+    Policy(fold=True, whole_heads=False),
+    Policy(fold=True, whole_heads=False, cut_remade=True, cut_softmax=True),
+    Policy(told=False),
 )
 """In the order in which they are tried."""
 

@@ -9,6 +9,7 @@ almost zero behind it (LayerScale, a last norm that begins at zero) hides it fro
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -29,6 +30,8 @@ _STATISTICS = """layer_norm rms_norm group_norm instance_norm mean var std var_m
 softmax log_softmax"""
 _OVER_KEPT = frozenset(_STATISTICS.split())
 _STEP = 1e-3  # a call whose result differs by more, relative to its length, is wrong; rounding stays far below
+
+_ROUNDED = 1e-2  # what differs by less may be rounding: double precision tells
 
 _DRAWING = """bernoulli rand_like randn_like rand randn normal uniform exponential multinomial rrelu gumbel_softmax
 randint feature_dropout fractional_max_pool2d fractional_max_pool3d"""
@@ -146,8 +149,8 @@ class Proof:
             remains: of each run of the capture.
             axes: of the model's tensors; none where the original is to compute as it is, with nothing masked.
         """
-        self._original, self._remains, self.kept = original, remains, remains[0].kept
-        self._limit = tolerance(original)
+        self._original, self._remains, self._axes, self.kept = original, remains, axes, remains[0].kept
+        self._limit, self._double = tolerance(original), False
         self._gone: dict[int, list[tuple[int, Tensor]]] = {}
         named = dict(original.named_parameters())
         for axis in axes:
@@ -180,10 +183,23 @@ class Proof:
                     found = self.difference(small, at, None, between, True) or found
                 except Exception as error:
                     _log.info("no proof on fresh inputs: %s", error)
-            if found.call:
+            if found.call and not self._rounding(small, at, found, between):
                 worst, call, factor = found
                 return found.call, f"differs from the masked original by {worst:.1e}, first after {call}", factor
         return None
+
+    def _rounding(self, small: nn.Module, at: int, found: Difference, between: frozenset[str]) -> bool:
+        """Whether nothing differs any more where both compute in double precision."""
+        if found.worst > _ROUNDED or self._limit > 1e-4:
+            return False
+        try:
+            exact = Proof(copy.deepcopy(self._original).double(), self._remains, self._axes)
+            exact._double, twice = True, copy.deepcopy(small).double()
+            again = [exact.difference(twice, at, None, between, anew) for anew in (False, True)]
+        except Exception as error:
+            _log.info("no proof in double precision: %s", error)
+            return False
+        return all(one is not None and not one.call for one in again)
 
     def difference(
         self,
@@ -199,6 +215,7 @@ class Proof:
         """
         run = self._remains[at].run
         arguments = fresh(run.arguments) if anew else run.arguments
+        arguments = _in_double(arguments) if self._double else arguments
         got = known or Trace(run).of(small, arguments)
         if (at, anew) not in self._traces:
             self._traces[at, anew] = _Masked(self._remains[at], self._gone).of(self._original, arguments)
@@ -250,6 +267,13 @@ def _apart(a: Tensor, b: Tensor) -> float:
         return float(not torch.equal(a, b))
     a, b = (t.double().nan_to_num(posinf=0, neginf=0) for t in (a, b))
     return float((a - b).abs().max() / a.abs().max().clamp_min(1e-12)) if a.numel() else 0.0
+
+
+def _in_double(arguments: Arguments) -> Arguments:
+    args, kwargs = tree_map(
+        lambda t: t.double() if isinstance(t, Tensor) and t.is_floating_point() else t, tuple(arguments)
+    )
+    return args, kwargs
 
 
 def tolerance(model: nn.Module) -> float:

@@ -7,7 +7,7 @@ the query are multiplied by sqrt(new / old): then the function is the same. The 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -42,10 +42,17 @@ class Scaled:
 
 @dataclass(frozen=True)
 class Fold:
-    """What is multiplied so that one call sees no new scale, and the calls in between, which do see it."""
+    """What is multiplied so that one call sees no new scale.
+
+    Attributes:
+        scaled: the tensors.
+        between: the calls in between, which do see it.
+        units: fields that may stay instead.
+    """
 
     scaled: tuple[Scaled, ...]
     between: frozenset[str]
+    units: tuple[Tensor, ...] = ()
 
 
 def rooted(cap: Capture, kept: Tensor, model: nn.Module, small: nn.Module) -> Iterator[Fold]:
@@ -66,13 +73,15 @@ def rooted(cap: Capture, kept: Tensor, model: nn.Module, small: nn.Module) -> It
                 old = model.get_submodule(call.module)
                 assert isinstance(old, nn.MultiheadAttention)
                 if one.head_dim != old.head_dim:
-                    yield Fold(tuple(_projection(call.module, one, (one.head_dim / old.head_dim) ** 0.5)), frozenset())
+                    scaled = tuple(_projection(call.module, one, (one.head_dim / old.head_dim) ** 0.5))
+                    rows = one.in_proj_weight if one._qkv_same_embed_dim else one.q_proj_weight
+                    yield Fold(scaled, frozenset(), tuple(f for f in cap.fields(rows) if f.shape[0] > 1))
         elif str(call) not in done:
             new, old_size = size(*call.ins[0], kept)[-1], call.ins[0][0][-1]
             if new != old_size:
                 done.add(str(call))
                 if (found := fold(cap, kept, call, (new / old_size) ** 0.5)) is not None:
-                    yield found
+                    yield replace(found, units=tuple(f for f in call.ins[0][1] if f.shape[-1] > 1))
 
 
 _ROOTED = frozenset(["scaled_dot_product_attention", "multi_head_attention_forward"])

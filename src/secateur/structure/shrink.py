@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from secateur.errors import InputError, InputTypeError, StructureError
+from secateur.errors import InputError, InputTypeError, StructureError, warn
 from secateur.masks import as_masks
 from secateur.structure import rules as rules  # registers what is known of torch's functions
 from secateur.structure import scales
@@ -43,6 +43,7 @@ _M = TypeVar("_M", bound=nn.Module)
 _log = logging.getLogger(__name__)
 _ROUNDS = 40
 _LEAST = 0.5  # of the weights that were to go: with fewer the target is missed
+_FAR, _NEAR = 0.45, 0.65  # sizes that no config tells may change where less went before, and more goes then
 _MISSES = 0.4  # of the weights that were to go: with more, parts of heads are tried too
 
 
@@ -50,6 +51,7 @@ class _Result(NamedTuple):
     model: nn.Module
     plan: Plan
     missed: float  # see `Groups`
+    told: bool  # whether configs tell its sizes
 
 
 def shrink(model: _M, example_inputs: Any, sparsity: float | None = None, **options: Unpack[Options]) -> _M:
@@ -119,7 +121,12 @@ def _transact(model: nn.Module, inputs: Any, sparsity: float | None, options: Op
     elif ask.narrower:
         best = _best(shorter.model, examples, ask)
     else:
-        best = _Result(shorter.model, Plan({}, {}, (), (), (), proven=True), 0.0)
+        best = _Result(shorter.model, Plan({}, {}, (), (), (), proven=True), 0.0, True)
+    if not best.told:
+        warn(
+            "no config can tell the sizes of this model: from_pretrained cannot load it. Save the plan of propose(...) "
+            "beside it, and apply that to the model it was made from"
+        )
     attributes = (*shorter.attributes, *best.plan.attributes)
     best = best._replace(plan=dataclasses.replace(best.plan, blocks=shorter.blocks, attributes=attributes))
     part(original, best.model, best.plan.kept, renaming)
@@ -141,11 +148,15 @@ def _best(model: nn.Module, examples: Sequence[Arguments], ask: Ask) -> _Result:
             continue
         if best is not None and (best.missed <= _MISSES if not policy.whole_heads else enough):
             continue
+        if best is not None and not policy.told and _share_gone(best.model, model, ask) >= _FAR:
+            continue
         tried.append(policy)
         try:
             found = _attempt(model, examples, ask, policy, told, consulted)
         except StructureError as error:
             errors.append(str(error))
+            continue
+        if best is not None and not policy.told and _share_gone(found.model, model, ask) < _NEAR:
             continue
         small = ask.share is None or _weights(found.model) < (1 - ask.share) ** 1.6 * _weights(model)
         if enough and best is not None:
@@ -157,6 +168,12 @@ def _best(model: nn.Module, examples: Sequence[Arguments], ask: Ask) -> _Result:
     if best is None:
         raise StructureError(errors[0])  # the others are of policies that nobody asked for
     return best
+
+
+def _share_gone(small: nn.Module, model: nn.Module, ask: Ask) -> float:
+    """Of the weights that would go if each of them lay between units that all are cut, how many went."""
+    meant = 1 - (1 - ask.share) ** 2 if ask.share is not None else 0
+    return (1 - _weights(small) / _weights(model)) / meant if meant else 1
 
 
 def _in_time(model: nn.Module, examples: Sequence[Arguments], ask: Ask) -> _Result:
@@ -202,6 +219,7 @@ def _attempt(
             f"give inputs with which model(...) runs{where}"
         ) from error
     consulted |= cap.consulted
+    cap.consulted = consulted
     for name, t in named_tensors(small).items():
         if name in ask.keep and cap.seen(t):
             for f in cap.fields(t):
@@ -233,13 +251,15 @@ def _attempt(
         remains = [Remains(run, as_mask(kept)) for run in cap.runs]
         traces: list[Trace] = []
         failure = (
-            _tell(told, small, cap, remains, groups, edits)
+            (_tell(told, small, cap, remains, groups, edits) if policy.told else None)
             or _fit(small, remains, policy, edits, traces)
-            or _told_right(told, small, traces)
+            or (_told_right(told, small, cap, traces) if policy.told else None)
         )
         folds: list[scales.Fold] = []
         if failure is None:
             folds = list(scales.rooted(cap, as_mask(kept), model, small))
+            failure = _instead(cap, folds) if not policy.fold else None
+        if failure is None:
             done += scales.apply(small, _scaled(folds))
             if ask.verify:
                 proof = Proof(model, remains, () if ask.exact else groups.axes)
@@ -251,6 +271,7 @@ def _attempt(
                 small,
                 dataclasses.replace(plan, attributes=edits.listed(), scaled=_scaled(folds), proven=ask.verify),
                 groups.missed,
+                policy.told,
             )
         edits.undo()
         undo(done)
@@ -337,6 +358,7 @@ def _tell(
     untold = told.follow(small, remains, edits)
     if untold is None:
         return None
+    cap.consulted.add("told")
     kept = remains[0].kept
     named = {name: id(t) for name, t in named_tensors(small).items()}
     axes = {(id(axis.tensor), axis.dim): axis.labels for axis in groups.axes}
@@ -378,9 +400,23 @@ def _unseen_follow(
     return found
 
 
-def _told_right(told: Configs, small: nn.Module, traces: Sequence[Trace]) -> tuple[Call | None, str] | None:
+def _told_right(
+    told: Configs, small: nn.Module, cap: Capture, traces: Sequence[Trace]
+) -> tuple[Call | None, str] | None:
     untold = None if empty(small) else told.differ(small, traces)
-    return None if untold is None else (untold.call, untold.why)
+    if untold is None:
+        return None
+    cap.consulted.add("told")
+    return untold.call, untold.why
+
+
+def _instead(cap: Capture, folds: Sequence[scales.Fold]) -> tuple[Call | None, str] | None:
+    """Let stay what would need a fold. Returns why, if there is any."""
+    why = "the size of a head is read as a scale"
+    if not [cap.hold(f, why) for fold in folds for f in fold.units]:
+        return None
+    cap.consulted.add("fold")
+    return None, why
 
 
 def _scaled(folds: Sequence[scales.Fold]) -> tuple[scales.Scaled, ...]:
@@ -400,7 +436,8 @@ def _prove_or_fold(
     known: Sequence[Trace | None] = traces if not folds else [None] * len(traces)
     while (found := proof.fails(small, known, frozenset().union(*(fold.between for fold in folds)))) is not None:
         call, why, factor = found
-        if factor is None or (call.name, call.line) in lines:
+        cap.consulted |= {"fold"} if factor is not None else set()
+        if factor is None or not cap.policy.fold or (call.name, call.line) in lines:
             return call, why
         lines.add((call.name, call.line))
         alike = [c for run in cap.runs for c in run.calls if (c.name, c.line) == (call.name, call.line)]

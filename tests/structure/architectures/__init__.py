@@ -36,4 +36,4 @@ def build(name, width=1.0):
     return model.eval(), inputs
 
 
-from structure.architectures import attention, images, pretrained, recurrent, sequences  # noqa: E402, F401
+from structure.architectures import attention, images, pretrained, recurrent, sequences, tables  # noqa: E402, F401

@@ -396,3 +396,53 @@ def one_head_then_two(w):
     """Two stages of one class: the first has a single head, which stays, the second has two."""
     near, far = (Branch(w(16) * n, SelfAttention(w(16) * n, n, w(16), "three heads size")) for n in (1, 2))
     return Wrapped(w(16), near, nn.Linear(w(16), 2 * w(16)), far, nn.Linear(2 * w(16), w(16))), features()
+
+
+@architecture
+def linear_attention(w):
+    class Linear(nn.Module):
+        """Katharopoulos et al. 2020: keys meet values first, so [heads, size] meets [heads, size]."""
+
+        def __init__(self):
+            super().__init__()
+            self.heads = w(4)
+            self.up, self.qkv, self.proj = nn.Linear(12, w(16)), nn.Linear(w(16), 3 * w(16)), nn.Linear(w(16), 5)
+
+        def forward(self, x):
+            x = self.up(x)
+            b, n, d = x.shape
+            q, k, v = (t.reshape(b, n, self.heads, d // self.heads) for t in self.qkv(x).chunk(3, -1))
+            q, k = F.elu(q) + 1, F.elu(k) + 1
+            z = 1 / torch.einsum("bnhd,bhd->bnh", q, k.sum(1))
+            y = torch.einsum("bnhd,bhde,bnh->bnhe", q, torch.einsum("bnhd,bnhe->bhde", k, v), z)
+            return self.proj(y.reshape(b, n, d))
+
+    return Linear(), features()
+
+
+@architecture
+def heads_beside_the_batch(w):
+    class Merged(nn.Module):
+        """FT-Transformer, Gorishniy et al. 2021: [batch * heads, features, size]."""
+
+        def __init__(self):
+            super().__init__()
+            self.heads, self.scale = w(4), nn.Parameter(torch.randn(5, w(16)))
+            self.first = nn.Parameter(torch.randn(w(16)))
+            self.q, self.k, self.v, self.o = (nn.Linear(w(16), w(16)) for _ in range(4))
+            self.norm, self.out = nn.LayerNorm(w(16)), nn.Linear(w(16), 2)
+
+        def forward(self, x):
+            x = torch.cat([self.first.expand(len(x), 1, -1), self.scale * x[:, :, None]], 1)
+            y = self.norm(x)
+            b, n, _ = y.shape
+            q, k, v = self.q(y), self.k(y), self.v(y)
+            size = q.shape[-1] // self.heads
+            q, k, v = (
+                t.reshape(b, n, self.heads, size).transpose(1, 2).reshape(b * self.heads, n, size) for t in (q, k, v)
+            )
+            a = F.softmax(q @ k.transpose(1, 2) / size**0.5, -1) @ v
+            a = a.reshape(b, self.heads, n, size).transpose(1, 2).reshape(b, n, self.heads * size)
+            return self.out((x + self.o(a))[:, 0])
+
+    return Merged(), (torch.randn(3, 5),)

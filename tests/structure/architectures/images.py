@@ -327,3 +327,78 @@ def selected_kernels(w):
             return self.head((both * share).sum(1))
 
     return Selected(), images()
+
+
+@architecture
+def spectral_norm(w):
+    layer = nn.utils.parametrizations.spectral_norm
+    body = layer(nn.Conv2d(3, w(8), 4, 2, 1)), nn.LeakyReLU(0.2), layer(nn.Conv2d(w(8), 2 * w(8), 4, 2, 1)), nn.ReLU()
+    return nn.Sequential(*body, nn.Flatten(), layer(nn.Linear(2 * w(8) * 9, 1))), images()
+
+
+@architecture
+def involution(w):
+    class Involution(nn.Module):
+        """Li et al. 2021: each place has a kernel of its own, made from its channels."""
+
+        def __init__(self):
+            super().__init__()
+            self.groups, self.unfold = w(4), nn.Unfold(3, padding=1)
+            self.first, self.norm = nn.Conv2d(3, 4 * w(4), 3), nn.BatchNorm2d(4 * w(4))
+            self.squeeze, self.make = nn.Conv2d(4 * w(4), 4, 1), nn.Conv2d(4, 9 * w(4), 1)
+            self.out = nn.Linear(4 * w(4), 5)
+
+        def forward(self, x):
+            x = F.relu(self.norm(self.first(x)))
+            b, c, h, w = x.shape
+            kernels = self.make(F.relu(self.squeeze(x))).view(b, self.groups, 1, 9, h, w)
+            near = self.unfold(x).view(b, self.groups, -1, 9, h, w)
+            return self.out((kernels * near).sum(3).view(b, c, h, w).mean((2, 3)))
+
+    return Involution(), images()
+
+
+@architecture
+def denoising_network(w):
+    class Block(nn.Module):
+        def __init__(self, inputs, outputs, time):
+            super().__init__()
+            self.first, self.second = nn.Conv2d(inputs, outputs, 3, padding=1), conv3(outputs)
+            self.norm, self.time, self.skip = nn.GroupNorm(2, outputs), nn.Linear(time, 2 * outputs), None
+            if inputs != outputs:
+                self.skip = nn.Conv2d(inputs, outputs, 1)
+
+        def forward(self, x, t):
+            scale, shift = self.time(F.silu(t))[:, :, None, None].chunk(2, 1)
+            y = self.second(F.silu(self.norm(self.first(x)) * (1 + scale) + shift))
+            return y + (x if self.skip is None else self.skip(x))
+
+    def conv3(channels):
+        return nn.Conv2d(channels, channels, 3, padding=1)
+
+    class UNet(nn.Module):
+        """Diffusion: a time that scales and shifts, attention to words, skips."""
+
+        def __init__(self):
+            super().__init__()
+            c, self.heads = 2 * w(8), w(4)
+            self.size, self.time = c, nn.Sequential(nn.Linear(c, 2 * c), nn.SiLU(), nn.Linear(2 * c, 2 * c))
+            self.first, self.down, self.mid = nn.Conv2d(3, c, 3, padding=1), Block(c, c, 2 * c), Block(c, c, 2 * c)
+            self.q, self.k, self.v = nn.Linear(c, c), nn.Linear(6, c), nn.Linear(6, c)
+            self.o, self.up, self.last = nn.Linear(c, c), Block(2 * c, c, 2 * c), nn.Conv2d(c, 3, 3, padding=1)
+
+        def attend(self, x, words):
+            b, c, h, w = x.shape
+            q = self.q(x.flatten(2).transpose(1, 2))
+            q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, self.k(words), self.v(words)))
+            y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, h * w, c)
+            return x + self.o(y).transpose(1, 2).reshape(b, c, h, w)
+
+        def forward(self, x, t, words):
+            angles = t[:, None] * torch.exp(-torch.arange(self.size // 2) / 3)
+            t = self.time(torch.cat([angles.cos(), angles.sin()], -1))
+            x = self.first(x)
+            y = self.attend(self.mid(F.max_pool2d(self.down(x, t), 2), t), words)
+            return self.last(self.up(torch.cat([F.interpolate(y, scale_factor=2), x], 1), t))
+
+    return UNet(), (*images(size=8), torch.rand(2), torch.randn(2, 5, 6))

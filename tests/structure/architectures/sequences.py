@@ -218,3 +218,64 @@ def graph_convolutions(w):
             return self.out(x.mean(0))
 
     return Graph(), (torch.randn(5, 6), torch.tensor([[0, 1, 2, 3, 4, 0], [1, 2, 3, 4, 0, 2]]))
+
+
+@architecture
+def words_by_convolution(w):
+    class TextCNN(nn.Module):
+        """Kim 2014: kernels as wide as the embedding."""
+
+        def __init__(self):
+            super().__init__()
+            self.embed, self.out = nn.Embedding(20, w(8)), nn.Linear(3 * w(10), 4)
+            self.convs = nn.ModuleList(nn.Conv2d(1, w(10), (k, w(8))) for k in (2, 3, 4))
+
+        def forward(self, x):
+            x = self.embed(x).unsqueeze(1)
+            parts = [F.relu(conv(x)).squeeze(3) for conv in self.convs]
+            return self.out(torch.cat([F.max_pool1d(p, p.size(2)).squeeze(2) for p in parts], 1))
+
+    return TextCNN(), (torch.randint(0, 20, (2, 7)),)
+
+
+@architecture
+def gated_perceptron(w):
+    class Gated(nn.Module):
+        """gMLP, Liu et al. 2021: a convolution over the words of all channels alike."""
+
+        def __init__(self):
+            super().__init__()
+            self.embed, self.up, self.down = nn.Embedding(20, w(12)), nn.Linear(w(12), w(32)), nn.Linear(w(16), w(12))
+            self.norm, self.times, self.out = nn.LayerNorm(w(16)), nn.Conv1d(6, 6, 1), nn.Linear(w(12), 20)
+
+        def forward(self, x):
+            x = self.embed(x)
+            a, b = F.gelu(self.up(x)).chunk(2, -1)
+            return self.out(x + self.down(a * self.times(self.norm(b))))
+
+    return Gated(), (torch.randint(0, 20, (2, 6)),)
+
+
+@architecture(limit=1e-6)  # arange times a complex number is in single precision
+def state_space_by_spectra(w):
+    class StateSpace(nn.Module):
+        """S4D, Gu et al. 2022: a long convolution, by Fourier transforms over time."""
+
+        def __init__(self):
+            super().__init__()
+            self.up, self.mix, self.out = nn.Linear(6, w(12)), nn.Conv1d(w(12), 2 * w(12), 1), nn.Linear(w(12), 3)
+            self.step, self.skip = nn.Parameter(torch.rand(w(12))), nn.Parameter(torch.randn(w(12)))
+            self.decay, self.turn = nn.Parameter(torch.rand(w(12), 4)), nn.Parameter(torch.rand(w(12), 4))
+            self.read = nn.Parameter(torch.randn(w(12), 4, 2))
+
+        def forward(self, x):
+            u = self.up(x).transpose(1, 2)
+            length = u.shape[-1]
+            a = (1j * self.turn - torch.exp(self.decay)) * torch.exp(self.step)[:, None]
+            powers = torch.exp(a.unsqueeze(-1) * torch.arange(length))
+            kernel = torch.einsum("hn,hnl->hl", torch.view_as_complex(self.read) * (torch.exp(a) - 1), powers).real
+            y = torch.fft.irfft(torch.fft.rfft(u, n=2 * length) * torch.fft.rfft(kernel, n=2 * length), n=2 * length)
+            y = y[..., :length] + u * self.skip.unsqueeze(-1)
+            return self.out(F.glu(self.mix(F.gelu(y)), 1).transpose(1, 2))
+
+    return StateSpace(), (torch.randn(2, 8, 6),)

@@ -1,5 +1,6 @@
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import secateur as sc
@@ -44,6 +45,13 @@ class Product(nn.Module):
         lambda y, w: torch.einsum("...i,io", y, w),
         lambda y, w: torch.addmm(torch.zeros(w.shape[1]), y, w),
         lambda y, w: torch.bmm(y[None], w[None])[0],
+        lambda y, w: torch.tensordot(y, w, 1),
+        lambda y, w: torch.tensordot(y, w, ([1], [0])),
+        lambda y, w: torch.inner(y, w.t()),
+        lambda y, w: torch.cdist(y, w.t()),
+        lambda y, w: F.cosine_similarity(y[:, :, None], w[None], 1),
+        lambda y, w: F.bilinear(y, y, torch.einsum("io,jo->oij", w, w)),
+        lambda y, w: torch.stack([torch.mv(w.t(), row) + torch.outer(row, w[0])[0] for row in y]),
     ],
 )
 def test_products(function):
@@ -82,3 +90,65 @@ def test_grouped_products_keep_multiples_of_16_bytes():
 
     small = sc.shrink(Experts().eval(), torch.randn(8, 6), 0.3)
     assert small.w.shape == (2, 12, 16)
+
+
+def test_distances_are_sums_over_units():
+    class Near(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(6, 16), nn.Linear(5, 16)
+
+        def forward(self, x, y):
+            x, y = self.a(x), self.b(y)
+            return F.pairwise_distance(x, y), torch.vdot(x[0], y[0])
+
+    torch.manual_seed(0)
+    small = sc.shrink(Near().eval(), (torch.randn(4, 6), torch.randn(4, 5)), 0.5)
+    assert small.a.out_features == small.b.out_features == 8
+
+
+def test_bags_of_words():
+    class Bags(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bag, self.out = nn.EmbeddingBag(9, 16, mode="mean"), nn.Linear(16, 3)
+
+        def forward(self, x):
+            return self.out(self.bag(x))
+
+    small = sc.shrink(Bags().eval(), torch.randint(0, 9, (2, 5)), 0.5)
+    assert small.bag.embedding_dim == small.out.in_features == 8
+
+
+class Places(nn.Module):
+    """Units [batch, 1 or channels, times, units] before a convolution."""
+
+    def __init__(self, conv, channels=1):
+        super().__init__()
+        self.a, self.conv, self.channels = nn.Linear(6, 16), conv, channels
+
+    def forward(self, x):
+        return self.conv(self.a(x).unsqueeze(1).expand(-1, self.channels, -1, -1)).square().mean(-1)
+
+
+@pytest.mark.parametrize(
+    ("conv", "left", "kernel"),
+    [
+        (nn.Conv2d(1, 4, (2, 16)), 8, (2, 8)),
+        (nn.Conv2d(3, 4, 1), 8, (1, 1)),
+        (nn.Conv2d(1, 4, (3, 1)), 8, (3, 1)),
+    ],
+)
+def test_a_kernel_of_all_places_or_of_one_lets_places_go(conv, left, kernel):
+    torch.manual_seed(0)
+    small = sc.shrink(Places(conv, conv.in_channels).eval(), torch.randn(2, 5, 6), 0.5)
+    assert small.a.out_features == left
+    assert small.conv.kernel_size == tuple(small.conv.weight.shape[2:]) == kernel
+
+
+@pytest.mark.parametrize(
+    "conv", [nn.Conv2d(1, 4, (1, 3)), nn.Conv2d(1, 4, 1, padding=(0, 1)), nn.Conv2d(1, 4, (1, 16), padding=(0, 1))]
+)
+def test_places_in_windows_stay(conv):
+    with pytest.raises(sc.errors.StructureError, match=r"conv2d in conv.* Change the code at that place"):
+        sc.shrink(Places(conv).eval(), torch.randn(2, 5, 6), 0.5)

@@ -1,5 +1,6 @@
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import secateur as sc
@@ -74,3 +75,31 @@ def test_dims():
 
 def test_factors_of_a_view():
     assert list(factors((2, 12), (2, 3, 4)))[:2] == [([0], [0]), ([1], [1, 2])]
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda y: torch.cat([y[:, None], y[:, None].relu()], 1).sum(1),
+        lambda y: torch.cat([torch.zeros(4, 1, y.shape[1]), y[:, None]], 1).sum(1) + y,
+        lambda y: torch.cat([y, y.sum(1, keepdim=True)], 1)[:, :-1],
+    ],
+)
+def test_parts_side_by_side_share_the_other_dimensions(function):
+    assert width(function) == 8
+
+
+def test_windows_of_each_channel_go_with_it():
+    torch.manual_seed(0)
+
+    class Windows(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.c = nn.Conv2d(3, 16, 1), nn.Linear(16 * 9, 3)
+
+        def forward(self, x):
+            return self.c(F.unfold(self.a(x), 3, padding=1).transpose(1, 2))
+
+    small = sc.shrink(Windows().eval(), torch.randn(2, 3, 5, 5), 0.5)
+    assert small.a.out_channels == 8
+    assert small.c.in_features == 72
