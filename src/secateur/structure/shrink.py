@@ -43,7 +43,7 @@ _M = TypeVar("_M", bound=nn.Module)
 _log = logging.getLogger(__name__)
 _ROUNDS = 40
 _LEAST = 0.5  # of the weights that were to go: with fewer the target is missed
-_FAR, _NEAR = 0.45, 0.65  # sizes that no config tells may change where less went before, and more goes then
+_FAR, _NEAR = 0.45, 0.6  # sizes that no config tells may change where less went before, and more goes then
 _MISSES = 0.4  # of the weights that were to go: with more, parts of heads are tried too
 
 
