@@ -1,5 +1,7 @@
 """Hugging Face models: what shrink gives is what save_pretrained and from_pretrained give back."""
 
+import logging
+
 import pytest
 import torch
 from torch import nn
@@ -317,3 +319,14 @@ def test_where_configs_are_in_the_way_of_most_the_owner_is_told_to_save_the_plan
     with pytest.warns(sc.errors.SecateurWarning, match="Save the plan"):
         small = sc.shrink(model, text(), 0.5)
     assert weights(small) < 0.55 * weights(model)
+
+
+def test_what_transformers_says_of_a_config_is_not_said_again(caplog):
+    model = tiny(bos_token_id=500)  # beyond the vocabulary: transformers warns once
+    logging.getLogger("transformers").propagate = True
+    caplog.clear()
+    try:
+        sc.shrink(model, text(), 0.5)
+    finally:
+        logging.getLogger("transformers").propagate = False
+    assert caplog.messages == []

@@ -11,8 +11,10 @@ import contextlib
 import copy
 import itertools
 import json
+import logging
 import math
 import re
+import warnings
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -247,12 +249,26 @@ def _made(kind: type[Any], config: Any, device: str = "meta", fill: bool = False
     """
     unfilled = contextlib.nullcontext() if fill else _Unfilled()
     for attention in (config._attn_implementation, None):  # parts of a model may not have the one of the whole
-        with contextlib.suppress(Exception):  # whatever is said of numbers that do not go together
+        with contextlib.suppress(Exception), _silent():  # whatever is said of numbers that do not go together
             saved = type(config).from_dict(json.loads(_saved(config)))
             saved._attn_implementation = attention
             with torch.device(device), torch.random.fork_rng(devices=[]), unfilled:
                 return kind(saved)
     return None
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """Say nothing of numbers that are only tried."""
+    log = logging.getLogger("transformers")
+    level = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        log.setLevel(level)
 
 
 def _saved(config: Any) -> str:
