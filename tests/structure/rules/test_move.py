@@ -29,6 +29,7 @@ def width(function, out=16, sparsity=0.5):
         lambda y: y.t().contiguous().t(),
         lambda y: y.unsqueeze(1).expand(-1, 3, -1).sum(1),
         lambda y: torch.cat([y.flip(-1)], 1),
+        lambda y: torch.cat([y, y[:, :0]], 1),
         lambda y: torch.stack(y.chunk(2, -1), 1).flatten(1),
         lambda y: y.unflatten(-1, (4, -1)).transpose(1, 2).flatten(1).relu(),
         lambda y: torch.cat([y[:, y.shape[1] // 2 :], y[:, : y.shape[1] // 2]], 1),

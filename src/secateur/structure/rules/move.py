@@ -60,8 +60,8 @@ def cat(site: Site) -> None:
     """Labels lie side by side along the dimension; along the others equal positions are one unit."""
     out = site.out
     dim = site.argument(1, "dim", site.kwargs.get("axis", 0)) % out.ndim
-    parts = [site.of(t) for t in site.argument(0, "tensors") if t.ndim == out.ndim]
-    if any(dim in support(f) and len(support(f)) > 1 for _, fields in parts for f in fields):
+    parts = [site.of(t) for t in site.argument(0, "tensors") if t.ndim == out.ndim and t.numel()]
+    if not parts or any(dim in support(f) and len(support(f)) > 1 for _, fields in parts for f in fields):
         move(site)
         return
     beside, start = list[Tensor](), 0
