@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
@@ -37,6 +38,7 @@ _DRAWING = """bernoulli rand_like randn_like rand randn normal uniform exponenti
 randint feature_dropout fractional_max_pool2d fractional_max_pool3d"""
 DRAWS = frozenset(_DRAWING.split())
 """Functions that draw numbers, other than dropout."""
+_VIEWS = ("get.data", "get.T", "get.mT", "get.H", "get.mH")
 
 
 def repeats(run: Run) -> bool:
@@ -57,7 +59,8 @@ class _Masked(Trace):
     ) -> Any:
         name = key(func)
         args, given = dropping_nothing(name, args, kwargs or {})
-        if not name.startswith("get.") or name in ("get.data", "get.T", "get.mT", "get.H", "get.mH"):
+        plain = {F.linear: self._linear, F.embedding: self._embedding}.get(func, func)
+        if plain is func and (not name.startswith("get.") or name in _VIEWS):
             masked = {id(t): self._mask(t) for t in tensors((args, given)) if id(t) in self._gone}
             if masked:
                 args, given = tree_map(lambda t: masked.get(id(t), t), (args, given))
@@ -65,14 +68,38 @@ class _Masked(Trace):
         train = name == "batch_norm" and True in (args[5:6] or [given.get("training")])
         if self._gone and call is not None and (name in _OVER_KEPT or train) and any(fields for _, fields in call.ins):
             return self._over_kept(call, func, args, given)
-        out = func(*args, **given)
+        out = plain(*args, **given)
         outs = results(name, args, out)
         if outs and self.ahead(name):
             known = self._remains.outs[self.at]
             self.note(fingerprint(left.cut(t)) for t, left in zip(outs, known, strict=False))
         return out
 
+    def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Zeros in what is read and given, in place of zero columns and rows: large weights are not copied."""
+        input, bias = self._mask(input), bias if bias is None else self._mask(bias)
+        if id(weight) not in self._gone or weight.ndim < 2:
+            return F.linear(input, self._mask(weight), bias)
+        out = F.linear(self._zero(input, weight, 1), weight)
+        if not bool(out.sum().isfinite()):  # what is infinite is no number times zero
+            return F.linear(input, self._mask(weight), bias)
+        out = self._zero(out, weight, 0)
+        return out if bias is None else out + bias.to(out.dtype)
+
+    def _embedding(self, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if kwargs.get("max_norm") is not None or any(dim == 0 for dim, _ in self._gone.get(id(weight), ())):
+            return F.embedding(input, self._mask(weight), *args, **kwargs)
+        return self._zero(F.embedding(input, weight, *args, **kwargs), weight, 1)
+
+    def _zero(self, t: Tensor, weight: Tensor, dim: int) -> Tensor:
+        """Zeros along the last dimension of a tensor where positions of a weight go."""
+        for own, gone in self._gone.get(id(weight), ()):
+            t = t.index_fill(-1, gone.to(t.device), 0) if own == dim else t
+        return t
+
     def _mask(self, t: Tensor) -> Tensor:
+        if id(t) not in self._gone:
+            return t
         masked = t.detach()
         for i, (dim, gone) in enumerate(self._gone[id(t)]):
             stays = torch.ones(t.shape[dim], dtype=t.dtype, device=t.device).index_fill_(0, gone.to(t.device), 0)
