@@ -313,7 +313,7 @@ def test_a_model_that_its_config_does_not_make_is_left_to_its_owner():
 
 def test_where_configs_are_in_the_way_of_most_the_owner_is_told_to_save_the_plan():
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "intermediate_size": 32}
-    config = transformers.FNetConfig(vocab_size=50, max_position_embeddings=20, **sizes)
+    config = transformers.FNetConfig(vocab_size=WORDS, max_position_embeddings=20, **sizes)
     torch.manual_seed(0)
     model = transformers.FNetForSequenceClassification(config).eval()
     with pytest.warns(sc.errors.SecateurWarning, match="Save the plan"):
