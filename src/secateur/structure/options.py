@@ -42,7 +42,7 @@ class Options(TypedDict, total=False):
             over all of its weights. Default: "l2", their squares.
         allocation: which units are ranked together, a name of `secateur.structure.ALLOCATIONS`. Default: "uniform",
             each group alone.
-        round_to: dimensions that are cut keep a multiple of so many positions. Default: 1.
+        round_to: dimensions that are cut keep a multiple of so many positions of each group. Default: 1.
         min_width: and at least so many. Default: 1.
         keep: tensors and modules that keep their shapes, and blocks that stay: a glob of names, a module, or several
             of these.
