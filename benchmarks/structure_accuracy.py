@@ -60,14 +60,21 @@ def mnist() -> digits.Digits | None:
     return digits.Digits(images[:4000], labels[:4000], images[4000:], labels[4000:])
 
 
+EPOCHS = {"digits": {"CNN": (20, 8), "LSTM": (20, 8), "transformer": (20, 8)}}
+EPOCHS["MNIST, 5,000"] = {"CNN": (4, 2), "LSTM": (8, 8), "transformer": (4, 2)}
+
+
 def tasks() -> Iterator[Task]:
-    for name, data, epochs, tuning in (("digits", digits.load(), 20, 8), ("MNIST, 5,000", mnist(), 4, 2)):
+    for name, data in {"digits": digits.load(), "MNIST, 5,000": mnist()}.items():
         if data is not None:
             side = data.train_images.shape[-1]
-            stride = 1 if side < 16 else 2
-            yield Task(f"CNN, {name}", data, lambda s=stride: resnet((12, 24), 1, s), epochs, tuning)  # type: ignore[misc]
-            yield Task(f"LSTM, {name}", data, lambda s=side: Recurrent(s, 128, 1), epochs, tuning)  # type: ignore[misc]
-            yield Task(f"transformer, {name}", data, lambda s=side: Attentive(s, 64, 128, 2, s), epochs, tuning)  # type: ignore[misc]
+            builders: dict[str, Callable[[], nn.Module]] = {
+                "CNN": lambda stride=1 if side < 16 else 2: resnet((12, 24), 1, stride),  # type: ignore[misc]
+                "LSTM": lambda side=side: Recurrent(side, 128, 1),  # type: ignore[misc]
+                "transformer": lambda side=side: Attentive(side, 64, 128, 2, side),  # type: ignore[misc]
+            }
+            for kind, build in builders.items():
+                yield Task(f"{kind}, {name}", data, build, *EPOCHS[name][kind])
 
 
 def train(
