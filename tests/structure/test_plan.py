@@ -1,13 +1,18 @@
 import copy
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from secateur.errors import InputError, MaskError, StructureError
 from secateur.structure import Plan, propose, shrink
+from secateur.structure.capture import capture
 from secateur.structure.cut import sliced
+from secateur.structure.groups import Groups
+from secateur.structure.plan import as_plan
+from secateur.structure.policy import Policy
 
 
 def made():
@@ -180,3 +185,17 @@ def test_a_crash_in_the_middle_changes_nothing(monkeypatch, at):
         plan.apply(model)
     assert repr(model) == repr(before)
     assert all(torch.equal(t, before.state_dict()[name]) for name, t in model.state_dict().items())
+
+
+def test_explain_says_what_holds_and_what_couples():
+    model, x = made()
+    held = {axis: group.held for group in propose(model, x, 0.5).groups for axis in group.axes}
+    assert held["0.weight[1]"].startswith("an input of the model, read by conv2d in 0")
+    assert held["0.weight[2]"].startswith("conv2d in 0")
+    assert held["4.weight[0]"] == "an output of the model"
+
+    groups = Groups(capture(model, [((x,), {})], Policy()))
+    groups.stuck = {0: "view in the model (model.py:3)"}
+    kept = np.ones(len(groups.root), bool)
+    coupled = {axis: group.held for group in as_plan(model, groups, kept, [0], ()).groups for axis in group.axes}
+    assert coupled["0.weight[0]"] == "coupled by view in the model (model.py:3)"

@@ -205,12 +205,14 @@ class _Known:
         fields: of it; None if no forward has taken it up.
         elastic: it is zeros(n) or the like: any number of positions without identity.
         loose: it was picked by data, or made of what was.
+        given: it is an input of the model, or made of inputs alone.
         made: the call that made it, and which of the results it is.
     """
 
     fields: list[Tensor] | None = None
     elastic: bool = False
     loose: bool = False
+    given: bool = False
     made: tuple[Call, int] | None = None
 
 
@@ -246,6 +248,7 @@ class Capture(TorchFunctionMode):
         self._depth = 0
         self._stack: list[str] = [""]
         self.now: Call = Call("", "", "")
+        self._beside_input = False  # the present call reads floats that are an input, or made of inputs alone
 
     def _of(self, tensor: Tensor) -> _Known:
         try:
@@ -312,15 +315,20 @@ class Capture(TorchFunctionMode):
         a, b = np.broadcast_arrays(labels(f), labels(g))
         self.ledger.unite(a, b, str(self.now))
 
-    def rigid(self, f: Tensor, dims: Any) -> Tensor | None:
+    def rigid(self, f: Tensor, dims: Any, why: str = "") -> Tensor | None:
         """Let positions along dims never go one by one: unite the labels along them.
+
+        Args:
+            f: the field.
+            dims: of it.
+            why: if it is not the present call.
 
         Returns the field that is left, which varies along the other dimensions only; None if there is none: then all
         of its units are held.
         """
         within = support(f) & set(dims)
         if within and within == support(f):
-            self.hold(f)
+            self.hold(f, why)
             return None
         for d in within:
             first = f.narrow(d, 0, 1)
@@ -368,9 +376,10 @@ class Capture(TorchFunctionMode):
                 else:
                     left += [h for h in rest[:1] if h is not None]
                     right += [h for h in rest[1:] if h is not None]
+        why = f"an input of the model, read by {self.now}" if self._beside_input else ""
         for mine, other in ((left, size), (right, shape)):
             for f in mine:  # without a partner: where the other operand is as large, nothing can go
-                h = self.rigid(f, {d for d in support(f) if other[d] > 1})
+                h = self.rigid(f, {d for d in support(f) if other[d] > 1}, why)
                 out += [h] if h is not None else []
         return out
 
@@ -460,6 +469,7 @@ class Capture(TorchFunctionMode):
             own = {id(t): t for t in operands}
             self.now = Call(name, self._stack[-1], _line(), ins=list(before.values()))
             self.now.sources = [self._taken(t) for t in own.values()]
+            self._beside_input = any(self._of(t).given for t in operands if measured(t))
         live = any(fields for _, fields in before.values())
         if known is not None and (live or known.value.always):
             self._apply(known.value, Site(self, func, args, kwargs, out, before), operands, outs)
@@ -477,6 +487,7 @@ class Capture(TorchFunctionMode):
             for t, dim, reading in () if self.now.elastic else asked(name, args, kwargs, outs):
                 self._readings.met(tuple(t.shape), self.fields(t), dim, reading, str(self.now))
             for i, one in enumerate(made):
+                one.given = self._beside_input and not live
                 one.made = self.now, i
                 one.loose |= picked
             self._calls.append(self.now)
@@ -534,6 +545,8 @@ class Capture(TorchFunctionMode):
         """Add one forward of the model."""
         args, kwargs = arguments
         self._calls = []
+        for t in tensors(arguments):
+            self._of(t).given = True
         with calm(model, training), marked(model), _module_stack(model) as self._stack, self:
             out = model(*args, **kwargs)
         for t in tensors(contract(out)):
