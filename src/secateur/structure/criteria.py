@@ -102,7 +102,7 @@ def summed(score: Score) -> UnitScore:
         prepare = getattr(score, "prepare", None)
         if prepare is not None:
             prepare()
-        return scores(subject.groups, known)
+        return scores(subject.groups, known, by_rows=score is l2 or score is weight_scores.magnitude)
 
     return worth
 
@@ -131,7 +131,7 @@ CRITERIA.add(
 @criterion("l2", source='He et al. 2018, "Soft Filter Pruning", eq. 2 with p = 2')
 def l2(name: str, weight: Tensor) -> Tensor:
     """Sum of w^2; the default."""
-    return (weight.abs() if weight.is_complex() else weight).float().square()
+    return weight.float().square()
 
 
 @criterion("normalised", source='Fang et al. 2023, "DepGraph", section 3.4')

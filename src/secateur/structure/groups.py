@@ -23,6 +23,9 @@ Worth = NDArray[np.float64]
 """For each label a number: those of the labels of a group are added up."""
 
 
+_PIECE = 1 << 18  # numbers that are scored at a time
+
+
 class Axis(NamedTuple):
     """A dimension of a parameter or a buffer, and the labels of its positions."""
 
@@ -297,34 +300,47 @@ class Groups:
                 yield rows, why
 
 
-def scores(groups: Groups, score: Callable[[str, Tensor], Tensor]) -> Worth:
+def scores(groups: Groups, score: Callable[[str, Tensor], Tensor], by_rows: bool = False) -> Worth:
     """For each label, the sum of the scores of the weights at its position.
 
     Args:
         groups: of the model; which labels are united does not matter.
         score: (name, parameter) to scores of the parameter's shape.
+        by_rows: it looks at each number alone, and may be given a few rows at a time: large tensors are scored in the
+            processor's cache.
 
     Raises:
         InputError: scores of another shape, or NaN.
     """
     total = np.zeros(len(groups.root))
-    done, found = "", torch.empty(0)
+    done, sums = "", list[Tensor]()
     for name, t, dim, own in groups.axes:
         if isinstance(t, nn.Parameter):
             if name != done:
-                done, found = name, score(name, t.detach().abs() if t.is_complex() else t.detach()).cpu()
-                found = found.float() if found.element_size() < 4 else found
-                if found.shape != t.shape:
-                    raise InputError(
-                        f"the scores of {name} have the shape {tuple(found.shape)}, the tensor {tuple(t.shape)}: "
-                        "give a score for each weight"
-                    )
-            others = [d for d in range(t.ndim) if d != dim]
-            per = (found.sum(others) if others else found).double()
-            if bool(per.isnan().any()):
+                weight = t.detach().abs() if t.is_complex() else t.detach()
+                rows = max(1, _PIECE * len(t) // t.numel()) if by_rows else len(t)
+                done, sums = name, _sums(score, name, torch.split(weight, rows))
+            if bool(sums[dim].isnan().any()):
                 raise InputError(f"the scores of {name} hold NaN: give numbers, inf for what must stay")
-            np.add.at(total, own, per.numpy())
+            np.add.at(total, own, sums[dim].numpy())
     return total
+
+
+def _sums(score: Callable[[str, Tensor], Tensor], name: str, pieces: Sequence[Tensor]) -> list[Tensor]:
+    """For each dimension, the sums over the others of the scores of a weight, which is given in pieces."""
+    found: list[list[Tensor]] = []
+    for piece in pieces:
+        own = score(name, piece)
+        if own.shape != piece.shape:
+            raise InputError(
+                f"the scores of {name} have the shape {tuple(own.shape)}, the tensor {tuple(piece.shape)}: "
+                "give a score for each weight"
+            )
+        own = own.float() if own.element_size() < 4 else own
+        others = ([k for k in range(own.ndim) if k != d] for d in range(own.ndim))
+        found.append([(own.sum(dims) if dims else own).double().cpu() for dims in others])
+    first, *rest = zip(*found, strict=True)
+    return [torch.cat(first), *(torch.stack(one).sum(0) for one in rest)]
 
 
 def _equation(a: dict[int, Fraction], b: dict[int, Fraction], why: str) -> Equation | None:

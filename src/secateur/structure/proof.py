@@ -94,21 +94,13 @@ class _Masked(Trace):
     def _zero(self, t: Tensor, weight: Tensor, dim: int) -> Tensor:
         """Zeros along the last dimension of a tensor where positions of a weight go."""
         for own, gone in self._gone.get(id(weight), ()):
-            t = t.index_fill(-1, gone.to(t.device), 0) if own == dim else t
+            t = _zeros(t, -1, gone) if own == dim else t
         return t
 
     def _mask(self, t: Tensor) -> Tensor:
-        if id(t) not in self._gone:
-            return t
-        masked = t.detach()
-        for i, (dim, gone) in enumerate(self._gone[id(t)]):
-            stays = torch.ones(t.shape[dim], dtype=t.dtype, device=t.device).index_fill_(0, gone.to(t.device), 0)
-            stays = stays.reshape([-1 if d == dim else 1 for d in range(t.ndim)])
-            masked = masked.mul_(stays) if i else masked * stays  # faster than to fill
-        if not bool(masked.sum().isfinite()):  # what is infinite is no number times zero
-            for dim, gone in self._gone[id(t)]:
-                masked = masked.index_fill(dim, gone.to(t.device), 0)
-        return masked
+        for dim, gone in self._gone.get(id(t), ()):
+            t = _zeros(t.detach(), dim, gone)
+        return t
 
     def _over_kept(self, call: Call, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         known = iter(self._remains.ins(call))
@@ -145,6 +137,13 @@ class _Masked(Trace):
         found = func(*args, **kwargs)
         self.note(map(fingerprint, tensors(found)))
         return tree_map(grow, found)
+
+
+def _zeros(t: Tensor, dim: int, gone: Tensor) -> Tensor:
+    """A tensor with zeros at some positions: a product is many times faster than to fill."""
+    stays = torch.ones(t.shape[dim], dtype=t.dtype, device=t.device).index_fill_(0, gone.to(t.device), 0)
+    found = t * stays.reshape([-1 if d == dim % t.ndim else 1 for d in range(t.ndim)])
+    return found if bool(found.sum().isfinite()) else t.index_fill(dim, gone.to(t.device), 0)
 
 
 class Difference(NamedTuple):
