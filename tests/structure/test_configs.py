@@ -318,7 +318,7 @@ def test_where_configs_are_in_the_way_of_most_the_owner_is_told_to_save_the_plan
     model = transformers.FNetForSequenceClassification(config).eval()
     with pytest.warns(sc.errors.SecateurWarning, match="Save the plan"):
         small = sc.shrink(model, text(), 0.5)
-    assert weights(small) < 0.55 * weights(model)
+    assert weights(small) < 0.6 * weights(model)
 
 
 def test_what_transformers_says_of_a_config_is_not_said_again(caplog):
