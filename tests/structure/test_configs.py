@@ -330,3 +330,20 @@ def test_what_transformers_says_of_a_config_is_not_said_again(caplog):
     finally:
         logging.getLogger("transformers").propagate = False
     assert caplog.messages == []
+
+
+@pytest.mark.parametrize(("sparsity", "heads"), [(0.3, 8), (0.7, 4)])
+def test_a_width_that_the_old_number_of_heads_does_not_divide(sparsity, heads):
+    config = transformers.ViTConfig(
+        hidden_size=96,
+        num_hidden_layers=1,
+        num_attention_heads=12,
+        intermediate_size=96,
+        image_size=16,
+        patch_size=8,
+    )
+    torch.manual_seed(0)
+    model = transformers.ViTForImageClassification(config).eval()
+    small = sc.shrink(model, {"pixel_values": torch.randn(1, 3, 16, 16)}, sparsity)
+    assert small.config.num_attention_heads == heads
+    assert type(model)(small.config).load_state_dict(small.state_dict())

@@ -342,6 +342,8 @@ class _Search:
             better = self.best(now, [[s] for s in steps], len(off))
             if better is None:
                 better = self.best(now, map(list, itertools.combinations(steps, 2)), len(off))
+            if better is None:  # a width that the old number of heads does not divide
+                better = self.best(now, [s for s in self.silent(now) if len(s) == 1 and "head" in str(s)], len(off))
             if better is None:
                 return now, off
             now, have = better
