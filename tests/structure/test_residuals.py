@@ -54,6 +54,7 @@ def test_layers_of_torch():
 
 def test_branches_that_the_code_around_adds():
     chain = Chain([Branch(), Branch()], lambda layer, x: x + layer(x))
+    assert found(Chain([Branch(), Branch()], lambda layer, x: x + layer(x) * layer.inner.bias)) == {"layers": ["", ""]}
     (one, _) = candidates(chain.eval(), [((X,), {})])["layers"]
     assert not one.forms["layers.0"].adds
     pairs = Chain([nn.ModuleList([Branch(), Branch()]) for _ in range(3)], lambda two, x: two[1](x + two[0](x)) + x)
@@ -66,6 +67,7 @@ def test_what_is_no_block():
     assert found(Chain([Branch(), Branch()], lambda layer, x: x * layer(x))) == {}
     assert found(Chain([Adds(), Branch()])) == {}  # the only one of its class
     assert found(Chain([Branch(), Branch()], lambda layer, x: layer(x) + layer.inner.bias)) == {}
+    assert found(Chain([Branch(), Branch()], lambda layer, x: (y := layer(x)) + layer.inner(y))) == {}
 
 
 def test_other_modules_of_the_list_say_why_they_stay():

@@ -141,14 +141,15 @@ def _candidate(name: str, parts: Sequence[str], seen: Sequence[Mapping[str, Form
     return one
 
 
-_SKIP, _BRANCH, _JOINED, _OUT = "skip", "branch", "joined", "out"
+_SKIP, _BRANCH, _JOINED, _OUT, _AFTER = "skip", "branch", "joined", "out", "after"
 
 
 class _Watch(TorchFunctionMode):
     """Follows what modules make of their inputs.
 
     A tensor that is still what a module took, if normed or moved, is its *skip*; what it computed from that is its
-    *branch*; where the two are added they are *joined*. A branch that a module gives back is its *out*.
+    *branch*; where the two are added they are *joined*. A branch that a module gives back is its *out*, which counts
+    where it is added to something else than what is made of it, *after*.
     """
 
     def __init__(self, model: nn.Module, parts: set[str]) -> None:
@@ -189,17 +190,18 @@ class _Watch(TorchFunctionMode):
         self._take(operands)
         marks = [self.marks.get(t, {}) for t in operands]
         out = func(*args, **kwargs)
-        known = RULES.get(name.removeprefix("get."))
-        along = known is not None and (known.value.moves or known.value.apply in _ALONG)
+        rule = RULES.get(name.removeprefix("get."))
+        along = rule is not None and (rule.value.moves or rule.value.apply in _ALONG)
         new: dict[str, str] = {}
         for module in {module for mark in marks for module in mark}:
             states = {mark.get(module, "") for mark in marks if module in mark}
-            if _OUT in states:
-                beside = [t for t, mark in zip(operands, marks, strict=True) if mark.get(module) != _OUT]
-                if not beside and along:
-                    new[module] = _OUT
-                elif name in _ADDS and any(t.shape == out.shape and id(t) not in self.own for t in beside):
-                    self.added.add(module)
+            if _OUT in states or _AFTER in states:
+                known = zip(operands, marks, strict=True)
+                beside = [t for t, mark in known if mark.get(module) not in (_OUT, _AFTER) and id(t) not in self.own]
+                if name in _ADDS and any(t.shape == out.shape for t in beside):
+                    self.added.update({module} if _OUT in states else ())
+                else:
+                    new[module] = _OUT if along and states == {_OUT} and not beside else _AFTER
             elif module in self.took:
                 joins = name in _ADDS and {_SKIP, _BRANCH} <= states
                 if along and (joins or _JOINED in states or states == {_SKIP}):
