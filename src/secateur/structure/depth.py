@@ -216,7 +216,7 @@ def _without(
     small, passing = twin(model), twin(model)
     take_out(small, blocks)
     edits = Edits()
-    _renumber(small, blocks, edits)
+    _renumber(model, small, blocks, edits)
     why = Configs(model).shorten(small, blocks, examples, edits)
     if why:
         return None, why
@@ -290,22 +290,21 @@ def _blocks(
             yield Block(name, becomes, influence.get(one.name), held)
 
 
-def _renumber(small: nn.Module, blocks: Sequence[Block], edits: Edits) -> None:
+def _renumber(model: nn.Module, small: nn.Module, blocks: Sequence[Block], edits: Edits) -> None:
     """Let attributes that tell a block its place follow: ints that differ from it by the same number in all blocks."""
     for own in lists(blocks).values():
-        stay = [(before, block.becomes) for before, block in enumerate(own) if block.becomes]
-        places: dict[str, list[tuple[int, int, Edit]]] = {}
-        for now, (before, path) in enumerate(stay):
+        values: dict[str, list[tuple[int, int]]] = {}
+        for place, block in enumerate(own):
+            for module in model.get_submodule(block.name).modules():
+                for name, value in vars(module).items():
+                    if type(value) is int and _PLACE.search(name):
+                        values.setdefault(name, []).append((place, value - place))
+        told = {name: {offset for _, offset in found} for name, found in values.items() if len(dict(found)) > 1}
+        for place, path in enumerate(block.becomes for block in own if block.becomes):
             for inner, module in small.get_submodule(path).named_modules():
                 space = vars(module)
-                for name, value in space.items():
-                    if type(value) is int and _PLACE.search(name):
-                        place = Edit(f"{path}.{inner}".rstrip("."), (name,), space)
-                        places.setdefault(name, []).append((before, now, place))
-        for alike in places.values():
-            offsets = {place.space[place.keys[0]] - before for before, _, place in alike}
-            for _, now, place in alike if len(offsets) == 1 else ():
-                edits.set(place, now + min(offsets))
+                for name in [name for name in space if len(told.get(name, ())) == 1]:
+                    edits.set(Edit(f"{path}.{inner}".rstrip("."), (name,), space), place + min(told[name]))
 
 
 def _counts(small: nn.Module, blocks: Sequence[Block]) -> Iterator[list[tuple[Edit, int]]]:
