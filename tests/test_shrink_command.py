@@ -1,7 +1,9 @@
 """What `secateur shrink` does."""
 
 import json
+import re
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -199,3 +201,22 @@ def test_a_folder_with_fewer_layers_and_a_plan_for_another(tmp_path):
     done = by_plan(tmp_path / "small" / "secateur.plan.json", hf=tmp_path / "other", out=tmp_path / "second")
     assert done.weights[1] == result.weights[1]
     assert transformers.BertForMaskedLM.from_pretrained(tmp_path / "second").config.num_hidden_layers == 2
+
+
+def test_the_commands_of_the_docs_run(tmp_path, monkeypatch):
+    page = (Path(__file__).parents[1] / "docs/shrinking.md").read_text()
+    code = re.search(r"^```python\n(.*?)^torch.manual_seed", page, re.MULTILINE | re.DOTALL)[1]
+    name = f"of_docs_{tmp_path.name}"  # imported once a process
+    (tmp_path / f"{name}.py").write_text(code)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    space: dict = {}
+    exec(code, space)
+    save_file(space["Tagger"]().state_dict(), "tagger.safetensors")
+    commands = re.findall(r"^secateur (shrink .*)", page, re.MULTILINE)
+    assert len(commands) == 3
+    for command in commands:
+        result = CliRunner().invoke(app, command.replace("tagger:", f"{name}:").split())
+        assert result.exit_code == 0, result.output
+    small, again = load_file("small.safetensors"), load_file("again.safetensors")
+    assert all(torch.equal(again[name], t) for name, t in small.items())
