@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import random
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -33,6 +34,9 @@ from secateur.support.registry import Registry
 Letter = str | int
 
 _PICKED_BY_DATA = {"nonzero", "argwhere", "masked_select", "unique", "unique_consecutive", "bincount"}
+
+_LEAVE = {"numpy", "tolist", "__array", "__dlpack"}
+"""With these numbers leave torch, to where no label follows them."""
 
 
 @dataclass
@@ -247,6 +251,7 @@ class Capture(TorchFunctionMode):
         self._calls: list[Call] = []
         self._depth = 0
         self._stack: list[str] = [""]
+        self._left = False  # whether numbers left torch
         self.now: Call = Call("", "", "")
         self._beside_input = False  # the present call reads floats that are an input, or made of inputs alone
 
@@ -463,6 +468,9 @@ class Capture(TorchFunctionMode):
         out = func(*args, **kwargs)
         outs = results(name, args, out)
         if not outs:
+            if name in _LEAVE:
+                self._left = True
+                self._hold_all(before, f"an array or a list of Python, made by {name} ({_line()})")
             return out
         outer = self.now
         if self._depth == 0:
@@ -549,7 +557,13 @@ class Capture(TorchFunctionMode):
             self._of(t).given = True
         with calm(model, training), marked(model), _module_stack(model) as self._stack, self:
             out = model(*args, **kwargs)
-        for t in tensors(contract(out)):
+        relied = contract(out)
+        if not relied and not self._left:
+            raise StructureError(
+                f"no tensor is found in what the model returns, a {type(out).__name__}: let it return a tensor, or "
+                "tensors in a tuple, a dict or an object"
+            )
+        for t in relied:
             self._taken(t)
             for f in self.fields(t):
                 self.hold(f, "an output of the model")
@@ -581,29 +595,36 @@ def capture(model: nn.Module, examples: Sequence[Arguments], policy: Policy) -> 
 
 @contextlib.contextmanager
 def calm(model: nn.Module, training: bool) -> Iterator[None]:
-    """Eval or training mode without gradients; then modes, buffers, caches and random numbers are as before."""
-    modes = [(m, m.training) for m in model.modules()]
-    buffers = [(m, k, b, b.clone()) for m in model.modules() for k, b in m._buffers.items() if b is not None]
-    caches = [
-        (m, k, v, dict(v)) for m in model.modules() for k, v in vars(m).items() if type(v) is dict and k[0] != "_"
+    """Eval or training mode without gradients; then modules and random numbers are as before."""
+    modules = list(model.modules())
+    modes = [m.training for m in modules]
+    own = [dict(vars(m)) for m in modules]
+    inner = [(v, dict(v)) for known in own for v in known.values() if type(v) is dict]
+    values = [
+        (t, t.clone()) for m in modules for t in (*m._buffers.values(), *vars(m).values()) if isinstance(t, Tensor)
     ]
+    numpy, python = np.random.get_state(), random.getstate()
     try:
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.manual_seed(0)
+            np.random.seed(0)
+            random.seed(0)
             model.train(training)
             with Mixed() if empty(model) else contextlib.nullcontext():
                 yield
     finally:
-        for m, flag in modes:
-            m.training = flag
-        for m, name, cache, content in caches:
-            cache.clear()
-            cache.update(content)
-            setattr(m, name, cache)
-        for m, name, buffer, value in buffers:
-            m._buffers[name] = buffer
-            with torch.no_grad():
-                buffer.copy_(value)
+        np.random.set_state(numpy)
+        random.setstate(python)
+        for content, before in inner:
+            content.clear()
+            content.update(before)
+        for m, mode, attributes in zip(modules, modes, own, strict=True):
+            vars(m).clear()
+            vars(m).update(attributes)
+            m.training = mode
+        with torch.no_grad():
+            for t, value in values:
+                t.copy_(value)
 
 
 @contextlib.contextmanager

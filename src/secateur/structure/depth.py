@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from secateur.errors import StructureError, listed
 from secateur.structure.attributes import Edit, Edits
 from secateur.structure.blocks import Block, Renaming, children, lists, moved_up, put_back, take_out
-from secateur.structure.capture import calm, tensors
+from secateur.structure.capture import calm
 from secateur.structure.configs import Configs
 from secateur.structure.cut import named_tensors, twin
 from secateur.structure.plan import Attribute
@@ -166,7 +166,7 @@ def _add_influences(
 def _outputs(model: nn.Module, arguments: Arguments) -> list[Tensor]:
     args, kwargs = arguments
     with calm(model, False):
-        outs = tensors(contract(model(*args, **kwargs)))
+        outs = contract(model(*args, **kwargs))
     return [t.detach().double() for t in outs if t.is_floating_point()]
 
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
+
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 
 @dataclass(frozen=True)
@@ -46,10 +49,37 @@ POLICIES = (
 """In the order in which they are tried."""
 
 _INNER = re.compile("hidden_state|attentions|past_key|cache|model_output|pooler")
+_CACHE = re.compile("past_key|cache", re.IGNORECASE)
+
+_PLAIN = (Tensor, nn.Module, type, str, bytes)
 
 
-def contract(out: Any) -> Any:
-    """What callers rely on: every tensor of an output; beside logits, not the states that it carries along."""
-    if isinstance(out, Mapping) and any("logits" in str(name) for name in out):
-        return {name: value for name, value in out.items() if not _INNER.search(str(name))}
-    return out
+def contract(out: Any) -> list[Tensor]:
+    """The tensors of an output that callers rely on, wherever they stand in it: in containers or attributes.
+
+    Beside logits these are not the states that a model carries along, and its cache never is one of them.
+    """
+    found: list[Tensor] = []
+    looked: dict[int, Any] = {}
+
+    def look(value: Any) -> None:
+        if isinstance(value, Tensor):
+            found.append(value)
+        if isinstance(value, _PLAIN) or id(value) in looked or _CACHE.search(type(value).__name__):
+            return
+        looked[id(value)] = value
+        if isinstance(value, Mapping):
+            inner = _INNER if any("logits" in str(name) for name in value) else _CACHE
+            for name, one in value.items():
+                if not inner.search(str(name)):
+                    look(one)
+        elif isinstance(value, Sequence | Set):
+            for one in value:
+                look(one)
+        else:
+            slots = [getattr(kind, "__slots__", ()) for kind in type(value).__mro__]
+            for name in dict.fromkeys([*getattr(value, "__dict__", ()), *tree_leaves(slots)]):
+                look(getattr(value, name, None))
+
+    look(out)
+    return found

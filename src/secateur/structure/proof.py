@@ -260,7 +260,7 @@ def apart(want: Trace, got: Trace, limit: float, between: frozenset[str] = froze
         limit: what rounding explains.
         between: see `Proof.fails`.
     """
-    outs = zip(tensors(want.out), tensors(got.out), strict=True)
+    outs = zip(want.out, got.out, strict=True)
     worst = max((_apart(a, b) for a, b in outs), default=0.0)
     for call, a, b in zip(want.calls, want.prints, got.prints, strict=True):
         if call.elastic or (between and str(call) in between):

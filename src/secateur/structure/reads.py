@@ -98,7 +98,7 @@ def _read(one: Named, arguments: Arguments, training: bool) -> tuple[_Reads, Seq
     with calm(one.model, training), _Reads(one.names) as reads:
         out = one.model(*args, **kwargs)
     one.unread -= reads.read
-    return reads, tensors(contract(out))
+    return reads, contract(out)
 
 
 def _apart(a: Print, b: Print) -> float:

@@ -175,7 +175,7 @@ class _Watch(TorchFunctionMode):
         try:
             with calm(self.model, False), self:
                 out = self.model(*args, **kwargs)
-            self._take(tensors(contract(out)))
+            self._take(contract(out))
         finally:
             for handle in handles:
                 handle.remove()

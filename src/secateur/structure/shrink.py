@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from secateur.errors import InputError, InputTypeError, StructureError, warn
+from secateur.errors import InputError, InputTypeError, StructureError, listed, warn
 from secateur.masks import as_masks
 from secateur.structure import rules as rules  # registers what is known of torch's functions
 from secateur.structure import scales
@@ -52,6 +52,7 @@ class _Result(NamedTuple):
     plan: Plan
     missed: float  # see `Groups`
     told: bool  # whether configs tell its sizes
+    unseen: Sequence[str] = ()  # parameters that no forward reaches
 
 
 def shrink(model: _M, example_inputs: Any, sparsity: float | None = None, **options: Unpack[Options]) -> _M:
@@ -126,6 +127,11 @@ def _transact(model: nn.Module, inputs: Any, sparsity: float | None, options: Op
         warn(
             "no config can tell the sizes of this model: from_pretrained cannot load it. Save the plan of propose(...) "
             "beside it, and apply that to the model it was made from"
+        )
+    if best.unseen:
+        warn(
+            f"no example reaches {listed(best.unseen)}: they keep their shapes, and calls that use them may fail. Give "
+            "an example for each branch of the model, in a list"
         )
     attributes = (*shorter.attributes, *best.plan.attributes)
     best = best._replace(plan=dataclasses.replace(best.plan, blocks=shorter.blocks, attributes=attributes))
@@ -272,6 +278,7 @@ def _attempt(
                 dataclasses.replace(plan, attributes=edits.listed(), scaled=_scaled(folds), proven=ask.verify),
                 groups.missed,
                 policy.told,
+                [name for name in cap.unseen if not cap.seen(named_tensors(small)[name])],
             )
         edits.undo()
         undo(done)

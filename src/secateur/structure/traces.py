@@ -61,7 +61,7 @@ class Trace(TorchFunctionMode):
         super().__init__()
         self.run, self.calls, self.at = run, run.calls, 0
         self.prints: list[list[Print]] = []
-        self.out: Any = None
+        self.out: list[Tensor] = []
         self._sizes = sizes
 
     def of(self, model: nn.Module, arguments: Arguments) -> Self:
