@@ -599,7 +599,7 @@ def calm(model: nn.Module, training: bool) -> Iterator[None]:
     modules = list(model.modules())
     modes = [m.training for m in modules]
     own = [dict(vars(m)) for m in modules]
-    inner = [(v, dict(v)) for known in own for v in known.values() if type(v) is dict]
+    inner = [(v, dict(v)) for known in own for v in known.values() if isinstance(v, dict)]
     values = [
         (t, t.clone()) for m in modules for t in (*m._buffers.values(), *vars(m).values()) if isinstance(t, Tensor)
     ]
