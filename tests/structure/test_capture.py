@@ -2,11 +2,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from secateur.errors import InputError
+import secateur as sc
+from secateur.errors import InputError, SecateurWarning, StructureError
 from secateur.structure import capture as room
 from secateur.structure import rules
 from secateur.structure.capture import RULES, calm, capture, key, rule, table
@@ -104,3 +106,69 @@ def test_the_table_of_the_docs_is_that_of_the_rules():
     made = "from secateur.structure import table; print(table())"  # rules of other tests are not ours
     table = subprocess.run([sys.executable, "-c", made], capture_output=True, text=True, check=True).stdout
     assert table in page, f"put this table into docs/shrinking.md:\n\n{table}"
+
+
+@pytest.mark.parametrize(
+    "leave", [lambda y: y.detach().numpy(), lambda y: y.tolist(), lambda y: np.asarray(y.detach())]
+)
+def test_numbers_that_leave_torch_stay(leave):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 16), nn.Linear(16, 6)
+
+        def forward(self, x):
+            return leave(self.b(self.a(x).relu()).detach())
+
+    small = sc.shrink(Net(), torch.randn(3, 4), 0.5)
+    assert small.a.out_features == 8
+    assert small.b.out_features == 6
+
+
+def test_a_forward_that_returns_no_tensor_is_refused():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Linear(4, 16)
+
+        def forward(self, x):
+            self.y = self.a(x)
+
+    with pytest.raises(StructureError, match="no tensor is found in what the model returns, a NoneType: let it return"):
+        sc.shrink(Net(), torch.randn(3, 4), 0.5)
+
+
+def test_what_a_forward_leaves_on_modules_is_taken_back():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lstm, self.head = nn.LSTM(4, 16, batch_first=True), nn.Linear(16, 2)
+            self.state, self.history, self.noise = None, {}, torch.zeros(3)
+
+        def forward(self, x):
+            y, state = self.lstm(x, self.state)
+            self.state, self.history["y"], self.extra = state, y, y
+            self.noise += torch.from_numpy(np.random.rand(3))
+            return self.head(y)
+
+    model = Net()
+    small = sc.shrink(model, torch.randn(3, 5, 4), 0.5)
+    assert small.lstm.hidden_size == 8
+    for one in (model, small):
+        assert (one.state, one.history, hasattr(one, "extra")) == (None, {}, False)
+        assert not one.noise.any()
+
+
+def test_a_parameter_that_no_example_reaches_is_told():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.other = nn.Linear(4, 16), nn.Linear(16, 2), nn.Linear(16, 3)
+
+        def forward(self, x, other=False):
+            return (self.other if other else self.b)(self.a(x).relu())
+
+    with pytest.warns(SecateurWarning, match="no example reaches other.weight, other.bias: .* Give an example"):
+        sc.shrink(Net(), torch.randn(3, 4), 0.5)
+    small = sc.shrink(Net(), [(torch.randn(3, 4),), (torch.randn(3, 4), True)], 0.5)
+    assert small.other.in_features == 8

@@ -1,3 +1,11 @@
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
 from secateur.structure.policy import POLICIES, Policy, contract
 
 
@@ -10,14 +18,44 @@ def test_configs_that_cannot_tell_are_left_behind_last():
     assert [policy.told for policy in POLICIES] == [True] * (len(POLICIES) - 1) + [False]
 
 
+def numbers(*values):
+    return [torch.tensor(float(value)) for value in values]
+
+
 def test_beside_logits_the_inner_states_are_no_contract():
-    out = {"logits": 1, "hidden_states": 2, "last_hidden_state": 3, "past_key_values": 4, "image_embeds": 5}
-    assert contract(out) == {"logits": 1, "image_embeds": 5}
+    names = "logits", "hidden_states", "last_hidden_state", "past_key_values", "image_embeds"
+    out = dict(zip(names, numbers(1, 2, 3, 4, 5), strict=True))
+    assert contract(out) == numbers(1, 5)
 
 
-def test_without_logits_all_is_contract():
-    assert contract({"last_hidden_state": 3}) == {"last_hidden_state": 3}
-    assert contract((1, 2)) == (1, 2)
+def test_without_logits_all_but_the_cache_is_contract():
+    one, two = numbers(3, 4)
+    assert contract({"last_hidden_state": one, "past_key_values": two}) == [one]
+    assert contract((one, [two])) == [one, two]
+
+
+@dataclass(slots=True)
+class Slots:
+    y: Any
+
+
+class Box:
+    def __init__(self, y):
+        self.y, self.me, self.model = y, self, nn.Linear(2, 2)
+
+
+class DynamicCache(Box):
+    pass
+
+
+@pytest.mark.parametrize(
+    "wrap", [Slots, Box, SimpleNamespace, lambda y: frozenset([y]), lambda y: (3, [Slots({1: y})])]
+)
+def test_tensors_are_found_in_any_object(wrap):
+    (y,) = numbers(7)
+    made = wrap(y=y) if wrap is SimpleNamespace else wrap(y)
+    assert contract(made) == [y]
+    assert contract(DynamicCache(y)) == []
 
 
 def test_policies_that_answer_alike():

@@ -49,7 +49,7 @@ def test_a_trace_follows_the_calls_of_a_run():
     run = capture(twin(model), [((x,), {})], Policy()).runs[0]
     trace = Trace(run, [[(3, 8)], [(3, 8)]]).of(model, ((x,), {}))
     assert trace.at == len(run.calls) == len(trace.prints)
-    assert torch.equal(trace.out, model(x))
+    assert torch.equal(trace.out[0], model(x))
     with pytest.raises(Otherwise, match=r"gives \[\(3, 8\)\], expected \[\(3, 7\)\]"):
         Trace(run, [[(3, 7)], None]).of(model, ((x,), {}))
     with pytest.raises(Otherwise, match="linear instead of the end"):
@@ -65,4 +65,4 @@ def test_nothing_is_dropped_in_training_mode():
     model, x = Drops(), torch.randn(3, 4)
     run = capture(twin(model), [((x,), {})], Policy()).runs[0]
     run = type(run)(run.arguments, True, run.calls)
-    assert torch.equal(Trace(run).of(model, ((x,), {})).out, model.a(x))
+    assert torch.equal(Trace(run).of(model, ((x,), {})).out[0], model.a(x))

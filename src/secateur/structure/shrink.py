@@ -292,7 +292,8 @@ def _attempt(
         alike = [call] if call is not None else []
         if failed.count(failed[-1]) > 1:  # so it is in every layer that runs the line
             alike = [c for run in cap.runs for c in run.calls if (c.name, c.line) == failed[-1]] or alike
-        if alike and not any([_hold_around(cap, as_mask(kept), c, trouble) for c in alike]):
+        held = [_hold_around(cap, as_mask(kept), c, trouble) for c in alike]
+        if alike and not any(held):
             break
     raise StructureError(f"the smaller model could not be proven equal to the masked one: {trouble}")
 
@@ -518,8 +519,10 @@ def _nothing(plan: Plan, trouble: str) -> str:
 
 
 def _holds(plan: Plan) -> str:
-    held = [f"{', '.join(group.axes[:2])}: {group.held}" for group in plan.groups if group.held not in ("", NOT_ASKED)]
-    return "; ".join(held[:4])
+    """What holds the largest groups."""
+    held = [group for group in plan.groups if group.held not in ("", NOT_ASKED)]
+    largest = sorted(held, key=lambda group: -group.units)[:4]
+    return "; ".join(f"{', '.join(group.axes[:2])}: {group.held}" for group in largest)
 
 
 def _weights(model: nn.Module) -> int:

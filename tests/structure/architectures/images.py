@@ -237,7 +237,8 @@ def standardised_weights(w):
             return self._conv_forward(x, (weight - mean) / (spread + 1e-5), None)
 
     a, b = w(16), w(24)
-    body = Standardised(3, a, 3), nn.BatchNorm2d(a), nn.ReLU(), Standardised(a, b, 3), nn.BatchNorm2d(b), nn.ReLU()
+    first, second = Standardised(3, a, 3, bias=False), Standardised(a, b, 3, bias=False)
+    body = first, nn.BatchNorm2d(a), nn.ReLU(), second, nn.BatchNorm2d(b), nn.ReLU()
     return nn.Sequential(*body, head(b)), images()
 
 
