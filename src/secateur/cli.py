@@ -214,7 +214,7 @@ def shrink(
     ] = None,
     plan: Annotated[
         Path | None,
-        typer.Option(help="A plan made before, without MODULE:FACTORY: it cuts the checkpoint, tensor by tensor."),
+        typer.Option(help="A plan made before, in place of a model: it cuts the checkpoint, tensor by tensor."),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would go; write nothing.")] = False,
     as_json: Json = False,

@@ -68,7 +68,7 @@ def test_a_model_with_nothing_to_remove_is_an_error():
 
 
 def test_too_small_a_sparsity_is_an_error():
-    with pytest.raises(StructureError, match="Ask for a larger sparsity"):
+    with pytest.raises(StructureError, match="Ask for more to go"):
         sc.shrink(mlp(), X, 0.01)
 
 

@@ -64,7 +64,7 @@ def shrink(model: _M, example_inputs: Any, sparsity: float | None = None, **opti
         sparsity: fraction of the units of each group that go, 0 < sparsity < 1. A group keeps at least one unit.
             None, without `macs`, `params`, `latency` or `depth`: exactly the units go that are dead already, because
             weights of them are zero: no number of theirs reaches an output. So pruning with masks ends.
-        **options: see `Options`.
+        **options: see `secateur.structure.Options`.
 
     Returns a new model of the same class; it equals the given one with the same units masked, and blocks passed by.
 
@@ -508,7 +508,7 @@ def _nothing(plan: Plan, trouble: str) -> str:
     if largest is not None and not trouble:
         return (
             f"nothing would go: the largest group, {', '.join(largest.axes[:2])}, has {largest.units} units, and not "
-            "one of them is to go. Ask for a larger sparsity, or for a smaller round_to or min_width"
+            "one of them is to go. Ask for more to go, or for a smaller round_to or min_width"
         )
     if trouble:
         return f"nothing can be removed: {trouble}. Change the code at that place, or keep the model as it is"
