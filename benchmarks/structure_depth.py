@@ -30,9 +30,9 @@ EPOCHS, TUNING = 16, 4
 class Deep(nn.Module):
     """A ResNet whose blocks all have one width."""
 
-    def __init__(self, width: int, blocks: int, channels: int = 1) -> None:
+    def __init__(self, width: int, blocks: int) -> None:
         super().__init__()
-        self.stem = nn.Conv2d(channels, width, 3, padding=1)
+        self.stem = nn.Conv2d(1, width, 3, padding=1)
         self.blocks = nn.Sequential(*(Block(width, width, 1) for _ in range(blocks)))
         self.out = nn.Linear(width, 10)
 

@@ -65,7 +65,7 @@ def rooted(cap: Capture, kept: Tensor, model: nn.Module, small: nn.Module) -> It
         small: cut, and its attributes follow.
     """
     done: set[str] = set()
-    for call in (c for run in cap.runs for c in run.calls if c.name in _ROOTED and c.rooted):
+    for call in (c for run in cap.runs for c in run.calls if c.rooted):
         if call.name == "multi_head_attention_forward":
             one = small.get_submodule(call.module)
             if call.module not in done and isinstance(one, nn.MultiheadAttention):
@@ -82,9 +82,6 @@ def rooted(cap: Capture, kept: Tensor, model: nn.Module, small: nn.Module) -> It
                 done.add(str(call))
                 if (found := fold(cap, kept, call, (new / old_size) ** 0.5)) is not None:
                     yield replace(found, units=tuple(f for f in call.ins[0][1] if f.shape[-1] > 1))
-
-
-_ROOTED = frozenset(["scaled_dot_product_attention", "multi_head_attention_forward"])
 
 
 def _projection(path: str, module: nn.MultiheadAttention, factor: float) -> Iterator[Scaled]:
@@ -132,7 +129,7 @@ def fold(cap: Capture, kept: Tensor, call: Call, factor: float) -> Fold | None:
         own = [s for s in one.sources if isinstance(s, str)]
         if one.name not in _MAKERS or any(_reads_elsewhere(cap, one, s) for s in own):
             return None
-        scaled |= {s.name: s for s in _rows(cap, kept, one, query - {0}, factor)}
+        scaled |= {s.name: s for s in _rows(kept, one, query - {0}, factor)}
     if not scaled:
         return None
     return Fold(tuple(scaled.values()), frozenset(map(str, (*between.values(), *makers.values()))))
@@ -146,7 +143,7 @@ def _reads_elsewhere(cap: Capture, call: Call, name: str) -> bool:
     )
 
 
-def _rows(cap: Capture, kept: Tensor, call: Call, query: set[int], factor: float) -> Iterator[Scaled]:
+def _rows(kept: Tensor, call: Call, query: set[int], factor: float) -> Iterator[Scaled]:
     """The rows of the tensors of a call that make the query; all of a vector that has no rows of its own."""
     known = [(s, *one) for s, one in zip(call.sources, call.ins, strict=True) if isinstance(s, str)]
     wanted = torch.tensor(sorted(query), dtype=torch.int64)

@@ -157,7 +157,7 @@ def select(
 
     def take(share: float | Worth, pools: Sequence[Hashable]) -> _Choice:
         kept, counts = groups.select(worth, share, pools, round_to, min_width)
-        return _Choice(left(kept), kept, np.array(counts), share, pools)
+        return _Choice(left(kept), np.array(counts), share, pools)
 
     search = _Search(take, target.fraction, groups)
     search.approach(lambda share: take(share, pools), np.unique(groups.parts))
@@ -171,16 +171,15 @@ def select(
         raise StructureError(
             f"{named}: whole units go, and the nearest are {below:.3f} and {above:.3f}. Ask for one of these"
         )
-    chosen = groups.select(worth, best.share, best.pools, round_to, min_width)  # what it tells of cells is of this one
+    chosen = groups.select(worth, best.share, best.pools, round_to, min_width)  # again: `groups.stuck` is of the last
     groups.missed = search.off(best) / (1 - target.fraction)
     return chosen
 
 
 class _Choice(NamedTuple):
-    """Units that go, what is left of the cost, and how to have them again from `Groups.select`."""
+    """What is left of the cost, how many units go of each cell, and how to have them again from `Groups.select`."""
 
     left: float
-    kept: Labels
     counts: Labels
     share: float | Worth
     pools: Sequence[Hashable]
@@ -210,8 +209,14 @@ class _Search:
         return abs(choice.left - self.fraction)
 
     def approach(self, line: Callable[[float], _Choice], free: Labels, turns: int = 2) -> None:
-        """Halve a line from nothing to all. Where it jumps over the fraction, let parts jump one by one. The part at
-        which it is passed stays on one side or the other, and the others, `free`, make up for it.
+        """Halve a line from nothing to all; where it jumps over the fraction, let parts jump one by one.
+
+        The part at which the fraction is passed stays on one side or the other, and the rest makes up for it.
+
+        Args:
+            line: from 0, where nothing goes, to 1, where all does.
+            free: the parts that change along it.
+            turns: how often a part may be set aside like that.
         """
         above, below, known = line(0.0), line(1.0), len(self.tried)
         self.tried += [above, below]
