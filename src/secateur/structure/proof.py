@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_map
 from secateur.structure.capture import Call, Run, key, results, tensors
 from secateur.structure.groups import Axis
 from secateur.structure.remains import Remains
-from secateur.structure.traces import Print, Trace, dropping_nothing, fingerprint
+from secateur.structure.traces import Print, Trace, dropping_nothing, fingerprint, prints_apart
 from secateur.support.inputs import Arguments
 
 _log = logging.getLogger(__name__)
@@ -31,7 +31,6 @@ _STATISTICS = """layer_norm rms_norm group_norm instance_norm mean var std var_m
 softmax log_softmax"""
 _OVER_KEPT = frozenset(_STATISTICS.split())
 _STEP = 1e-3  # a call whose result differs by more, relative to its length, is wrong; rounding stays far below
-
 _ROUNDED = 1e-2  # what differs by less may be rounding: double precision tells
 
 _DRAWING = """bernoulli rand_like randn_like rand randn normal uniform exponential multinomial rrelu gumbel_softmax
@@ -266,16 +265,10 @@ def apart(want: Trace, got: Trace, limit: float, between: frozenset[str] = froze
         if call.elastic or (between and str(call) in between):
             continue
         taken = [i for i in range(len(a)) if i in call.used or len(a) == 1]  # weights of attention often are not
-        off = max((_prints_apart(a[i], b[i]) for i in taken), default=0.0)
+        off = max((prints_apart(a[i], b[i]) for i in taken), default=0.0)
         if off > max(_STEP, limit):
             return Difference(max(worst, off), call, _factor(a, b))
     return Difference(worst, want.calls[-1] if worst > limit else None)
-
-
-def _prints_apart(a: Print, b: Print) -> float:
-    if a[0] != b[0]:
-        return float("inf")
-    return max(abs(x - y) for x, y in zip(a[1:], b[1:], strict=True)) / max(a[1], 1e-12)
 
 
 def _factor(a: Sequence[Print], b: Sequence[Print]) -> float | None:
@@ -283,7 +276,7 @@ def _factor(a: Sequence[Print], b: Sequence[Print]) -> float | None:
     if len(a) != 1 or len(b) != 1 or a[0][0] != b[0][0] or not b[0][1]:
         return None
     factor = a[0][1] / b[0][1]
-    return factor if _prints_apart(a[0], (b[0][0], *(n * factor for n in b[0][1:]))) < _STEP else None
+    return factor if prints_apart(a[0], (b[0][0], *(n * factor for n in b[0][1:]))) < _STEP else None
 
 
 def _apart(a: Tensor, b: Tensor) -> float:

@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from secateur.structure.capture import calm, key, results, tensors
 from secateur.structure.policy import contract
 from secateur.structure.proof import DRAWS, tolerance
-from secateur.structure.traces import Print, fingerprint
+from secateur.structure.traces import Print, fingerprint, prints_apart
 from secateur.support.inputs import Arguments
 
 
@@ -82,11 +82,11 @@ def strays(one: Named, other: Named, arguments: Arguments, training: bool = Fals
     for (a, before), (b, after) in zip_longest(first, second, fillvalue=("the end", [])):
         if a != b:
             return f"{b} comes in place of {a}"
-        if len(before) != len(after) or max(map(_apart, before, after), default=0.0) > limit:
+        if len(before) != len(after) or max(map(prints_apart, before, after), default=0.0) > limit:
             return f"{a} gives other numbers"
     if len(want) != len(got):
         return f"there are {len(got)} outputs in place of {len(want)}"
-    worst = max((_apart(fingerprint(a), fingerprint(b)) for a, b in zip(want, got, strict=True)), default=0.0)
+    worst = max((prints_apart(fingerprint(a), fingerprint(b)) for a, b in zip(want, got, strict=True)), default=0.0)
     if worst > limit:
         return f"the outputs differ by {worst:.1e}"
     whole = [(a, b) for a, b in zip(want, got, strict=True) if not (a.is_floating_point() or a.is_complex())]
@@ -99,10 +99,3 @@ def _read(one: Named, arguments: Arguments, training: bool) -> tuple[_Reads, Seq
         out = one.model(*args, **kwargs)
     one.unread -= reads.read
     return reads, contract(out)
-
-
-def _apart(a: Print, b: Print) -> float:
-    """The difference between two tensors relative to the length of the first, as their prints tell."""
-    if a[0] != b[0]:
-        return float("inf")
-    return max(abs(x - y) for x, y in zip(a, b, strict=True)) / max(a[1], 1e-12)

@@ -145,6 +145,13 @@ def fingerprint(t: Tensor) -> Print:
     return (float(v.numel()), *found)
 
 
+def prints_apart(a: Print, b: Print) -> float:
+    """The difference between two tensors relative to the length of the first, as their prints tell."""
+    if a[0] != b[0]:
+        return math.inf
+    return max(abs(x - y) for x, y in zip(a[1:], b[1:], strict=True)) / max(a[1], 1e-12)
+
+
 def _sums(v: Tensor) -> Print:
     random = _random().to(v.device)
     whole, rest = divmod(v.numel(), _CHUNK)
