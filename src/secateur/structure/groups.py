@@ -22,7 +22,6 @@ from secateur.structure.units import Extent, Labels, tally
 Worth = NDArray[np.float64]
 """For each label a number: those of the labels of a group are added up."""
 
-
 _PIECE = 1 << 18  # numbers that are scored at a time
 
 
@@ -226,9 +225,7 @@ class Groups:
     @cached_property
     def equations(self) -> list[Equation]:
         """What the blocks and the equal sizes demand of the cells."""
-        which = np.full(len(self.root), -1)
-        for c, members in enumerate(self.cells):
-            which[members] = c
+        which = self.cell_of
 
         def form(row: Labels) -> dict[int, Fraction]:
             """How many positions go with one group of each cell."""

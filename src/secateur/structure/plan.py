@@ -304,11 +304,9 @@ def as_plan(
 
 
 def _rows(groups: Groups, counts: list[int]) -> list[Group]:
-    kind = np.full(len(groups.root), -1)  # of each group: its cell, or behind those its reason
+    kind = groups.cell_of.copy()  # of each group: its cell, or behind those its reason
     reasons = list(dict.fromkeys(why for group, why in groups.held.items() if group))
     place = {why: len(counts) + i for i, why in enumerate(reasons)}
-    for c, cell in enumerate(groups.cells):
-        kind[cell] = c
     for group, why in groups.held.items():
         if group:
             kind[group] = place[why]
