@@ -77,11 +77,11 @@ def multi_head(site: Site) -> None:
         site.capture.balance(torch.stack([inner[0].flatten(), outer[0].flatten()[: query.shape[-1]]]))
 
 
-Step = Callable[[Tensor, Sequence[Tensor], Sequence[Tensor], Sequence[Any]], tuple[Tensor, ...]]
-"""(input, states, weights, biases) to new states, of which the first is the output."""
+Step = Callable[[Tensor, Sequence[Tensor], Sequence[Any], Sequence[Tensor]], tuple[Tensor, ...]]
+"""(input, weights, biases, states) to new states, of which the first is the output."""
 
 
-def _lstm(x: Tensor, state: Sequence[Tensor], w: Sequence[Tensor], b: Sequence[Any]) -> tuple[Tensor, ...]:
+def _lstm(x: Tensor, w: Sequence[Tensor], b: Sequence[Any], state: Sequence[Tensor]) -> tuple[Tensor, ...]:
     h, c = state
     i, f, g, o = (F.linear(x, w[0], b[0]) + F.linear(h, w[1], b[1])).chunk(4, -1)
     c = f.sigmoid() * c + i.sigmoid() * g.tanh()
@@ -89,7 +89,7 @@ def _lstm(x: Tensor, state: Sequence[Tensor], w: Sequence[Tensor], b: Sequence[A
     return (F.linear(h, w[2]) if len(w) > 2 else h), c
 
 
-def _gru(x: Tensor, state: Sequence[Tensor], w: Sequence[Tensor], b: Sequence[Any]) -> tuple[Tensor, ...]:
+def _gru(x: Tensor, w: Sequence[Tensor], b: Sequence[Any], state: Sequence[Tensor]) -> tuple[Tensor, ...]:
     (h,) = state
     r, z, n = F.linear(x, w[0], b[0]).chunk(3, -1)
     s, y, m = F.linear(h, w[1], b[1]).chunk(3, -1)
@@ -97,15 +97,11 @@ def _gru(x: Tensor, state: Sequence[Tensor], w: Sequence[Tensor], b: Sequence[An
     return ((1 - z) * (n + (r + s).sigmoid() * m).tanh() + z * h,)
 
 
-def _rnn(x: Tensor, state: Sequence[Tensor], w: Sequence[Tensor], b: Sequence[Any]) -> tuple[Tensor, ...]:
+def _rnn(x: Tensor, w: Sequence[Tensor], b: Sequence[Any], state: Sequence[Tensor]) -> tuple[Tensor, ...]:
     return ((F.linear(x, w[0], b[0]) + F.linear(state[0], w[1], b[1])).tanh(),)
 
 
 _STEPS: dict[str, Step] = {"lstm": _lstm, "gru": _gru, "rnn_tanh": _rnn, "rnn_relu": _rnn}
-
-
-def _again(step: Step, x: Tensor, w: Sequence[Tensor], b: Sequence[Any], state: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    return step(x, state, w, b)
 
 
 @rule("lstm gru rnn_tanh rnn_relu")
@@ -125,7 +121,7 @@ def recurrent(site: Site) -> None:
                 p = flat[at * per : (at + 1) * per]
                 w, b = ([p[0], p[1], *p[4:]], p[2:4]) if biased else (p, (None, None))
                 first = [h[at][:1].expand(*[1] * (x.ndim - 2), 1, -1) for h in states]
-                state = cap.settle(partial(_again, step, x, w, b), first)
+                state = cap.settle(partial(step, x, w, b), first)
                 outs.append(state[0])
                 last.append([s.flatten(0, -2)[:1] for s in state])
             x = torch.cat(outs, -1) if two_way else outs[0]
@@ -143,5 +139,5 @@ def cell(site: Site) -> None:
     x, h, *weights = (site.argument(i, n) for i, n in enumerate(["input", "hx", "w_ih", "w_hh", "b_ih", "b_hh"]))
     states = (h,) if isinstance(h, Tensor) else tuple(h)
     with site.capture.inside():
-        made = step(x, states, weights[:2], weights[2:])
+        made = step(x, weights[:2], weights[2:], states)
     _composed(site, made)

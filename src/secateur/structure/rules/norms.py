@@ -10,6 +10,7 @@ from torch import Tensor
 from secateur.structure.capture import Site, rule, tensors
 from secateur.structure.fields import Labelled, lead, support
 from secateur.structure.rules.arithmetic import over_kept
+from secateur.structure.rules.move import dims_of
 
 
 def with_vectors(site: Site, x: Labelled, vectors: Sequence[Any], dim: int) -> None:
@@ -69,9 +70,8 @@ def _alike_in_parts(site: Site, f: Tensor, dim: int, parts: int) -> Tensor:
 @rule("normalize")
 def normalize(site: Site) -> None:
     """A length over the units that stay."""
-    dim = site.argument(2, "dim", 1)
-    ndim = len(site.of(site.operand)[0])
-    site.capture.label(site.out, over_kept(site, {d % ndim for d in ([dim] if isinstance(dim, int) else dim)}))
+    dims = dims_of(site.argument(2, "dim", 1), len(site.of(site.operand)[0]))
+    site.capture.label(site.out, over_kept(site, dims))
 
 
 @rule("prelu")
