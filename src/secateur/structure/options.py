@@ -91,8 +91,8 @@ class Ask:
     min_width: int
     keep: dict[str, str]
     verify: bool
-    depth: float | None = None
-    masked: bool = False
+    depth: float | None
+    masked: bool
 
     @property
     def dead(self) -> bool:
@@ -148,19 +148,20 @@ def read(model: nn.Module, sparsity: float | None, options: Options) -> Ask:
     rule = options.get("allocation", "uniform")
     rule = ALLOCATIONS.find(rule) if isinstance(rule, str) else rule
     checks.function("allocation", rule, "a name, or a function (groups, model) that returns the pool of each cell")
+    score = options.get("score", "l2")
     return Ask(
-        sparsity,
-        next((Target(what, amount) for what, amount in asked.items() if what != "sparsity"), None),
-        plan,
-        criteria.resolve(score := options.get("score", "l2")),
-        checks.told(score),
-        rule,
-        options.get("round_to", 1),
-        options.get("min_width", 1),
-        _keeping(model, options.get("keep", ())),
-        options.get("verify", True),
-        depth,
-        masks is not None,
+        share=sparsity,
+        target=next((Target(what, amount) for what, amount in asked.items() if what != "sparsity"), None),
+        plan=plan,
+        score=criteria.resolve(score),
+        named=checks.told(score),
+        allocation=rule,
+        round_to=options.get("round_to", 1),
+        min_width=options.get("min_width", 1),
+        keep=_keeping(model, options.get("keep", ())),
+        verify=options.get("verify", True),
+        depth=depth,
+        masked=masks is not None,
     )
 
 
@@ -191,7 +192,8 @@ def _without_weights(asked: Mapping[str, float], options: Options) -> None:
         "which units are dead": not asked and options.get("plan") is None,
         "the time of a call": "latency" in asked,
     }
-    for what in (what for what, asks in needs.items() if asks):
+    what = next((what for what, asks in needs.items() if asks), None)
+    if what is not None:
         raise InputError(
             f"the model is on the meta device, without weights that tell {what}: give a sparsity, macs or params"
         )
