@@ -60,7 +60,9 @@ class Dead(NamedTuple):
         named = named_tensors(model)
         inputs = {axis.name: ~kept[axis.labels] for axis in groups.axes if axis.dim == 1}
         for (name, bias), constant in self.constants.items():
-            gone = torch.from_numpy(inputs[name]) & (constant != 0) if name in inputs else constant < constant
+            if name not in inputs:
+                continue
+            gone = torch.from_numpy(inputs[name]) & (constant != 0)
             if bool(gone.any()):
                 weight = named[name].detach().double().cpu()
                 whole = weight.flatten(2).sum(-1) if weight.ndim > 2 else weight

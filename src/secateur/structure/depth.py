@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from secateur.errors import StructureError, listed
 from secateur.structure.attributes import Edit, Edits
-from secateur.structure.blocks import Block, Renaming, children, lists, moved_up, put_back, take_out
+from secateur.structure.blocks import Block, Renaming, children, lists, moved_up, take_out
 from secateur.structure.capture import calm
 from secateur.structure.configs import Configs
 from secateur.structure.cut import named_tensors, twin
@@ -108,7 +108,7 @@ def shorten_by(model: nn.Module, examples: Sequence[Arguments], blocks: Sequence
     Raises:
         MaskError: it is another model. StructureError: they cannot go here; says why.
     """
-    put_back(take_out(model, blocks))
+    take_out(twin(model), blocks)  # raises where a list is another one
     goes = {block.name for block in blocks if not block.becomes}
     lists = candidates(model, examples)
     found = {path: modules for path, modules in lists.items() if any(one.name in goes for one in modules)}
@@ -254,7 +254,8 @@ def _proven(given: Named, small: Named, examples: Sequence[Arguments], verify: b
             why = strays(given, small, arguments)
         except Exception as error:
             return f"the forward fails ({type(error).__name__}: {error})"
-        for others in (fresh(arguments),) if verify and not why else ():
+        if verify and not why:
+            others = fresh(arguments)
             try:
                 why = strays(given, small, others)
             except Exception as error:
