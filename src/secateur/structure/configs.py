@@ -40,6 +40,10 @@ Keys = tuple[str | int, ...]
 """The way from a config to one of its numbers."""
 Dim = tuple[str, int]
 """A dimension of a tensor of the state_dict."""
+Knob = tuple[Keys, ...]
+"""A number of a config, or several that are the same size and must change together."""
+Moves = dict[Knob, dict[Dim, int]]
+"""For each knob the sizes that change when it is doubled, and to what."""
 
 _WITHIN_HEADS = re.compile("head_dim|head_size|d_kv|kv_channels")
 _NO_SIZE = re.compile("(_id|_ids|_token|label2id|id2label|version|architectures|type|activation|dropout)$")
@@ -72,12 +76,6 @@ class Untold:
     multiples: Sequence[tuple[Dim, int]] = ()
 
 
-Knob = tuple[Keys, ...]
-"""A number of a config, or several that are the same size and must change together."""
-Moves = dict[Knob, dict[Dim, int]]
-"""For each knob the sizes that change when it is doubled, and to what."""
-
-
 class Configs:
     """The configs of the transformers models in a model, and what their numbers tell."""
 
@@ -86,10 +84,10 @@ class Configs:
         self._given: dict[str, _Given] = {}
         self._found: dict[str, tuple[str, list[Trace]]] = {}  # config found for a path, as it is saved; its forwards
 
-    def _search(self, small: nn.Module, path: str) -> _Search:
+    def _whole(self, path: str) -> _Given:
         if path not in self._given:
             self._given[path] = _Given(self._model.get_submodule(path))
-        return _Search(self._given[path], small, path)
+        return self._given[path]
 
     def follow(self, small: nn.Module, remains: Sequence[Remains], edits: Edits) -> Untold | None:
         """Let the configs, and what was made of them, follow the sizes.
@@ -103,7 +101,7 @@ class Configs:
         """
         self._found.clear()
         for path in _roots(small):
-            search = self._search(small, path)
+            search = _Search(self._whole(path), small, path)
             untold = search.run(remains, edits)
             if untold is not None:
                 return untold
@@ -118,7 +116,7 @@ class Configs:
             traces: of its forwards.
         """
         for path in _roots(small):
-            search = self._search(small, path)
+            search = _Search(self._whole(path), small, path)
             saved, theirs = self._found.get(path, ("", []))
             if search.given.loads and saved != _saved(search.module.config):  # attributes have followed since
                 whole = search.filled(search.module.config)
@@ -145,9 +143,7 @@ class Configs:
         renaming = Renaming(blocks)
         for path in _roots(small):
             before = renaming.before(path)
-            if before not in self._given:
-                self._given[before] = _Given(self._model.get_submodule(before))
-            count = _Count(self._given[before], small, path, renaming)
+            count = _Count(self._whole(before), small, path, renaming)
             own = [block for block in blocks if f"{block.name}.".startswith(f"{before}." if before else "")]
             if not own or not count.given.loads:
                 continue
@@ -280,6 +276,7 @@ class _Search:
     """The search for the config of one module.
 
     Attributes:
+        was, want: its sizes in the given model and in the small one.
         traces: of a model made from the config that was found.
     """
 
@@ -287,7 +284,7 @@ class _Search:
         self.small, self.path, self.given = small, path, given
         self.module: Any = small.get_submodule(path)
         self.config, self.moves = given.config, given.moves
-        self.want = _sizes(self.module)
+        self.was, self.want = given.sizes, _sizes(self.module)
         self.left = _TRIALS
         self.traces: list[Trace] = []
 
@@ -298,20 +295,19 @@ class _Search:
     def run(self, remains: Sequence[Remains], edits: Edits) -> Untold | None:
         if not self.given.loads:
             return None
-        was = self.given.sizes
         self.remains = remains
-        self.changed = {Fraction(self.want[d], n) for d, n in was.items() if self.want[d] != n}
-        config, off = self.sized(was)
+        self.changed = {Fraction(self.want[d], n) for d, n in self.was.items() if self.want[d] != n}
+        config, off = self.sized()
         fresh = self.made(config)
         if self.given.depths and not off and (fresh is None or _sizes(fresh) != self.want):
-            self.given.depths, self.given.like = [], {d: d for d in was}  # layers are not alike after all
+            self.given.depths, self.given.like = [], {d: d for d in self.was}  # layers are not alike after all
             self.moves.clear()
-            config, off = self.sized(was)
+            config, off = self.sized()
             fresh = self.made(config)
-        equal = [(self.full(a), self.full(b), k) for a, b, k in self.equations(was)]
+        equal = [(self.full(a), self.full(b), k) for a, b, k in self.equations()]
         if off:
             why = f"no config tells the size of {_named(off)}"
-            multiples = [(self.full(d), of) for d, of in ([] if equal else self.multiples(config, was, off))]
+            multiples = [(self.full(d), of) for d, of in ([] if equal else self.multiples(config, off))]
             return Untold(why, None, [*map(self.full, self.beside(off))], equal, multiples)
         found = self.alike(config)
         if isinstance(found, Untold):  # sizes may fit by chance: 4 heads of 19 // 4 are 1 head of 16
@@ -332,13 +328,13 @@ class _Search:
 
     # ------------------------------------------------------------------------------------------------------------ sizes
 
-    def sized(self, was: dict[Dim, int]) -> tuple[Any, set[Dim]]:
+    def sized(self) -> tuple[Any, set[Dim]]:
         """The config that tells most sizes, and the dimensions whose sizes it does not tell."""
         if self.changed and not self.moves:
-            self.probe(was)
-        now, have = self.config, was
+            self.probe()
+        now, have = self.config, self.was
         while off := {d for d, n in self.want.items() if have[d] != n}:
-            steps = self.steps(now, was, have, off)
+            steps = self.steps(now, have, off)
             better = self.best(now, [[s] for s in steps], len(off))
             if better is None:
                 better = self.best(now, map(list, itertools.combinations(steps, 2)), len(off))
@@ -349,7 +345,7 @@ class _Search:
             now, have = better
         return now, set()
 
-    def probe(self, was: dict[Dim, int]) -> None:
+    def probe(self) -> None:
         """Find which sizes each number tells, and each two of one value that cannot change alone."""
 
         def double(*knob: Keys) -> bool:
@@ -357,7 +353,7 @@ class _Search:
                 sizes = self.told(_with(self.config, [(knob, times * _at(self.config, knob[0]))]))
                 if sizes:
                     self.moves[knob] = {
-                        d: was[d] + (n - was[d]) // (times - 1) for d, n in sizes.items() if n != was[d]
+                        d: self.was[d] + (n - self.was[d]) // (times - 1) for d, n in sizes.items() if n != self.was[d]
                     }
                     return True
             return False
@@ -367,16 +363,16 @@ class _Search:
             if a == b:
                 double(one, other)
 
-    def steps(self, now: Any, was: dict[Dim, int], have: dict[Dim, int], off: set[Dim]) -> list[tuple[Knob, int]]:
+    def steps(self, now: Any, have: dict[Dim, int], off: set[Dim]) -> list[tuple[Knob, int]]:
         """Changes that would bring sizes nearer; those within heads last, because whole heads go first."""
         steps: list[tuple[Knob, int]] = []
         for knob, moved in sorted(self.moves.items(), key=lambda one: bool(_WITHIN_HEADS.search(str(one[0])))):
             value, votes = _at(now, knob[0]), Counter[int]()
             for d in off & set(moved):
-                if moved[d] == 2 * was[d]:
+                if moved[d] == 2 * self.was[d]:
                     new = Fraction(value * self.want[d], have[d])
                 else:
-                    new = value + Fraction(_at(self.config, knob[0]) * (self.want[d] - have[d]), moved[d] - was[d])
+                    new = value + Fraction(_at(self.config, knob[0]) * (self.want[d] - have[d]), moved[d] - self.was[d])
                 votes[int(new)] += new.denominator == 1 and new > 0
             steps += [(knob, new) for new, n in votes.most_common(2) if n and new != value]
         return steps
@@ -394,11 +390,11 @@ class _Search:
                 found, most, within = (trial, have), n, inner
         return found
 
-    def equations(self, was: dict[Dim, int]) -> list[tuple[Dim, Dim, Fraction]]:
+    def equations(self) -> list[tuple[Dim, Dim, Fraction]]:
         """Sizes that the same numbers tell, in proportion; none if all are in proportion already."""
         told: dict[frozenset[Knob], list[Dim]] = {}
-        for d in was:
-            by = {knob for knob, moved in self.moves.items() if moved.get(d) == 2 * was[d]}
+        for d in self.was:
+            by = {knob for knob, moved in self.moves.items() if moved.get(d) == 2 * self.was[d]}
             by = {knob for knob in by if not _WITHIN_HEADS.search(str(knob))} or by  # heads go whole
             told.setdefault(frozenset(by), []).append(d)
         told.pop(frozenset(), None)
@@ -406,19 +402,21 @@ class _Search:
         for whole, (d, *_) in told.items():  # a width times a ratio: the ratio stays
             if parts := [own[0] for part, own in sorted(told.items(), key=lambda one: -len(one[1])) if part < whole]:
                 pairs.append((parts[0], d))
-        found = [(a, b, Fraction(was[a], was[b])) for a, b in pairs]
+        found = [(a, b, Fraction(self.was[a], self.was[b])) for a, b in pairs]
         return found if any(self.want[a] != k * self.want[b] for a, b, k in found) else []
 
-    def multiples(self, now: Any, was: dict[Dim, int], off: set[Dim]) -> list[tuple[Dim, int]]:
+    def multiples(self, now: Any, off: set[Dim]) -> list[tuple[Dim, int]]:
         """Sizes of which no other than certain multiples are taken: of heads, for example."""
-        for knob, new in self.steps(now, was, self.told(now), off):
+        for knob, new in self.steps(now, self.told(now), off):
             if not self.told(_with(now, [(knob, new)])):
                 for value in range(new - 1, max(new - _NEAR, 0), -1):
                     if self.told(_with(now, [(knob, value)])):
                         old = _at(self.config, knob[0])
-                        told = [d for d, n in self.moves[knob].items() if n == 2 * was[d]]
+                        told = [d for d, n in self.moves[knob].items() if n == 2 * self.was[d]]
                         step = math.gcd(old, value)
-                        return [(d, step * was[d] // old) for d in told if step > 1 and step * was[d] % old == 0]
+                        return [
+                            (d, step * self.was[d] // old) for d in told if step > 1 and step * self.was[d] % old == 0
+                        ]
         return []
 
     def beside(self, off: set[Dim]) -> set[Dim]:
@@ -568,9 +566,8 @@ def _numbers(config: Any) -> Iterator[tuple[Keys, int]]:
 
 
 def _inside(holder: Any) -> Iterator[tuple[str | int, Any]]:
-    if isinstance(holder, list | tuple):
-        return iter(enumerate(holder))
-    return iter((holder if isinstance(holder, dict) else vars(holder)).items())
+    space = _space(holder)
+    return iter(space.items() if isinstance(space, dict) else enumerate(space))
 
 
 def _space(holder: Any) -> Any:
