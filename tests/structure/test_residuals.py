@@ -2,7 +2,7 @@ import torch
 from torch import nn
 
 from secateur.structure.cut import twin
-from secateur.structure.residuals import candidates, innermost, outer, passed_by
+from secateur.structure.residuals import candidates, innermost, nested, passed_by
 
 X = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))
 
@@ -79,8 +79,8 @@ def test_other_modules_of_the_list_say_why_they_stay():
 def test_of_lists_within_lists_the_innermost_counts():
     every = found(nn.Sequential(nn.Sequential(Adds(), Adds()), nn.Sequential(Adds(), Adds())))
     assert list(innermost(every)) == ["0", "1"]
-    assert outer(every, "0")
-    assert not outer(innermost(every), "0")
+    assert nested("0", every)
+    assert not nested("0", innermost(every))
 
 
 class Pair(nn.Module):

@@ -26,7 +26,7 @@ from secateur.structure.plan import Attribute
 from secateur.structure.policy import contract
 from secateur.structure.proof import fresh
 from secateur.structure.reads import Named, strays
-from secateur.structure.residuals import Candidate, candidates, innermost, outer, passed_by
+from secateur.structure.residuals import Candidate, candidates, innermost, nested, passed_by
 from secateur.support.inputs import Arguments
 
 _log = logging.getLogger(__name__)
@@ -69,7 +69,7 @@ def shorten(
         _check(depth, len(kin), wanted)
         _add_influences(model, examples, found, influence)
         goes = _least(found, kin, influence, wanted)
-        spent = [path for path, modules in found.items() if all(one.why for one in modules) and outer(lists, path)]
+        spent = [path for path, modules in found.items() if all(one.why for one in modules) and nested(path, lists)]
         if len(goes) == wanted:
             done, why = _without(model, examples, found, goes, influence, verify)
             if done is not None:

@@ -101,7 +101,7 @@ def innermost(found: Mapping[str, list[Candidate]]) -> dict[str, list[Candidate]
     return {path: every for path, every in found.items() if not any(_within(other, path) for other in found)}
 
 
-def outer(found: Iterable[str], path: str) -> bool:
+def nested(path: str, found: Iterable[str]) -> bool:
     """Whether a list lies within another one of these."""
     return any(_within(path, other) for other in found)
 
@@ -158,11 +158,9 @@ class _Watch(TorchFunctionMode):
         self.forms: dict[str, Form | str] = {}
         self.own = {id(t) for t in named_tensors(model).values()}
         self.took: dict[str, Place] = {}  # of modules that run now: the argument that they take
-        self.marks: MutableMapping[Tensor, dict[str, str]] = (
-            WeakTensorKeyDictionary()
-        )  # tensor -> {module: what it is to it}
+        self.marks: MutableMapping[Tensor, dict[str, str]] = WeakTensorKeyDictionary()  # what it is to each module
         self.added: set[str] = set()  # modules whose out was added to something
-        self.beside: MutableMapping[Tensor, set[str]] = WeakTensorKeyDictionary()  # tensor -> modules that gave it
+        self.beside: MutableMapping[Tensor, set[str]] = WeakTensorKeyDictionary()  # modules that gave it
 
     def forward(self, arguments: Arguments) -> dict[str, Form | str]:
         """Run the model. Returns how each module that was called can be passed by, or why it cannot."""
