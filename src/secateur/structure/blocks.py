@@ -107,17 +107,17 @@ def check_names(names: Iterable[str], blocks: Sequence[Block]) -> None:
         raise MaskError(f"there is no {min(missing)[:-1]}: {_COPY}")
 
 
-Taken = list[tuple[nn.Module, dict[str, nn.Module | None]]]
-"""Lists, with the modules that they had."""
+Had = tuple[nn.Module, dict[str, nn.Module | None]]
+"""A list, with the modules that it had."""
 
 
-def take_out(model: nn.Module, blocks: Sequence[Block]) -> Taken:
+def take_out(model: nn.Module, blocks: Sequence[Block]) -> list[Had]:
     """Take modules out of their lists, in place; the others move up. Returns what `put_back` needs.
 
     Raises:
         MaskError: a list has other modules than those that are named. Nothing is changed.
     """
-    new: dict[int, tuple[nn.Module, dict[str, nn.Module | None]]] = {}
+    new: dict[int, Had] = {}
     for container, own in lists(blocks).items():
         module = _found(model, container)
         names = [_last(block.name) for block in own]
@@ -133,7 +133,7 @@ def take_out(model: nn.Module, blocks: Sequence[Block]) -> Taken:
     return taken
 
 
-def put_back(taken: Iterable[tuple[nn.Module, dict[str, nn.Module | None]]]) -> None:
+def put_back(taken: Iterable[Had]) -> None:
     """Give lists back the modules that they had."""
     for module, modules in taken:
         module._modules.clear()
