@@ -31,7 +31,7 @@ class Shrunk:
 
     Attributes:
         plan: of what goes.
-        weights: parameters before and after.
+        weights: how many there are before and after: parameters, or, of a checkpoint, all numbers.
         written: files or folders; empty after a dry run.
     """
 
@@ -100,7 +100,7 @@ def run(
     plan.apply(model)
     written: tuple[str, ...] = ()
     if out is not None:
-        written = _write_folder(model, plan, Path(str(hf)), out) if hf is not None else _write_file(model, plan, out)
+        written = _write_folder(model, plan, hf, out) if hf is not None else _write_file(model, plan, out)
     return Shrunk(plan, (before, _count(model)), written)
 
 
