@@ -597,7 +597,6 @@ def capture(model: nn.Module, examples: Sequence[Arguments], policy: Policy) -> 
 def calm(model: nn.Module, training: bool) -> Iterator[None]:
     """Eval or training mode without gradients; then modules and random numbers are as before."""
     modules = list(model.modules())
-    modes = [m.training for m in modules]
     own = [dict(vars(m)) for m in modules]
     inner = [(v, dict(v)) for known in own for v in known.values() if isinstance(v, dict)]
     values = [
@@ -618,10 +617,9 @@ def calm(model: nn.Module, training: bool) -> Iterator[None]:
         for content, before in inner:
             content.clear()
             content.update(before)
-        for m, mode, attributes in zip(modules, modes, own, strict=True):
+        for m, attributes in zip(modules, own, strict=True):
             vars(m).clear()
             vars(m).update(attributes)
-            m.training = mode
         with torch.no_grad():
             for t, value in values:
                 t.copy_(value)
