@@ -110,9 +110,9 @@ def macs(model: nn.Module, x: Tensor) -> int:
 
 
 def nearest(make: Callable[[float], nn.Module], x: Tensor, wanted: float) -> tuple[float, nn.Module]:
-    """Of the models made at shares between 0 and 0.9, halved in ten times, the one whose MACs come nearest.
+    """Of ten models made at shares that halve 0 to 0.9, the one whose MACs come nearest.
 
-    One that has a tenth more than wanted is no choice.
+    One that has over a tenth more than wanted is taken only where all have.
     """
     low, high = 0.0, 0.9
     found = []
@@ -232,32 +232,39 @@ def sides(task: Task, options: argparse.Namespace) -> dict[str, Half]:
     return found
 
 
+def compared(task: Task, seed: int, options: argparse.Namespace) -> dict[str, float]:
+    """The dense model before and after fine-tuning, and each side after it, from one seed."""
+    torch.manual_seed(seed)
+    dense = task.build()
+    train(dense, task.data, task.epochs, 3e-3)
+    found = {"dense before": right(dense, task.data)}
+    whole = macs(dense, task.example)
+
+    def tune(name: str, model: nn.Module, epochs: int, rate: float) -> None:
+        left = macs(model, task.example) / whole
+        if name != "dense" and not 0.8 * options.macs < left < 1.1 * options.macs:
+            return  # units are too coarse for it
+        torch.manual_seed(seed)
+        train(model, task.data, epochs, rate)
+        found[name] = right(model, task.data)
+
+    tune("dense", copy.deepcopy(dense), task.tuning, 1e-3)
+    small = OURS[DEFAULT](dense, task, options.macs)
+    tune("small from fresh weights", fresh(small), task.epochs + task.tuning, 3e-3)
+    for name, half in sides(task, options).items():
+        torch.manual_seed(seed)
+        rest = task.tuning - task.tuning // 2 if half is gradual else task.tuning
+        tune(name, half(dense, task, options.macs), rest, 1e-3)
+    return found
+
+
 def accuracy(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """One row a task: means over seeds, of the dense model before and after fine-tuning, and of each side after it."""
+    """One row a task: means over seeds, each of those that came near enough to the wanted cost."""
     for task in tasks():
         if options.only and not any(part in task.name for part in options.only):
             continue
         found: dict[str, list[float]] = {}
         for seed in range(10, 10 + options.seeds) if options.choose else range(options.seeds):
-            torch.manual_seed(seed)
-            dense = task.build()
-            train(dense, task.data, task.epochs, 3e-3)
-            found.setdefault("dense before", []).append(right(dense, task.data))
-            whole = macs(dense, task.example)
-
-            def tune(name: str, model: nn.Module, epochs: int, rate: float, s: int = seed, w: int = whole) -> None:
-                left = macs(model, task.example) / w  # noqa: B023
-                if name != "dense" and not 0.8 * options.macs < left < 1.1 * options.macs:
-                    return  # units are too coarse for it
-                torch.manual_seed(s)
-                train(model, task.data, epochs, rate)  # noqa: B023
-                found.setdefault(name, []).append(right(model, task.data))  # noqa: B023
-
-            tune("dense", copy.deepcopy(dense), task.tuning, 1e-3)
-            small = OURS[DEFAULT](dense, task, options.macs)
-            tune("small from fresh weights", fresh(small), task.epochs + task.tuning, 3e-3)
-            for name, half in sides(task, options).items():
-                torch.manual_seed(seed)
-                rest = task.tuning - task.tuning // 2 if half is gradual else task.tuning
-                tune(name, half(dense, task, options.macs), rest, 1e-3)
+            for name, value in compared(task, seed, options).items():
+                found.setdefault(name, []).append(value)
         yield {"name": task.name, **{name: statistics.mean(values) for name, values in found.items()}}
