@@ -1,6 +1,7 @@
-"""Which units are ranked together: the lowest of each pool of cells go.
+"""Which units are ranked together: the lowest of each pool go.
 
-A rule is a function `(groups, model) -> pool of each cell`; `print(ALLOCATIONS)` lists those that have a name.
+A rule is a function `(groups, model) -> pool of each cell`, where a cell is what the docs call a group: units that may
+stand for one another. `print(ALLOCATIONS)` lists the rules that have a name.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def allocation(name: str, *, source: str = "") -> Callable[[Allocation], Allocat
 
 @allocation("uniform", source='Li et al. 2017, "Pruning Filters for Efficient ConvNets"')
 def uniform(groups: Groups, model: nn.Module) -> Sequence[Hashable]:
-    """The same fraction of each cell: no two cells are compared."""
+    """The same fraction of each group: no two groups are compared."""
     return range(len(groups.cells))
 
 
@@ -46,7 +47,7 @@ def global_(groups: Groups, model: nn.Module) -> Sequence[Hashable]:
 
 @allocation("isomorphic", source='Fang et al. 2024, "Isomorphic Pruning for Vision Models", section 3.2')
 def isomorphic(groups: Groups, model: nn.Module) -> Sequence[Hashable]:
-    """Cells that lie on the same dimensions of layers of the same types are ranked together."""
+    """Groups that lie on the same dimensions of layers of the same types are ranked together."""
     which = groups.cell_of
     shapes: list[list[tuple[str, str, int]]] = [[] for _ in groups.cells]
     for axis in groups.axes:
