@@ -4,7 +4,7 @@ from torch import nn
 
 from secateur.errors import InputError
 from secateur.masks import Masks
-from secateur.structure.cut import check_optimizer, cut, follow, masked, part, sliced, twin, undo
+from secateur.structure.cut import check_optimizer, cut, follow, masked, own_memory, sliced, twin, undo
 
 
 def test_sliced():
@@ -40,7 +40,7 @@ def test_parted_models_share_nothing_and_gradients_are_cut():
     small = twin(model)
     kept = {"0.weight": {0: [1]}, "0.bias": {0: [1]}, "1.weight": {1: [1]}}
     cut(small, kept)
-    part(model, small, kept)
+    own_memory(model, small, kept)
     assert small[1].bias.data_ptr() != model[1].bias.data_ptr()
     assert torch.equal(small[0].weight.grad, model[0].weight.grad[1:2])
     assert torch.equal(small[1].weight.grad, model[1].weight.grad[:, 1:2])

@@ -93,7 +93,7 @@ def undo(done: list[tuple[Tensor, Tensor]]) -> None:
         t.data = data
 
 
-def part(model: nn.Module, small: nn.Module, kept: Kept, renaming: Renaming = _SAME) -> None:
+def own_memory(model: nn.Module, small: nn.Module, kept: Kept, renaming: Renaming = _SAME) -> None:
     """Give the small model memory of its own, and the gradients of the model, cut."""
     old = named_tensors(model)
     for name, t in small.named_parameters():

@@ -23,7 +23,7 @@ from secateur.structure.blocks import Renaming
 from secateur.structure.capture import Call, Capture, capture
 from secateur.structure.configs import Configs, Dim
 from secateur.structure.criteria import Subject
-from secateur.structure.cut import check_optimizer, cut, follow, masked, named_tensors, part, twin, undo
+from secateur.structure.cut import check_optimizer, cut, follow, masked, named_tensors, own_memory, twin, undo
 from secateur.structure.dead import dead
 from secateur.structure.depth import Shorter, shorten, shorten_by
 from secateur.structure.fields import Labelled, along
@@ -135,7 +135,7 @@ def _transact(model: nn.Module, inputs: Any, sparsity: float | None, options: Op
         )
     attributes = (*shorter.attributes, *best.plan.attributes)
     best = best._replace(plan=dataclasses.replace(best.plan, blocks=shorter.blocks, attributes=attributes))
-    part(original, best.model, best.plan.kept, renaming)
+    own_memory(original, best.model, best.plan.kept, renaming)
     if optimizer is not None:
         follow(original, best.model, best.plan.kept, optimizer, renaming)
     return best
