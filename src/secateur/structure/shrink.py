@@ -214,37 +214,23 @@ def _attempt(
     Where a later forward makes other calls, the first may have filled a cache: then all begins anew, once.
     """
     small = twin(model)
-    try:
-        cap = capture(small, examples, policy)
-    except StructureError:
-        raise
-    except Exception as error:
-        where = ", or load its weights: without them a forward cannot look at numbers" if empty(small) else ""
-        raise InputTypeError(
-            f"the model cannot take the example inputs ({type(error).__name__}: {error}): "
-            f"give inputs with which model(...) runs{where}"
-        ) from error
+    cap = _captured(small, examples, policy, ask.keep)
     consulted |= cap.consulted
-    cap.consulted = consulted
-    for name, t in named_tensors(small).items():
-        if name in ask.keep and cap.seen(t):
-            for f in cap.fields(t):
-                cap.hold(f, ask.keep[name])
+    cap.consulted = consulted  # what is consulted from here on, the caller learns too
     trouble, asked, choose = "", 0, _chooser(small, cap, ask, policy)
     failed: list[tuple[str, str] | None] = []
     for _ in range(_ROUNDS):
         groups = Groups(cap)
         kept, counts, shifts = choose(groups)
+        plan = as_plan(small, groups, kept, counts, ())
+        now = plan.weights_gone(small)
+        asked = max(asked, now)
         unequal = list(groups.unequal(kept))
         if unequal:
             for rows, why in unequal:
                 cap.ledger.hold(rows, f"unequal parts: {why}")
             trouble = f"unequal parts: {unequal[0][1]}"
-            asked = max(asked, as_plan(small, groups, kept, counts, ()).weights_gone(small))
             continue
-        plan = as_plan(small, groups, kept, counts, ())
-        now = plan.weights_gone(small)
-        asked = max(asked, now)
         if not plan.removed:
             raise StructureError(_none_dead(trouble) if ask.dead else _nothing(plan, trouble))
         if ask.share is not None and now < _LEAST * asked:
@@ -296,6 +282,25 @@ def _attempt(
         if alike and not any(held):
             break
     raise StructureError(f"the smaller model could not be proven equal to the masked one: {trouble}")
+
+
+def _captured(small: nn.Module, examples: Sequence[Arguments], policy: Policy, keep: Mapping[str, str]) -> Capture:
+    """The forwards of the examples, in which nothing goes of the tensors that are kept."""
+    try:
+        cap = capture(small, examples, policy)
+    except StructureError:
+        raise
+    except Exception as error:
+        where = ", or load its weights: without them a forward cannot look at numbers" if empty(small) else ""
+        raise InputTypeError(
+            f"the model cannot take the example inputs ({type(error).__name__}: {error}): "
+            f"give inputs with which model(...) runs{where}"
+        ) from error
+    for name, t in named_tensors(small).items():
+        if name in keep and cap.seen(t):
+            for f in cap.fields(t):
+                cap.hold(f, keep[name])
+    return cap
 
 
 class _Choice(NamedTuple):
