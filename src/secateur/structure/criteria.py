@@ -12,7 +12,6 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -23,6 +22,7 @@ from secateur.scores import GradientScore, Score
 from secateur.structure.capture import Call, Capture, calm, key, results, tensors
 from secateur.structure.fields import labels, support
 from secateur.structure.groups import Axis, Groups, Worth, scores
+from secateur.structure.units import Flags
 from secateur.support.inputs import arguments
 from secateur.support.registry import Registry
 
@@ -173,7 +173,7 @@ def bn_scale(subject: Subject) -> Worth:
     return worth
 
 
-def _known(subject: Subject, found: NDArray[np.bool_], why: str) -> None:
+def _known(subject: Subject, found: Flags, why: str) -> None:
     """Raise an InputError where a score tells nothing of some units of a cell."""
     groups = subject.groups
     without = [c for c, cell in enumerate(groups.cells) if len(cell) > 1 and not found[cell].all()]

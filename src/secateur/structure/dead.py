@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -26,7 +25,7 @@ from secateur.structure.groups import Groups
 from secateur.structure.policy import Policy
 from secateur.structure.rules.arithmetic import pointwise
 from secateur.structure.rules.norms import pool
-from secateur.structure.units import Labels
+from secateur.structure.units import Flags, Labels
 from secateur.support.inputs import Arguments
 
 _TIMES = frozenset(["mul", "__mul", "__imul", "__rmul", "multiply"])
@@ -51,10 +50,10 @@ class Dead(NamedTuple):
             input always has, where it is dead and its number not zero; 0 elsewhere.
     """
 
-    units: NDArray[np.bool_]
+    units: Flags
     constants: dict[tuple[str, str], Tensor]
 
-    def shifts(self, model: nn.Module, groups: Groups, kept: Labels) -> dict[str, list[float]]:
+    def shifts(self, model: nn.Module, groups: Groups, kept: Flags) -> dict[str, list[float]]:
         """What is to be added to biases so that the units that go take no constant with them."""
         found: dict[str, list[float]] = {}
         named = named_tensors(model)
@@ -108,7 +107,7 @@ class _Reads(Capture):
         constants: as in `Dead`.
     """
 
-    def __init__(self, model: nn.Module, policy: Policy, root: Labels, dead: NDArray[np.bool_]) -> None:
+    def __init__(self, model: nn.Module, policy: Policy, root: Labels, dead: Flags) -> None:
         super().__init__(model, policy)
         self.root, self.dead = torch.from_numpy(root), torch.from_numpy(dead)
         self.read = np.zeros(len(root), bool)

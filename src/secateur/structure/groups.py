@@ -17,7 +17,7 @@ from secateur.errors import InputError
 from secateur.structure.capture import Capture
 from secateur.structure.fields import labels, support
 from secateur.structure.sizes import Equation, solve
-from secateur.structure.units import Extent, Labels, tally
+from secateur.structure.units import Extent, Flags, Labels, tally
 
 Worth = NDArray[np.float64]
 """For each label a number: those of the labels of a group are added up."""
@@ -124,7 +124,7 @@ class Groups:
         pools: Sequence[Hashable] | None = None,
         round_to: int = 1,
         min_width: int = 1,
-    ) -> tuple[Labels, list[int]]:
+    ) -> tuple[Flags, list[int]]:
         """Take the lowest of each cell, or of each pool of cells.
 
         Args:
@@ -163,7 +163,7 @@ class Groups:
         meant = np.array([len(cell) for cell in self.cells]) - stay
         return float(heavy @ np.abs(meant - counts) / max(heavy @ meant, 1e-9)) if len(heavy) else 0.0
 
-    def select_dead(self, dead: NDArray[np.bool_]) -> tuple[Labels, list[int]]:
+    def select_dead(self, dead: Flags) -> tuple[Flags, list[int]]:
         """Take as many of the dead as the equations let go; the last of a cell stays.
 
         Args:
@@ -181,12 +181,12 @@ class Groups:
             counts[c] = most[c] - stay
         return self._lowest(~dead, counts), counts
 
-    def _lowest(self, total: NDArray[Any], counts: Sequence[int]) -> Labels:
+    def _lowest(self, total: NDArray[Any], counts: Sequence[int]) -> Flags:
         """The mask of kept labels where of each cell so many of the lowest groups go."""
         kept = np.ones(len(self.root), bool)
         for cell, out in zip(self.cells, counts, strict=True):
             kept[cell[np.argsort(total[cell], kind="stable")][:out]] = False
-        found: Labels = kept[self.root]
+        found: Flags = kept[self.root]
         return found
 
     def _wanted(
@@ -289,7 +289,7 @@ class Groups:
                     cut.setdefault(t, set()).add(d)
         return out
 
-    def unequal(self, kept: Labels) -> Iterator[tuple[Labels, str]]:
+    def unequal(self, kept: Flags) -> Iterator[tuple[Labels, str]]:
         """Blocks that would not keep equally many in each row; a row may go as a whole."""
         for rows, why in self.blocks:
             stays = kept[rows].sum(1)
@@ -347,6 +347,6 @@ def _equation(a: dict[int, Fraction], b: dict[int, Fraction], why: str) -> Equat
     return Equation({c: int(n * scale) for c, n in terms.items()}, why) if terms else None
 
 
-def as_mask(kept: Labels) -> Tensor:
+def as_mask(kept: Flags) -> Tensor:
     """The mask of kept labels as a tensor."""
     return torch.from_numpy(np.asarray(kept, bool))

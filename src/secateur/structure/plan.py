@@ -17,7 +17,7 @@ from secateur.structure.cut import Kept, cut, named_tensors, shifted, sliced, un
 from secateur.structure.groups import Groups
 from secateur.structure.scales import Scaled
 from secateur.structure.scales import apply as scale
-from secateur.structure.units import Labels, tally
+from secateur.structure.units import Flags, tally
 from secateur.support.tables import Table
 
 _UNPROVEN = "not proven: shrink(model, example_inputs, plan=plan) compares with the masked original"
@@ -123,7 +123,7 @@ class Plan:
         notes = () if self.proven else (_UNPROVEN,)
         return Table(("where", "units", "go", "held by"), rows, notes=notes)
 
-    def choice(self, model: nn.Module, groups: Groups) -> tuple[Labels, list[int]]:
+    def choice(self, model: nn.Module, groups: Groups) -> tuple[Flags, list[int]]:
         """What goes, among the units of a captured model that is not cut.
 
         Returns the mask of kept labels, and how many go of each of `groups.cells`.
@@ -142,7 +142,7 @@ class Plan:
             if held:
                 raise StructureError(f"the plan removes units of {axis}, which stay here: {held[0]}. {_REMAKE}")
             gone[own] = True
-        kept: Labels = ~gone[groups.root]
+        kept: Flags = ~gone[groups.root]
         counts = [int(gone[cell].sum()) for cell in groups.cells]
         here = as_plan(model, groups, kept, counts, ()).kept
         apart = [name for name in {**self.kept, **here} if self.kept.get(name) != here.get(name)]
@@ -270,7 +270,7 @@ class Plan:
 
 
 def as_plan(
-    model: nn.Module, groups: Groups, kept: Labels, counts: list[int], attributes: tuple[Attribute, ...]
+    model: nn.Module, groups: Groups, kept: Flags, counts: list[int], attributes: tuple[Attribute, ...]
 ) -> Plan:
     """Write a choice of units as plain data.
 

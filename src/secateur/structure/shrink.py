@@ -36,7 +36,7 @@ from secateur.structure.proof import Proof
 from secateur.structure.remains import Remains
 from secateur.structure.targets import Target, counted, knob, reach, search_time, select, time_left
 from secateur.structure.traces import Trace, makes_other_calls
-from secateur.structure.units import Extent, Labels
+from secateur.structure.units import Extent, Flags, Labels
 from secateur.support.inputs import Arguments
 
 _M = TypeVar("_M", bound=nn.Module)
@@ -306,7 +306,7 @@ def _captured(small: nn.Module, examples: Sequence[Arguments], policy: Policy, k
 class _Choice(NamedTuple):
     """The labels that stay, how many go of each cell, and what is added to biases for what went."""
 
-    kept: Labels
+    kept: Flags
     counts: list[int]
     shifts: dict[str, list[float]] = {}  # noqa: RUF012
 

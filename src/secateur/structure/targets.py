@@ -18,7 +18,7 @@ from secateur.structure.capture import Capture, calm
 from secateur.structure.fields import labels, support
 from secateur.structure.groups import Groups, Worth, as_mask
 from secateur.structure.remains import size
-from secateur.structure.units import Labels
+from secateur.structure.units import Flags, Labels
 from secateur.support.inputs import Arguments
 
 NEAR = 0.05
@@ -62,14 +62,14 @@ class Target:
             )
 
 
-def parameters(cap: Capture, model: nn.Module) -> Callable[[Labels], int]:
+def parameters(cap: Capture, model: nn.Module) -> Callable[[Flags], int]:
     """How many parameters remain of a captured model, as a function of the kept labels; tied ones count once."""
     sizes: dict[int, list[Labels]] = {}
     for t in dict(model.named_parameters()).values():
         sizes[id(t)] = [labels(f).ravel() for f in cap.fields(t)] if cap.seen(t) else []
     weights = [(t, sizes[id(t)]) for t in model.parameters()]
 
-    def count(kept: Labels) -> int:
+    def count(kept: Flags) -> int:
         total = 0
         for t, axes in weights:
             full = math.prod(len(axis) for axis in axes)
@@ -79,7 +79,7 @@ def parameters(cap: Capture, model: nn.Module) -> Callable[[Labels], int]:
     return count
 
 
-def products(cap: Capture) -> Callable[[Labels], int]:
+def products(cap: Capture) -> Callable[[Flags], int]:
     """How many multiply-accumulates the products of all forwards in eval mode make, as a function of kept labels."""
     known = []
     for run in cap.runs:
@@ -89,7 +89,7 @@ def products(cap: Capture) -> Callable[[Labels], int]:
                 apart = len(dims) == len(set(dims)) == len(fields)  # each field along a dimension of its own
                 known.append((shape, fields, [labels(f).ravel() for f in fields] if apart else []))
 
-    def count(kept: Labels) -> int:
+    def count(kept: Flags) -> int:
         total, mask = 0, as_mask(kept)
         for shape, fields, lines in known:
             if lines or not fields:
@@ -135,10 +135,10 @@ def select(
     worth: Worth,
     pools: Sequence[Hashable],
     target: Target,
-    left: Callable[[Labels], float],
+    left: Callable[[Flags], float],
     round_to: int,
     min_width: int,
-) -> tuple[Labels, list[int]]:
+) -> tuple[Flags, list[int]]:
     """Choose units so that a fraction of a cost is left, as near as units are fine; no model is cut meanwhile.
 
     Args:
@@ -254,7 +254,7 @@ class _Search:
         return self.take(np.where(np.isin(self.parts, free), other, shares), self.each)
 
 
-def reach(cap: Capture, model: nn.Module, target: Target) -> Callable[[Labels], float]:
+def reach(cap: Capture, model: nn.Module, target: Target) -> Callable[[Flags], float]:
     """The fraction of the cost that is left of a captured model, as a function of the kept labels."""
     if target.what == "params":
         parts = parameters(cap, model)

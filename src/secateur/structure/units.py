@@ -12,6 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 Labels = NDArray[np.int64]
+Flags = NDArray[np.bool_]
+"""For each label, whether it stays, or whether it is dead."""
 
 
 class Extent(NamedTuple):
