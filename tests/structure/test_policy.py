@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from secateur.structure.policy import POLICIES, Policy, contract
+from secateur.structure.policy import POLICIES, Policy, relied_on
 
 
 def test_heads_go_whole_before_parts_of_them():
@@ -22,16 +22,16 @@ def numbers(*values):
     return [torch.tensor(float(value)) for value in values]
 
 
-def test_beside_logits_the_inner_states_are_no_contract():
+def test_beside_logits_the_inner_states_are_not_relied_on():
     names = "logits", "hidden_states", "last_hidden_state", "past_key_values", "image_embeds"
     out = dict(zip(names, numbers(1, 2, 3, 4, 5), strict=True))
-    assert contract(out) == numbers(1, 5)
+    assert relied_on(out) == numbers(1, 5)
 
 
-def test_without_logits_all_but_the_cache_is_contract():
+def test_without_logits_all_but_the_cache_is_relied_on():
     one, two = numbers(3, 4)
-    assert contract({"last_hidden_state": one, "past_key_values": two}) == [one]
-    assert contract((one, [two])) == [one, two]
+    assert relied_on({"last_hidden_state": one, "past_key_values": two}) == [one]
+    assert relied_on((one, [two])) == [one, two]
 
 
 @dataclass(slots=True)
@@ -54,8 +54,8 @@ class DynamicCache(Box):
 def test_tensors_are_found_in_any_object(wrap):
     (y,) = numbers(7)
     made = wrap(y=y) if wrap is SimpleNamespace else wrap(y)
-    assert contract(made) == [y]
-    assert contract(DynamicCache(y)) == []
+    assert relied_on(made) == [y]
+    assert relied_on(DynamicCache(y)) == []
 
 
 def test_policies_that_answer_alike():

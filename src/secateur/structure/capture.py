@@ -25,7 +25,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from secateur.errors import StructureError, listed
 from secateur.structure.fields import Labelled, Shape, along, labels, measured, misfit, squeeze, support
 from secateur.structure.meta import Mixed, empty
-from secateur.structure.policy import Policy, contract
+from secateur.structure.policy import Policy, relied_on
 from secateur.structure.readings import Readings, asked, marked, sizes_of
 from secateur.structure.units import Ledger
 from secateur.support.inputs import Arguments
@@ -557,7 +557,7 @@ class Capture(TorchFunctionMode):
             self._of(t).given = True
         with calm(model, training), marked(model), _module_stack(model) as self._stack, self:
             out = model(*args, **kwargs)
-        relied = contract(out)
+        relied = relied_on(out)
         if not relied and not self._left:
             raise StructureError(
                 f"no tensor is found in what the model returns, a {type(out).__name__}: let it return a tensor, or "

@@ -23,7 +23,7 @@ from secateur.structure.capture import calm
 from secateur.structure.configs import Configs
 from secateur.structure.cut import named_tensors, twin
 from secateur.structure.plan import Attribute
-from secateur.structure.policy import contract
+from secateur.structure.policy import relied_on
 from secateur.structure.proof import fresh
 from secateur.structure.reads import Named, strays
 from secateur.structure.residuals import Candidate, candidates, innermost, nested, passed_by
@@ -166,7 +166,7 @@ def _add_influences(
 def _outputs(model: nn.Module, arguments: Arguments) -> list[Tensor]:
     args, kwargs = arguments
     with calm(model, False):
-        outs = contract(model(*args, **kwargs))
+        outs = relied_on(model(*args, **kwargs))
     return [t.detach().double() for t in outs if t.is_floating_point()]
 
 

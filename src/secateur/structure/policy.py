@@ -54,7 +54,7 @@ _CACHE = re.compile("past_key|cache", re.IGNORECASE)
 _PLAIN = (Tensor, nn.Module, type, str, bytes)
 
 
-def contract(out: Any) -> list[Tensor]:
+def relied_on(out: Any) -> list[Tensor]:
     """The tensors of an output that callers rely on, wherever they stand in it: in containers or attributes.
 
     Beside logits these are not the states that a model carries along, and its cache never is one of them.

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from secateur.structure.capture import calm, key, results, tensors
-from secateur.structure.policy import contract
+from secateur.structure.policy import relied_on
 from secateur.structure.proof import DRAWS, tolerance
 from secateur.structure.traces import Print, fingerprint, prints_apart
 from secateur.support.inputs import Arguments
@@ -98,4 +98,4 @@ def _read(one: Named, arguments: Arguments, training: bool) -> tuple[_Reads, Seq
     with calm(one.model, training), _Reads(one.names) as reads:
         out = one.model(*args, **kwargs)
     one.unread -= reads.read
-    return reads, contract(out)
+    return reads, relied_on(out)

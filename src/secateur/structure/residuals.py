@@ -23,7 +23,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from secateur.structure.blocks import LISTS, children
 from secateur.structure.capture import RULES, calm, key, results, tensors
 from secateur.structure.cut import named_tensors, twin
-from secateur.structure.policy import contract
+from secateur.structure.policy import relied_on
 from secateur.structure.rules.arithmetic import like, pointwise
 from secateur.structure.rules.norms import batch_norm, group_norm, layer_norm, normalize, prelu
 from secateur.support.inputs import Arguments
@@ -173,7 +173,7 @@ class _Watch(TorchFunctionMode):
         try:
             with calm(self.model, False), self:
                 out = self.model(*args, **kwargs)
-            self._take(contract(out))
+            self._take(relied_on(out))
         finally:
             for handle in handles:
                 handle.remove()

@@ -18,7 +18,7 @@ from typing_extensions import Self
 
 from secateur.structure.capture import Run, calm, key, results
 from secateur.structure.fields import Shape
-from secateur.structure.policy import contract
+from secateur.structure.policy import relied_on
 from secateur.structure.remains import Sizes
 from secateur.support.inputs import Arguments
 
@@ -73,7 +73,7 @@ class Trace(TorchFunctionMode):
         """
         args, kwargs = arguments
         with calm(model, self.run.training), self:
-            self.out = contract(model(*args, **kwargs))
+            self.out = relied_on(model(*args, **kwargs))
         return self
 
     def __torch_function__(
