@@ -95,11 +95,10 @@ def _projection(path: str, module: nn.MultiheadAttention, factor: float) -> Iter
 def fold(cap: Capture, kept: Tensor, call: Call, factor: float) -> Fold | None:
     """What to multiply by `factor` so that the first operand of a call is multiplied by it.
 
-    Returns None where the factor is no root of how a size changed, or no tensor stands there alone: one that other
-    calls read too, or one that is added, for example.
+    Returns None where the factor is no root of how a size changed, or where that operand cannot be multiplied alone:
+    a tensor that makes it is read by other calls too, or is added, for example.
     """
     sizes = [call.ins[0]] if call.ins else []
-    query = {int(n) for _, fields in sizes for f in fields for n in labels(f).ravel()}
     between: dict[int, Call] = {}
     makers: dict[int, Call] = {}
     reach = [s for s in call.sources[:1] if isinstance(s, Call)]
@@ -116,7 +115,6 @@ def fold(cap: Capture, kept: Tensor, call: Call, factor: float) -> Fold | None:
         if one.name in _PRODUCTS:
             sources = one.sources[:1]
             sizes.append(one.ins[0])
-            query |= {int(n) for f in one.ins[0][1] for n in labels(f).ravel()}
         reach += [s for s in sources if isinstance(s, Call)]
     ratios = {n / o for shape, fields in sizes for n, o in zip(size(shape, fields, kept), shape, strict=True)}
     exact = [ratio ** (1 / power) for ratio in ratios for power in (2, 4)]
@@ -124,12 +122,13 @@ def fold(cap: Capture, kept: Tensor, call: Call, factor: float) -> Fold | None:
     if not exact:
         return None
     factor = exact[0]
+    query = {int(n) for _, fields in sizes for f in fields for n in labels(f).ravel()} - {0}
     scaled: dict[str, Scaled] = {}
     for one in makers.values():
         own = [s for s in one.sources if isinstance(s, str)]
         if one.name not in _MAKERS or any(_reads_elsewhere(cap, one, s) for s in own):
             return None
-        scaled |= {s.name: s for s in _rows(kept, one, query - {0}, factor)}
+        scaled |= {s.name: s for s in _rows(kept, one, query, factor)}
     if not scaled:
         return None
     return Fold(tuple(scaled.values()), frozenset(map(str, (*between.values(), *makers.values()))))
