@@ -101,7 +101,7 @@ class Plan:
             total += p.numel() - stays
         return total
 
-    def shifted(self, model: nn.Module, shifts: dict[str, list[float]]) -> Plan:
+    def with_shifts(self, model: nn.Module, shifts: dict[str, list[float]]) -> Plan:
         """The same plan with shifts of tensors of the model it was made for."""
         named = named_tensors(model)
         return replace(self, shifts=shifts, shapes=self.shapes | {name: tuple(named[name].shape) for name in shifts})

@@ -238,7 +238,7 @@ def _attempt(
                 f"{asked} weights were to go, and only {now} can: {trouble}. "
                 "Change the code at that place, or ask for a sparsity at which equal parts stay equal"
             )
-        plan = plan.shifted(small, shifts)
+        plan = plan.with_shifts(small, shifts)
         done, edits = cut(small, plan.kept, shifts), Edits()
         known = len(cap.ledger.equals)
         remains = [Remains(run, as_mask(kept)) for run in cap.runs]
