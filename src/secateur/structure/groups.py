@@ -120,7 +120,7 @@ class Groups:
     def select(
         self,
         scores: Worth,
-        share: float | Sequence[float] | Worth,
+        share: float | Worth,
         pools: Sequence[Hashable] | None = None,
         round_to: int = 1,
         min_width: int = 1,
@@ -190,7 +190,7 @@ class Groups:
         return found
 
     def _wanted(
-        self, total: Worth, share: float | Sequence[float] | Worth, pools: Sequence[Hashable], least: NDArray[np.int64]
+        self, total: Worth, share: float | Worth, pools: Sequence[Hashable], least: NDArray[np.int64]
     ) -> NDArray[np.float64]:
         """How many units of each cell are to stay; fractions where a cell is ranked alone."""
         sizes = np.array([len(cell) for cell in self.cells], np.float64)

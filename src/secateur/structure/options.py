@@ -268,10 +268,10 @@ def checked(model: nn.Module, inputs: Any) -> list[Arguments]:
             raise InputError(f"{path} is quantized: shrink the model first, then quantize it")
         for attribute, t in vars(module).items():
             if isinstance(t, Tensor) and not t.is_leaf:
+                name = f"{path}.{attribute}".lstrip(".")
                 raise InputError(
-                    f"{path}.{attribute}".lstrip(".")
-                    + " is computed from other weights, and cannot be copied: make it "
-                    "plain first, with sc.from_torch_prune(model) or torch.nn.utils.remove_weight_norm(module)"
+                    f"{name} is computed from other weights, and cannot be copied: make it plain first, with "
+                    "sc.from_torch_prune(model) or torch.nn.utils.remove_weight_norm(module)"
                 )
     if isinstance(inputs, list) and not inputs:
         raise InputError("example_inputs is an empty list: give at least one example")

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
-PAIRS = 12  # with at most so many free parameters the descent also moves two of them at once
+_PAIRS = 12  # with at most so many free parameters the descent also moves two of them at once
 
 
 @dataclass(frozen=True)
@@ -175,7 +175,7 @@ def _nearest(directions: Ints, want: Floats, most: Ints, price: Floats, total: I
     removed = np.zeros(len(want), np.int64)
     if len(columns) > 1:
         removed = _start(directions, want, most, price, total, step)
-        if len(columns) <= PAIRS:
+        if len(columns) <= _PAIRS:
             columns += [s for a, b in combinations(columns, 2) for s in (a + b, a - b)]
     best, moved = float(price @ (removed - want) ** 2), True
     while moved:
