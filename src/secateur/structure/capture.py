@@ -243,10 +243,13 @@ class Capture(TorchFunctionMode):
         remade = {id(m._buffers[k]) for m in model.modules() for k in m._non_persistent_buffers_set}
         self.home: dict[int, tuple[str, Tensor]] = {}
         for name, t in [*model.named_parameters(), *model.named_buffers()]:
-            if measured(t) and (id(t) not in remade or policy.cut_remade or _alike(t)):
-                self.home.setdefault(id(t), (name, t))
-            if id(t) in remade and measured(t) and not _alike(t):
+            if not measured(t):
+                continue
+            computed = id(t) in remade and not _alike(t)
+            if computed:
                 self.consulted.add("cut_remade")
+            if policy.cut_remade or not computed:
+                self.home.setdefault(id(t), (name, t))
         self._known = WeakTensorKeyDictionary()
         self._calls: list[Call] = []
         self._depth = 0
