@@ -62,15 +62,16 @@ def shrink(model: _M, example_inputs: Any, sparsity: float | None = None, **opti
         model: stays as it is.
         example_inputs: a tensor, a tuple of positional or a dict of keyword arguments; or a list of several of these.
         sparsity: fraction of the units of each group that go, 0 < sparsity < 1. A group keeps at least one unit.
-            None, without `macs`, `params`, `latency` or `depth`: exactly the units go that are dead already, because
-            weights of them are zero: no number of theirs reaches an output. So pruning with masks ends.
+            None, without `macs`, `params`, `latency`, `depth` or `plan`: exactly the units go that are dead already,
+            because weights of them are zero: no number of theirs reaches an output. So pruning with masks ends.
         **options: see `secateur.structure.Options`.
 
     Returns a new model of the same class; it equals the given one with the same units masked, and blocks passed by.
 
     Raises:
-        InputError: a sparsity, target, score or optimizer that cannot be used, or two of the former; or a model that is
-            lazy, compiled or scripted.
+        InputError: a sparsity, target, score or optimizer that cannot be used; two options that both say what goes; or
+            a model that cannot be followed or copied: lazy, compiled, scripted, quantized or sharded.
+        MaskError: masks or a plan of another model. StateError: a Pruner follows the optimizer.
         InputTypeError: inputs of another type, or inputs that the model cannot take.
         UnknownNameError: `keep` names nothing of the model.
         StructureError: nothing could be removed, or less than half of what was asked for, or the target is out of
