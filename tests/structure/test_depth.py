@@ -377,6 +377,33 @@ def test_the_place_of_a_block_follows():
     assert [block.layer_idx for block in model] == [0, 1, 2, 3]
 
 
+def by_number(self, x):
+    for layer, scale in zip(self.layers, self.scales.unbind(0), strict=False):
+        x = layer(x * scale)
+    return self.norms[0](x)
+
+
+def tapped(self, x):
+    for i, layer in enumerate(self.layers):
+        first = x if i == 1 else first if i else None
+        x = layer(x)
+    return self.norms[0](x + first)
+
+
+def test_equal_weights_that_blocks_take_by_number_are_told_apart():
+    model = seeded(Stack, 4, by_number)
+    model.scales = nn.Parameter(torch.ones(4))
+    assert names(propose(model, X, depth=0.5)) == ["layers.2", "layers.3"]
+    assert (model.scales == 1).all()
+
+
+def test_blocks_that_give_zeros_at_first_are_told_apart():
+    model = seeded(Stack, 4, tapped)
+    for p in model.layers.parameters():
+        nn.init.zeros_(p)
+    assert names(propose(model, X, depth=0.75)) == ["layers.1"]
+
+
 def test_a_list_under_two_names():
     class Twice(Stack):
         def __init__(self):

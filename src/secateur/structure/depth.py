@@ -7,6 +7,7 @@ tells what a loss of the block does to the model better than how much the block 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import re
@@ -14,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from secateur.errors import StructureError, listed
@@ -21,7 +23,7 @@ from secateur.structure.attributes import Edit, Edits
 from secateur.structure.blocks import Block, Renaming, children, lists, moved_up, take_out
 from secateur.structure.capture import calm
 from secateur.structure.configs import Configs
-from secateur.structure.cut import named_tensors, twin
+from secateur.structure.cut import named_tensors, twin, undo
 from secateur.structure.plan import Attribute
 from secateur.structure.policy import relied_on
 from secateur.structure.proof import fresh
@@ -245,9 +247,10 @@ def _named(model: nn.Module, renaming: Callable[[str], str | None]) -> Named:
 
 
 def _proven(given: Named, small: Named, examples: Sequence[Arguments], verify: bool) -> str:
-    """What differs on the examples, and on fresh inputs where these run; empty if nothing does.
+    """What differs on the examples; empty if nothing does.
 
-    In training mode too where parameters take no part in eval mode.
+    Also with other values of constant weights, and on fresh inputs, where these run; and in training mode where
+    parameters take no part in eval mode.
     """
     for arguments in examples:
         try:
@@ -260,6 +263,12 @@ def _proven(given: Named, small: Named, examples: Sequence[Arguments], verify: b
                 why = strays(given, small, others)
             except Exception as error:
                 _log.info("no proof on fresh inputs: %s", error)
+        if not why:
+            try:
+                with _unlike(given, small):
+                    why = strays(given, small, arguments)
+            except Exception as error:
+                _log.info("no proof with other weights: %s", error)
         if why:
             return why
     for arguments in examples if given.unread else ():
@@ -270,6 +279,31 @@ def _proven(given: Named, small: Named, examples: Sequence[Arguments], verify: b
         if why:
             return f"in training mode, {why}"
     return ""
+
+
+@contextlib.contextmanager
+def _unlike(*models: Named) -> Iterator[None]:
+    """Random numbers in place of parameters that hold one number throughout, the same in all models.
+
+    Which part of those a block reads shows in no result; and blocks that give zeros at first all read the same.
+    """
+    random = torch.Generator().manual_seed(0)
+    new: dict[str, Tensor] = {}
+    done: list[tuple[Tensor, Tensor]] = []
+    try:
+        for one in models:
+            for p in one.model.parameters():
+                name = one.names.get(id(p))
+                if name is None or not p.is_floating_point() or not p.numel() or p.min() != p.max():
+                    continue
+                if name not in new:
+                    more = 0.1 * p.flatten()[0].abs().clamp_min(1).cpu().float()  # what is positive stays so
+                    new[name] = (p.detach() + (more * torch.rand(p.shape, generator=random)).to(p)).to(p.dtype)
+                done.append((p, p.data))
+                p.data = new[name]
+        yield
+    finally:
+        undo(done)
 
 
 def _blocks(
