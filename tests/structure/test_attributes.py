@@ -56,3 +56,20 @@ def test_a_size_in_the_code_holds_its_axis():
     torch.manual_seed(0)
     small = shrink(Literal().eval(), torch.randn(5, 4), 0.5)
     assert (small.a.out_features, small.b.out_features) == (8, 4)
+
+
+class Equal(nn.Module):
+    """The width, and a length that happens to be the same number, in one tuple."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.sizes = nn.Linear(4, 8), nn.Linear(8, 3), (8, 8)
+
+    def forward(self, x):
+        h = self.a(x[:, : self.sizes[0]])
+        return self.b(h.view(-1, self.sizes[1]).relu())
+
+
+def test_of_equal_numbers_that_which_is_the_size_follows():
+    torch.manual_seed(0)
+    assert shrink(Equal().eval(), torch.randn(5, 3, 4), 0.5).sizes == (8, 4)

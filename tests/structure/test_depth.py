@@ -384,8 +384,9 @@ def by_number(self, x):
 
 
 def tapped(self, x):
+    first = x
     for i, layer in enumerate(self.layers):
-        first = x if i == 1 else first if i else None
+        first = x if i == 1 else first
         x = layer(x)
     return self.norms[0](x + first)
 

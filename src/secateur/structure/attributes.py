@@ -213,12 +213,12 @@ def _holders(model: nn.Module, path: str) -> Iterator[Edit]:
 
 
 def _becomes(value: Any, pairs: set[tuple[int, int]]) -> list[Any]:
-    """What an attribute may become: an int, or one or all of the ints of a tuple or list, as the sizes changed."""
+    """What an attribute may become: an int, or one of the ints of a tuple or list, or all, as the sizes changed."""
     if type(value) is int:
         return [new for old, new in pairs if value == old]
     if type(value) in (tuple, list) and value and all(type(v) is int for v in value):
         new = dict(pairs)
         every = [new.get(v, v) for v in value]
         single = [[*value[:i], new[v], *value[i + 1 :]] for i, v in enumerate(value) if v in new]
-        return [type(value)(v) for v in (every, *single) if list(v) != list(value)]
+        return [type(value)(v) for v in (*single, every) if list(v) != list(value)]
     return []
