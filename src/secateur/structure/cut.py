@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from secateur import optimizers
 from secateur.errors import InputError, StateError
@@ -108,7 +109,8 @@ def check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Check that an optimizer trains this model, and that no pruner follows it any more.
 
     Raises:
-        InputTypeError: it is no optimizer. InputError: it holds a parameter that is none of the model's.
+        InputTypeError: it is no optimizer. InputError: it holds a parameter that is none of the model's, or parameters at
+            a place of its own, where they would stay the old ones.
         StateError: a Pruner is attached to it.
     """
     if not isinstance(optimizer, torch.optim.Optimizer):
@@ -122,6 +124,14 @@ def check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
                 raise InputError(
                     f"group {i} of the optimizer holds a parameter {tuple(p.shape)} that is none of the model's: "
                     "give the optimizer that trains this model"
+                )
+    for name, value in vars(optimizer).items():
+        if name not in ("param_groups", "state"):
+            held = [*value, *value.values()] if isinstance(value, dict) else tree_leaves(value)
+            if not own.isdisjoint(map(id, held)):
+                raise InputError(
+                    f"{type(optimizer).__name__} keeps parameters in {name} too, and would train the old ones: shrink "
+                    "without optimizer=, and make a new one for the small model"
                 )
 
 
