@@ -1,5 +1,6 @@
 import subprocess
 import sys
+from collections import deque
 from pathlib import Path
 
 import numpy as np
@@ -99,6 +100,17 @@ def test_calm_leaves_modes_buffers_and_random_numbers():
     assert [m.training for m in model.modules()] == [True, True, False]
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_calm_leaves_what_containers_hold():
+    model = nn.Identity()
+    model.log, model.last, model.seen, model.known = [1], deque([1, 2], 2), {1}, {"a": 1}
+    with calm(model, False):
+        model.log.append(2)
+        model.last.append(3)
+        model.seen.add(2)
+        model.known["a"] = 2
+    assert (model.log, [*model.last], model.seen, model.known) == ([1], [1, 2], {1}, {"a": 1})
 
 
 def test_the_table_of_the_docs_is_that_of_the_rules():

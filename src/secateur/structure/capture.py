@@ -11,6 +11,7 @@ import functools
 import os
 import random
 import sys
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -601,7 +602,8 @@ def calm(model: nn.Module, training: bool) -> Iterator[None]:
     """Eval or training mode without gradients; then modules and random numbers are as before."""
     modules = list(model.modules())
     own = [dict(vars(m)) for m in modules]
-    inner = [(v, dict(v)) for known in own for v in known.values() if isinstance(v, dict)]
+    held: list[Any] = [v for known in own for v in known.values() if isinstance(v, dict | list | set | deque)]
+    inner = [(v, [*(v.items() if isinstance(v, dict) else v)]) for v in held]
     values = [
         (t, t.clone()) for m in modules for t in (*m._buffers.values(), *vars(m).values()) if isinstance(t, Tensor)
     ]
@@ -619,7 +621,7 @@ def calm(model: nn.Module, training: bool) -> Iterator[None]:
         random.setstate(python)
         for content, before in inner:
             content.clear()
-            content.update(before)
+            (content.extend if isinstance(content, list | deque) else content.update)(before)
         for m, attributes in zip(modules, own, strict=True):
             vars(m).clear()
             vars(m).update(attributes)
