@@ -67,7 +67,7 @@ def test_a_state_of_another_shape_is_refused_and_the_optimizer_stays():
 def test_parameters_at_a_place_of_its_own_are_refused():
     model = dead_rows()
     optimizer = torch.optim.LBFGS(model.parameters())
-    with pytest.raises(InputError, match="LBFGS keeps parameters in _params too.*make a new one for the small model"):
+    with pytest.raises(InputError, match=r"LBFGS keeps parameters in _params too.*make a new one for the small model"):
         sc.shrink(model, X, 0.5, optimizer=optimizer)
     assert optimizer.param_groups[0]["params"][0] is model[0].weight
 

@@ -109,8 +109,8 @@ def check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Check that an optimizer trains this model, and that no pruner follows it any more.
 
     Raises:
-        InputTypeError: it is no optimizer. InputError: it holds a parameter that is none of the model's, or parameters at
-            a place of its own, where they would stay the old ones.
+        InputTypeError: it is no optimizer. InputError: it holds a parameter that is none of the model's, or keeps some
+            beside its groups too.
         StateError: a Pruner is attached to it.
     """
     if not isinstance(optimizer, torch.optim.Optimizer):
