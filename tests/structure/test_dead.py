@@ -91,6 +91,48 @@ def test_a_constant_is_none_at_a_padded_border(padding):
         assert torch.allclose(sc.shrink(model, x)(x), model(x), atol=1e-6)
 
 
+def folds(between, *arguments):
+    """How many units go whose weights are zero and whose biases are not."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 8), nn.Linear(8, 2)
+
+        def forward(self, x, *more):
+            return self.b(between(self.a(x).relu(), x, *more))
+
+    model = Net().eval()
+    zero(model.a.weight[:3])
+    model.a.bias.data[:2] = 1
+    model.a.bias.data[2] = 0
+    (found,) = dead_units(model, torch.randn(2, 5, 4), *arguments)
+    return found
+
+
+@pytest.mark.parametrize(
+    "between",
+    [
+        lambda h, x: h.sum(1),
+        lambda h, x: h / len(x),
+        lambda h, x: F.pad(h, (0, 0, 0, 8 - x.shape[1])).mean(1),
+        lambda h, x: torch.ones(1, x.shape[1]) @ h,
+        lambda h, x: torch.einsum("btd->bd", h),
+        lambda h, x: h + h if x.mean() > 9 else h,
+    ],
+)
+def test_what_depends_on_a_size_or_a_branch_is_no_constant_but_zeros_are(between):
+    assert folds(between) <= 1
+
+
+def test_a_python_number_may_be_another_one_next_time():
+    assert folds(lambda h, x, scale: h * scale, 0.5) == 1
+
+
+def test_a_mean_over_places_and_functions_without_numbers_keep_constants():
+    assert folds(lambda h, x: h.tanh().mean(1)) == 3
+
+
 def test_a_layer_that_reads_two_constants_with_one_weight():
     class Net(nn.Module):
         def __init__(self):

@@ -4,7 +4,8 @@ A second forward, in which beside the labels a flag rides along for each number:
 does not is what the forward computed, whatever the input: the zero of a unit whose weights are masked, for example. A
 unit is read where a product of a number of it with another one, neither of them always zero, enters a sum that is of
 another unit. What is never read is dead. What a layer with a bias reads of a number that is always the same, the bias
-can give. An unknown function lets every result depend on the inputs.
+can give. An unknown function lets every result depend on the inputs. Sizes and Python numbers may too, but nothing
+tells where they come from: so constants pass only functions that have none, and zeros where they stay zeros.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from secateur.errors import StructureError
@@ -31,9 +32,16 @@ from secateur.support.inputs import Arguments
 _TIMES = frozenset(["mul", "__mul", "__imul", "__rmul", "multiply"])
 _MATRICES = frozenset(["matmul", "bmm", "mm", "mv", "dot", "__matmul", "__rmatmul", "__imatmul"])
 _CONVOLUTIONS = frozenset(f"conv{way}{k}d" for way in ("", "_transpose") for k in (1, 2, 3))
+_WINDOWS = frozenset(f"conv{k}d" for k in (1, 2, 3))
 _PRODUCTS = _MATRICES | _CONVOLUTIONS | {"linear", "einsum"}
 _ADDS = frozenset(["mean", "sum", "nansum", "amax"])  # of zeros and ones: positive where there is a one
 _EACH = frozenset(["batch_norm", "prelu"])  # number by number, where statistics are fixed
+_ZEROS = frozenset(["zeros", "new_zeros", "zeros_like"])
+_SAME = """view reshape view_as reshape_as flatten unflatten ravel permute transpose t T mT movedim moveaxis swapaxes
+swapdims expand expand_as squeeze unsqueeze to float double half bfloat16 type type_as contiguous clone detach data
+mean amax embedding batch_norm prelu leaky_relu elu celu hardtanh softplus threshold softshrink hardshrink dropout
+dropout1d dropout2d dropout3d alpha_dropout feature_alpha_dropout"""
+_KEEP = frozenset(_SAME.split())  # a number that is the same for every input, place and size stays so
 _RANDOM = "rand", "normal", "bernoulli", "multinomial", "exponential", "poisson", "uniform"
 
 _OTHERWISE = "the model makes other calls each time: make its forward deterministic in eval mode"
@@ -115,11 +123,13 @@ class _Reads(Capture):
         self.constants: dict[tuple[str, str], Tensor] = {}
         self._fed = WeakTensorKeyDictionary()  # tensor -> which numbers depend on an input; none where it has none
         self._composed = False  # the last call was written in simpler ones
+        self._branched = False  # Python looked at a number that depends on an input
 
     def forward(self, model: nn.Module, arguments: Arguments, training: bool) -> None:
         """Add one forward of the model, of whose arguments every number is an input."""
         for t in tensors(arguments):
             self._fed[t] = _all(t)
+        self._branched = False
         super().forward(model, arguments, training)
 
     # ------------------------------------------------------------------------------------- what depends on an input
@@ -158,19 +168,22 @@ class _Reads(Capture):
     def _units(self, flags: Tensor) -> Tensor:
         return flags.flatten(0, -2).any(0)
 
-    def _note(self, t: Tensor, flags: Tensor) -> None:
+    def _note(self, t: Tensor, flags: Tensor, written: bool = True) -> None:
         self._fed[t] = flags
-        if t._base is not None and t._base is not t and bool(flags.any()) and not bool(self.fed(t._base).any()):
-            self._fed[t._base] = _all(t._base)  # it may have been written through a view
+        base = t._base if written else None  # it may have been written through a view
+        if base is not None and base is not t and bool(flags.any()) and not bool(self.fed(base).any()):
+            self._fed[base] = _all(base)
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs, name = dict(kwargs or {}), key(func)
         operands = tensors((args, kwargs))
-        careful = name in _PRODUCTS or name in _TIMES
+        keeps = _keeps(name, args, kwargs) and not self._branched
+        careful = name in _PRODUCTS or name in _TIMES or not keeps
         nonzero = {id(t): (t != 0) | self.fed(t) for t in operands} if careful else {}
         before = {id(f): f for t in operands if self.seen(t) for f in self.fields(t)}
+        self._branched |= name == "__bool" and bool(self.fed(operands[0]).any())
         self._composed = False
         out = super().__torch_function__(func, types, args, kwargs)
         outs = results(name, args, out)
@@ -186,22 +199,33 @@ class _Reads(Capture):
             for f in before.values():
                 own = self._groups(f).flatten()
                 self._note_read(own[~torch.isin(own, torch.cat(left))] if left else own)
-        random = name.startswith(_RANDOM)
-        if random or any(t in self._fed for t in operands):
+        every = name.startswith(_RANDOM) or not (operands or name in _ZEROS)
+        if every or not keeps or any(t in self._fed for t in operands):
             try:
-                flags = [_all(t) for t in outs] if random else self._flags(name, func, args, kwargs, outs, nonzero)
+                known = not every and self._flags(name, func, args, kwargs, outs, nonzero, keeps)
+                flags = known or [_all(t) for t in outs]
                 flags = [f.expand(t.shape) for f, t in zip(flags, outs, strict=True)]
             except Exception:  # a call of another form: everything may depend on the inputs
                 flags = [_all(t) for t in outs]
             for t, f in zip(outs, flags, strict=True):
-                self._note(t, f)
+                self._note(t, f if keeps else f | (t != 0), written=not _moves(name))
         return out
 
     def _flags(
-        self, name: str, func: Any, args: Any, kwargs: dict[str, Any], outs: list[Tensor], nonzero: dict[int, Tensor]
+        self,
+        name: str,
+        func: Any,
+        args: Any,
+        kwargs: dict[str, Any],
+        outs: list[Tensor],
+        nonzero: dict[int, Tensor],
+        keeps: bool,
     ) -> list[Tensor]:
         """Which numbers of the results depend on an input."""
         operands = tensors((args, kwargs))
+
+        def fed(t: Tensor) -> Tensor:
+            return self.fed(t) if keeps else nonzero[id(t)]
 
         def run(swap: Callable[[Tensor], Any]) -> list[Tensor]:
             def to(t: Any) -> Any:
@@ -218,34 +242,42 @@ class _Reads(Capture):
                 def swap(t: Tensor) -> Any:
                     if id(t) not in own:
                         return None  # a bias
-                    flags = self.fed(t) if t is which else nonzero[id(t)]
+                    flags = fed(t) if t is which else nonzero[id(t)]
                     return flags.to(t.dtype if t.is_floating_point() else torch.float32)
 
                 return run(swap)[0]
 
-            return [one(a) | one(b)]
+            def bias(t: Tensor) -> Tensor:
+                return torch.zeros_like(t) if id(t) in own else fed(t).to(t.dtype)
+
+            return [one(a) | one(b) | run(bias)[0]]
+        if name in _ZEROS:
+            return [~_all(t) for t in outs]
         if name in _TIMES and len(operands) == 2:
             a, b = operands
-            return [(self.fed(a) & nonzero[id(b)]) | (self.fed(b) & nonzero[id(a)])]
+            return [(fed(a) & nonzero[id(b)]) | (fed(b) & nonzero[id(a)])]
         if name == "__setitem":
-            flags = self.fed(args[0]).clone()
+            flags = fed(args[0]).clone()
             if any(bool(self.fed(t).any()) for t in tensors(args[1])):
                 return [_all(args[0])]
-            flags[args[1]] = self.fed(args[2]) if isinstance(args[2], Tensor) else False
+            flags[args[1]] = fed(args[2]) if isinstance(args[2], Tensor) else False
             return [flags]
         if name == "embedding":
             table = next(t for t in operands if t.is_floating_point())
-            return [self.fed(table).any(0) | (table != table[:1]).any(0)]
+            return [fed(table).any(0) | (table != table[:1]).any(0)]
         if _moves(name) or name in _ADDS or _applies(name, pool):
             first = operands[0]
             index = [t for t in operands if t is not first and not t.is_floating_point()]
             if not any(bool(self.fed(t).any()) for t in index):
                 skip = {id(t) for t in index}
-                return run(lambda t: t if id(t) in skip else self.fed(t).float())
-        if name in _EACH and True not in (*args[5:6], kwargs.get("training")):
-            return [self.fed(operands[0])]
+                return run(lambda t: t if id(t) in skip else fed(t).float())
+        fixed = True not in (*args[5:6], kwargs.get("training")) and not any(
+            bool(self.fed(t).any()) for t in operands[1:]
+        )
+        if name in _EACH and fixed:
+            return [fed(operands[0])]
         if _applies(name, pointwise):
-            return [_any([self.fed(t) for t in operands])]
+            return [_any([fed(t) for t in operands])]
         return [_all(t) for t in outs]
 
     # ---------------------------------------------------------------------------------------------- who reads whom
@@ -255,10 +287,8 @@ class _Reads(Capture):
     ) -> Tensor | None:
         """Which inputs of a layer are always the same number, so that a bias can take their place."""
         bias = args[2] if len(args) > 2 else kwargs.get("bias")
-        padding = args[4] if len(args) > 4 else kwargs.get("padding", 0)
-        plain = name == "linear" or ("transpose" not in name and padding in (0, (0,), (0, 0), (0, 0, 0), "valid"))
         own = id(weight) in self.home and id(bias) in self.home
-        if name in _MATRICES or not plain or not own or weight.ndim < 2:
+        if self._branched or not _plain(name, args, kwargs) or not own or weight.ndim < 2:
             return None
         values, fed = sides[0](x.double()), sides[0](self.fed(x).double())
         if values.ndim > 2 and len(values) > 1:
@@ -339,6 +369,22 @@ def _applies(name: str, rule: Callable[..., None]) -> bool:
 def _moves(name: str) -> bool:
     known = RULES.get(name.removeprefix("get."))
     return known is not None and known.value.moves
+
+
+def _plain(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether it is a linear layer, or a convolution without a border."""
+    padding = args[4] if len(args) > 4 else kwargs.get("padding", 0)
+    return name == "linear" or (name in _WINDOWS and padding in (0, (0,), (0, 0), (0, 0, 0), "valid"))
+
+
+def _keeps(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether what is the same for every input, place and size stays so."""
+    if name.removeprefix("get.") in _KEEP or _plain(name, args, kwargs):
+        return True
+    if _applies(name, pool):
+        return "adaptive" in name or "max_pool" in name
+    leaves = [*tree_leaves(args), *(v for v in tree_leaves(dict(kwargs)) if not isinstance(v, bool))]
+    return _applies(name, pointwise) and all(v is None or isinstance(v, Tensor | str) for v in leaves)
 
 
 def _two(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
