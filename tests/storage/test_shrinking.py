@@ -89,6 +89,11 @@ def test_numbers_that_are_added_and_multiplied(tmp_path):
     save_file(model.state_dict(), tmp_path / "full.safetensors")
     shrink_checkpoint(tmp_path / "full.safetensors", tmp_path / "small.safetensors", plan)
     same(load_file(tmp_path / "small.safetensors"), shrink(model, X).state_dict())
+    model[1].bias.data[0] += 1
+    save_file(model.state_dict(), tmp_path / "trained.safetensors")
+    with pytest.raises(InputError, match="folds constants of dead units"):
+        shrink_checkpoint(tmp_path / "trained.safetensors", tmp_path / "other.safetensors", plan)
+    assert not (tmp_path / "other.safetensors").exists()
 
 
 class Residual(nn.Module):

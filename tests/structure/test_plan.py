@@ -82,8 +82,15 @@ def test_a_plan_gives_biases_what_dead_units_took_with_them():
     with torch.no_grad():
         model[0].weight[:3] = 0
         model[1].bias[:3] = torch.tensor([1.0, 2.0, -1.0])
-    plan, other = Plan.from_json(propose(model, x).to_json()), copy.deepcopy(model)
+    plan, other, trained = Plan.from_json(propose(model, x).to_json()), copy.deepcopy(model), copy.deepcopy(model)
     assert set(plan.shifts) == {"4.bias"}
+    trained[4].bias.data += 1  # stays
+    plan.apply(copy.deepcopy(trained))
+    trained[1].bias.data[0] += 1  # goes
+    for call in (lambda: plan.apply(trained), lambda: plan.apply_state_dict(trained.state_dict())):
+        with pytest.raises(InputError, match=r"those of 1\.bias have other weights"):
+            call()
+    assert trained[0].out_channels == 8
     small = shrink(model, x)
     state = plan.apply_state_dict(other.state_dict())
     plan.apply(other)

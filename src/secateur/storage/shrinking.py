@@ -45,8 +45,9 @@ def shrink_checkpoint(src: StrPath | Checkpoint, dst: StrPath, plan: Plan) -> Co
         Each tensor of the smaller state.
 
     Raises:
-        InputTypeError: no plan. InputError: a source or target that cannot be used. MaskError: the state is of another
-            model. WriteError: the system refuses to write. In each case nothing was changed.
+        InputTypeError: no plan. InputError: a source or target that cannot be used, or a plan that folds constants of
+            other weights. MaskError: the state is of another model. WriteError: the system refuses to write. In each
+            case nothing was changed.
     """
     if not isinstance(plan, Plan):
         raise checks.wrong("plan", plan, "what structure.propose returned, or structure.Plan.from_json(text)")

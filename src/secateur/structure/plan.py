@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Collection, Mapping
+import zlib
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from secateur.errors import InputError, MaskError, StructureError
@@ -73,6 +75,7 @@ class Plan:
         tied: names of one and the same tensor, of which a saved state may have one only.
         proven: whether the cut model was compared with the masked original; not so with `verify=False`.
         blocks: the modules of lists from which some go, before all else: the other names are those of the model then.
+        folded: with shifts, a checksum of what goes of each tensor: other numbers there would give other shifts.
     """
 
     kept: Kept
@@ -85,6 +88,7 @@ class Plan:
     proven: bool = False
     tied: tuple[tuple[str, ...], ...] = ()
     blocks: tuple[Block, ...] = ()
+    folded: dict[str, int] = field(default_factory=dict)
 
     @property
     def removed(self) -> int:
@@ -104,7 +108,9 @@ class Plan:
     def with_shifts(self, model: nn.Module, shifts: dict[str, list[float]]) -> Plan:
         """The same plan with shifts of tensors of the model it was made for."""
         named = named_tensors(model)
-        return replace(self, shifts=shifts, shapes=self.shapes | {name: tuple(named[name].shape) for name in shifts})
+        shapes = self.shapes | {name: tuple(named[name].shape) for name in shifts}
+        folded = {name: _checksum(named[name], dims) for name, dims in self.kept.items()} if shifts else {}
+        return replace(self, shifts=shifts, shapes=shapes, folded=folded)
 
     def explain(self, axes: int = 3) -> Table:
         """A table of the blocks and of the groups: how many units, how many of them go, where, what holds the others.
@@ -174,6 +180,7 @@ class Plan:
                 data.get("proven") is True,
                 tuple(map(tuple, data.get("tied", ()))),
                 tuple(Block(b["name"], b["becomes"], b["influence"], b["held"]) for b in data.get("blocks", ())),
+                {name: int(checksum) for name, checksum in data.get("folded", {}).items()},
             )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"this is no plan ({error!r}): give what to_json() of a plan wrote") from error
@@ -183,6 +190,7 @@ class Plan:
 
         Raises:
             MaskError: a tensor or block is missing or has another shape.
+            InputError: constants of dead units are folded, and what goes has other numbers.
         """
         self.check({name: t for name, t in state.items() if isinstance(t, Tensor)})
         return {now: self.cut(now, t) for name, t in state.items() if (now := self.renamed(name)) is not None}
@@ -196,7 +204,12 @@ class Plan:
         return Renaming(self.blocks)
 
     def cut(self, name: str, tensor: Tensor) -> Tensor:
-        """One tensor of a state_dict, by its new name, cut; the same one where nothing of it goes."""
+        """One tensor of a state_dict, by its new name, cut; the same one where nothing of it goes.
+
+        Raises:
+            InputError: constants of dead units are folded, and what goes has other numbers.
+        """
+        self._check_folded(name, tensor)
         tensor = shifted(tensor, self.shifts[name]) if name in self.shifts else tensor
         tensor = sliced(tensor, self.kept[name]) if name in self.kept else tensor
         for one in self.scaled:
@@ -209,12 +222,16 @@ class Plan:
         Raises:
             MaskError: it is another model: a tensor, attribute or block is missing or has another shape. Nothing is
                 changed.
+            InputError: constants of dead units are folded, and what goes has other numbers. Nothing is changed.
         """
         taken = take_out(model, self.blocks)
         done: list[tuple[Tensor, Tensor]] = []
         before: list[tuple[Any, str | int, Any]] = []
         try:
-            self._check(named_tensors(model))
+            named = named_tensors(model)
+            self._check(named)
+            for name in self.folded:
+                self._check_folded(name, named[name])
             owners = [(self._owner(model, one), one.keys[-1], one.value) for one in self.attributes]
             before += [(owner, key, owner[key]) for owner, key, _ in owners]
             done += cut(model, self.kept, self.shifts)
@@ -227,6 +244,13 @@ class Plan:
                 owner[key] = old
             put_back(taken)
             raise
+
+    def _check_folded(self, name: str, tensor: Tensor) -> None:
+        if name in self.folded and not tensor.is_meta and _checksum(tensor, self.kept[name]) != self.folded[name]:
+            raise InputError(
+                f"this plan folds constants of dead units, and those of {name} have other weights than it was made "
+                "with: use sc.shrink(model, inputs), or make a plan of this model"
+            )
 
     def _owner(self, model: nn.Module, one: Attribute) -> Any:
         try:
@@ -301,6 +325,16 @@ def as_plan(
         tuple(_rows(groups, counts)),
         tied=tuple(tuple(names) for names in alike.values() if len(names) > 1),
     )
+
+
+def _checksum(tensor: Tensor, kept: Mapping[int, Sequence[int]]) -> int:
+    """Of what goes of a tensor, whatever its precision and device."""
+    goes = torch.zeros(tensor.shape, dtype=torch.bool)
+    for dim, at in kept.items():
+        away = torch.ones(tensor.shape[dim], dtype=torch.bool)
+        away[at] = False
+        goes.movedim(dim, -1)[..., away] = True
+    return zlib.crc32((tensor.detach().cpu()[goes].to(torch.complex128) + 0).numpy().tobytes())  # + 0: no -0
 
 
 def _rows(groups: Groups, counts: list[int]) -> list[Group]:
