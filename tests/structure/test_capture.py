@@ -113,6 +113,47 @@ def test_calm_leaves_what_containers_hold():
     assert (model.log, [*model.last], model.seen, model.known) == ([1], [1, 2], {1}, {"a": 1})
 
 
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda w: w.mul_(0.9),
+        lambda w: w.data.add_(1),
+        lambda w: w[0].zero_(),
+        lambda w: w.__setitem__(0, 1),
+        lambda w: w.__imul__(2),
+        lambda w: torch.add(w, 1, out=w),
+        lambda w: nn.init.normal_(w),
+        lambda w: torch._foreach_mul_([w], 2.0),
+        lambda w: setattr(w, "data", w * 2),
+    ],
+)
+def test_a_forward_that_writes_into_parameters_is_refused(write):
+    model = nn.Linear(3, 3)
+    before = model.weight.clone()
+    model.register_forward_pre_hook(lambda module, args: write(module.weight) and None)
+    with pytest.raises(InputError, match=r"writes into weight, with .*: let it make a new tensor"):
+        sc.shrink(model, torch.randn(2, 3), 0.5)
+    assert torch.equal(model.weight, before)
+
+
+def test_an_embedding_with_a_norm_stays():
+    model = nn.Sequential(nn.Embedding(5, 8, max_norm=0.1), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+    before = model[0].weight.clone()
+    small = sc.shrink(model, torch.arange(5), 0.5)
+    assert torch.equal(model[0].weight, before)
+    assert small[1].out_features == 4
+
+
+def test_what_writes_elsewhere_runs():
+    def within(w):
+        w.requires_grad_()
+        return torch.vmap(lambda row: row.clone().add_(1))(w)
+
+    model = nn.Linear(3, 3)
+    with calm(model, False):
+        assert torch.equal(within(model.weight), model.weight + 1)
+
+
 def test_the_table_of_the_docs_is_that_of_the_rules():
     page = (Path(__file__).parents[2] / "docs" / "shrinking.md").read_text()
     made = "from secateur.structure import table; print(table())"  # rules of other tests are not ours

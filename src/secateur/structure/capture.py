@@ -14,7 +14,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from secateur.errors import StructureError, listed
+from secateur.errors import InputError, StructureError, listed
 from secateur.structure.fields import Labelled, Shape, along, labels, measured, misfit, squeeze, support
 from secateur.structure.meta import Mixed, empty
 from secateur.structure.policy import Policy, relied_on
@@ -599,7 +599,11 @@ def capture(model: nn.Module, examples: Sequence[Arguments], policy: Policy) -> 
 
 @contextlib.contextmanager
 def calm(model: nn.Module, training: bool) -> Iterator[None]:
-    """Eval or training mode without gradients; then modules and random numbers are as before."""
+    """Eval or training mode without gradients; then modules and random numbers are as before.
+
+    Raises:
+        InputError: a parameter is written into.
+    """
     modules = list(model.modules())
     own = [dict(vars(m)) for m in modules]
     held: list[Any] = [v for known in own for v in known.values() if isinstance(v, dict | list | set | deque)]
@@ -614,7 +618,7 @@ def calm(model: nn.Module, training: bool) -> Iterator[None]:
             np.random.seed(0)
             random.seed(0)
             model.train(training)
-            with Mixed() if empty(model) else contextlib.nullcontext():
+            with _Unwritten(model), Mixed() if empty(model) else contextlib.nullcontext():
                 yield
     finally:
         np.random.set_state(numpy)
@@ -628,6 +632,41 @@ def calm(model: nn.Module, training: bool) -> Iterator[None]:
         with torch.no_grad():
             for t, value in values:
                 t.copy_(value)
+
+
+class _Unwritten(TorchFunctionMode):
+    """Keeps calls from writing into parameters, whose memory may be that of the given model."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self._own = {_memory(p): name for name, p in model.named_parameters()}
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs, name = kwargs or {}, getattr(func, "__name__", "")
+        if kwargs.get("max_norm") is not None and len(args) > 1:  # embedding, embedding_bag
+            args = (args[0], args[1].clone(), *args[2:])
+        inside = name.startswith("__i") or (name.endswith("_") and not name.endswith("__"))
+        inside = (inside and name not in _NO_NUMBERS) or name == "__setitem__" or key(func) == "set.data"
+        written = [[*args, *kwargs.values()][:1] if inside else [], kwargs.get("out")]
+        for owner in (self._own.get(_memory(t)) for t in tensors(written)) if inside or "out" in kwargs else ():
+            if owner is not None:
+                raise InputError(
+                    f"the forward writes into {owner}, with {key(func)}, and would change the given model: let it make "
+                    "a new tensor of the weight, such as weight * 0.9"
+                )
+        return func(*args, **kwargs)
+
+
+_NO_NUMBERS = {"requires_grad_", "share_memory_", "detach_", "__int__", "__index__", "__invert__"}
+
+
+def _memory(t: Tensor) -> int:
+    try:
+        return cast(int, t.untyped_storage()._cdata)
+    except (NotImplementedError, RuntimeError):  # it has none: sparse, or within vmap
+        return id(t)
 
 
 @contextlib.contextmanager

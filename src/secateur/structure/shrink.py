@@ -289,7 +289,7 @@ def _captured(small: nn.Module, examples: Sequence[Arguments], policy: Policy, k
     """The forwards of the examples, in which nothing goes of the tensors that are kept."""
     try:
         cap = capture(small, examples, policy)
-    except StructureError:
+    except (StructureError, InputError):
         raise
     except Exception as error:
         where = ", or load its weights: without them a forward cannot look at numbers" if empty(small) else ""
