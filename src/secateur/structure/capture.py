@@ -246,7 +246,7 @@ class Capture(TorchFunctionMode):
         for name, t in [*model.named_parameters(), *model.named_buffers()]:
             if not measured(t):
                 continue
-            computed = id(t) in remade and not _alike(t)
+            computed = id(t) in remade and not alike(t)
             if computed:
                 self.consulted.add("cut_remade")
             if policy.cut_remade or not computed:
@@ -704,5 +704,9 @@ def _distinct(f: Tensor) -> int:
     return len(np.unique(labels(f)))
 
 
-def _alike(t: Tensor) -> bool:
-    return t.numel() > 1 and not t.is_meta and bool((t == t.flatten()[0]).all())
+def alike(t: Tensor) -> bool:
+    """Whether all numbers of a tensor are the same: of more than one, or of one that is zero."""
+    some = t.flatten()[:2]
+    if t.is_meta or not len(some) or not bool((some == some[0]).all()):
+        return False
+    return bool((t == some[0]).all()) if t.numel() > 1 else not bool(some.any())

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -19,9 +20,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from secateur.structure.capture import Call, Run, key, results, tensors
+from secateur.structure.capture import Call, Run, alike, key, results, tensors
+from secateur.structure.cut import twin
 from secateur.structure.groups import Axis
 from secateur.structure.remains import Remains
+from secateur.structure.scales import Fold, apply
 from secateur.structure.traces import Print, Trace, dropping_nothing, fingerprint, prints_apart
 from secateur.support.inputs import Arguments
 
@@ -31,12 +34,14 @@ _STATISTICS = """layer_norm rms_norm group_norm instance_norm mean var std var_m
 softmax log_softmax"""
 _OVER_KEPT = frozenset(_STATISTICS.split())
 _STEP = 1e-3  # a call whose result differs by more, relative to its length, is wrong; rounding stays far below
+_EXACT = 1e-4  # what float32 rounds, at most
 _ROUNDED = 1e-2  # what differs by less may be rounding: double precision tells
 
 _DRAWING = """bernoulli rand_like randn_like rand randn normal uniform exponential multinomial rrelu gumbel_softmax
 randint feature_dropout fractional_max_pool2d fractional_max_pool3d"""
 DRAWS = frozenset(_DRAWING.split())
 """Functions that draw numbers, other than dropout."""
+_INPUTS = ("given", "mixed")
 _VIEWS = ("get.data", "get.T", "get.mT", "get.H", "get.mH")
 
 
@@ -175,52 +180,105 @@ class Proof:
             axes: of the model's tensors; none where the original is to compute as it is, with nothing masked.
         """
         self._original, self._remains, self._axes, self.kept = original, remains, axes, remains[0].kept
-        self._limit, self._double = tolerance(original), False
+        self._limit = tolerance(original)
+        self._dtype: torch.dtype | None = None  # of the floats that go in, where it is another than theirs
+        self._stirred: Proof | None = None
         self._gone: dict[int, list[tuple[int, Tensor]]] = {}
         named = dict(original.named_parameters())
         for axis in axes:
             gone = (~self.kept[torch.from_numpy(axis.labels)]).nonzero().flatten()
             if axis.name in named and len(gone):
                 self._gone.setdefault(id(named[axis.name]), []).append((axis.dim, gone))
-        self._traces: dict[tuple[int, bool], Trace] = {}
+        self._traces: dict[tuple[int, str], Trace] = {}
 
     def fails(
-        self, small: nn.Module, known: Sequence[Trace | None], between: frozenset[str] = frozenset()
+        self, small: nn.Module, known: Sequence[Trace | None], folds: Sequence[Fold] = ()
     ) -> tuple[Call, str, float | None] | None:
-        """Compare with a small model, on the examples and on fresh inputs.
+        """Compare with a small model: on the examples, and on fresh inputs with other numbers in constant tensors.
+
+        A model of half precision is compared in float32, where it runs.
 
         Args:
             small: the cut model.
             known: what is known of it on the examples, for each run.
-            between: calls whose results differ by a factor that a later one takes back; see `scales`.
+            folds: what was multiplied in it; the results of the calls in between differ.
 
         Returns None, or the first call that differs, how, and by what factor.
         """
+        if self._limit > _EXACT:
+            exact = self._in(torch.float32)
+            exact._limit = max(_EXACT, self._limit / 8 if folds or not self._axes else 0)  # weights that were rounded
+            try:
+                return exact._fails(copy.deepcopy(small).float(), [None] * len(known), folds)
+            except Exception as error:
+                _log.info("no proof in float32: %s", error)
+        return self._fails(small, known, folds)
+
+    def _fails(
+        self, small: nn.Module, known: Sequence[Trace | None], folds: Sequence[Fold]
+    ) -> tuple[Call, str, float | None] | None:
+        between = frozenset().union(*(fold.between for fold in folds))
         for at, (remains, trace) in enumerate(zip(self._remains, known, strict=True)):
             run = remains.run
             if run.training and not repeats(run):
                 continue
-            found = self.difference(small, at, trace, between)
+            found, proof, other = self.difference(small, at, trace, between), self, small
             if found is None:
                 return run.calls[-1], "the masked original makes other calls than the smaller model", None
-            if not found.call and not run.training:
+            for stir in (True, False) if not found.call and not run.training else ():
                 try:
-                    found = self.difference(small, at, None, between, True) or found
+                    proof, other = self._stir(small, folds) if stir else (self, small)
+                    again = proof.difference(other, at, None, between, "other" if stir else "mixed")
                 except Exception as error:
                     _log.info("no proof on fresh inputs: %s", error)
-            if found.call and not self._rounding(small, at, found, between):
+                    continue
+                if again is not None:
+                    found = again
+                    break
+            if found.call and not proof._rounding(other, at, found, between):
                 worst, call, factor = found
                 return found.call, f"differs from the masked original by {worst:.1e}, first after {call}", factor
         return None
 
+    def _in(self, dtype: torch.dtype) -> Proof:
+        exact = Proof(copy.deepcopy(self._original).to(dtype), self._remains, self._axes)
+        exact._dtype = dtype
+        return exact
+
+    def _stir(self, small: nn.Module, folds: Sequence[Fold]) -> tuple[Proof, nn.Module]:
+        """Both models with other numbers in parameters that have one number only, which may hide what is wrong.
+
+        So begin gates, low ranks, last layers and norms; each model shares the memory of all else with the given one.
+        """
+        if not self._axes:
+            return self, small  # what is dead is dead by its zeros
+        generator = torch.Generator().manual_seed(0)
+        model, cut = twin(self._original), twin(small)
+        ours, theirs, own = (dict(one.named_parameters()) for one in (model, cut, self._original))
+        stirred = set()
+        for name, p in ours.items():
+            if not p.is_floating_point() or not alike(p):
+                continue
+            full = part = _stirred(p.detach(), generator)
+            for dim, gone in self._gone.get(id(own[name]), ()):
+                stays = torch.ones(full.shape[dim], dtype=torch.bool).index_fill_(0, gone, False)
+                part = part.index_select(dim, stays.nonzero().flatten().to(part.device))
+            if name in theirs and theirs[name].shape == part.shape:
+                p.data, theirs[name].data = full, part
+                stirred.add(name)
+        apply(cut, [one for fold in folds for one in fold.scaled if one.name in stirred])
+        if self._stirred is None:
+            self._stirred = Proof(model, self._remains, self._axes)
+            self._stirred._dtype = self._dtype
+        return self._stirred, cut
+
     def _rounding(self, small: nn.Module, at: int, found: Difference, between: frozenset[str]) -> bool:
         """Whether nothing differs any more where both compute in double precision."""
-        if found.worst > _ROUNDED or self._limit > 1e-4:
+        if found.worst > _ROUNDED or self._limit > _EXACT:
             return False
         try:
-            exact = Proof(copy.deepcopy(self._original).double(), self._remains, self._axes)
-            exact._double, twice = True, copy.deepcopy(small).double()
-            again = [exact.difference(twice, at, None, between, anew) for anew in (False, True)]
+            exact, twice = self._in(torch.float64), copy.deepcopy(small).double()
+            again = [exact.difference(twice, at, None, between, how) for how in _INPUTS]
         except Exception as error:
             _log.info("no proof in double precision: %s", error)
             return False
@@ -232,19 +290,19 @@ class Proof:
         at: int = 0,
         known: Trace | None = None,
         between: frozenset[str] = frozenset(),
-        anew: bool = False,
+        how: str = "given",
     ) -> Difference | None:
-        """How much a small model differs in one run, with its own arguments, or with fresh ones.
+        """How much a small model differs in one run, with its own arguments ("given"), or with fresh ones: see `fresh`.
 
         Returns None if the forward makes other calls than the run did.
         """
         run = self._remains[at].run
-        arguments = fresh(run.arguments) if anew else run.arguments
-        arguments = _in_double(arguments) if self._double else arguments
+        arguments = run.arguments if how == "given" else fresh(run.arguments, other=how == "other")
+        arguments = arguments if self._dtype is None else _in(arguments, self._dtype)
         got = known or Trace(run).of(small, arguments)
-        if (at, anew) not in self._traces:
-            self._traces[at, anew] = _Masked(self._remains[at], self._gone).of(self._original, arguments)
-        want = self._traces[at, anew]
+        if (at, how) not in self._traces:
+            self._traces[at, how] = _Masked(self._remains[at], self._gone).of(self._original, arguments)
+        want = self._traces[at, how]
         if not want.at == got.at == len(run.calls):
             return None
         return apart(want, got, self._limit, between)
@@ -288,9 +346,9 @@ def _apart(a: Tensor, b: Tensor) -> float:
     return float((a - b).abs().max() / a.abs().max().clamp_min(1e-12)) if a.numel() else 0.0
 
 
-def _in_double(arguments: Arguments) -> Arguments:
+def _in(arguments: Arguments, dtype: torch.dtype) -> Arguments:
     args, kwargs = tree_map(
-        lambda t: t.double() if isinstance(t, Tensor) and t.is_floating_point() else t, tuple(arguments)
+        lambda t: t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() else t, tuple(arguments)
     )
     return args, kwargs
 
@@ -298,20 +356,37 @@ def _in_double(arguments: Arguments) -> Arguments:
 def tolerance(model: nn.Module) -> float:
     """The largest difference that rounding explains, for the least exact type among the parameters."""
     eps = [torch.finfo(p.dtype).eps for p in model.parameters() if p.is_floating_point()]
-    return max([1e-4, *(16 * one for one in eps if one > 1e-6)])
+    return max([_EXACT, *(16 * one for one in eps if one > 1e-6)])
 
 
-def fresh(arguments: Arguments, seed: int = 0) -> Arguments:
-    """Other arguments of the same kind: floats are drawn anew, integers change places among themselves."""
+def fresh(arguments: Arguments, seed: int = 0, other: bool = False) -> Arguments:
+    """Other arguments of the same kind: floats are drawn anew, integers change places among themselves.
+
+    Where all numbers of a tensor are the same, they stay, or with `other` become different ones.
+    """
     generator = torch.Generator().manual_seed(seed)
 
-    def other(t: Any) -> Any:
+    def new(t: Any) -> Any:
         if not isinstance(t, Tensor) or t.is_complex() or t.numel() < 2:
             return t
+        same = other and alike(t)
         if not t.is_floating_point():
-            return t.flatten()[torch.randperm(t.numel(), generator=generator).to(t.device)].reshape(t.shape)
+            found = t.flatten()[torch.randperm(t.numel(), generator=generator).to(t.device)].reshape(t.shape)
+            if same and t.dtype != torch.bool:
+                step = torch.randint(2, t.shape, generator=generator).to(t)
+                found = found + (step if int(t.flatten()[0]) == 0 else -step)
+            return found
         noise = torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t.device)
-        return (noise * t.double().std() + t.double().mean()).to(t.dtype)
+        return (noise * (1 if same else t.double().std()) + t.double().mean()).to(t.dtype)
 
     args, kwargs = arguments
-    return tree_map(other, args), tree_map(other, kwargs)
+    return tree_map(new, args), tree_map(new, kwargs)
+
+
+def _stirred(t: Tensor, generator: torch.Generator) -> Tensor:
+    """A tensor like one of which all numbers are the same, with different ones near it."""
+    draw = torch.randn if t.ndim > 1 else torch.rand
+    drawn = draw(t.shape, generator=generator).to(t)
+    if bool(t.any()):
+        return t * (1 + 0.1 * drawn)
+    return drawn * (0.1 if t.ndim < 2 else math.sqrt(len(t) / t.numel()))

@@ -453,7 +453,7 @@ def _prove_or_fold(
     """Prove; where a call differs because a size is its scale, fold that, in all calls of its line, and go on."""
     lines: set[tuple[str, str]] = set()
     known: Sequence[Trace | None] = traces if not folds else [None] * len(traces)
-    while (found := proof.fails(small, known, frozenset().union(*(fold.between for fold in folds)))) is not None:
+    while (found := proof.fails(small, known, folds)) is not None:
         call, why, factor = found
         cap.consulted |= {"fold"} if factor is not None else set()
         if factor is None or not cap.policy.fold or (call.name, call.line) in lines:
