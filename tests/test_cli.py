@@ -537,7 +537,7 @@ def test_bench_fills_the_model(models, tmp_path, monkeypatch, form):
         (".models:mlp", ["--input", "1x8"], "'.models' is not the name of a module"),
         ("MODELS:mpl", ["--input", "1x8"], "that module has no mpl; the nearest names are: mlp"),
         ("MODELS:Family.large", ["--input", "1x8"], "that module has no Family.large; "),
-        ("MODELS:number", ["--input", "1x8"], "is a int, not callable: give a function that makes a model"),
+        ("MODELS:number", ["--input", "1x8"], "is an int, not callable: give a function that makes a model"),
         ("MODELS:sized", ["--input", "1x8"], "without arguments (missing a required argument: 'width')"),
         ("MODELS:words", ["--input", "1x8"], "gave a dict, not an nn.Module: let it return the model"),
         ("MODELS:mlp", ["--input", "1,8"], "'1,8' is not a shape: give sizes such as 1x784"),

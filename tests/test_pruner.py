@@ -153,7 +153,7 @@ def test_a_function_that_gives_no_sparsity(bad):
 def test_schedules_are_checked():
     with pytest.raises(InputError, match=r"needs its steps: sc\.cubic\(start=500"):
         sc.Pruner(net(), 0.5, schedule="cubic")
-    with pytest.raises(InputTypeError, match="schedule is a int"):
+    with pytest.raises(InputTypeError, match="schedule is an int"):
         sc.Pruner(net(), 0.5, schedule=5)
     with pytest.raises(InputError, match="each tensor has its own"):
         sc.Pruner(net(), {"0": 0.5, "2": 0.2}, schedule=lambda step: 0.1)

@@ -89,7 +89,7 @@ def test_models_are_functions_names_with_dots_or_there(place):
         ("PLACE.py:mlp", InputError, "without .py, and run this in its folder"),
         (".models:mlp", InputError, "'.models' is not the name of a module: give MODULE as"),
         ("PLACE:mpl", UnknownNameError, "has no mpl; the nearest names are: mlp"),
-        ("PLACE:number", InputTypeError, "is a int, not callable: give a function that makes a model"),
+        ("PLACE:number", InputTypeError, "is an int, not callable: give a function that makes a model"),
         ("PLACE:sized", InputTypeError, "without arguments .*'width'.*: wrap it in a function"),
         ("PLACE:words", InputTypeError, "gave a dict, not an nn.Module: let it return the model"),
         ("of_bench_broken:mlp", ModuleNotFoundError, "a_module_nobody_has"),

@@ -80,8 +80,8 @@ def compressed():
         (lambda: torch.empty(3, device="meta"), "odd is on the meta device and holds no values: materialise it first"),
         (nn.UninitializedParameter, "odd is lazy: run one batch through the model first"),
         (lambda: torch.ones(3).as_subclass(Subclass), "odd is a Subclass, not a plain tensor: save what it stands for"),
-        (lambda: 3, "odd is a int: a .safetensors file holds tensors by name; save it elsewhere"),
-        (lambda: None, "odd is a NoneType: a .safetensors file holds tensors by name; save it elsewhere"),
+        (lambda: 3, "odd is an int: a .safetensors file holds tensors by name; save it elsewhere"),
+        (lambda: None, "odd is None: a .safetensors file holds tensors by name; save it elsewhere"),
         (lambda: np.ones(3), "odd is a ndarray: a .safetensors file holds tensors by name; save it elsewhere"),
     ],
 )
@@ -101,7 +101,7 @@ def test_what_is_no_plain_tensor(tmp_path, make, message):
         ({1: torch.ones(2)}, "1 is a Tensor: a .safetensors file holds tensors by name"),
         ([torch.ones(2)], "save takes a module or a state_dict, not a list"),
         (torch.ones(2), "save takes a module or a state_dict, not a Tensor"),
-        (None, "save takes a module or a state_dict, not a NoneType"),
+        (None, "save takes a module or a state_dict, not None"),
     ],
 )
 def test_what_has_no_state(tmp_path, model, message):

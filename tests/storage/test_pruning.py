@@ -357,7 +357,7 @@ def test_zeros_that_were_there_count(tmp_path):
         (Recipe(0.5, pattern="4:4"), InputError, "n of m weights are kept, so 0 < n < m"),
         (Recipe(0.5, pattern="columns"), InputError, "no pattern named 'columns' for files: choose free, 2:4, rows$"),
         (Recipe(0.5, pattern=sc.blocks(2, 2)), InputError, r"no pattern named .*blocks.* for files: choose free, 2:4"),
-        (Recipe(0.5, pattern=2), InputTypeError, r"pattern is a int: give sc\.n_m\(2, 4\)"),
+        (Recipe(0.5, pattern=2), InputTypeError, r"pattern is an int: give sc\.n_m\(2, 4\)"),
         (Recipe(sc.Count(129)), InputError, r"Count\(129\) is more than the 128 weights in scope: ask for fewer"),
         (Recipe({"tail*": 0.5}), UnknownNameError, r"'tail\*' matches no tensor in scope"),
         (Recipe(90.0), InputError, "sparsity is 90.0, .*: write 0.9 for 90 %"),

@@ -5,6 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import secateur as sc
+from secateur.errors import StructureError
 from secateur.structure import rules
 from secateur.structure.attributes import Edits, follow_forward, follow_modules
 from secateur.structure.capture import capture
@@ -117,3 +119,37 @@ def test_a_wrong_cut_is_found_also_behind_almost_zero(attack, gain, policy):
     small, _, prove = shrunk(gain, policy)
     attack(small)
     assert prove()[1] is not None
+
+
+class Scaled(nn.Module):
+    """What is read of a hidden width is a scale."""
+
+    def __init__(self, zero=False):
+        super().__init__()
+        self.a, self.b, self.c = (
+            nn.Linear(8, 32, bias=False),
+            nn.Linear(32, 64, bias=False),
+            nn.Linear(64, 4, bias=False),
+        )
+        if zero:
+            nn.init.zeros_(self.b.weight)
+
+    def forward(self, x):
+        y = self.b(self.a(x))
+        return self.c(y * (8 / self.a(x).shape[-1])) + self.c(y)
+
+
+@pytest.mark.parametrize(
+    ("model", "x", "sparsity"),
+    [
+        (Scaled(), torch.randn(4, 8), 0.5),
+        (Scaled(zero=True), torch.randn(4, 8), 0.5),  # so low-rank layers begin
+        (Scaled(), torch.zeros(4, 8), 0.5),
+        (Scaled().bfloat16(), torch.randn(4, 8).bfloat16(), 0.04),  # that is 4 %, and 3 are rounding
+    ],
+)
+def test_a_wrong_scale_is_found_though_zeros_or_rounding_hide_it(model, x, sparsity):
+    with pytest.raises(
+        StructureError, match=r"differs from the masked original by .* first after mul .* Change the code"
+    ):
+        sc.shrink(model, x, sparsity)
