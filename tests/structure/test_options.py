@@ -184,3 +184,23 @@ def test_models_whose_weights_are_elsewhere():
     model[0]._hf_hook = object()
     with pytest.raises(InputError, match=r"0\.weight has no weights here.*load it without a device_map"):
         sc.shrink(model, X, 0.5, verify=False)
+
+
+def test_two_tensors_in_one_memory():
+    model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 4))
+    model[1].weight = nn.Parameter(model[0].weight.data.t())
+    with pytest.raises(InputError, match=r"0\.weight and 1\.weight are two tensors in one memory.*the same parameter"):
+        sc.shrink(model, X, 0.5)
+    model = mlp()
+    model.register_buffer("again", model[0].weight.data[1:])
+    with pytest.raises(InputError, match="are two tensors in one memory"):
+        sc.shrink(model, X, 0.5)
+
+
+def test_parts_of_one_memory_that_are_apart():
+    model = mlp()
+    flat = nn.utils.parameters_to_vector(model.parameters()).detach()
+    nn.utils.vector_to_parameters(flat, model.parameters())
+    model.register_buffer("mask", torch.ones(4))
+    model.register_buffer("part", model.mask[:2])
+    assert sc.shrink(model, X, 0.5)[0].out_features < model[0].out_features

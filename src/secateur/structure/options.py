@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from secateur.errors import InputError, InputTypeError, UnknownNameError, nearest
+from secateur.measurement.costs import is_plain
 from secateur.scope import matches
 from secateur.scores import Score
 from secateur.structure import criteria
@@ -256,6 +257,11 @@ def checked(model: nn.Module, inputs: Any) -> list[Arguments]:
             raise InputError(f"{name} is sharded: shrink the whole model on one process, then shard it")
         if t.is_meta and (not empty(model) or any(hasattr(m, "_hf_hook") for m in model.modules())):
             raise InputError(f"{name} has no weights here, they are offloaded: load it without a device_map")
+    for one, other in _overlapping(model):
+        raise InputError(
+            f"{one} and {other} are two tensors in one memory, and would part: let both be the same parameter, or "
+            "compute one of the other in the forward"
+        )
     for path, module in model.named_modules():
         if hasattr(module, "_orig_mod"):
             raise InputError(f"{path} is compiled: compile the whole model instead, after it was shrunk")
@@ -282,3 +288,20 @@ def checked(model: nn.Module, inputs: Any) -> list[Arguments]:
     if given and not any(t.numel() for t in given):
         raise InputError(f"example_inputs hold no number, {tuple(given[0].shape)}: give a batch of one or more")
     return examples
+
+
+def _overlapping(model: nn.Module) -> Iterator[tuple[str, str]]:
+    """Names of a parameter and another tensor that share numbers; buffers, mostly constants, may share some."""
+    named = {name: t for name, t in (*model.named_parameters(), *model.named_buffers()) if is_plain(t) and t.numel()}
+    places = []
+    for name, t in named.items():
+        last = sum((n - 1) * step for n, step in zip(t.shape, t.stride(), strict=True))
+        places += [] if t.is_meta else [(str(t.device), t.data_ptr(), t.data_ptr() + last * t.itemsize, name)]
+    before: dict[tuple[str, bool], tuple[int, str]] = {}  # of parameters and of buffers, that which ends last so far
+    for device, start, end, name in sorted(places):
+        trained = isinstance(named[name], nn.Parameter)
+        for kind in (True, False) if trained else (True,):
+            reach, other = before.get((device, kind), (-1, ""))
+            if start <= reach:
+                yield other, name
+        before[device, trained] = max((end, name), before.get((device, trained), (-1, "")))
