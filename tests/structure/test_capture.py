@@ -225,3 +225,27 @@ def test_a_parameter_that_no_example_reaches_is_told():
         sc.shrink(Net(), torch.randn(3, 4), 0.5)
     small = sc.shrink(Net(), [(torch.randn(3, 4),), (torch.randn(3, 4), True)], 0.5)
     assert small.other.in_features == 8
+
+
+def test_calls_that_are_made_in_training_only_are_followed():
+    class Net(nn.Module):
+        def __init__(self, loud):
+            super().__init__()
+            self.a, self.b, self.c, self.loud = nn.Linear(4, 16), nn.Linear(16, 16), nn.Linear(16, 2), loud
+
+        def forward(self, x):
+            y = self.a(x).relu()
+            if self.training and self.loud:
+                y = y * (16 / y.shape[-1])
+            elif self.training:
+                y = y.flip(-1)
+            return self.c(self.b(y).relu())
+
+    x = torch.randn(3, 4)
+    assert sc.shrink(Net(loud=True), x, 0.5).a.out_features == 16
+    small = sc.shrink(Net(loud=False), x, 0.5)
+    assert small.a.out_features == 8
+    assert small.train()(x).shape == (3, 2)
+    assert [run.training for run in seen(Net(loud=True), x).runs] == [False, True]
+    plain = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(), nn.ReLU(), nn.Linear(8, 2))
+    assert [run.training for run in seen(plain, x).runs] == [False]

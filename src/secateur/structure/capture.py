@@ -574,8 +574,36 @@ class Capture(TorchFunctionMode):
         self.runs.append(Run(arguments, training, self._calls))
 
 
+class _Names(TorchFunctionMode):
+    """Which functions are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        name = key(func)
+        out = func(*args, **(kwargs or {}))
+        if (not name.startswith("get.") or name.removeprefix("get.") in RULES) and results(name, args, out):
+            self.names.append(name)
+        return out
+
+
+def _trains_otherwise(model: nn.Module, run: Run) -> bool:
+    """Whether training mode makes other calls than a forward in eval mode did; not so where it fails."""
+    args, kwargs = run.arguments
+    try:
+        with calm(model, True), _Names() as seen:
+            model(*args, **kwargs)
+    except Exception:
+        return False
+    return bool(seen.names != [call.name for call in run.calls])
+
+
 def capture(model: nn.Module, examples: Sequence[Arguments], policy: Policy) -> Capture:
-    """Run each example once in eval mode, and in training mode too if that did not reach every parameter.
+    """Run each example once in eval mode; in training mode too if that makes other calls, or a parameter is unreached.
 
     Raises:
         StructureError: a parameter was not reached, and the forward in training mode fails.
@@ -584,16 +612,18 @@ def capture(model: nn.Module, examples: Sequence[Arguments], policy: Policy) -> 
     for arguments in examples:
         cap.forward(model, arguments, False)
     cap.unseen = [n for n, p in model.named_parameters() if not cap.seen(p)]
-    if cap.unseen:
+    for run in list(cap.runs):
+        if not cap.unseen and not _trains_otherwise(model, run):
+            continue
         try:
-            for arguments in examples:
-                cap.forward(model, arguments, True)
+            cap.forward(model, run.arguments, True)
         except Exception as error:
-            raise StructureError(
-                f"{listed(cap.unseen)} may take part in training only, and the forward in training mode fails "
-                f"({type(error).__name__}: {error}): give inputs with which it runs too, or delete what is not used"
-            ) from error
-        cap.unseen = [n for n, p in model.named_parameters() if not cap.seen(p)]
+            if cap.unseen:
+                raise StructureError(
+                    f"{listed(cap.unseen)} may take part in training only, and the forward in training mode fails "
+                    f"({type(error).__name__}: {error}): give inputs with which it runs too, or delete what is not used"
+                ) from error
+    cap.unseen = [n for n, p in model.named_parameters() if not cap.seen(p)]
     return cap
 
 
