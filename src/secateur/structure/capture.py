@@ -575,19 +575,20 @@ class Capture(TorchFunctionMode):
 
 
 class _Names(TorchFunctionMode):
-    """Which functions are called."""
+    """Which functions are called, other than those that write into buffers, as counters of batches are."""
 
-    def __init__(self) -> None:
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.names: list[str] = []
+        self._buffers = {id(b) for b in model.buffers()}
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         name = key(func)
         out = func(*args, **(kwargs or {}))
-        if (not name.startswith("get.") or name.removeprefix("get.") in RULES) and results(name, args, out):
-            self.names.append(name)
+        if not name.startswith("get.") or name.removeprefix("get.") in RULES:
+            self.names += [name] if any(id(t) not in self._buffers for t in results(name, args, out)) else []
         return out
 
 
@@ -595,7 +596,7 @@ def _trains_otherwise(model: nn.Module, run: Run) -> bool:
     """Whether training mode makes other calls than a forward in eval mode did; not so where it fails."""
     args, kwargs = run.arguments
     try:
-        with calm(model, True), _Names() as seen:
+        with calm(model, True), _Names(model) as seen:
             model(*args, **kwargs)
     except Exception:
         return False
