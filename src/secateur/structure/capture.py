@@ -587,8 +587,10 @@ class _Names(TorchFunctionMode):
     ) -> Any:
         name = key(func)
         out = func(*args, **(kwargs or {}))
-        if not name.startswith("get.") or name.removeprefix("get.") in RULES:
-            self.names += [name] if any(id(t) not in self._buffers for t in results(name, args, out)) else []
+        outs = results(name, args, out)
+        counts = func.__name__.endswith("_") and all(id(t) in self._buffers for t in outs)
+        if outs and not counts and (not name.startswith("get.") or name.removeprefix("get.") in RULES):
+            self.names.append(name)
         return out
 
 
