@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from secateur.errors import StructureError
 from secateur.structure.policy import POLICIES, Policy, relied_on
 
 
@@ -61,3 +62,10 @@ def test_tensors_are_found_in_any_object(wrap):
 def test_policies_that_answer_alike():
     assert Policy(cut_remade=True).like(["whole_heads"]) == Policy()
     assert Policy(cut_remade=True).like(["cut_remade"]) == Policy(cut_remade=True)
+
+
+def test_a_generator_is_no_output_that_can_be_followed():
+    with pytest.raises(
+        StructureError, match="returns a generator, whose tensors are made after its forward: give a list"
+    ):
+        relied_on({"out": (y for y in numbers(1))})

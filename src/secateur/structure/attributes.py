@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from secateur import anatomy
-from secateur.structure.capture import Run
+from secateur.structure.calls import Run
 from secateur.structure.plan import Attribute
 from secateur.structure.remains import Sizes
 from secateur.structure.traces import Otherwise, Trace

@@ -7,25 +7,23 @@ built of (`unite`, `rigid`), what follows from them (`join`, `reduce`, `contract
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
-import random
 import sys
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple, cast
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from secateur.errors import InputError, StructureError, listed
+from secateur.errors import StructureError, listed
+from secateur.structure.calls import Call, Run, in_place, key, results, tensors
+from secateur.structure.calm import calm
+from secateur.structure.constants import constant
 from secateur.structure.fields import Labelled, Shape, along, labels, measured, misfit, squeeze, support
-from secateur.structure.meta import Mixed, empty
 from secateur.structure.policy import Policy, relied_on
 from secateur.structure.readings import Readings, asked, marked, sizes_of
 from secateur.structure.units import Ledger
@@ -131,77 +129,6 @@ def table() -> str:
     return "\n".join(lines + [f"| {meaning} | {' '.join(sorted(names))} |" for meaning, names in rows.items()])
 
 
-@functools.lru_cache(4096)
-def key(func: Any) -> str:
-    """A function's plain name: "add" for add, add_ and Tensor.add; "__add" for +; "get.T" for a property."""
-    name = getattr(func, "__name__", "") or str(func)
-    if name in ("__get__", "__set__"):
-        return f"{name.strip('_')}.{getattr(func.__self__, '__name__', '')}"
-    return f"__{name.strip('_')}" if name.startswith("__") else name.strip("_")
-
-
-def tensors(tree: Any) -> list[Tensor]:
-    """The tensors in nested containers."""
-    if isinstance(tree, Tensor):
-        return [tree]
-    if type(tree) in (tuple, list):  # arguments of calls, mostly: others are many times slower to look through
-        return [t for one in tree if one is not None for t in tensors(one)]
-    if type(tree) is dict:
-        return tensors([*tree.values()])
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)] if type(tree) not in _LEAVES else []
-
-
-_LEAVES = frozenset([int, float, str, bool, slice, torch.dtype, torch.device, type(...)])
-
-
-def results(name: str, args: tuple[Any, ...], out: Any) -> list[Tensor]:
-    """The tensors that a call makes or writes into."""
-    return [args[0]] if name in ("__setitem", "set.data") else tensors(out)
-
-
-@dataclass
-class Call:
-    """What is remembered of one call.
-
-    Attributes:
-        name: plain name of the function.
-        module: path of the module whose forward made it.
-        line: file and line of the code that made it.
-        outs, ins: shape and fields of the results and of the operands.
-        elastic: made of zeros or the like, or without numbers: any size will do.
-        loose: sizes without units may change: they depend on the values of data, or the results are integers.
-        used: which results a later call took up.
-        products: for each product in it, sizes of all its letters, summed ones too, and fields over them: their number
-            is that of its multiply-accumulates.
-        sources: of each operand the call that made it, or the name of the parameter or buffer that it is.
-        rooted: it divides by the root of the size of a head itself.
-    """
-
-    name: str
-    module: str
-    line: str
-    outs: list[Labelled] = field(default_factory=list)
-    ins: list[Labelled] = field(default_factory=list)
-    elastic: bool = False
-    loose: bool = False
-    used: set[int] = field(default_factory=set)
-    products: list[Labelled] = field(default_factory=list)
-    sources: list[Call | str | None] = field(default_factory=list, repr=False)
-    rooted: bool = False
-
-    def __str__(self) -> str:
-        return f"{self.name} in {self.module or 'the model'} ({self.line})"
-
-
-@dataclass(frozen=True)
-class Run:
-    """One forward: its arguments, whether in training mode, and its calls."""
-
-    arguments: Arguments
-    training: bool
-    calls: list[Call]
-
-
 @dataclass(slots=True)
 class _Known:
     """What is known of a tensor.
@@ -246,7 +173,7 @@ class Capture(TorchFunctionMode):
         for name, t in [*model.named_parameters(), *model.named_buffers()]:
             if not measured(t):
                 continue
-            computed = id(t) in remade and not alike(t)
+            computed = id(t) in remade and not constant(t)
             if computed:
                 self.consulted.add("cut_remade")
             if policy.cut_remade or not computed:
@@ -588,7 +515,7 @@ class _Names(TorchFunctionMode):
         name = key(func)
         out = func(*args, **(kwargs or {}))
         outs = results(name, args, out)
-        counts = func.__name__.endswith("_") and all(id(t) in self._buffers for t in outs)
+        counts = in_place(func) and all(id(t) in self._buffers for t in outs)
         if outs and not counts and (not name.startswith("get.") or name.removeprefix("get.") in RULES):
             self.names.append(name)
         return out
@@ -631,78 +558,6 @@ def capture(model: nn.Module, examples: Sequence[Arguments], policy: Policy) -> 
 
 
 @contextlib.contextmanager
-def calm(model: nn.Module, training: bool) -> Iterator[None]:
-    """Eval or training mode without gradients; then modules and random numbers are as before.
-
-    Raises:
-        InputError: a parameter is written into.
-    """
-    modules = list(model.modules())
-    own = [dict(vars(m)) for m in modules]
-    held: list[Any] = [v for known in own for v in known.values() if isinstance(v, dict | list | set | deque)]
-    inner = [(v, [*(v.items() if isinstance(v, dict) else v)]) for v in held]
-    values = [
-        (t, t.clone()) for m in modules for t in (*m._buffers.values(), *vars(m).values()) if isinstance(t, Tensor)
-    ]
-    numpy, python = np.random.get_state(), random.getstate()
-    try:
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
-            torch.manual_seed(0)
-            np.random.seed(0)
-            random.seed(0)
-            model.train(training)
-            with _Unwritten(model), Mixed() if empty(model) else contextlib.nullcontext():
-                yield
-    finally:
-        np.random.set_state(numpy)
-        random.setstate(python)
-        for content, before in inner:
-            content.clear()
-            (content.extend if isinstance(content, list | deque) else content.update)(before)
-        for m, attributes in zip(modules, own, strict=True):
-            vars(m).clear()
-            vars(m).update(attributes)
-        with torch.no_grad():
-            for t, value in values:
-                t.copy_(value)
-
-
-class _Unwritten(TorchFunctionMode):
-    """Keeps calls from writing into parameters, whose memory may be that of the given model."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self._own = {_memory(p): name for name, p in model.named_parameters()}
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        kwargs, name = kwargs or {}, getattr(func, "__name__", "")
-        if kwargs.get("max_norm") is not None and len(args) > 1:  # embedding, embedding_bag
-            args = (args[0], args[1].clone(), *args[2:])
-        inside = name.startswith("__i") or (name.endswith("_") and not name.endswith("__"))
-        inside = (inside and name not in _NO_NUMBERS) or name == "__setitem__" or key(func) == "set.data"
-        written = [[*args, *kwargs.values()][:1] if inside else [], kwargs.get("out")]
-        for owner in (self._own.get(_memory(t)) for t in tensors(written)) if inside or "out" in kwargs else ():
-            if owner is not None:
-                raise InputError(
-                    f"the forward writes into {owner}, with {key(func)}, and would change the given model: let it make "
-                    "a new tensor of the weight, such as weight * 0.9"
-                )
-        return func(*args, **kwargs)
-
-
-_NO_NUMBERS = {"requires_grad_", "share_memory_", "detach_", "__int__", "__index__", "__invert__"}
-
-
-def _memory(t: Tensor) -> int:
-    try:
-        return cast(int, t.untyped_storage()._cdata)
-    except (NotImplementedError, RuntimeError):  # it has none: sparse, or within vmap
-        return id(t)
-
-
-@contextlib.contextmanager
 def _module_stack(model: nn.Module) -> Iterator[list[str]]:
     """The path of the module whose forward is running, as the last item of a list."""
     names = {m: n for n, m in model.named_modules()}
@@ -735,11 +590,3 @@ def _line() -> str:
 
 def _distinct(f: Tensor) -> int:
     return len(np.unique(labels(f)))
-
-
-def alike(t: Tensor) -> bool:
-    """Whether all numbers of a tensor are the same: of more than one, or of one that is zero."""
-    some = t.flatten()[:2]
-    if t.is_meta or not len(some) or not bool((some == some[0]).all()):
-        return False
-    return bool((t == some[0]).all()) if t.numel() > 1 else not bool(some.any())

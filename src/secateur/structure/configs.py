@@ -28,7 +28,7 @@ from torch.overrides import TorchFunctionMode
 from secateur.errors import listed
 from secateur.structure.attributes import Edit, Edits, replay
 from secateur.structure.blocks import Block, Renaming, lists
-from secateur.structure.capture import Call
+from secateur.structure.calls import Call
 from secateur.structure.cut import named_tensors, twin
 from secateur.structure.proof import apart, tolerance
 from secateur.structure.reads import Named, strays

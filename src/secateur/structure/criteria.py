@@ -19,7 +19,9 @@ from secateur import anatomy
 from secateur import scores as weight_scores
 from secateur.errors import InputError, listed
 from secateur.scores import GradientScore, Score
-from secateur.structure.capture import Call, Capture, calm, key, results, tensors
+from secateur.structure.calls import Call, key, results, tensors
+from secateur.structure.calm import calm
+from secateur.structure.capture import Capture
 from secateur.structure.fields import labels, support
 from secateur.structure.groups import Axis, Groups, Worth, scores
 from secateur.structure.units import Flags

@@ -20,7 +20,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from secateur.errors import StructureError
-from secateur.structure.capture import RULES, Capture, Run, key, results, tensors
+from secateur.structure.calls import Run, key, results, tensors
+from secateur.structure.capture import RULES, Capture
 from secateur.structure.cut import named_tensors
 from secateur.structure.groups import Groups
 from secateur.structure.policy import Policy

@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from secateur.errors import StructureError, listed
 from secateur.structure.attributes import Edit, Edits
 from secateur.structure.blocks import Block, Renaming, children, lists, moved_up, take_out
-from secateur.structure.capture import calm
+from secateur.structure.calm import calm
 from secateur.structure.configs import Configs
+from secateur.structure.constants import constant, varied
 from secateur.structure.cut import named_tensors, twin, undo
 from secateur.structure.plan import Attribute
 from secateur.structure.policy import relied_on
@@ -283,22 +284,18 @@ def _proven(given: Named, small: Named, examples: Sequence[Arguments], verify: b
 
 @contextlib.contextmanager
 def _unlike(*models: Named) -> Iterator[None]:
-    """Random numbers in place of parameters that hold one number throughout, the same in all models.
-
-    Which part of those a block reads shows in no result; and blocks that give zeros at first all read the same.
-    """
-    random = torch.Generator().manual_seed(0)
+    """Other numbers in constant parameters, the same in all models."""
+    generator = torch.Generator().manual_seed(0)
     new: dict[str, Tensor] = {}
     done: list[tuple[Tensor, Tensor]] = []
     try:
         for one in models:
             for p in one.model.parameters():
                 name = one.names.get(id(p))
-                if name is None or not p.is_floating_point() or not p.numel() or p.min() != p.max():
+                if name is None or not p.is_floating_point() or not constant(p):
                     continue
                 if name not in new:
-                    more = 0.1 * p.flatten()[0].abs().clamp_min(1).cpu().float()  # what is positive stays so
-                    new[name] = (p.detach() + (more * torch.rand(p.shape, generator=random)).to(p)).to(p.dtype)
+                    new[name] = varied(p.detach(), generator)
                 done.append((p, p.data))
                 p.data = new[name]
         yield

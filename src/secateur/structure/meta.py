@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from secateur.structure.calls import in_place
+
 
 def empty(model: nn.Module) -> bool:
     """Whether all parameters are on the meta device."""
@@ -40,8 +42,7 @@ class Mixed(TorchFunctionMode):
         if len(meta) < 2 or (name == "__getitem__" and args[0].is_meta):  # a real mask says how many it picks
             return func(*args, **kwargs)
         out = func(*tree_map(_away, args), **tree_map(_away, kwargs))  # not all of torch's functions would refuse
-        inside = name.startswith("__i") or (name.endswith("_") and not name.endswith("__"))
-        return args[0] if inside else out  # it stays the same tensor; its values are those before
+        return args[0] if in_place(func) else out  # it stays the same tensor; its values are those before
 
 
 def _here(value: Any) -> Any:

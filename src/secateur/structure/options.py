@@ -16,7 +16,7 @@ from secateur.scope import matches
 from secateur.scores import Score
 from secateur.structure import criteria
 from secateur.structure.allocation import ALLOCATIONS, Allocation
-from secateur.structure.capture import tensors
+from secateur.structure.calls import tensors
 from secateur.structure.criteria import UnitScore
 from secateur.structure.cut import named_tensors
 from secateur.structure.meta import empty

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence, Set
+from collections.abc import Collection, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
+
+from secateur.errors import StructureError
+from secateur.support import checks
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,9 @@ def relied_on(out: Any) -> list[Tensor]:
     """The tensors of an output that callers rely on, wherever they stand in it: in containers or attributes.
 
     Beside logits these are not the states that a model carries along, and its cache never is one of them.
+
+    Raises:
+        StructureError: a generator is among them, whose tensors are made later.
     """
     found: list[Tensor] = []
     looked: dict[int, Any] = {}
@@ -65,6 +71,10 @@ def relied_on(out: Any) -> list[Tensor]:
     def look(value: Any) -> None:
         if isinstance(value, Tensor):
             found.append(value)
+        if isinstance(value, Iterator):
+            raise StructureError(
+                f"the model returns {checks.kind(value)}, whose tensors are made after its forward: give a list"
+            )
         if isinstance(value, _PLAIN) or id(value) in looked or _CACHE.search(type(value).__name__):
             return
         looked[id(value)] = value

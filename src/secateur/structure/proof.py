@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -20,7 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from secateur.structure.capture import Call, Run, alike, key, results, tensors
+from secateur.structure.calls import Call, Run, key, results, tensors
+from secateur.structure.constants import constant, varied
 from secateur.structure.cut import twin
 from secateur.structure.groups import Axis
 from secateur.structure.remains import Remains
@@ -258,9 +258,9 @@ class Proof:
         ours, theirs, own = (dict(one.named_parameters()) for one in (model, cut, self._original))
         stirred = set()
         for name, p in ours.items():
-            if not p.is_floating_point() or not alike(p):
+            if not p.is_floating_point() or not constant(p):
                 continue
-            full = part = _stirred(p.detach(), generator)
+            full = part = varied(p.detach(), generator)
             for dim, gone in self._gone.get(id(own[name]), ()):
                 stays = torch.ones(full.shape[dim], dtype=torch.bool).index_fill_(0, gone, False)
                 part = part.index_select(dim, stays.nonzero().flatten().to(part.device))
@@ -370,7 +370,7 @@ def fresh(arguments: Arguments, seed: int = 0, other: bool = False) -> Arguments
     def new(t: Any) -> Any:
         if not isinstance(t, Tensor) or t.is_complex() or t.numel() < 2:
             return t
-        same = other and alike(t)
+        same = other and constant(t)
         if not t.is_floating_point():
             found = t.flatten()[torch.randperm(t.numel(), generator=generator).to(t.device)].reshape(t.shape)
             if same and t.dtype != torch.bool:
@@ -382,12 +382,3 @@ def fresh(arguments: Arguments, seed: int = 0, other: bool = False) -> Arguments
 
     args, kwargs = arguments
     return tree_map(new, args), tree_map(new, kwargs)
-
-
-def _stirred(t: Tensor, generator: torch.Generator) -> Tensor:
-    """A tensor like one of which all numbers are the same, with different ones near it."""
-    draw = torch.randn if t.ndim > 1 else torch.rand
-    drawn = draw(t.shape, generator=generator).to(t)
-    if bool(t.any()):
-        return t * (1 + 0.1 * drawn)
-    return drawn * (0.1 if t.ndim < 2 else math.sqrt(len(t) / t.numel()))

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from secateur.structure.capture import calm, key, results, tensors
+from secateur.structure.calls import key, results, tensors
+from secateur.structure.calm import calm
 from secateur.structure.policy import relied_on
 from secateur.structure.proof import DRAWS, tolerance
 from secateur.structure.traces import Print, fingerprint, prints_apart

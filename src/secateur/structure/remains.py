@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from secateur.structure.capture import Call, Run
+from secateur.structure.calls import Call, Run
 from secateur.structure.fields import Shape, labels, support
 
 Sizes = list[list[Shape] | None]

@@ -21,7 +21,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from secateur.structure.blocks import LISTS, children
-from secateur.structure.capture import RULES, calm, key, results, tensors
+from secateur.structure.calls import key, results, tensors
+from secateur.structure.calm import calm
+from secateur.structure.capture import RULES
 from secateur.structure.cut import named_tensors, twin
 from secateur.structure.policy import relied_on
 from secateur.structure.rules.arithmetic import like, pointwise

@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from secateur.structure.capture import Call, Capture
+from secateur.structure.calls import Call
+from secateur.structure.capture import Capture
 from secateur.structure.cut import named_tensors
 from secateur.structure.fields import labels
 from secateur.structure.remains import size

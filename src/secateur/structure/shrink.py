@@ -20,7 +20,8 @@ from secateur.structure import rules as rules  # registers what is known of torc
 from secateur.structure import scales
 from secateur.structure.attributes import Edits, follow_forward, follow_modules
 from secateur.structure.blocks import Renaming
-from secateur.structure.capture import Call, Capture, capture
+from secateur.structure.calls import Call
+from secateur.structure.capture import Capture, capture
 from secateur.structure.configs import Configs, Dim
 from secateur.structure.criteria import Subject
 from secateur.structure.cut import check_optimizer, cut, follow, masked, named_tensors, own_memory, twin, undo

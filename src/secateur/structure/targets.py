@@ -14,7 +14,8 @@ from torch import nn
 
 from secateur.errors import InputError, StructureError
 from secateur.measurement import costs, timing
-from secateur.structure.capture import Capture, calm
+from secateur.structure.calm import calm
+from secateur.structure.capture import Capture
 from secateur.structure.fields import labels, support
 from secateur.structure.groups import Groups, Worth, as_mask
 from secateur.structure.remains import size

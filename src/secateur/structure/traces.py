@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from typing_extensions import Self
 
-from secateur.structure.capture import Run, calm, key, results
+from secateur.structure.calls import Run, key, results
+from secateur.structure.calm import calm
 from secateur.structure.fields import Shape
 from secateur.structure.policy import relied_on
 from secateur.structure.remains import Sizes

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from secateur.structure.capture import RULES, Site, rule, tensors
+from secateur.structure.calls import tensors
+from secateur.structure.capture import RULES, Site, rule
 from secateur.structure.fields import lead, measured, support
 from secateur.structure.rules.move import dims_of
 

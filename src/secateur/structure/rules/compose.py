@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from secateur.structure.capture import Site, rule, tensors
+from secateur.structure.calls import tensors
+from secateur.structure.capture import Site, rule
 
 
 def _composed(site: Site, made: Any) -> None:

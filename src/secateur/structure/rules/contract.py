@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from secateur.structure.capture import Letter, Site, rule, tensors
+from secateur.structure.calls import tensors
+from secateur.structure.capture import Letter, Site, rule
 from secateur.structure.fields import Labelled, labels, lead, squeeze, support
 from secateur.structure.rules.norms import with_vectors
 

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from secateur.structure.capture import Site, rule, tensors
+from secateur.structure.calls import tensors
+from secateur.structure.capture import Site, rule
 from secateur.structure.fields import Shape, blend, labels, lead, measured, squeeze, support
 from secateur.structure.meta import zeros
 

@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from secateur.structure.capture import Site, rule, tensors
+from secateur.structure.calls import tensors
+from secateur.structure.capture import Site, rule
 from secateur.structure.fields import Labelled, lead, support
 from secateur.structure.rules.arithmetic import over_kept
 from secateur.structure.rules.move import dims_of

@@ -1,0 +1,93 @@
+"""Running a model and leaving it as it was: modes, buffers, whatever its modules hold, and random numbers."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections import deque
+from collections.abc import Iterator, Mapping
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from secateur.errors import InputError
+from secateur.measurement.costs import devices
+from secateur.structure.calls import in_place, key, tensors
+from secateur.structure.meta import Mixed, empty
+
+
+@contextlib.contextmanager
+def calm(model: nn.Module, training: bool) -> Iterator[None]:
+    """Eval or training mode without gradients; then modules and random numbers are as before.
+
+    Raises:
+        InputError: a parameter is written into.
+    """
+    modules = list(model.modules())
+    own = [dict(vars(m)) for m in modules]
+    held: list[Any] = [v for known in own for v in known.values() if isinstance(v, dict | list | set | deque)]
+    inner = [(v, [*(v.items() if isinstance(v, dict) else v)]) for v in held]
+    values = [
+        (t, t.clone()) for m in modules for t in (*m._buffers.values(), *vars(m).values()) if isinstance(t, Tensor)
+    ]
+    cuda = [device for device in devices(model) if device.type == "cuda"]
+    numpy, python = np.random.get_state(), random.getstate()
+    try:
+        with torch.random.fork_rng(devices=cuda), torch.no_grad():
+            torch.default_generator.manual_seed(0)
+            for device in cuda:
+                torch.cuda.default_generators[device.index or 0].manual_seed(0)
+            np.random.seed(0)
+            random.seed(0)
+            model.train(training)
+            with _Unwritten(model), Mixed() if empty(model) else contextlib.nullcontext():
+                yield
+    finally:
+        np.random.set_state(numpy)
+        random.setstate(python)
+        for content, before in inner:
+            content.clear()
+            (content.extend if isinstance(content, list | deque) else content.update)(before)
+        for m, attributes in zip(modules, own, strict=True):
+            vars(m).clear()
+            vars(m).update(attributes)
+        with torch.no_grad():
+            for t, value in values:
+                t.copy_(value)
+
+
+class _Unwritten(TorchFunctionMode):
+    """Keeps calls from writing into parameters, whose memory may be that of the given model."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self._own = {_memory(p): name for name, p in model.named_parameters()}
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs, name = kwargs or {}, key(func)
+        if kwargs.get("max_norm") is not None and len(args) > 1:  # embedding, embedding_bag
+            args = (args[0], args[1].clone(), *args[2:])
+        inside = (in_place(func) and name not in _NO_NUMBERS) or name in ("__setitem", "set.data")
+        written = [[*args, *kwargs.values()][:1] if inside else [], kwargs.get("out")]
+        for owner in (self._own.get(_memory(t)) for t in tensors(written)) if inside or "out" in kwargs else ():
+            if owner is not None:
+                raise InputError(
+                    f"the forward writes into {owner}, with {name}, and would change the given model: let it make "
+                    "a new tensor of the weight, such as weight * 0.9"
+                )
+        return func(*args, **kwargs)
+
+
+_NO_NUMBERS = {"requires_grad", "share_memory", "detach"}
+
+
+def _memory(t: Tensor) -> int:
+    try:
+        return cast(int, t.untyped_storage()._cdata)
+    except (NotImplementedError, RuntimeError):  # it has none: sparse, or within vmap
+        return id(t)
