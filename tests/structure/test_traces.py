@@ -6,7 +6,7 @@ from secateur.structure import rules
 from secateur.structure.capture import capture
 from secateur.structure.cut import twin
 from secateur.structure.policy import Policy
-from secateur.structure.traces import Otherwise, Trace, fingerprint, makes_other_calls
+from secateur.structure.traces import Otherwise, Trace, fingerprint
 
 assert rules
 
@@ -54,11 +54,6 @@ def test_a_trace_follows_the_calls_of_a_run():
         Trace(run, [[(3, 7)], None]).of(model, ((x,), {}))
     with pytest.raises(Otherwise, match="linear instead of the end"):
         Trace(run, [None, None]).of(nn.Sequential(model, nn.Linear(8, 2)), ((x,), {}))
-
-
-def test_what_else_is_called():
-    assert makes_other_calls("view instead of arange")
-    assert not makes_other_calls("gives [(3, 8)], expected [(3, 7)]")
 
 
 def test_nothing_is_dropped_in_training_mode():

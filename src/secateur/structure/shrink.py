@@ -21,6 +21,7 @@ from secateur.structure import scales
 from secateur.structure.attributes import Edits, follow_forward, follow_modules
 from secateur.structure.blocks import Renaming
 from secateur.structure.calls import Call
+from secateur.structure.calm import calm
 from secateur.structure.capture import Capture, capture
 from secateur.structure.configs import Configs, Dim
 from secateur.structure.criteria import Subject
@@ -36,7 +37,7 @@ from secateur.structure.policy import POLICIES, Policy
 from secateur.structure.proof import Proof
 from secateur.structure.remains import Remains
 from secateur.structure.targets import Target, counted, knob, reach, search_time, select, time_left
-from secateur.structure.traces import Trace, makes_other_calls
+from secateur.structure.traces import Trace
 from secateur.structure.units import Extent, Flags, Labels
 from secateur.support.inputs import Arguments
 
@@ -209,12 +210,8 @@ def _attempt(
     policy: Policy,
     told: Configs,
     consulted: set[str],
-    warm: bool = False,
 ) -> _Result:
-    """Capture, choose, cut and prove; on a failure hold what surrounds the call, and choose again.
-
-    Where a later forward makes other calls, the first may have filled a cache: then all begins anew, once.
-    """
+    """Capture, choose, cut and prove; on a failure hold what surrounds the call, and choose again."""
     small = twin(model)
     cap = _captured(small, examples, policy, ask.keep)
     consulted |= cap.consulted
@@ -272,8 +269,6 @@ def _attempt(
         edits.undo()
         undo(done)
         call, trouble = failure
-        if makes_other_calls(trouble) and not warm:
-            return _attempt(model, examples, ask, policy, told, consulted, warm=True)
         asked = asked if len(cap.ledger.equals) == known else 0  # sizes that a config ties were asked for too freely
         _log.info("held: %s", trouble)
         failed.append((call.name, call.line) if call is not None else None)
@@ -289,6 +284,9 @@ def _attempt(
 def _captured(small: nn.Module, examples: Sequence[Arguments], policy: Policy, keep: Mapping[str, str]) -> Capture:
     """The forwards of the examples, in which nothing goes of the tensors that are kept."""
     try:
+        for args, kwargs in examples:
+            with calm(small, False):  # caches outside of modules are filled, so that all forwards make the same calls
+                small(*args, **kwargs)
         cap = capture(small, examples, policy)
     except (StructureError, InputError):
         raise

@@ -36,14 +36,6 @@ _DROPS = {
 """Where functions take the share that they drop."""
 
 
-_OTHER = " instead of "
-
-
-def makes_other_calls(why: str) -> bool:
-    """Whether what is wrong with a forward is that it makes another call than the captured one did there."""
-    return _OTHER in why
-
-
 class Otherwise(Exception):
     """A call is not the expected one, or gives other sizes."""
 
@@ -89,7 +81,7 @@ class Trace(TorchFunctionMode):
                 self.note(map(fingerprint, outs))
             elif self._sizes is not None and not name.startswith("get."):
                 expected = self.calls[self.at].name if self.at < len(self.calls) else "the end"
-                raise Otherwise(f"{name}{_OTHER}{expected}")
+                raise Otherwise(f"{name} instead of {expected}")
         return out
 
     def ahead(self, name: str) -> bool:
