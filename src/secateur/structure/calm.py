@@ -20,8 +20,13 @@ from secateur.structure.meta import Mixed, empty
 
 
 @contextlib.contextmanager
-def calm(model: nn.Module, training: bool) -> Iterator[None]:
+def calm(model: nn.Module, training: bool, mode: TorchFunctionMode | None = None) -> Iterator[None]:
     """Eval or training mode without gradients; then modules and random numbers are as before.
+
+    Args:
+        model: that runs.
+        training: in which mode.
+        mode: that sees its calls. What the mode itself calls is not looked through for writes.
 
     Raises:
         InputError: a parameter is written into.
@@ -43,7 +48,8 @@ def calm(model: nn.Module, training: bool) -> Iterator[None]:
             np.random.seed(0)
             random.seed(0)
             model.train(training)
-            with _Unwritten(model), Mixed() if empty(model) else contextlib.nullcontext():
+            guard, none = _Unwritten(model), contextlib.nullcontext()
+            with Mixed() if empty(model) else none, mode or none, guard:
                 yield
     finally:
         np.random.set_state(numpy)
@@ -87,7 +93,8 @@ _NO_NUMBERS = {"requires_grad", "share_memory", "detach"}
 
 
 def _memory(t: Tensor) -> int:
-    try:
-        return cast(int, t.untyped_storage()._cdata)
-    except (NotImplementedError, RuntimeError):  # it has none: sparse, or within vmap
-        return id(t)
+    with torch._C.DisableTorchFunction():
+        try:
+            return cast(int, t.untyped_storage()._cdata)
+        except (NotImplementedError, RuntimeError):  # it has none: sparse, or within vmap
+            return id(t)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from secateur.errors import StructureError, listed
+from secateur.errors import InputError, StructureError, listed
 from secateur.structure.calls import Call, Run, in_place, key, results, tensors
 from secateur.structure.calm import calm
 from secateur.structure.constants import constant
@@ -486,7 +486,7 @@ class Capture(TorchFunctionMode):
         self._calls = []
         for t in tensors(arguments):
             self._of(t).given = True
-        with calm(model, training), marked(model), _module_stack(model) as self._stack, self:
+        with marked(model), _module_stack(model) as self._stack, calm(model, training, self):
             out = model(*args, **kwargs)
         relied = relied_on(out)
         if not relied and not self._left:
@@ -524,9 +524,12 @@ class _Names(TorchFunctionMode):
 def _trains_otherwise(model: nn.Module, run: Run) -> bool:
     """Whether training mode makes other calls than a forward in eval mode did; not so where it fails."""
     args, kwargs = run.arguments
+    seen = _Names(model)
     try:
-        with calm(model, True), _Names(model) as seen:
+        with calm(model, True, seen):
             model(*args, **kwargs)
+    except InputError:
+        raise
     except Exception:
         return False
     return bool(seen.names != [call.name for call in run.calls])

@@ -216,7 +216,7 @@ def activation(batches: Iterable[Any] = ()) -> UnitScore:
         runs = [run for run in subject.capture.runs if not run.training]
         total = np.zeros(len(subject.groups.root))
         for args, kwargs in [arguments(batch) for batch in batches] or [run.arguments for run in runs]:
-            with calm(subject.model, False), _Reads(runs[0].calls, total):
+            with calm(subject.model, False, _Reads(runs[0].calls, total)):
                 subject.model(*args, **kwargs)
         if not total.any():
             raise InputError("no layer read anything but zeros: give batches of real data, or choose another score")

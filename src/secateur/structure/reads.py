@@ -96,7 +96,8 @@ def strays(one: Named, other: Named, arguments: Arguments, training: bool = Fals
 
 def _read(one: Named, arguments: Arguments, training: bool) -> tuple[_Reads, Sequence[Tensor]]:
     args, kwargs = arguments
-    with calm(one.model, training), _Reads(one.names) as reads:
+    reads = _Reads(one.names)
+    with calm(one.model, training, reads):
         out = one.model(*args, **kwargs)
     one.unread -= reads.read
     return reads, relied_on(out)

@@ -173,7 +173,7 @@ class _Watch(TorchFunctionMode):
             handles.append(module.register_forward_hook(functools.partial(self._leave, path), with_kwargs=True))
         args, kwargs = arguments
         try:
-            with calm(self.model, False), self:
+            with calm(self.model, False, self):
                 out = self.model(*args, **kwargs)
             self._take(relied_on(out))
         finally:

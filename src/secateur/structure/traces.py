@@ -65,7 +65,7 @@ class Trace(TorchFunctionMode):
             Exception: whatever the model raises.
         """
         args, kwargs = arguments
-        with calm(model, self.run.training), self:
+        with calm(model, self.run.training, self):
             self.out = relied_on(model(*args, **kwargs))
         return self
 
