@@ -146,7 +146,11 @@ class Literal(nn.Module):
     [
         (nn.Linear(4, 2), 0.5, r"weight\[0\].*an output of the model"),
         (nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2)), 0.01, r"0\.weight\[0\].*8 units.*Ask for more to go"),
-        (Literal(), 0.5, r"view in the model \(.*\.py:\d+\)"),
+        (
+            Literal(),
+            0.5,
+            r"^nothing can be removed: view in the model \(.*\.py:\d+\).*a number in the code\. Change the code",
+        ),
     ],
     ids=["outputs only", "less than a unit", "a size in the code"],
 )

@@ -16,21 +16,10 @@ from secateur.dropout import Prediction
 
 
 @pytest.fixture(scope="module")
-def shared(tmp_path_factory):
-    """One run of two epochs: its result, folder and output, and the caller's state before and after."""
-
-    def state():
-        return torch.get_rng_state().tolist(), torch.get_num_threads()
-
-    out = tmp_path_factory.mktemp("demo") / "new"
-    screen = io.StringIO()
-    before = state()
-    result = uncertainty.run(epochs=2, seed=3, out=out, console=Console(file=screen, width=120))
-    return result, out / "uncertainty", screen.getvalue(), before == state()
-
-
-def flat(text):
-    return " ".join(text.replace("│", " ").split())
+def shared(told):
+    """One run for all tests that look at what it leaves."""
+    result, out, screen, unchanged = told(uncertainty.run)
+    return result, out / "uncertainty", screen, unchanged
 
 
 def test_the_folder_holds_what_was_promised_and_is_not_that_of_the_plain_demo(shared):
@@ -119,7 +108,7 @@ def test_their_spread_is_one_of_probabilities():
     assert first["mutual_information"] == pytest.approx(0.6, abs=0.1)
 
 
-def test_the_table_tells_the_measured_numbers(shared):
+def test_the_table_tells_the_measured_numbers(shared, flat):
     result, out, screen, _ = shared
     for level in result["levels"]:
         for reading in uncertainty.READINGS:
@@ -213,7 +202,7 @@ def test_a_file_in_the_place_of_the_folder_stays(tmp_path, file):
     assert (tmp_path / file).read_text() == "precious"
 
 
-def test_the_command_passes_its_options_on(monkeypatch):
+def test_the_command_passes_its_options_on(monkeypatch, flat):
     calls = []
     monkeypatch.setattr(uncertainty, "run", lambda **options: calls.append(options) or {"seed": options["seed"]})
     done = CliRunner().invoke(

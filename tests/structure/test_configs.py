@@ -9,37 +9,17 @@ from torch.utils._pytree import tree_leaves
 
 import secateur as sc
 from secateur.structure import Plan, propose
+from structure.pretrained import SOUND, TEXT, WORDS, bart, drawn, picture, sound, texts, words
 
 transformers = pytest.importorskip("transformers")
 
-WORDS = 97
-TEXT = {"vocab_size": WORDS, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 SIDE = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
 BERT = {**TEXT, **SIDE, "max_position_embeddings": 40, "num_labels": 3}
 LLAMA = {**TEXT, **SIDE, "num_key_value_heads": 2, "max_position_embeddings": 64}
 GPT = {**TEXT, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 40}
 VIT = {**SIDE, "image_size": 32, "patch_size": 8, "num_labels": 10}
-BART = {
-    **TEXT,
-    "d_model": 64,
-    **{f"{side}_{name}": n for side in ("encoder", "decoder") for name, n in [("layers", 2), ("attention_heads", 4)]},
-    "encoder_ffn_dim": 128,
-    "decoder_ffn_dim": 128,
-    "max_position_embeddings": 40,
-    "decoder_start_token_id": 1,
-    "forced_eos_token_id": None,
-}
-SPEECH = {
-    **BERT,
-    "conv_dim": (32, 32, 32),
-    "conv_kernel": (10, 3, 3),
-    "conv_stride": (5, 2, 2),
-    "num_feat_extract_layers": 3,
-    "num_conv_pos_embeddings": 8,
-    "num_conv_pos_embedding_groups": 4,
-    "apply_spec_augment": False,
-    "mask_time_prob": 0.0,
-}
+BART = bart(64, 2, 128)
+SPEECH = {**BERT, **SOUND}
 WHISPER = {
     **BART,
     "num_mel_bins": 14,
@@ -50,28 +30,12 @@ WHISPER = {
 }
 
 
-def drawn(*shape):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
-
-
-def words(length=12):
-    return torch.randint(3, WORDS, (2, length), generator=torch.Generator().manual_seed(length))
-
-
 def text():
-    return {"input_ids": words()}
+    return {"input_ids": words(12)}
 
 
-def texts():
-    return {"input_ids": words(), "decoder_input_ids": words(7)}
-
-
-def picture():
-    return {"pixel_values": drawn(2, 3, 32, 32)}
-
-
-def sound():
-    return {"input_values": drawn(2, 800)}
+def pairs():
+    return texts(12)
 
 
 def clip():
@@ -123,7 +87,7 @@ ZOO = {  # class of the model, its config, inputs, and what share of the weights
         texts,
         0.6,
     ),
-    "bart": ("BartForConditionalGeneration", BART, texts, 0.3),
+    "bart": ("BartForConditionalGeneration", BART, pairs, 0.3),
     "whisper": (
         "WhisperForConditionalGeneration",
         WHISPER,
@@ -173,7 +137,7 @@ ZOO = {  # class of the model, its config, inputs, and what share of the weights
         picture,
         0.3,
     ),
-    "clip": ("CLIPModel", clip, lambda: {"input_ids": words(), **picture()}, 0.31),
+    "clip": ("CLIPModel", clip, lambda: {"input_ids": words(12), **picture()}, 0.31),
 }
 QUICK = ("bert", "llama", "convnext")
 
@@ -264,7 +228,7 @@ class Tagger(nn.Module):
 @pytest.mark.slow
 def test_a_model_inside_another_one(tmp_path):
     model = Tagger().eval()
-    small = sc.shrink(model, words(), 0.5)
+    small = sc.shrink(model, words(12), 0.5)
     assert (small.bert.config.hidden_size, model.bert.config.hidden_size) == (16, 32)
     small.bert.save_pretrained(tmp_path)
     assert apart(small.bert, transformers.BertModel.from_pretrained(tmp_path), text()) < 1e-5

@@ -9,37 +9,18 @@ from torch.utils._pytree import tree_leaves
 import secateur as sc
 from secateur.errors import StructureError
 from secateur.structure import Plan, propose
+from structure.pretrained import SOUND, TEXT, bart, picture, sound, texts, words
 
 transformers = pytest.importorskip("transformers")
 
-TEXT = {"vocab_size": 97, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 SIDE = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 48}
 BERT = {**TEXT, **SIDE, "max_position_embeddings": 40, "num_labels": 3}
 LLAMA = {**TEXT, **SIDE, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64}
 GPT = {**TEXT, "n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 40}
 VIT = {**SIDE, "image_size": 32, "patch_size": 8, "num_labels": 10}
-BART = {
-    **TEXT,
-    "d_model": 32,
-    **{f"{side}_{name}": 4 for side in ("encoder", "decoder") for name in ("layers", "attention_heads")},
-    "encoder_ffn_dim": 48,
-    "decoder_ffn_dim": 48,
-    "max_position_embeddings": 40,
-    "decoder_start_token_id": 1,
-    "forced_eos_token_id": None,
-}
+BART = bart(32, 4, 48)
 T5 = {**TEXT, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 4, "num_heads": 4, "decoder_start_token_id": 0}
-SPEECH = {
-    **BERT,
-    "conv_dim": (32, 32, 32),
-    "conv_kernel": (10, 3, 3),
-    "conv_stride": (5, 2, 2),
-    "num_feat_extract_layers": 3,
-    "num_conv_pos_embeddings": 8,
-    "num_conv_pos_embedding_groups": 4,
-    "apply_spec_augment": False,
-    "mask_time_prob": 0.0,
-}
+SPEECH = {**BERT, **SOUND}
 SWIN = {"image_size": 32, "patch_size": 2, "embed_dim": 32, "depths": [2, 4], "num_heads": [2, 4], "window_size": 4}
 DEEPSEEK = {
     **LLAMA,
@@ -52,31 +33,19 @@ DEEPSEEK = {
 BLOOM = {"vocab_size": 97, "hidden_size": 32, "n_layer": 4, "n_head": 4}
 
 
-def drawn(*shape):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
-
-
-def words(length=10):
-    return torch.randint(3, 97, (2, length), generator=torch.Generator().manual_seed(length))
-
-
 def text():
-    return {"input_ids": words(), "attention_mask": torch.ones(2, 10, dtype=torch.int64)}
+    return {"input_ids": words(10), "attention_mask": torch.ones(2, 10, dtype=torch.int64)}
 
 
-def texts():
-    return {"input_ids": words(), "decoder_input_ids": words(7)}
-
-
-def picture():
-    return {"pixel_values": drawn(2, 3, 32, 32)}
+def pairs():
+    return texts(10)
 
 
 ZOO = {  # class, its config, inputs, and what the config tells afterwards
     "llama": ("LlamaForCausalLM", LLAMA, text, {"num_hidden_layers": 2}),
     "gpt2": ("GPT2LMHeadModel", GPT, text, {"n_layer": 2}),
     "bert": ("BertForSequenceClassification", BERT, text, {"num_hidden_layers": 2}),
-    "t5": ("T5ForConditionalGeneration", T5, texts, {}),
+    "t5": ("T5ForConditionalGeneration", T5, pairs, {}),
     "vit": ("ViTForImageClassification", VIT, picture, {"num_hidden_layers": 2}),
     "roberta": ("RobertaForMaskedLM", BERT, text, {"num_hidden_layers": 2}),
     "deberta-v2": ("DebertaV2ForSequenceClassification", BERT, text, {"num_hidden_layers": 2}),
@@ -92,8 +61,8 @@ ZOO = {  # class, its config, inputs, and what the config tells afterwards
     "gemma2": ("Gemma2ForCausalLM", {**LLAMA, "sliding_window": 4}, text, {"num_hidden_layers": 2}),
     "mixtral": ("MixtralForCausalLM", {**LLAMA, "num_local_experts": 4}, text, {"num_hidden_layers": 2}),
     "deepseek-v3": ("DeepseekV3ForCausalLM", DEEPSEEK, text, {"num_hidden_layers": 2}),
-    "bart": ("BartForConditionalGeneration", BART, texts, {}),
-    "wav2vec2": ("Wav2Vec2ForCTC", SPEECH, lambda: {"input_values": drawn(2, 800)}, {"num_hidden_layers": 2}),
+    "bart": ("BartForConditionalGeneration", BART, pairs, {}),
+    "wav2vec2": ("Wav2Vec2ForCTC", SPEECH, sound, {"num_hidden_layers": 2}),
     "beit": ("BeitForImageClassification", VIT, picture, {"num_hidden_layers": 2, "out_features": ["stage2"]}),
     "swin": ("SwinForImageClassification", SWIN, picture, {"num_layers": 2}),
     "resnet": (

@@ -9,7 +9,6 @@ from torch import nn
 from secateur.errors import InputError, MaskError, StructureError
 from secateur.structure import Plan, propose, shrink
 from secateur.structure.capture import capture
-from secateur.structure.cut import sliced
 from secateur.structure.groups import Groups
 from secateur.structure.plan import as_plan
 from secateur.structure.policy import Policy
@@ -177,17 +176,10 @@ def test_lists_stay_lists():
 
 
 @pytest.mark.parametrize("at", [1, 2, 3])
-def test_a_crash_in_the_middle_changes_nothing(monkeypatch, at):
+def test_a_crash_in_the_middle_changes_nothing(interrupted, at):
     model, x = made()
     plan, before = propose(model, x, 0.5), copy.deepcopy(model)
-    calls = iter(range(1, 10))
-
-    def interrupted(tensor, dims):
-        if next(calls) == at:
-            raise KeyboardInterrupt("stop")
-        return sliced(tensor, dims)
-
-    monkeypatch.setattr("secateur.structure.cut.sliced", interrupted)
+    interrupted(at)
     with pytest.raises(KeyboardInterrupt, match="stop"):
         plan.apply(model)
     assert repr(model) == repr(before)

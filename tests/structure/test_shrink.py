@@ -162,21 +162,6 @@ def test_units_with_an_infinite_score_stay():
     assert sc.shrink(mlp(), X, 0.5, score=first)[0].out_features == 6
 
 
-def test_a_size_that_is_written_in_the_code_is_named():
-    class Literal(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.a, self.b = nn.Linear(4, 8), nn.Linear(8, 2)
-
-        def forward(self, x):
-            return self.b(self.a(x).view(-1, 8))
-
-    with pytest.raises(
-        StructureError, match=r"^nothing can be removed: view in .*a number in the code\. Change the code"
-    ):
-        sc.shrink(Literal(), X, 0.5)
-
-
 def test_a_cache_that_the_first_forward_fills():
     class Index(nn.Module):
         def __init__(self):

@@ -12,7 +12,6 @@ import secateur as sc
 from models import MODELS, Mlp, Tagger, build, example
 from processes import in_a_group
 from secateur.structure import Plan, propose
-from secateur.structure.cut import sliced
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -79,20 +78,13 @@ def test_hooks_stay():
 
 
 @pytest.mark.parametrize("at", [1, 3])
-def test_a_crash_in_the_middle_leaves_the_model(monkeypatch, at):
+def test_a_crash_in_the_middle_leaves_the_model(interrupted, at):
     model = build(Tagger).eval()
     optimizer = torch.optim.Adam(model.parameters())
     model(example(model)).sum().backward()
     optimizer.step()
     before, state = copy.deepcopy(model.state_dict()), copy.deepcopy(optimizer.state_dict())
-    calls = iter(range(1, 100))
-
-    def interrupted(tensor, dims):
-        if next(calls) == at:
-            raise KeyboardInterrupt("stop")
-        return sliced(tensor, dims)
-
-    monkeypatch.setattr("secateur.structure.cut.sliced", interrupted)
+    interrupted(at)
     with pytest.raises(KeyboardInterrupt, match="stop"):
         sc.shrink(model, example(model), 0.5, optimizer=optimizer)
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
