@@ -159,3 +159,48 @@ def test_calls_that_are_made_in_training_only_are_followed():
     assert [run.training for run in seen(Net(loud=True), x).runs] == [False, True]
     plain = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(), nn.ReLU(), nn.Linear(8, 2))
     assert [run.training for run in seen(plain, x).runs] == [False]
+
+
+class Positions(nn.Module):
+    """Token and position embeddings, of which as many positions are taken as there are tokens."""
+
+    def __init__(self, take):
+        super().__init__()
+        self.take, self.table = take, nn.Parameter(torch.randn(1, 12, 8))
+        self.inner, self.outer = nn.Linear(8, 16), nn.Linear(16, 3)
+
+    def forward(self, x):
+        return self.outer(self.inner(x + self.take(self.table, x.shape[1])).relu())
+
+
+@pytest.mark.parametrize(
+    "take",
+    [
+        lambda t, n: t[:, :n],
+        lambda t, n: t.narrow(1, 0, n),
+        lambda t, n: t.transpose(0, 1).contiguous()[:n].transpose(0, 1),
+        lambda t, n: t.split([n, t.shape[1] - n], 1)[0],
+        lambda t, n: (t * 2)[:, -n:],
+    ],
+)
+def test_what_a_slice_leaves_out_stays_for_longer_inputs(take):
+    small = sc.shrink(Positions(take), torch.randn(2, 5, 8), 0.5)
+    assert small.table.shape == (1, 12, 8)
+    assert small.inner.out_features == 8
+    assert small(torch.randn(2, 9, 8)).shape == (2, 9, 3)
+
+
+class Parts(nn.Module):
+    """One weight, in two slices that are views of views."""
+
+    def __init__(self):
+        super().__init__()
+        self.w, self.read = nn.Parameter(torch.randn(24, 4)), nn.Linear(12, 3)
+
+    def forward(self, x):
+        d = len(self.w) // 2
+        return self.read(x @ self.w.t()[:, :d] * (x @ self.w.t()[:, d:]).sigmoid())
+
+
+def test_parts_of_which_every_one_is_taken_go():
+    assert sc.shrink(Parts(), torch.randn(2, 4), 0.5).w.shape == (12, 4)

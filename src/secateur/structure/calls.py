@@ -53,7 +53,7 @@ def results(name: str, args: tuple[Any, ...], out: Any) -> list[Tensor]:
     return [args[0]] if name in ("__setitem", "set.data") else tensors(out)
 
 
-@dataclass
+@dataclass(eq=False)
 class Call:
     """What is remembered of one call.
 

@@ -7,9 +7,10 @@ built of (`unite`, `rigid`), what follows from them (`join`, `reduce`, `contract
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -26,7 +27,7 @@ from secateur.structure.constants import constant
 from secateur.structure.fields import Labelled, Shape, along, labels, measured, misfit, squeeze, support
 from secateur.structure.policy import Policy, relied_on
 from secateur.structure.readings import Readings, asked, marked, sizes_of
-from secateur.structure.units import Ledger
+from secateur.structure.units import Labels, Ledger
 from secateur.support.inputs import Arguments
 from secateur.support.registry import Registry
 
@@ -184,6 +185,7 @@ class Capture(TorchFunctionMode):
         self._stack: list[str] = [""]
         self._left = False  # whether numbers left torch
         self.now: Call = Call("", "", "")
+        self._summed: list[Tensor] = []  # fields over whose labels a sum ran
         self._beside_input = False  # the present call reads floats that are an input, or made of inputs alone
 
     def _of(self, tensor: Tensor) -> _Known:
@@ -241,6 +243,17 @@ class Capture(TorchFunctionMode):
     def hold(self, f: Tensor, why: str = "") -> bool:
         """Let no unit of a field go."""
         return self.ledger.hold(labels(f), why or str(self.now))
+
+    def hold_unread(self, units: Iterable[tuple[Labels, str]]) -> None:
+        """Let none of these go, each with its reason, other than those over which a sum runs."""
+        some = [(own, why) for own, why in units if len(own)]
+        if some:
+            root, _ = self.ledger.solve()
+            read = np.zeros(len(root), bool)
+            for f in self._summed:
+                read[root[labels(f)]] = True
+            for own, why in some:
+                self.ledger.hold(own[~read[root[own]]], why)
 
     def balance(self, rows: Tensor) -> None:
         """Let equally many units stay in each row."""
@@ -341,7 +354,9 @@ class Capture(TorchFunctionMode):
         for f in fields:
             if not support(f) & set(dims):
                 out.append(f)
-            elif self.policy.whole_heads and support(f) - set(dims):
+                continue
+            self._summed.append(f)
+            if self.policy.whole_heads and support(f) - set(dims):
                 self.consulted.add("whole_heads")
                 left = self.rigid(f, dims)
                 left = None if left is None else squeeze(left)
@@ -557,7 +572,37 @@ def capture(model: nn.Module, examples: Sequence[Arguments], policy: Policy) -> 
                     f"({type(error).__name__}: {error}): give inputs with which it runs too, or delete what is not used"
                 ) from error
     cap.unseen = [n for n, p in model.named_parameters() if not cap.seen(p)]
+    _hold_left_out(cap)
     return cap
+
+
+def _hold_left_out(cap: Capture) -> None:
+    """Hold what slices leave out and nothing else takes, such as the rest of table[:length]: longer inputs may."""
+    sliced: dict[Call | str, tuple[list[Labels], list[Labels], str]] = {}  # all labels, those that are taken, by what
+    whole: set[Call | str] = set()
+    origin: dict[Call, Call | str] = {}  # of what was moved only
+    for call in (call for run in cap.runs for call in run.calls):
+        known = RULES.get(call.name.removeprefix("get."))
+        moves = known is not None and known.value.moves and len(call.sources) == 1
+        alike = len({shape for shape, _ in call.outs}) == 1
+        parts = call.outs if alike else [one for i, one in enumerate(call.outs) if i in call.used]  # split([n, rest])
+        for (shape, fields), source in zip(call.ins, call.sources, strict=True):
+            if source is None or not fields:
+                continue
+            at = origin.get(source, source) if isinstance(source, Call) else source
+            if not moves or (alike and len(parts) > 1):
+                whole.add(at)
+            elif sum(math.prod(size) for size, _ in parts) >= math.prod(shape):
+                origin[call] = at
+            else:
+                every, taken, _ = sliced.setdefault(at, ([], [], str(call)))
+                every += [labels(f).ravel() for f in fields]
+                taken += [labels(f).ravel() for _, own in parts for f in own]
+    cap.hold_unread(
+        (np.setdiff1d(np.concatenate(every), np.concatenate([*taken, every[0][:0]])), f"left out by {why}")
+        for at, (every, taken, why) in sliced.items()
+        if at not in whole
+    )
 
 
 @contextlib.contextmanager
