@@ -73,3 +73,24 @@ class Equal(nn.Module):
 def test_of_equal_numbers_that_which_is_the_size_follows():
     torch.manual_seed(0)
     assert shrink(Equal().eval(), torch.randn(5, 3, 4), 0.5).sizes == (8, 4)
+
+
+class Heads(nn.Module):
+    """A softmax over each head, so that heads go whole."""
+
+    def __init__(self):
+        super().__init__()
+        self.heads, self.a, self.b = 4, nn.Linear(6, 16), nn.Linear(16, 6)
+
+    def forward(self, x):
+        return self.b(self.a(x).view(-1, self.heads, 4).softmax(-1).flatten(1))
+
+
+def test_modules_of_one_class_follow_to_different_values():
+    torch.manual_seed(0)
+    model = nn.Sequential(Heads(), Heads(), Heads(), nn.Linear(6, 3)).eval()
+    with torch.no_grad():  # dead: nothing reads these heads
+        model[0].b.weight[:, 12:] = 0
+        model[1].b.weight[:, 8:] = 0
+        model[2].b.weight[:, 12:] = 0
+    assert [m.heads for m in shrink(model, torch.randn(5, 6))[:3]] == [3, 2, 3]

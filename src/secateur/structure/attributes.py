@@ -132,7 +132,8 @@ def _one(
         space = holder.space
         for name, value in list(space.items() if isinstance(space, dict) else enumerate(space)):
             place = holder._replace(keys=(*holder.keys, name))
-            for to in [*_becomes(value, pairs), *edits.before(place)]:  # what all of a class got may be wrong for one
+            first = edits.before(place)  # what all of a class got may be wrong for one
+            for to in [*(new for old in (value, *first) for new in _becomes(old, pairs)), *first]:
                 for places in (_alike(model, place, value), [place]):
                     mark = len(edits)
                     for one in places:
