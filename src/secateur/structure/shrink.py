@@ -45,6 +45,7 @@ _M = TypeVar("_M", bound=nn.Module)
 _log = logging.getLogger(__name__)
 _ROUNDS = 40
 _LEAST = 0.5  # of the weights that were to go: with fewer the target is missed
+_FEW = 0.4  # of the fraction that was asked for: where a smaller one of all weights goes, that is worth a word
 _FAR, _NEAR = 0.45, 0.6  # sizes that no config tells may change where less went before, and more goes then
 _MISSES = 0.4  # of the weights that were to go: with more, parts of heads are tried too
 
@@ -135,6 +136,12 @@ def _transact(model: nn.Module, inputs: Any, sparsity: float | None, options: Op
         warn(
             f"no example reaches {listed(best.unseen)}: they keep their shapes, and calls that use them may fail. Give "
             "an example for each branch of the model, in a list"
+        )
+    gone = 1 - _weights(best.model) / _weights(shorter.model)
+    if ask.share is not None and not ask.keep and gone < _FEW * ask.share:
+        warn(
+            f"only {gone:.2g} of the weights go, where {ask.share:g} of the units of each group were to go. What holds "
+            f"others: {_holds(best.plan)}. secateur.structure.propose(...).explain() shows all"
         )
     attributes = (*shorter.attributes, *best.plan.attributes)
     best = best._replace(plan=dataclasses.replace(best.plan, blocks=shorter.blocks, attributes=attributes))
