@@ -118,7 +118,7 @@ def generator(w):
     return Generator(), (torch.randn(2, 16),)
 
 
-@architecture(least=0.75)
+@architecture
 def grouped_transposed_convolutions(w):
     a = 2 * w(12)
     up = nn.ConvTranspose2d(a, a, 2, 2, groups=2), nn.ReLU(), nn.ConvTranspose2d(a, a, 2, 2, groups=a)

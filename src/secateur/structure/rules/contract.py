@@ -167,7 +167,9 @@ def _convolution(site: Site, transposed: bool) -> None:
         if groups > 1:
             x = x.reshape(x.shape[0], groups, -1, *x.shape[2:])
             w = w.reshape(groups, -1, *w.shape[1:])
-
+    if transposed and groups > 1:  # as elsewhere, inputs of each group go, not whole groups
+        own = ((f, {0} if len(support(f)) > 1 else ()) for f in cap.fields(w))
+        cap.label(w, [g for f, dims in own if (g := cap.rigid(f, dims)) is not None])
     kinds = [""] * k if transposed else [_meets(site, i, int(x.shape[i - k]), int(w.shape[i - k])) for i in range(k)]
 
     def whole(t: Tensor) -> Labelled:
