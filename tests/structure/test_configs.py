@@ -30,6 +30,9 @@ WHISPER = {
 }
 
 
+LITTLE = pytest.mark.filterwarnings("ignore:only 0")  # the outputs of an encoder are its width, which stays
+
+
 def text():
     return {"input_ids": words(12)}
 
@@ -78,13 +81,19 @@ ZOO = {  # class of the model, its config, inputs, and what share of the weights
     "qwen3": ("Qwen3ForCausalLM", {**LLAMA, "head_dim": 16}, text, 0.3),
     "phi3": ("Phi3ForCausalLM", LLAMA, text, 0.3),
     "phi": ("PhiForCausalLM", {**LLAMA, "partial_rotary_factor": 0.5}, text, 0.31),
+    "falcon": (
+        "FalconForCausalLM",
+        {"vocab_size": WORDS, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4},
+        text,
+        0.3,
+    ),
     "mixtral": ("MixtralForCausalLM", {**LLAMA, "num_local_experts": 4}, text, 0.3),
     # embeddings are scaled by the root of the width, so that stays; as does that of T5, whose outputs are
     "gemma": ("GemmaForCausalLM", {**LLAMA, "head_dim": 16}, text, 0.6),
     "t5": (
         "T5ForConditionalGeneration",
         {**TEXT, "d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0},
-        texts,
+        pairs,
         0.6,
     ),
     "bart": ("BartForConditionalGeneration", BART, pairs, 0.3),
@@ -192,6 +201,8 @@ def test_a_saved_model_loads_as_the_same_function(name, tmp_path):
     [
         ("llama", 0.3, 0.5),  # the width is a multiple of the heads
         ("llama", 0.7, 0.15),
+        ("falcon", 0.3, 0.6),  # rows of heads of queries, one of keys and one of values
+        ("falcon", 0.7, 0.12),
         ("mixtral", 0.3, 0.4),  # and of 16 bytes
         ("segformer", 0.3, 0.5),  # a whole ratio of two widths
         ("segformer", 0.7, 0.2),
@@ -234,6 +245,7 @@ def test_a_model_inside_another_one(tmp_path):
     assert apart(small.bert, transformers.BertModel.from_pretrained(tmp_path), text()) < 1e-5
 
 
+@LITTLE
 def test_a_plan_holds_the_config():
     model = tiny()
     plan = Plan.from_json(propose(model, text(), 0.5).to_json())
@@ -242,6 +254,7 @@ def test_a_plan_holds_the_config():
     assert model.config.hidden_size == 32  # an output has that width
 
 
+@LITTLE
 def test_heads_stay_where_a_config_ties_their_number_to_a_width_that_stays():
     small = sc.shrink(tiny(), text(), 0.5)
     assert small.encoder.layer[0].attention.self.query.out_features == 32
@@ -259,6 +272,7 @@ def test_a_width_that_follows_from_another_by_default_may_change_alone():
     assert small.config.n_inner == small.transformer.h[0].mlp.c_fc.weight.shape[1] != 4 * small.config.n_embd
 
 
+@LITTLE
 def test_other_numbers_of_the_user_stay():
     model = tiny(hidden_dropout_prob=0.3)
     model.encoder.layer[0].output.dropout.p = 0.25
@@ -266,6 +280,7 @@ def test_other_numbers_of_the_user_stay():
     assert (small.config.hidden_dropout_prob, small.encoder.layer[0].output.dropout.p) == (0.3, 0.25)
 
 
+@LITTLE
 def test_a_model_that_its_config_does_not_make_is_left_to_its_owner():
     model = tiny()
     model.encoder.layer[0].intermediate.dense = nn.Linear(32, 40)
@@ -285,6 +300,7 @@ def test_where_configs_are_in_the_way_of_most_the_owner_is_told_to_save_the_plan
     assert weights(small) < 0.6 * weights(model)
 
 
+@LITTLE
 def test_what_transformers_says_of_a_config_is_not_said_again(caplog):
     model = tiny(bos_token_id=500)  # beyond the vocabulary: transformers warns once
     logging.getLogger("transformers").propagate = True

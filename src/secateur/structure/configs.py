@@ -398,12 +398,17 @@ class _Search:
             by = {knob for knob in by if not _WITHIN_HEADS.search(str(knob))} or by  # heads go whole
             told.setdefault(frozenset(by), []).append(d)
         told.pop(frozenset(), None)
+        told = {by: own for by, dims in told.items() if (own := [d for d in dims if not self.summed(d)])}
         pairs = [(first, d) for first, *others in told.values() for d in others]
         for whole, (d, *_) in told.items():  # a width times a ratio: the ratio stays
             if parts := [own[0] for part, own in sorted(told.items(), key=lambda one: -len(one[1])) if part < whole]:
                 pairs.append((parts[0], d))
         found = [(a, b, Fraction(self.was[a], self.was[b])) for a, b in pairs]
         return found if any(self.want[a] != k * self.want[b] for a, b, k in found) else []
+
+    def summed(self, dim: Dim) -> bool:
+        """Whether a number tells a part of a size: heads of the query beside one of keys and one of values."""
+        return any(moved.get(dim, 0) not in (0, 2 * self.was[dim]) for moved in self.moves.values())
 
     def multiples(self, now: Any, off: set[Dim]) -> list[tuple[Dim, int]]:
         """Sizes of which no other than certain multiples are taken: of heads, for example."""

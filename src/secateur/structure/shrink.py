@@ -531,9 +531,9 @@ def _nothing(plan: Plan, trouble: str) -> str:
 
 
 def _holds(plan: Plan) -> str:
-    """What holds the largest groups."""
+    """What holds the groups that lie in the most places."""
     held = [group for group in plan.groups if group.held not in ("", NOT_ASKED)]
-    largest = sorted(held, key=lambda group: -group.units)[:4]
+    largest = sorted(held, key=lambda group: -group.units * len(group.axes))[:4]
     return "; ".join(f"{', '.join(group.axes[:2])}: {group.held}" for group in largest)
 
 

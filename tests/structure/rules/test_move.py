@@ -104,3 +104,31 @@ def test_windows_of_each_channel_go_with_it():
     small = sc.shrink(Windows().eval(), torch.randn(2, 3, 5, 5), 0.5)
     assert small.a.out_channels == 8
     assert small.c.in_features == 72
+
+
+@pytest.mark.parametrize("at", [[0], [-1]])
+def test_a_list_of_one_position_picks_as_a_slice_does(at):
+    assert width(lambda y: y * y[:, at]) == 8
+
+
+@pytest.mark.parametrize("at", [[3], [0, 1], [[0]]])
+def test_other_positions_that_are_picked_stay_where_they_are(at):
+    with pytest.raises(sc.errors.StructureError, match="nothing can be removed"):
+        width(lambda y: y * y[:, at].sum(1).flatten()[:, None])
+
+
+def test_heads_of_queries_beside_one_of_keys_and_one_of_values():
+    class Fused(nn.Module):
+        """Falcon's: [.., heads + 2, size]."""
+
+        def __init__(self):
+            super().__init__()
+            self.heads, self.a, self.c = 4, nn.Linear(5, 48), nn.Linear(32, 3)
+
+        def forward(self, x):
+            qkv = self.a(x).view(*x.shape[:2], self.heads + 2, 8).transpose(1, 2) * torch.arange(1.0, 9)
+            y = F.scaled_dot_product_attention(qkv[:, :-2], qkv[:, [-2]], qkv[:, [-1]])
+            return self.c(y.transpose(1, 2).flatten(2))
+
+    small = sc.shrink(Fused().eval(), torch.randn(2, 6, 5), 0.5)
+    assert (small.heads, small.a.out_features, small.c.in_features) == (2, 32, 16)

@@ -254,9 +254,18 @@ def _at_ends(shape: Shape, index: Any) -> bool:
     return not any(isinstance(i, Tensor | bool) for i in picks)
 
 
+def _sliced(index: Any) -> Any:
+    """An index with a slice for a list of one int, which picks the same: x[..., [-1], :] is x[..., -1:, :]."""
+    picks = index if isinstance(index, tuple) else (index,)
+    by_data = [i for i in picks if not isinstance(i, slice) and i is not None and i is not Ellipsis]
+    if len(by_data) != 1 or not isinstance(by_data[0], list) or [type(n) for n in by_data[0]] != [int]:
+        return index
+    return tuple(slice(i[0], i[0] + 1 or None) if isinstance(i, list) else i for i in picks)
+
+
 def _indexed(site: Site, x: Tensor, index: Any) -> list[Tensor]:
     """The fields of x[index]."""
-    cap, index = site.capture, zeros(index)
+    cap, index = site.capture, _sliced(zeros(index))
     shape, fields = site.of(x)
     ints, slices, data = _index_dims(shape, list(index) if isinstance(index, tuple) else [index])
     out: list[Tensor] = []
