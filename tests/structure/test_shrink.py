@@ -178,3 +178,26 @@ def test_a_cache_that_the_first_forward_fills():
         return torch.arange(count).float()
 
     assert sc.shrink(Index().eval(), X, 0.5).a.out_features == 4
+
+
+class Relative(nn.Module):
+    """Attention of which the logits, two sums, are divided by the root of a size that is an attribute."""
+
+    def __init__(self):
+        super().__init__()
+        self.heads, self.size = 4, 6
+        self.qkv, self.far, self.out = nn.Linear(8, 72), nn.Parameter(torch.randn(4, 6)), nn.Linear(24, 5)
+        self.inner, self.outer = nn.Linear(5, 200), nn.Linear(200, 3)
+
+    def forward(self, x):
+        q, k, v = (y.unflatten(-1, (self.heads, self.size)) for y in self.qkv(x).chunk(3, -1))
+        logits = torch.einsum("bihd,bjhd->bhij", q + self.far, k) + torch.einsum("bihd,bjhd->bhij", q - self.far, v)
+        y = torch.einsum("bhij,bjhd->bihd", (logits / self.size**0.5).softmax(-1), v)
+        return self.outer(self.inner(self.out(y.flatten(2))).relu())
+
+
+def test_a_scale_that_cannot_change_holds_what_it_is_the_size_of_and_no_more():
+    torch.manual_seed(0)
+    small = sc.shrink(Relative(), torch.randn(2, 5, 8), 0.5)
+    assert small.inner.out_features == 100
+    assert small.size == 6

@@ -496,9 +496,9 @@ def _hold_around(cap: Capture, kept: Tensor, call: Call, why: str) -> bool:
 
 
 def _where_used(every: Sequence[Call], call: Call) -> Iterator[Call]:
-    """The calls that take up a result without units (a scale made of a size), then those that made their operands."""
-    reach = [c for c in every if any(s is call for s in c.sources)]
-    seen = {id(call), *map(id, reach)}
+    """The calls that take up a result without units (a scale made of a size), then those that made operands."""
+    reach = [*(c for c in every if any(s is call for s in c.sources)), call]
+    seen = set(map(id, reach))
     for one in reach:
         yield one
         new = {id(s): s for s in one.sources if isinstance(s, Call) and id(s) not in seen}
