@@ -10,7 +10,7 @@ from torch import nn
 import secateur as sc
 from secateur.errors import InputError, SecateurWarning, StructureError
 from secateur.structure import capture as room
-from secateur.structure import rules
+from secateur.structure import propose, rules
 from secateur.structure.capture import RULES, capture, rule, table
 from secateur.structure.policy import Policy
 
@@ -159,6 +159,36 @@ def test_calls_that_are_made_in_training_only_are_followed():
     assert [run.training for run in seen(Net(loud=True), x).runs] == [False, True]
     plain = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(), nn.ReLU(), nn.Linear(8, 2))
     assert [run.training for run in seen(plain, x).runs] == [False]
+
+
+class Swapped(nn.Module):
+    """In training it makes calls of the same names, with other weights, or other numbers."""
+
+    def __init__(self, numbers):
+        super().__init__()
+        self.numbers, self.width = numbers, 16
+        self.a, self.b, self.c, self.d = nn.Linear(6, 16), nn.Linear(6, 16), nn.Linear(16, 3), nn.Linear(16, 3)
+
+    def forward(self, x):
+        swap = self.training and not self.numbers
+        a, b = (self.b, self.a) if swap else (self.a, self.b)
+        y = a(x).relu().view(-1, self.width) * (self.width if self.training and self.numbers else 2)
+        return self.c(y) + self.d(b(x).relu())
+
+
+@pytest.mark.parametrize("numbers", [False, True])
+def test_calls_of_the_same_names_that_training_makes_otherwise_are_followed(numbers):
+    torch.manual_seed(0)
+    model, x = Swapped(numbers), torch.randn(4, 6)
+    assert [run.training for run in seen(model, x).runs] == [False, True]
+    plan = propose(model, x, 0.5)
+    small = sc.shrink(model, x, plan=plan).train()
+    with torch.no_grad():
+        for name, dims in plan.kept.items():
+            for dim, kept in dims.items():
+                gone = torch.ones(dict(model.named_parameters())[name].shape[dim]).index_fill(0, torch.tensor(kept), 0)
+                model.get_parameter(name).index_fill_(dim, gone.nonzero().flatten(), 0)
+    torch.testing.assert_close(small(x), model.train()(x))
 
 
 class Positions(nn.Module):

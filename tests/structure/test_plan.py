@@ -198,3 +198,15 @@ def test_explain_says_what_holds_and_what_couples():
     kept = np.ones(len(groups.root), bool)
     coupled = {axis: group.held for group in as_plan(model, groups, kept, [0], ()).groups for axis in group.axes}
     assert coupled["0.weight[0]"] == "coupled by view in the model (model.py:3)"
+
+
+def test_a_plan_of_a_dimension_that_is_of_several_units():
+    """A vector of spectral norm lies over channels and places of a kernel."""
+    torch.manual_seed(0)
+    norm = nn.utils.parametrizations.spectral_norm
+    model = nn.Sequential(norm(nn.Conv2d(3, 8, 3)), nn.ReLU(), norm(nn.Conv2d(8, 6, 3)), nn.ReLU(), nn.Conv2d(6, 2, 1))
+    x = torch.randn(2, 3, 6, 6)
+    plan = propose(model.eval(), x, 0.5)
+    small = shrink(model, x, plan=plan)
+    assert small[2].parametrizations.weight.original.shape == (3, 4, 3, 3)
+    torch.testing.assert_close(small(x), shrink(model, x, 0.5)(x))

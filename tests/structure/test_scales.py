@@ -116,3 +116,25 @@ def test_a_plan_carries_what_is_multiplied():
 
 def test_whole_heads_need_no_factor():
     assert propose(made(divided, heads=4), X, 0.5).scaled == ()
+
+
+class ByWidth(nn.Linear):
+    """Divides its weight by the root of its width, as it is now."""
+
+    def forward(self, x):
+        return F.linear(x, self.weight / math.sqrt(self.in_features), self.bias)
+
+
+def test_a_weight_that_is_divided_by_the_root_of_its_width_is_scaled():
+    torch.manual_seed(0)
+    model = nn.Sequential(ByWidth(6, 24), nn.ReLU(), ByWidth(24, 16), nn.ReLU(), ByWidth(16, 3))
+    plan = propose(model, X, 0.5)
+    assert [(one.name, round(one.factor**2, 6)) for one in plan.scaled] == [("2.weight", 0.5), ("4.weight", 0.5)]
+    small = shrink(model, X, plan=plan)
+    with torch.no_grad():
+        for name in ("0", "2"):
+            gone = torch.ones(len(model.get_parameter(f"{name}.weight")))
+            gone[plan.kept[f"{name}.weight"][0]] = 0
+            model.get_parameter(f"{name}.weight")[gone.bool()] = 0
+            model.get_parameter(f"{name}.bias")[gone.bool()] = 0
+    torch.testing.assert_close(small(X), model(X))

@@ -37,6 +37,17 @@ def tensors(tree: Any) -> list[Tensor]:
 _LEAVES = frozenset([int, float, str, bool, slice, torch.dtype, torch.device, type(...)])
 
 
+def numbers(tree: Any) -> list[float]:
+    """The Python numbers among arguments, other than flags and rates of dropout."""
+    if isinstance(tree, int | float) and not isinstance(tree, bool):
+        return [tree]
+    if isinstance(tree, slice):
+        return numbers([tree.start, tree.stop, tree.step])
+    if isinstance(tree, dict):
+        return numbers([one for name, one in tree.items() if "drop" not in str(name)])
+    return [n for one in tree for n in numbers(one)] if isinstance(tree, tuple | list) else []
+
+
 def in_place(func: Any) -> bool:
     """Whether a function writes into its first argument, as its name tells."""
     name = getattr(func, "__name__", "")
@@ -67,6 +78,7 @@ class Call:
         used: which results a later call took up.
         products: for each product in it, sizes of all its letters, summed ones too, and fields over them: their number
             is that of its multiply-accumulates.
+        numbers: the Python numbers among its arguments.
         sources: of each operand the call that made it, or the name of the parameter or buffer that it is.
         rooted: it divides by the root of the size of a head itself.
     """
@@ -80,8 +92,14 @@ class Call:
     loose: bool = False
     used: set[int] = field(default_factory=set)
     products: list[Labelled] = field(default_factory=list)
+    numbers: list[float] = field(default_factory=list)
     sources: list[Call | str | None] = field(default_factory=list, repr=False)
     rooted: bool = False
+
+    def kind(self) -> tuple[Any, ...]:
+        """What another forward would make in its place: name, parameters read, sizes of the results, numbers."""
+        own = [s for s in self.sources if isinstance(s, str)]
+        return self.name, own, [shape for shape, _ in self.outs], [] if "dropout" in self.name else self.numbers
 
     def __str__(self) -> str:
         return f"{self.name} in {self.module or 'the model'} ({self.line})"

@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from secateur.errors import InputError, StructureError, listed
-from secateur.structure.calls import Call, Run, in_place, key, results, tensors
+from secateur.structure.calls import Call, Run, in_place, key, numbers, results, tensors
 from secateur.structure.calm import calm
 from secateur.structure.constants import constant
 from secateur.structure.fields import Labelled, Shape, along, labels, measured, misfit, squeeze, support
@@ -422,6 +422,7 @@ class Capture(TorchFunctionMode):
         if self._depth == 0:
             own = {id(t): t for t in operands}
             self.now = Call(name, self._stack[-1], _line(), ins=list(before.values()))
+            self.now.numbers = numbers([args, kwargs])
             self.now.sources = [self._taken(t) for t in own.values()]
             self._beside_input = any(self._of(t).given for t in operands if measured(t))
         live = any(fields for _, fields in before.values())
@@ -516,30 +517,33 @@ class Capture(TorchFunctionMode):
         self.runs.append(Run(arguments, training, self._calls))
 
 
-class _Names(TorchFunctionMode):
-    """Which functions are called, other than those that write into buffers, as counters of batches are."""
+class _Calls(TorchFunctionMode):
+    """Which calls are made, other than those that write into buffers, as counters of batches are."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, home: Mapping[int, tuple[str, Tensor]]) -> None:
         super().__init__()
-        self.names: list[str] = []
-        self._buffers = {id(b) for b in model.buffers()}
+        self.kinds: list[tuple[Any, ...]] = []
+        self._home, self._buffers = home, {id(b) for b in model.buffers()}
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        name = key(func)
-        out = func(*args, **(kwargs or {}))
+        name, kwargs = key(func), dict(kwargs or {})
+        out = func(*args, **kwargs)
         outs = results(name, args, out)
         counts = in_place(func) and all(id(t) in self._buffers for t in outs)
         if outs and not counts and (not name.startswith("get.") or name.removeprefix("get.") in RULES):
-            self.names.append(name)
+            call = Call(name, "", "", [(tuple(t.shape), []) for t in outs], numbers=numbers([args, kwargs]))
+            own = {id(t): None for t in tensors((args, kwargs))}
+            call.sources = [self._home[i][0] for i in own if i in self._home]
+            self.kinds.append(call.kind())
         return out
 
 
-def _trains_otherwise(model: nn.Module, run: Run) -> bool:
+def _trains_otherwise(model: nn.Module, run: Run, home: Mapping[int, tuple[str, Tensor]]) -> bool:
     """Whether training mode makes other calls than a forward in eval mode did; not so where it fails."""
     args, kwargs = run.arguments
-    seen = _Names(model)
+    seen = _Calls(model, home)
     try:
         with calm(model, True, seen):
             model(*args, **kwargs)
@@ -547,7 +551,7 @@ def _trains_otherwise(model: nn.Module, run: Run) -> bool:
         raise
     except Exception:
         return False
-    return bool(seen.names != [call.name for call in run.calls])
+    return bool(seen.kinds != [call.kind() for call in run.calls])
 
 
 def capture(model: nn.Module, examples: Sequence[Arguments], policy: Policy) -> Capture:
@@ -561,7 +565,7 @@ def capture(model: nn.Module, examples: Sequence[Arguments], policy: Policy) -> 
         cap.forward(model, arguments, False)
     cap.unseen = [n for n, p in model.named_parameters() if not cap.seen(p)]
     for run in list(cap.runs):
-        if not cap.unseen and not _trains_otherwise(model, run):
+        if not cap.unseen and not _trains_otherwise(model, run, cap.home):
             continue
         try:
             cap.forward(model, run.arguments, True)

@@ -143,7 +143,7 @@ class Plan:
         for axis in groups.axes:
             away = np.ones(len(axis.labels), bool)
             away[self.kept.get(axis.name, {}).get(axis.dim, slice(None))] = False
-            own = groups.root[axis.labels[away]]
+            own = np.setdiff1d(groups.root[axis.labels[away]], groups.root[axis.labels[~away]])
             held = [groups.held[group] for group in own.tolist() if group in groups.held]
             if held:
                 raise StructureError(f"the plan removes units of {axis}, which stay here: {held[0]}. {_REMAKE}")

@@ -103,6 +103,8 @@ def fold(cap: Capture, kept: Tensor, call: Call, factor: float) -> Fold | None:
     between: dict[int, Call] = {}
     makers: dict[int, Call] = {}
     reach = [s for s in call.sources[:1] if isinstance(s, Call)]
+    if len(call.sources) == 1 and isinstance(call.sources[0], str):  # weight / in_features**0.5
+        makers[id(call)] = call
     while reach:
         one = reach.pop()
         if id(one) in between or id(one) in makers:
@@ -127,7 +129,7 @@ def fold(cap: Capture, kept: Tensor, call: Call, factor: float) -> Fold | None:
     scaled: dict[str, Scaled] = {}
     for one in makers.values():
         own = [s for s in one.sources if isinstance(s, str)]
-        if one.name not in _MAKERS or any(_reads_elsewhere(cap, one, s) for s in own):
+        if (one.name not in _MAKERS and one is not call) or any(_reads_elsewhere(cap, one, s) for s in own):
             return None
         scaled |= {s.name: s for s in _rows(kept, one, query, factor)}
     if not scaled:

@@ -281,7 +281,8 @@ def _attempt(
         failed.append((call.name, call.line) if call is not None else None)
         alike = [call] if call is not None else []
         if failed.count(failed[-1]) > 1:  # so it is in every layer that runs the line
-            alike = [c for run in cap.runs for c in run.calls if (c.name, c.line) == failed[-1]] or alike
+            line = [c for run in cap.runs for c in run.calls if (c.name, c.line) == failed[-1]]
+            alike += [c for c in line if c is not call and _lose(as_mask(kept), _fields(c.outs, c.ins))]
         held = [_hold_around(cap, as_mask(kept), c, trouble) for c in alike]
         if alike and not any(held):
             break
@@ -457,15 +458,20 @@ def _prove_or_fold(
     done: list[tuple[Tensor, Tensor]],
 ) -> tuple[Call, str] | None:
     """Prove; where a call differs because a size is its scale, fold that, in all calls of its line, and go on."""
-    lines: set[tuple[str, str]] = set()
+    lines: set[tuple[str, str, str]] = set()
     known: Sequence[Trace | None] = traces if not folds else [None] * len(traces)
     while (found := proof.fails(small, known, folds)) is not None:
         call, why, factor = found
         cap.consulted |= {"fold"} if factor is not None else set()
-        if factor is None or not cap.policy.fold or (call.name, call.line) in lines:
+        alone = any(isinstance(s, str) for s in call.sources[:1])  # of another weight another side may be the size
+
+        def place(c: Call, alone: bool = alone) -> tuple[str, str, str]:
+            return c.name, c.line, c.module if alone else ""
+
+        if factor is None or not cap.policy.fold or place(call) in lines:
             return call, why
-        lines.add((call.name, call.line))
-        alike = [c for run in cap.runs for c in run.calls if (c.name, c.line) == (call.name, call.line)]
+        lines.add(place(call))
+        alike = [c for run in cap.runs for c in run.calls if place(c) == place(call)]
         found_folds = [fold for c in alike if (fold := scales.fold(cap, proof.kept, c, factor)) is not None]
         new = list({fold.scaled: fold for fold in found_folds}.values())
         if not new:
@@ -480,7 +486,7 @@ def _hold_around(cap: Capture, kept: Tensor, call: Call, why: str) -> bool:
     """Hold axes that lose units around one call, or in its module, or out of sight. Returns whether any does."""
 
     def hold(known: Iterable[Tensor]) -> bool:
-        held = [cap.hold(f, why) for f in known if not bool(kept[f.long()].all())]
+        held = [cap.hold(f, why) for f in _lose(kept, known)]
         return any(held)
 
     def hold_one(known: Iterable[Tensor]) -> bool:
@@ -493,6 +499,11 @@ def _hold_around(cap: Capture, kept: Tensor, call: Call, why: str) -> bool:
     beside = [f for c in every if c.module == call.module for f in _fields(c.outs, c.ins)]
     unused = [f for c in every for i, known in enumerate(c.outs) if i not in c.used for f in _fields([known])]
     return hold_one(_fields(call.outs)) or hold_one(_fields(call.ins)) or hold(beside) or hold(unused)
+
+
+def _lose(kept: Tensor, known: Iterable[Tensor]) -> list[Tensor]:
+    """Those of some fields of which units go."""
+    return [f for f in known if not bool(kept[f.long()].all())]
 
 
 def _where_used(every: Sequence[Call], call: Call) -> Iterator[Call]:
