@@ -93,3 +93,14 @@ def test_what_a_forward_leaves_on_modules_is_taken_back():
     for one in (model, small):
         assert (one.state, one.history, hasattr(one, "extra")) == (None, {}, False)
         assert not one.noise.any()
+
+
+def test_autocast_is_left_out_of_forwards():
+    """It rounds, and remembers weights in half precision, at the size that they had."""
+    model = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 3))
+    with torch.autocast("cpu", torch.bfloat16):
+        model(x := torch.randn(4, 6))
+        with calm(model, False):
+            assert model(x).dtype == torch.float32
+        assert model(x).dtype == torch.bfloat16
+        assert sc.shrink(model, x, 0.5)[0].out_features == 8

@@ -1,5 +1,6 @@
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -234,3 +235,25 @@ class Parts(nn.Module):
 
 def test_parts_of_which_every_one_is_taken_go():
     assert sc.shrink(Parts(), torch.randn(2, 4), 0.5).w.shape == (12, 4)
+
+
+def test_threads_do_not_see_one_another():
+    found, waits = [], threading.Barrier(2, timeout=60)
+
+    class Meeting(Two):
+        def forward(self, x):
+            if not self.met:
+                self.met = waits.wait() >= 0
+            return super().forward(x)
+
+    def run():
+        model = Meeting()
+        model.met = False
+        found.append([c.module for c in seen(model, torch.randn(3, 4)).runs[0].calls])
+
+    threads = [threading.Thread(target=run) for _ in range(2)]
+    for one in threads:
+        one.start()
+    for one in threads:
+        one.join()
+    assert found == [["a", "b"]] * 2

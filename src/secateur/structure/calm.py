@@ -21,7 +21,9 @@ from secateur.structure.meta import Mixed, empty
 
 @contextlib.contextmanager
 def calm(model: nn.Module, training: bool, mode: TorchFunctionMode | None = None) -> Iterator[None]:
-    """Eval or training mode without gradients; then modules and random numbers are as before.
+    """Eval or training mode without gradients and autocast; then modules and random numbers are as before.
+
+    Autocast rounds, so that nothing could be proven, and it remembers weights that are cut since.
 
     Args:
         model: that runs.
@@ -41,7 +43,9 @@ def calm(model: nn.Module, training: bool, mode: TorchFunctionMode | None = None
     cuda = [device for device in devices(model) if device.type == "cuda"]
     numpy, python = np.random.get_state(), random.getstate()
     try:
-        with torch.random.fork_rng(devices=cuda), torch.no_grad():
+        with torch.random.fork_rng(devices=cuda), torch.no_grad(), contextlib.ExitStack() as exact:
+            for kind in {"cpu", *(device.type for device in devices(model))} - {"meta"}:
+                exact.enter_context(torch.autocast(kind, enabled=False))
             torch.default_generator.manual_seed(0)
             for device in cuda:
                 torch.cuda.default_generators[device.index or 0].manual_seed(0)

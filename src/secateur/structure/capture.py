@@ -10,6 +10,7 @@ import contextlib
 import math
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -613,13 +614,15 @@ def _hold_left_out(cap: Capture) -> None:
 def _module_stack(model: nn.Module) -> Iterator[list[str]]:
     """The path of the module whose forward is running, as the last item of a list."""
     names = {m: n for n, m in model.named_modules()}
-    stack = [""]
+    stack, own = [""], threading.get_ident()  # the hooks are global: other threads may run models too
 
     def enter(module: nn.Module, args: Any) -> None:
-        stack.append(names.get(module, stack[-1]))
+        if threading.get_ident() == own:
+            stack.append(names.get(module, stack[-1]))
 
     def leave(module: nn.Module, args: Any, out: Any) -> None:
-        stack.pop()
+        if threading.get_ident() == own:
+            stack.pop()
 
     handles = [
         nn.modules.module.register_module_forward_pre_hook(enter),
