@@ -77,3 +77,10 @@ def test_a_masked_copy_leaves_the_model_as_it_is():
     assert torch.equal(copied[0].weight != 0, torch.eye(4, 3, dtype=torch.bool))
     assert torch.equal(model[0].weight, before)
     assert copied[1].weight.data_ptr() == model[1].weight.data_ptr()
+
+
+def test_a_model_that_cannot_be_copied_is_refused():
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    model.rows = (i for i in range(3))
+    with pytest.raises(InputError, match=r"cannot be copied .*generator.*: change what it holds"):
+        twin(model)

@@ -93,3 +93,23 @@ def test_a_pruner_that_still_follows():
 def test_no_optimizer():
     with pytest.raises(InputTypeError, match=r"torch\.optim\.Optimizer that trains this model"):
         sc.shrink(dead_rows(), X, 0.5, optimizer=[1])
+
+
+def test_an_interruption_leaves_the_optimizer_with_the_model():
+    class Broken(dict):
+        def update(self, *new):
+            if not self and not self.known:
+                self.known = True
+                raise KeyboardInterrupt("stop")
+            super().update(*new)
+
+    model = dead_rows()
+    optimizer = torch.optim.Adam(model.parameters(), 0.01)
+    train(model, optimizer, 2)
+    optimizer.state = Broken(optimizer.state)
+    optimizer.state.known = False
+    steps = {id(p): state["step"] for p, state in optimizer.state.items()}
+    with pytest.raises(KeyboardInterrupt, match="stop"):
+        sc.shrink(model, X, optimizer=optimizer)
+    assert [id(p) for p in optimizer.param_groups[0]["params"]] == [id(p) for p in model.parameters()]
+    assert {id(p): state["step"] for p, state in optimizer.state.items()} == steps

@@ -35,14 +35,24 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def twin(model: nn.Module) -> nn.Module:
-    """A deep copy whose parameters share their memory with the model's, until they are cut."""
+    """A deep copy whose parameters share their memory with the model's, until they are cut.
+
+    Raises:
+        InputError: it cannot be copied.
+    """
     memo: dict[int, object] = {}
     for p in model.parameters():
         if type(p) is nn.Parameter:
             shared = nn.Parameter(p.data, p.requires_grad)
             vars(shared).update(copy.deepcopy(vars(p)))
             memo[id(p)] = shared
-    return copy.deepcopy(model, memo)
+    try:
+        return copy.deepcopy(model, memo)
+    except Exception as error:
+        raise InputError(
+            f"the model cannot be copied ({type(error).__name__}: {error}): change what it holds until "
+            "copy.deepcopy(model) runs"
+        ) from error
 
 
 def masked(model: nn.Module, masks: Masks) -> nn.Module:
@@ -151,11 +161,20 @@ def follow(
     names = {id(p): now for name, p in every if (now := renaming(name)) is not None}
     stay = {p: state for p, state in optimizer.state.items() if id(p) in names}
     states = {p: _remembered(names[id(p)], p, kept, state) for p, state in stay.items()}
-    for group in optimizer.param_groups:
-        group["params"] = [new[names[id(p)]] for p in group["params"] if id(p) in names]
-    for p in list(optimizer.state):
-        del optimizer.state[p]
-    optimizer.state.update({new[names[id(p)]]: state for p, state in states.items()})
+    groups = [[new[names[id(p)]] for p in group["params"] if id(p) in names] for group in optimizer.param_groups]
+    before = [group["params"] for group in optimizer.param_groups], dict(optimizer.state)
+    try:
+        _give(optimizer, groups, {new[names[id(p)]]: state for p, state in states.items()})
+    except BaseException:  # interrupted, it would train parts of two models
+        _give(optimizer, *before)
+        raise
+
+
+def _give(optimizer: torch.optim.Optimizer, groups: Sequence[list[Tensor]], state: Mapping[Tensor, Any]) -> None:
+    for group, params in zip(optimizer.param_groups, groups, strict=True):
+        group["params"] = params
+    optimizer.state.clear()
+    optimizer.state.update(state)
 
 
 def _remembered(name: str, p: Tensor, kept: Kept, state: Mapping[str, Any]) -> dict[str, Any]:
