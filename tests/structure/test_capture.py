@@ -45,6 +45,18 @@ def test_what_only_training_reaches_is_captured_too():
     assert cap.unseen == []
 
 
+@pytest.mark.parametrize("used_in", [(True, False), (False,), (True,)])
+def test_caches_outside_of_a_model_are_filled_before(used_in):
+    model, cached = nn.Linear(4, 2), {}
+
+    def shift(module, args, out):
+        return out + (cached.setdefault("one", cached.get("one", None) or torch.ones(()))) if module.training in used_in else out
+
+    model.register_forward_hook(shift)
+    names = [[c.name for c in run.calls] for run in seen(model, torch.randn(3, 4)).runs]
+    assert "ones" not in names[0]
+
+
 def test_parameters_that_no_forward_reaches_are_named():
     model = Two()
     model.d = nn.Linear(2, 2)

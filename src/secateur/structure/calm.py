@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import random
 from collections import deque
 from collections.abc import Iterator, Mapping
@@ -35,8 +36,8 @@ def calm(model: nn.Module, training: bool, mode: TorchFunctionMode | None = None
     """
     modules = list(model.modules())
     own = [dict(vars(m)) for m in modules]
-    held: list[Any] = [v for known in own for v in known.values() if isinstance(v, dict | list | set | deque)]
-    inner = [(v, [*(v.items() if isinstance(v, dict) else v)]) for v in held]
+    held: list[Any] = [v for known in own for v in known.values() if isinstance(v, _HOLDS)]
+    inner = [(v, [*(v.items() if isinstance(v, dict) else v)] if v else ()) for v in held]
     values = [
         (t, t.clone()) for m in modules for t in (*m._buffers.values(), *vars(m).values()) if isinstance(t, Tensor)
     ]
@@ -59,8 +60,9 @@ def calm(model: nn.Module, training: bool, mode: TorchFunctionMode | None = None
         np.random.set_state(numpy)
         random.setstate(python)
         for content, before in inner:
-            content.clear()
-            (content.extend if isinstance(content, list | deque) else content.update)(before)
+            if content or before:  # most are empty: hooks that no module has
+                content.clear()
+                (content.extend if isinstance(content, list | deque) else content.update)(before)
         for m, attributes in zip(modules, own, strict=True):
             vars(m).clear()
             vars(m).update(attributes)
@@ -79,20 +81,26 @@ class _Unwritten(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        kwargs, name = kwargs or {}, key(func)
+        kwargs = kwargs or {}
         if kwargs.get("max_norm") is not None and len(args) > 1:  # embedding, embedding_bag
             args = (args[0], args[1].clone(), *args[2:])
-        inside = (in_place(func) and name not in _NO_NUMBERS) or name in ("__setitem", "set.data")
-        written = [[*args, *kwargs.values()][:1] if inside else [], kwargs.get("out")]
-        for owner in (self._own.get(_memory(t)) for t in tensors(written)) if inside or "out" in kwargs else ():
-            if owner is not None:
+        written = [[*args, *kwargs.values()][:1] if _writes(func) else [], kwargs.get("out")]
+        for t in tensors(written):
+            if (owner := self._own.get(_memory(t))) is not None:
                 raise InputError(
-                    f"the forward writes into {owner}, with {name}, and would change the given model: let it make "
+                    f"the forward writes into {owner}, with {key(func)}, and would change the given model: let it make "
                     "a new tensor of the weight, such as weight * 0.9"
                 )
         return func(*args, **kwargs)
 
 
+@functools.lru_cache(4096)
+def _writes(func: Any) -> bool:
+    name = key(func)
+    return (in_place(func) and name not in _NO_NUMBERS) or name in ("__setitem", "set.data")
+
+
+_HOLDS = (dict, list, set, deque)
 _NO_NUMBERS = {"requires_grad", "share_memory", "detach"}
 
 

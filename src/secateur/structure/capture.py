@@ -541,32 +541,37 @@ class _Calls(TorchFunctionMode):
         return out
 
 
-def _trains_otherwise(model: nn.Module, run: Run, home: Mapping[int, tuple[str, Tensor]]) -> bool:
-    """Whether training mode makes other calls than a forward in eval mode did; not so where it fails."""
-    args, kwargs = run.arguments
+def _kinds(
+    model: nn.Module, arguments: Arguments, training: bool, home: Mapping[int, tuple[str, Tensor]]
+) -> list[tuple[Any, ...]] | None:
+    """The kinds of the calls that a forward makes; None where it fails."""
+    args, kwargs = arguments
     seen = _Calls(model, home)
     try:
-        with calm(model, True, seen):
+        with calm(model, training, seen):
             model(*args, **kwargs)
     except InputError:
         raise
     except Exception:
-        return False
-    return bool(seen.kinds != [call.kind() for call in run.calls])
+        return None
+    return seen.kinds
 
 
 def capture(model: nn.Module, examples: Sequence[Arguments], policy: Policy) -> Capture:
     """Run each example once in eval mode; in training mode too if that makes other calls, or a parameter is unreached.
 
+    Caches outside of the model are filled before: later forwards make the calls that are captured.
+
     Raises:
         StructureError: a parameter was not reached, and the forward in training mode fails.
     """
-    cap = Capture(model, policy)
-    for arguments in examples:
-        cap.forward(model, arguments, False)
-    cap.unseen = [n for n, p in model.named_parameters() if not cap.seen(p)]
-    for run in list(cap.runs):
-        if not cap.unseen and not _trains_otherwise(model, run, cap.home):
+    home = Capture(model, policy).home
+    before = [_kinds(model, arguments, True, home) for arguments in examples]
+    cap, called = _evaluated(model, examples, policy)
+    if before != called and called != [_kinds(model, arguments, False, home) for arguments in examples]:
+        cap, called = _evaluated(model, examples, policy)  # the other filled a cache that training does not use
+    for run, now, trained in zip(list(cap.runs), called, before, strict=True):
+        if not cap.unseen and trained in (None, now):
             continue
         try:
             cap.forward(model, run.arguments, True)
@@ -579,6 +584,17 @@ def capture(model: nn.Module, examples: Sequence[Arguments], policy: Policy) -> 
     cap.unseen = [n for n, p in model.named_parameters() if not cap.seen(p)]
     _hold_left_out(cap)
     return cap
+
+
+def _evaluated(
+    model: nn.Module, examples: Sequence[Arguments], policy: Policy
+) -> tuple[Capture, list[list[tuple[Any, ...]]]]:
+    """The capture of each example in eval mode, and the kinds of its calls."""
+    cap = Capture(model, policy)
+    for arguments in examples:
+        cap.forward(model, arguments, False)
+    cap.unseen = [n for n, p in model.named_parameters() if not cap.seen(p)]
+    return cap, [[call.kind() for call in run.calls] for run in cap.runs]
 
 
 def _hold_left_out(cap: Capture) -> None:

@@ -21,7 +21,6 @@ from secateur.structure import scales
 from secateur.structure.attributes import Edits, follow_forward, follow_modules
 from secateur.structure.blocks import Renaming
 from secateur.structure.calls import Call
-from secateur.structure.calm import calm
 from secateur.structure.capture import Capture, capture
 from secateur.structure.configs import Configs, Dim
 from secateur.structure.criteria import Subject
@@ -292,9 +291,6 @@ def _attempt(
 def _captured(small: nn.Module, examples: Sequence[Arguments], policy: Policy, keep: Mapping[str, str]) -> Capture:
     """The forwards of the examples, in which nothing goes of the tensors that are kept."""
     try:
-        for args, kwargs in examples:
-            with calm(small, False):  # caches outside of modules are filled, so that all forwards make the same calls
-                small(*args, **kwargs)
         cap = capture(small, examples, policy)
     except (StructureError, InputError):
         raise
