@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -55,16 +55,17 @@ class _Masked(Trace):
     """The original with units masked, its parameters one at a time, as a call reads them."""
 
     def __init__(self, remains: Remains, gone: Mapping[int, list[tuple[int, Tensor]]]) -> None:
-        """Follow a run; `gone` are the positions that go, with their dimension, of parameters by id."""
+        """Follow a run; `gone` has, by id, of parameters the dimensions with positions that go, and 1 for what stays."""
         super().__init__(remains.run)
         self._remains, self._gone = remains, gone
+        self._plain = {F.linear: self._linear, torch.addmm: self._addmm, F.embedding: self._embedding}
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         name = key(func)
         args, given = dropping_nothing(name, args, kwargs or {})
-        plain = {F.linear: self._linear, F.embedding: self._embedding}.get(func, func)
+        plain = self._plain.get(func, func)
         if plain is func and (not name.startswith("get.") or name in _VIEWS):
             masked = {id(t): self._mask(t) for t in tensors((args, given)) if id(t) in self._gone}
             if masked:
@@ -81,30 +82,39 @@ class _Masked(Trace):
         return out
 
     def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Zeros in what is read and given, in place of zero columns and rows: large weights are not copied."""
-        input, bias = self._mask(input), bias if bias is None else self._mask(bias)
         if id(weight) not in self._gone or weight.ndim < 2:
-            return F.linear(input, self._mask(weight), bias)
-        out = F.linear(self._zero(input, weight, 1), weight)
-        if not bool(out.sum().isfinite()):  # what is infinite is no number times zero
-            return F.linear(input, self._mask(weight), bias)
-        out = self._zero(out, weight, 0)
-        return out if bias is None else out + bias.to(out.dtype)
+            return F.linear(self._mask(input), self._mask(weight), bias if bias is None else self._mask(bias))
+        out = self._product(F.linear, input, weight, 1)
+        return out if bias is None else out + self._mask(bias).to(out.dtype)
+
+    def _addmm(self, input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: Any = 1, alpha: Any = 1) -> Tensor:
+        if id(mat2) not in self._gone or (beta, alpha) != (1, 1):
+            return torch.addmm(*map(self._mask, (input, mat1, mat2)), beta=beta, alpha=alpha)
+        return self._product(torch.mm, mat1, mat2, 0) + self._mask(input)
+
+    def _product(self, multiply: Callable[[Tensor, Tensor], Tensor], x: Tensor, weight: Tensor, read: int) -> Tensor:
+        """Zeros in what is read and given, in place of zero columns and rows: large weights are not copied."""
+        x = self._mask(x)
+        out = self._zero(multiply(self._zero(x, weight, read), weight), weight, 1 - read)
+        return out if bool(out.sum().isfinite()) else multiply(x, self._mask(weight))  # infinite times zero is no number
 
     def _embedding(self, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if kwargs.get("max_norm") is not None or any(dim == 0 for dim, _ in self._gone.get(id(weight), ())):
             return F.embedding(input, self._mask(weight), *args, **kwargs)
-        return self._zero(F.embedding(input, weight, *args, **kwargs), weight, 1)
+        out = self._zero(F.embedding(input, weight, *args, **kwargs), weight, 1)
+        return out if bool(out.sum().isfinite()) else F.embedding(input, self._mask(weight), *args, **kwargs)
 
     def _zero(self, t: Tensor, weight: Tensor, dim: int) -> Tensor:
-        """Zeros along the last dimension of a tensor where positions of a weight go."""
-        for own, gone in self._gone.get(id(weight), ()):
-            t = _zeros(t, -1, gone) if own == dim else t
+        """Zeros along the last dimension of a tensor where positions of a weight go, if all else is finite."""
+        for own, stays in self._gone.get(id(weight), ()):
+            t = t * stays.to(t) if own == dim else t
         return t
 
     def _mask(self, t: Tensor) -> Tensor:
-        for dim, gone in self._gone.get(id(t), ()):
-            t = _zeros(t.detach(), dim, gone)
+        for dim, stays in self._gone.get(id(t), ()):
+            t, stays = t.detach(), stays.to(t).reshape([-1 if d == dim else 1 for d in range(t.ndim)])
+            zeros = t * stays  # many times faster than to fill
+            t = zeros if bool(zeros.sum().isfinite()) else t.masked_fill(stays == 0, 0)
         return t
 
     def _over_kept(self, call: Call, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -129,26 +139,15 @@ class _Masked(Trace):
             if not isinstance(t, Tensor):
                 return t
             (shape, _), left = next(outs)
-            if all(line is None for line in left.lines):
-                return t
-            sizes = [
-                n if line is not None else t.shape[d] for d, (n, line) in enumerate(zip(shape, left.lines, strict=True))
-            ]
-            full = torch.zeros(sizes, dtype=t.dtype, device=t.device)
-            at = [torch.arange(n) if line is None else line for n, line in zip(sizes, left.lines, strict=True)]
-            full[torch.meshgrid(*at, indexing="ij")] = t
-            return full
+            for d, line in enumerate(left.lines):
+                if line is not None:
+                    full = t.new_zeros([*t.shape[:d], shape[d], *t.shape[d + 1 :]])
+                    t = full.index_copy_(d, line.to(t.device), t)
+            return t
 
         found = func(*args, **kwargs)
         self.note(map(fingerprint, tensors(found)))
         return tree_map(grow, found)
-
-
-def _zeros(t: Tensor, dim: int, gone: Tensor) -> Tensor:
-    """A tensor with zeros at some positions: a product is many times faster than to fill."""
-    stays = torch.ones(t.shape[dim], dtype=t.dtype, device=t.device).index_fill_(0, gone.to(t.device), 0)
-    found = t * stays.reshape([-1 if d == dim % t.ndim else 1 for d in range(t.ndim)])
-    return found if bool(found.sum().isfinite()) else t.index_fill(dim, gone.to(t.device), 0)
 
 
 class Difference(NamedTuple):
@@ -187,9 +186,10 @@ class Proof:
         self._gone: dict[int, list[tuple[int, Tensor]]] = {}
         named = dict(original.named_parameters())
         for axis in axes:
-            gone = (~self.kept[torch.from_numpy(axis.labels)]).nonzero().flatten()
-            if axis.name in named and len(gone):
-                self._gone.setdefault(id(named[axis.name]), []).append((axis.dim, gone))
+            stays = self.kept[torch.from_numpy(axis.labels)]
+            if axis.name in named and not bool(stays.all()):
+                p = named[axis.name]
+                self._gone.setdefault(id(p), []).append((axis.dim, stays.to(p)))
         self._traces: dict[tuple[int, str], Trace] = {}
 
     def fails(
@@ -261,9 +261,8 @@ class Proof:
             if not p.is_floating_point() or not constant(p):
                 continue
             full = part = varied(p.detach(), generator)
-            for dim, gone in self._gone.get(id(own[name]), ()):
-                stays = torch.ones(full.shape[dim], dtype=torch.bool).index_fill_(0, gone, False)
-                part = part.index_select(dim, stays.nonzero().flatten().to(part.device))
+            for dim, stays in self._gone.get(id(own[name]), ()):
+                part = part.index_select(dim, stays.nonzero().flatten())
             if name in theirs and theirs[name].shape == part.shape:
                 p.data, theirs[name].data = full, part
                 stirred.add(name)

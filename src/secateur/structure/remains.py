@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from secateur.structure.calls import Call, Run
-from secateur.structure.fields import Shape, labels, support
+from secateur.structure.fields import Labelled, Shape, labels, support
 
 Sizes = list[list[Shape] | None]
 """For each call the shapes of its results; None where any will do, -1 for a size that depends on data."""
@@ -84,7 +84,9 @@ def size(shape: Shape, fields: Sequence[Tensor], kept: Tensor) -> Shape:
 def _at(t: Tensor, lines: Sequence[Tensor | None]) -> Tensor:
     for d, line in enumerate(lines):
         if line is not None:
-            t = t.index_select(d, line.to(t.device))
+            line = line.to(t.device)
+            last = 0 < d == t.ndim - 1  # there torch's index_select is slow
+            t = t.gather(d, line.expand(*t.shape[:-1], -1)) if last else t.index_select(d, line)
     return t
 
 
@@ -106,15 +108,23 @@ class Remains:
 
     def __init__(self, run: Run, kept: Tensor) -> None:
         self.run, self.kept = run, kept
+        self._parts: dict[tuple[Shape, tuple[int, ...]], Part] = {}
+
+    def _part(self, known: Labelled) -> Part:
+        shape, fields = known
+        at = shape, tuple(map(id, fields))  # the run keeps its fields
+        if at not in self._parts:
+            self._parts[at] = part(shape, fields, self.kept)
+        return self._parts[at]
 
     @cached_property
     def outs(self) -> list[list[Part]]:
         """What remains of the results of each call."""
-        return [[part(*known, self.kept) for known in call.outs] for call in self.run.calls]
+        return [[*map(self._part, call.outs)] for call in self.run.calls]
 
     def ins(self, call: Call) -> list[Part]:
         """What remains of the operands of a call."""
-        return [part(*known, self.kept) for known in call.ins]
+        return [*map(self._part, call.ins)]
 
     @cached_property
     def sizes(self) -> Sizes:
