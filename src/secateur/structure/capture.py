@@ -11,6 +11,7 @@ import math
 import os
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -19,7 +20,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from secateur.errors import InputError, StructureError, listed
 from secateur.structure.calls import Call, Run, in_place, key, numbers, results, tensors
@@ -136,6 +136,7 @@ class _Known:
     """What is known of a tensor.
 
     Attributes:
+        whose: the tensor.
         fields: of it; None if no forward has taken it up.
         elastic: it is zeros(n) or the like: any number of positions without identity.
         loose: it was picked by data, or made of what was.
@@ -143,6 +144,7 @@ class _Known:
         made: the call that made it, and which of the results it is.
     """
 
+    whose: weakref.ref[Tensor]
     fields: list[Tensor] | None = None
     elastic: bool = False
     loose: bool = False
@@ -180,7 +182,7 @@ class Capture(TorchFunctionMode):
                 self.consulted.add("cut_remade")
             if policy.cut_remade or not computed:
                 self.home.setdefault(id(t), (name, t))
-        self._known = WeakTensorKeyDictionary()
+        self._known: dict[int, _Known] = {}  # by id
         self._calls: list[Call] = []
         self._depth = 0
         self._stack: list[str] = [""]
@@ -190,10 +192,9 @@ class Capture(TorchFunctionMode):
         self._beside_input = False  # the present call reads floats that are an input, or made of inputs alone
 
     def _of(self, tensor: Tensor) -> _Known:
-        try:
-            found: _Known = self._known[tensor]
-        except KeyError:
-            found = self._known[tensor] = _Known()
+        found = self._known.get(id(tensor))
+        if found is None or found.whose() is not tensor:  # that of a tensor that is no more
+            found = self._known[id(tensor)] = _Known(weakref.ref(tensor))
         return found
 
     def fields(self, tensor: Tensor) -> list[Tensor]:

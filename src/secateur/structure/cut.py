@@ -14,6 +14,7 @@ from secateur import optimizers
 from secateur.errors import InputError, StateError
 from secateur.masks import Masks
 from secateur.structure.blocks import Renaming
+from secateur.structure.remains import pick
 from secateur.support import checks
 
 Kept = dict[str, dict[int, list[int]]]
@@ -25,7 +26,7 @@ _SAME = Renaming(())
 def sliced(tensor: Tensor, dims: Mapping[int, list[int]]) -> Tensor:
     """A tensor without the positions that go."""
     for d, kept in dims.items():
-        tensor = tensor.index_select(d, torch.tensor(kept, device=tensor.device))
+        tensor = pick(tensor, d, torch.tensor(kept))
     return tensor.contiguous()
 
 

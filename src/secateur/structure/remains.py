@@ -84,10 +84,16 @@ def size(shape: Shape, fields: Sequence[Tensor], kept: Tensor) -> Shape:
 def _at(t: Tensor, lines: Sequence[Tensor | None]) -> Tensor:
     for d, line in enumerate(lines):
         if line is not None:
-            line = line.to(t.device)
-            last = 0 < d == t.ndim - 1  # there torch's index_select is slow
-            t = t.gather(d, line.expand(*t.shape[:-1], -1)) if last else t.index_select(d, line)
+            t = pick(t, d, line)
     return t
+
+
+def pick(t: Tensor, dim: int, at: Tensor) -> Tensor:
+    """Some positions of a tensor along one dimension."""
+    at = at.to(t.device)
+    if 0 < dim == t.ndim - 1:  # there torch's index_select is slow
+        return t.gather(dim, at.expand(*t.shape[:-1], -1))
+    return t.index_select(dim, at)
 
 
 def _extents(stays: Tensor) -> Shape:

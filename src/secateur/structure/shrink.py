@@ -222,10 +222,11 @@ def _attempt(
     cap = _captured(small, examples, policy, ask.keep)
     consulted |= cap.consulted
     cap.consulted = consulted  # what is consulted from here on, the caller learns too
-    trouble, asked, choose = "", 0, _chooser(small, cap, ask, policy)
+    groups = Groups(cap)
+    trouble, asked, choose = "", 0, _chooser(small, cap, groups, ask, policy)
     failed: list[tuple[str, str] | None] = []
-    for _ in range(_ROUNDS):
-        groups = Groups(cap)
+    for again in range(_ROUNDS):
+        groups = Groups(cap) if again else groups
         kept, counts, shifts = choose(groups)
         plan = as_plan(small, groups, kept, counts, ())
         now = plan.weights_gone(small)
@@ -315,8 +316,10 @@ class _Choice(NamedTuple):
     shifts: dict[str, list[float]] = {}  # noqa: RUF012
 
 
-def _chooser(small: nn.Module, cap: Capture, ask: Ask, policy: Policy) -> Callable[[Groups], _Choice]:
-    """What chooses units of the groups, as often as some of them turn out to be held."""
+def _chooser(
+    small: nn.Module, cap: Capture, first: Groups, ask: Ask, policy: Policy
+) -> Callable[[Groups], _Choice]:
+    """What chooses units of the groups, the `first` and later ones, as often as some of them turn out to be held."""
     if ask.dead:
 
         def zeros(groups: Groups) -> _Choice:
@@ -328,7 +331,7 @@ def _chooser(small: nn.Module, cap: Capture, ask: Ask, policy: Policy) -> Callab
     if ask.plan is not None:
         given = ask.plan
         return lambda groups: _Choice(*given.choice(small, groups), given.shifts)
-    worth = _worth(small, cap, ask)
+    worth = _worth(small, cap, first, ask)
     left = reach(cap, small, ask.target) if ask.target is not None else None
 
     def lowest(groups: Groups) -> _Choice:
@@ -344,9 +347,9 @@ def _chooser(small: nn.Module, cap: Capture, ask: Ask, policy: Policy) -> Callab
     return lowest
 
 
-def _worth(small: nn.Module, cap: Capture, ask: Ask) -> Worth:
+def _worth(small: nn.Module, cap: Capture, groups: Groups, ask: Ask) -> Worth:
     try:
-        return ask.score(Subject(small, cap, Groups(cap)))
+        return ask.score(Subject(small, cap, groups))
     except RuntimeError as error:  # NotImplementedError is one
         if not empty(small):
             raise

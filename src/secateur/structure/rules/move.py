@@ -16,6 +16,7 @@ from secateur.structure.calls import tensors
 from secateur.structure.capture import Site, rule
 from secateur.structure.fields import Shape, blend, labels, lead, measured, squeeze, support
 from secateur.structure.meta import zeros
+from secateur.structure.units import tally
 
 
 def dims_of(dim: Any, ndim: int) -> set[int]:
@@ -277,8 +278,8 @@ def _indexed(site: Site, x: Tensor, index: Any) -> list[Tensor]:
         _strides_meet(site, f, index if isinstance(index, tuple) else (index,))
         r = f.expand(shape)[index]
         if slices & support(f):
-            taken = np.unique(labels(r))
-            rest = np.setdiff1d(labels(f), taken)
+            every, taken = (tally(labels(g))[0] for g in (f, r))
+            rest = every[~np.isin(every, taken, assume_unique=True)]
             if len(taken) == len(rest):
                 cap.ledger.balance(np.stack([taken, rest]), str(cap.now))
         if (g := squeeze(r)) is not None:
