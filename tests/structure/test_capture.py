@@ -50,7 +50,9 @@ def test_caches_outside_of_a_model_are_filled_before(used_in):
     model, cached = nn.Linear(4, 2), {}
 
     def shift(module, args, out):
-        return out + (cached.setdefault("one", cached.get("one", None) or torch.ones(()))) if module.training in used_in else out
+        if module.training in used_in and not cached:
+            cached["one"] = torch.ones(2)
+        return out + cached["one"] if module.training in used_in else out
 
     model.register_forward_hook(shift)
     names = [[c.name for c in run.calls] for run in seen(model, torch.randn(3, 4)).runs]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from secateur.structure.fields import Labelled
 from secateur.support.inputs import Arguments
@@ -32,6 +33,19 @@ def tensors(tree: Any) -> list[Tensor]:
     if type(tree) is dict:
         return tensors([*tree.values()])
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)] if type(tree) not in _LEAVES else []
+
+
+def replaced(tree: Any, change: Callable[[Tensor], Any]) -> Any:
+    """The same nested containers with other tensors."""
+    if isinstance(tree, Tensor):
+        return change(tree)
+    if type(tree) in (tuple, list):
+        return type(tree)([replaced(one, change) for one in tree])
+    if type(tree) is dict:
+        return {k: replaced(one, change) for k, one in tree.items()}
+    if tree is None or type(tree) in _LEAVES:
+        return tree
+    return tree_map_only(Tensor, change, tree)
 
 
 _LEAVES = frozenset([int, float, str, bool, slice, torch.dtype, torch.device, type(...)])

@@ -7,6 +7,7 @@ built of (`unite`, `rigid`), what follows from them (`join`, `reduce`, `contract
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import os
 import sys
@@ -263,7 +264,9 @@ class Capture(TorchFunctionMode):
 
     def unite(self, f: Tensor, g: Tensor) -> None:
         """Let units at equal positions stay or go together."""
-        a, b = np.broadcast_arrays(labels(f), labels(g))
+        a, b = labels(f), labels(g)
+        if a.shape != b.shape:
+            a, b = np.broadcast_arrays(a, b)
         self.ledger.unite(a, b, str(self.now))
 
     def rigid(self, f: Tensor, dims: Any, why: str = "") -> Tensor | None:
@@ -379,6 +382,7 @@ class Capture(TorchFunctionMode):
         spread: list[Labelled] = []
         for (shape, fields), letters in operands:
             order = sorted(range(len(letters)), key=lambda d: at[letters[d]])
+            turned = order != [*range(len(letters))]
 
             def wide(sizes: Sequence[int], letters: Sequence[Letter] = letters) -> Shape:
                 full = [1] * len(space)
@@ -386,7 +390,7 @@ class Capture(TorchFunctionMode):
                     full[at[c]] = sizes[d]
                 return tuple(full)
 
-            spread.append((wide(shape), [f.permute(order).reshape(wide(f.shape)) for f in fields]))
+            spread.append((wide(shape), [(f.permute(order) if turned else f).reshape(wide(f.shape)) for f in fields]))
         joint = self.join(spread)
         self.now.products.append((tuple(map(max, zip(*(sizes for sizes, _ in spread), strict=True))), joint))
         kept = self.reduce(joint, [at[c] for c in space if c not in result])
@@ -657,7 +661,12 @@ def _line() -> str:
     frame = sys._getframe(2)
     while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(("torch.", "secateur.structure")):
         frame = frame.f_back
-    return f"{os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno}"
+    return f"{_file(frame.f_code.co_filename)}:{frame.f_lineno}"
+
+
+@functools.lru_cache(4096)
+def _file(path: str) -> str:
+    return os.path.basename(path)
 
 
 def _distinct(f: Tensor) -> int:

@@ -7,6 +7,7 @@ of any of its fields goes.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 
 import torch
@@ -32,7 +33,12 @@ def labels(field: Tensor) -> Labels:
 
 def support(field: Tensor) -> frozenset[int]:
     """The dimensions along which a field varies."""
-    return frozenset(d for d, n in enumerate(field.shape) if n > 1)
+    return _varying(field.shape)
+
+
+@functools.lru_cache(1 << 14)
+def _varying(shape: Shape) -> frozenset[int]:
+    return frozenset(d for d, n in enumerate(shape) if n > 1)
 
 
 def squeeze(field: Tensor) -> Tensor | None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from secateur.structure.calls import in_place
+from secateur.structure.calls import in_place, replaced
 
 
 def empty(model: nn.Module) -> bool:
@@ -25,7 +25,7 @@ def empty(model: nn.Module) -> bool:
 
 def zeros(tree: Any) -> Any:
     """Zeros on the CPU in place of the tensors that have no values."""
-    return tree_map(lambda t: torch.zeros_like(t, device="cpu") if isinstance(t, Tensor) and t.is_meta else t, tree)
+    return replaced(tree, lambda t: torch.zeros_like(t, device="cpu") if t.is_meta else t)
 
 
 class Mixed(TorchFunctionMode):

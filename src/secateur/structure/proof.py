@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from secateur.structure.calls import Call, Run, key, results, tensors
+from secateur.structure.calls import Call, Run, key, replaced, results, tensors
 from secateur.structure.constants import constant, varied
 from secateur.structure.cut import twin
 from secateur.structure.groups import Axis
@@ -55,7 +55,7 @@ class _Masked(Trace):
     """The original with units masked, its parameters one at a time, as a call reads them."""
 
     def __init__(self, remains: Remains, gone: Mapping[int, list[tuple[int, Tensor]]]) -> None:
-        """Follow a run; `gone` has, by id, of parameters the dimensions with positions that go, and 1 for what stays."""
+        """Follow a run; `gone`: of parameters, by id, the dimensions with positions that go, and 1 for what stays."""
         super().__init__(remains.run)
         self._remains, self._gone = remains, gone
         self._plain = {F.linear: self._linear, torch.addmm: self._addmm, F.embedding: self._embedding}
@@ -69,7 +69,7 @@ class _Masked(Trace):
         if plain is func and (not name.startswith("get.") or name in _VIEWS):
             masked = {id(t): self._mask(t) for t in tensors((args, given)) if id(t) in self._gone}
             if masked:
-                args, given = tree_map(lambda t: masked.get(id(t), t), (args, given))
+                args, given = replaced((args, given), lambda t: masked.get(id(t), t))
         call = self.calls[self.at] if self.ahead(name) else None
         train = name == "batch_norm" and True in (args[5:6] or [given.get("training")])
         if self._gone and call is not None and (name in _OVER_KEPT or train) and any(fields for _, fields in call.ins):
@@ -96,7 +96,8 @@ class _Masked(Trace):
         """Zeros in what is read and given, in place of zero columns and rows: large weights are not copied."""
         x = self._mask(x)
         out = self._zero(multiply(self._zero(x, weight, read), weight), weight, 1 - read)
-        return out if bool(out.sum().isfinite()) else multiply(x, self._mask(weight))  # infinite times zero is no number
+        finite = bool(out.sum().isfinite())  # infinite times zero is no number
+        return out if finite else multiply(x, self._mask(weight))
 
     def _embedding(self, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if kwargs.get("max_norm") is not None or any(dim == 0 for dim, _ in self._gone.get(id(weight), ())):
@@ -121,23 +122,19 @@ class _Masked(Trace):
         known = iter(self._remains.ins(call))
         small: dict[int, Tensor] = {}
 
-        def shrink(t: Any) -> Any:
-            if not isinstance(t, Tensor):
-                return t
+        def shrink(t: Tensor) -> Tensor:
             if id(t) not in small:
                 small[id(t)] = next(known).box(t)
             return small[id(t)]
 
-        args, kwargs = tree_map(shrink, args), tree_map(shrink, kwargs)
+        args, kwargs = replaced((args, kwargs), shrink)
         if call.name in ("layer_norm", "rms_norm"):
             args = (args[0], tuple(args[0].shape[-len(args[1]) :]), *args[2:])
         if call.name == "group_norm" and args[1] == call.ins[0][0][1]:
             args = (args[0], args[0].shape[1], *args[2:])
         outs = iter(zip(call.outs, self._remains.outs[self.at], strict=True))
 
-        def grow(t: Any) -> Any:
-            if not isinstance(t, Tensor):
-                return t
+        def grow(t: Tensor) -> Tensor:
             (shape, _), left = next(outs)
             for d, line in enumerate(left.lines):
                 if line is not None:
@@ -147,7 +144,7 @@ class _Masked(Trace):
 
         found = func(*args, **kwargs)
         self.note(map(fingerprint, tensors(found)))
-        return tree_map(grow, found)
+        return replaced(found, grow)
 
 
 class Difference(NamedTuple):

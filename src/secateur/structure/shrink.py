@@ -316,9 +316,7 @@ class _Choice(NamedTuple):
     shifts: dict[str, list[float]] = {}  # noqa: RUF012
 
 
-def _chooser(
-    small: nn.Module, cap: Capture, first: Groups, ask: Ask, policy: Policy
-) -> Callable[[Groups], _Choice]:
+def _chooser(small: nn.Module, cap: Capture, first: Groups, ask: Ask, policy: Policy) -> Callable[[Groups], _Choice]:
     """What chooses units of the groups, the `first` and later ones, as often as some of them turn out to be held."""
     if ask.dead:
 

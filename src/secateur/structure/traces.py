@@ -122,8 +122,8 @@ _CHUNK = 1 << 18
 
 
 @functools.cache
-def _random() -> Tensor:
-    return torch.randn(3, _CHUNK, generator=torch.Generator().manual_seed(1))
+def _random(device: torch.device) -> Tensor:
+    return torch.randn(3, _CHUNK, generator=torch.Generator().manual_seed(1)).to(device)
 
 
 def fingerprint(t: Tensor) -> Print:
@@ -146,9 +146,9 @@ def prints_apart(a: Print, b: Print) -> float:
 
 
 def _sums(v: Tensor) -> Print:
-    random = _random().to(v.device)
+    random = _random(v.device)
     whole, rest = divmod(v.numel(), _CHUNK)
-    sums = torch.mv(random[:, :rest], v[whole * _CHUNK :])
+    sums = torch.mv(random[:, :rest], v[whole * _CHUNK :] if whole else v)
     if whole:  # each chunk times another random number
         sums = sums + ((random @ v[: whole * _CHUNK].view(whole, _CHUNK).T) * random[:, :whole]).sum(1)
     return (math.sqrt(float(torch.dot(v, v))), *sums.tolist())

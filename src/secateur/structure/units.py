@@ -16,6 +16,9 @@ Flags = NDArray[np.bool_]
 """For each label, whether it stays, or whether it is dead."""
 
 
+_MANY = 1 << 12
+
+
 class Extent(NamedTuple):
     """`factor` times the number of positions that stay along some dimensions of a field.
 
@@ -68,14 +71,18 @@ class Ledger:
 
     def unite(self, a: Labels, b: Labels, why: str) -> None:
         """Let a[i] and b[i] stay or go together; what meets label 0 is held."""
-        a, b = a.ravel(), b.ravel()
-        free = (a > 0) & (b > 0) & (a != b)
-        if free.any():
-            code, _ = tally(np.minimum(a[free], b[free]) * self.size + np.maximum(a[free], b[free]))
-            self._pairs.append(np.stack(np.divmod(code, self.size)))
-        alone = (a > 0) ^ (b > 0)
+        apart = a != b
+        a, b = a[apart], b[apart]
+        if not len(a):
+            return
+        low, high = np.minimum(a, b), np.maximum(a, b)
+        alone = low == 0
         if alone.any():
-            self.hold(np.maximum(a[alone], b[alone]), f"{why}: meets positions that belong to no unit")
+            self.hold(high[alone], f"{why}: meets positions that belong to no unit")
+            low, high = low[~alone], high[~alone]
+        if len(low) > _MANY:  # of products, in which few pairs are different
+            low, high = np.divmod(tally(low * self.size + high)[0], self.size)
+        self._pairs.append(np.stack([low, high]))
 
     def hold(self, labels: Labels, why: str) -> bool:
         """Let none of these go. Returns whether there were any."""
@@ -103,6 +110,7 @@ class Ledger:
     def solve(self) -> tuple[Labels, dict[int, str]]:
         """The smallest label of the group of each label, and for each held group, by that label, the first reason."""
         pairs = np.concatenate([np.zeros((2, 0), np.int64), *self._pairs], 1)
+        self._pairs = [pairs]
         root = components(self.size, pairs[0], pairs[1])
         why = {0: "no unit"}
         for labels, reason in self.held:

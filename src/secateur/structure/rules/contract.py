@@ -96,15 +96,24 @@ def distance(site: Site) -> None:
     site.capture.same(site.out, made)
 
 
-@rule("addmm baddbmm addbmm addmv")
+_SUMS: dict[str, tuple[str, str, str]] = {
+    "addmm": ("mk", "kn", "mn"),
+    "baddbmm": ("bmk", "bkn", "bmn"),
+    "addbmm": ("bmk", "bkn", "mn"),
+    "addmv": ("mk", "k", "m"),
+}
+
+
+@rule(" ".join(_SUMS))
 def addmm(site: Site) -> None:
     """A matrix product and a sum."""
+    cap, (left, right, result) = site.capture, _SUMS[site.name]
     a = site.argument(1, "mat1", site.kwargs.get("batch1", site.kwargs.get("mat")))
     b = site.argument(2, "mat2", site.kwargs.get("batch2", site.kwargs.get("vec")))
-    with site.capture.inside():
-        product = torch.matmul(a, b)
-        y = (product.sum(0) if site.name == "addbmm" else product) + site.operand
-    site.capture.same(site.out, y)
+    product = cap.contract([(site.of(a), left), (site.of(b), right)], result)
+    ndim, (shape, fields) = len(result), site.of(site.operand)
+    beside = (1,) * (ndim - len(shape)) + shape, [lead(f, ndim) for f in fields]
+    cap.label(site.out, cap.join([(tuple(site.out.shape), product), beside]))
 
 
 @rule("grouped_mm")

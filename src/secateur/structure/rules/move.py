@@ -10,9 +10,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
-from secateur.structure.calls import tensors
+from secateur.structure.calls import replaced, tensors
 from secateur.structure.capture import Site, rule
 from secateur.structure.fields import Shape, blend, labels, lead, measured, squeeze, support
 from secateur.structure.meta import zeros
@@ -44,12 +43,12 @@ def move(site: Site) -> None:
         for f in fields:
             ride = f.expand(shape).contiguous() if dense else f.expand(shape)
 
-            def swap(t: Any, own: Tensor = own, ride: Tensor = ride) -> Any:
-                if not isinstance(t, Tensor) or (not measured(t) and t is not own):
+            def swap(t: Tensor, own: Tensor = own, ride: Tensor = ride) -> Tensor:
+                if not measured(t) and t is not own:
                     return t
                 return ride if t is own else torch.zeros((), dtype=ride.dtype).expand(site.of(t)[0])
 
-            moved = site.func(*tree_map(swap, site.args), **tree_map(swap, kwargs))
+            moved = site.func(*replaced(site.args, swap), **replaced(kwargs, swap))
             for into, r in zip(outs, tensors(moved), strict=True):
                 if (g := squeeze(r)) is not None:
                     into.append(g)
