@@ -26,6 +26,7 @@ from secateur.structure.cut import named_tensors
 from secateur.structure.groups import Groups
 from secateur.structure.policy import Policy
 from secateur.structure.rules.arithmetic import pointwise
+from secateur.structure.rules.contract import SUMS
 from secateur.structure.rules.norms import pool
 from secateur.structure.units import Flags, Labels
 from secateur.support.inputs import Arguments
@@ -187,6 +188,11 @@ class _Reads(Capture):
         self._branched |= name == "__bool" and bool(self.fed(operands[0]).any())
         self._composed = False
         out = super().__torch_function__(func, types, args, kwargs)
+        if name in SUMS:  # seen as a product, and a sum
+            x, a, b = operands[:3]
+            with self.inside():
+                product = torch.matmul(a, b)
+                self.same(out, (product.sum(0) if name == "addbmm" else product) + x)
         outs = results(name, args, out)
         if not outs or self._composed or name.startswith("__len"):
             return out

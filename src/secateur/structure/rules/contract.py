@@ -96,18 +96,19 @@ def distance(site: Site) -> None:
     site.capture.same(site.out, made)
 
 
-_SUMS: dict[str, tuple[str, str, str]] = {
+SUMS: dict[str, tuple[str, str, str]] = {
     "addmm": ("mk", "kn", "mn"),
     "baddbmm": ("bmk", "bkn", "bmn"),
     "addbmm": ("bmk", "bkn", "mn"),
     "addmv": ("mk", "k", "m"),
 }
+"""Products to which something is added: letters of both factors, and of the result."""
 
 
-@rule(" ".join(_SUMS))
+@rule(" ".join(SUMS))
 def addmm(site: Site) -> None:
     """A matrix product and a sum."""
-    cap, (left, right, result) = site.capture, _SUMS[site.name]
+    cap, (left, right, result) = site.capture, SUMS[site.name]
     a = site.argument(1, "mat1", site.kwargs.get("batch1", site.kwargs.get("mat")))
     b = site.argument(2, "mat2", site.kwargs.get("batch2", site.kwargs.get("vec")))
     product = cap.contract([(site.of(a), left), (site.of(b), right)], result)
