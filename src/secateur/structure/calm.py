@@ -84,8 +84,8 @@ class _Unwritten(TorchFunctionMode):
         kwargs = kwargs or {}
         if kwargs.get("max_norm") is not None and len(args) > 1:  # embedding, embedding_bag
             args = (args[0], args[1].clone(), *args[2:])
-        written = [[*args, *kwargs.values()][:1] if _writes(func) else [], kwargs.get("out")]
-        for t in tensors(written):
+        written = [*args, *kwargs.values()][:1] if _writes(func) else []
+        for t in tensors([written, kwargs.get("out")]) if written or "out" in kwargs else ():
             if (owner := self._own.get(_memory(t))) is not None:
                 raise InputError(
                     f"the forward writes into {owner}, with {key(func)}, and would change the given model: let it make "
