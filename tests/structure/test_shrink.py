@@ -150,6 +150,24 @@ def test_a_lone_encoder_layer_keeps_its_width_and_heads():
     assert (small.self_attn.num_heads, small.linear1.in_features, small.linear1.out_features) == (4, 64, 24)
 
 
+class Heads(nn.Module):
+    """Two heads, with a softmax over each."""
+
+    def __init__(self, inputs):
+        super().__init__()
+        self.heads, self.linear = 2, nn.Linear(inputs, 16)
+
+    def forward(self, x):
+        return self.linear(x).view(-1, self.heads, 8).softmax(-1).flatten(1)
+
+
+def test_where_more_goes_than_was_asked_for_there_is_a_word():
+    model = nn.Sequential(Heads(4), Heads(16), nn.Linear(16, 3)).eval()
+    with pytest.warns(SecateurWarning, match=r"more than where 0\.3 of .* change in steps.* params=0\.49"):
+        small = sc.shrink(model, X, 0.3)
+    assert [m.heads for m in small[:2]] == [1, 1]
+
+
 @pytest.mark.parametrize("keep", ["2", "2.weight", "[2]", ["2.*"], lambda model: model[2], lambda model: [model[2]]])
 def test_what_is_kept_keeps_its_shape(keep):
     model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 6), nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 2))

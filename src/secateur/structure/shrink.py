@@ -142,6 +142,12 @@ def _transact(model: nn.Module, inputs: Any, sparsity: float | None, options: Op
             f"only {gone:.2g} of the weights go, where {ask.share:g} of the units of each group were to go. What holds "
             f"others: {_holds(best.plan)}. secateur.structure.propose(...).explain() shows all"
         )
+    if ask.share is not None and best.missed > _MISSES and gone > 1 - (1 - ask.share) ** 2:
+        warn(
+            f"{gone:.2g} of the weights go, more than where {ask.share:g} of the units of each group do: sizes that "
+            "are tied change in steps, such as whole heads. Ask for less, or for a target, such as "
+            f"params={(1 - ask.share) ** 2:.2g}; secateur.structure.propose(...).explain() shows what goes"
+        )
     attributes = (*shorter.attributes, *best.plan.attributes)
     best = best._replace(plan=dataclasses.replace(best.plan, blocks=shorter.blocks, attributes=attributes))
     own_memory(original, best.model, best.plan.kept, renaming)
