@@ -488,8 +488,9 @@ class _Search:
 
     def adopt(self, fresh: Any, edits: Edits) -> None:
         """Give the small model each attribute that the new config changes, the config itself among them."""
+        was, now = (dict(one.named_modules(remove_duplicate=False)) for one in (self.given.fresh, fresh))
         for place in list(_attributes(self.module)):
-            old, new = _look(self.given.fresh, self.before(place)), _look(fresh, place)
+            old, new = _look(was, self.before(place)), _look(now, place)
             if new is not _NOTHING and (type(old) is not type(new) or old != new):
                 edits.set(place._replace(module=f"{self.path}.{place.module}".strip(".")), new)
 
@@ -681,9 +682,9 @@ def _plain(value: Any) -> bool:
     return value is None or isinstance(value, bool | int | float | str)
 
 
-def _look(model: nn.Module, place: Edit) -> Any:
-    """What stands at the same place of another model; `_NOTHING` if there is no such place."""
+def _look(modules: Mapping[str, nn.Module], place: Edit) -> Any:
+    """What stands at the same place among the modules of another model; `_NOTHING` if there is no such place."""
     try:
-        return _at(model.get_submodule(place.module), place.keys)
+        return _at(modules[place.module], place.keys)
     except (AttributeError, LookupError, TypeError):
         return _NOTHING
