@@ -104,3 +104,22 @@ def test_autocast_is_left_out_of_forwards():
             assert model(x).dtype == torch.float32
         assert model(x).dtype == torch.bfloat16
         assert sc.shrink(model, x, 0.5)[0].out_features == 8
+
+
+def test_an_interruption_on_the_way_back_does_not_leave_half_of_it():
+    class Log(list):
+        def clear(self):
+            super().clear()
+            if not self.stopped:
+                self.stopped = True
+                raise KeyboardInterrupt("stop")
+
+    model = nn.Sequential(nn.BatchNorm1d(3), nn.Dropout())
+    model.log = Log([1, 2])
+    model.log.stopped = False
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises(KeyboardInterrupt, match="stop"), calm(model.eval(), True):
+        model(torch.randn(5, 3))
+    assert model.log == [1, 2]
+    assert not any(m.training for m in model.modules())
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())

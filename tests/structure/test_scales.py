@@ -138,3 +138,16 @@ def test_a_weight_that_is_divided_by_the_root_of_its_width_is_scaled():
             model.get_parameter(f"{name}.weight")[gone.bool()] = 0
             model.get_parameter(f"{name}.bias")[gone.bool()] = 0
     torch.testing.assert_close(small(X), model(X))
+
+
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_a_scale_that_one_token_or_small_weights_hide_is_folded(tokens):
+    """A softmax over one key is 1 whatever the scale; over logits near zero it hardly changes."""
+    torch.manual_seed(0)
+    model = Attention(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, scale=q.shape[-1] ** -0.5)).eval()
+    if tokens > 1:
+        with torch.no_grad():
+            model.q.weight.mul_(1e-4)
+            model.q.bias.mul_(1e-4)
+    plan = propose(model, X[:, :tokens], 0.5)
+    assert {one.name: round(one.factor**2, 6) for one in plan.scaled} == {"q.weight": 0.5, "q.bias": 0.5}

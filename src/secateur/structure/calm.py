@@ -43,6 +43,22 @@ def calm(model: nn.Module, training: bool, mode: TorchFunctionMode | None = None
     ]
     cuda = [device for device in devices(model) if device.type == "cuda"]
     numpy, python = np.random.get_state(), random.getstate()
+
+    def back() -> None:
+        np.random.set_state(numpy)
+        random.setstate(python)
+        for content, before in inner:
+            if content or before:  # most are empty: hooks that no module has
+                content.clear()
+                (content.extend if isinstance(content, list | deque) else content.update)(before)
+        for m, attributes in zip(modules, own, strict=True):
+            vars(m).update(attributes)
+            for new in vars(m).keys() - attributes.keys():
+                del vars(m)[new]
+        with torch.no_grad():
+            for t, value in values:
+                t.copy_(value)
+
     try:
         with torch.random.fork_rng(devices=cuda), torch.no_grad(), contextlib.ExitStack() as exact:
             for kind in {"cpu", *(device.type for device in devices(model))} - {"meta"}:
@@ -57,18 +73,11 @@ def calm(model: nn.Module, training: bool, mode: TorchFunctionMode | None = None
             with Mixed() if empty(model) else none, mode or none, guard:
                 yield
     finally:
-        np.random.set_state(numpy)
-        random.setstate(python)
-        for content, before in inner:
-            if content or before:  # most are empty: hooks that no module has
-                content.clear()
-                (content.extend if isinstance(content, list | deque) else content.update)(before)
-        for m, attributes in zip(modules, own, strict=True):
-            vars(m).clear()
-            vars(m).update(attributes)
-        with torch.no_grad():
-            for t, value in values:
-                t.copy_(value)
+        try:
+            back()
+        except BaseException:  # interrupted: all of it once more
+            back()
+            raise
 
 
 class _Unwritten(TorchFunctionMode):

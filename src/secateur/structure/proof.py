@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -78,7 +79,7 @@ class _Masked(Trace):
         outs = results(name, args, out)
         if outs and self.ahead(name):
             known = self._remains.outs[self.at]
-            self.note(fingerprint(left.cut(t)) for t, left in zip(outs, known, strict=False))
+            self.note((fingerprint(left.cut(t)) for t, left in zip(outs, known, strict=False)), (args, given))
         return out
 
     def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -143,7 +144,7 @@ class _Masked(Trace):
             return t
 
         found = func(*args, **kwargs)
-        self.note(map(fingerprint, tensors(found)))
+        self.note(map(fingerprint, tensors(found)), (args, kwargs))
         return replaced(found, grow)
 
 
@@ -179,6 +180,7 @@ class Proof:
         self._original, self._remains, self._axes, self.kept = original, remains, axes, remains[0].kept
         self._limit = tolerance(original)
         self._dtype: torch.dtype | None = None  # of the floats that go in, where it is another than theirs
+        self._settled = frozenset[str]()
         self._stirred: Proof | None = None
         self._gone: dict[int, list[tuple[int, Tensor]]] = {}
         named = dict(original.named_parameters())
@@ -216,6 +218,7 @@ class Proof:
         self, small: nn.Module, known: Sequence[Trace | None], folds: Sequence[Fold]
     ) -> tuple[Call, str, float | None] | None:
         between = frozenset().union(*(fold.between for fold in folds))
+        self._settled = frozenset(fold.call for fold in folds)
         for at, (remains, trace) in enumerate(zip(self._remains, known, strict=True)):
             run = remains.run
             if run.training and not repeats(run):
@@ -240,7 +243,7 @@ class Proof:
 
     def _in(self, dtype: torch.dtype) -> Proof:
         exact = Proof(copy.deepcopy(self._original).to(dtype), self._remains, self._axes)
-        exact._dtype = dtype
+        exact._dtype, exact._settled = dtype, self._settled
         return exact
 
     def _stir(self, small: nn.Module, folds: Sequence[Fold]) -> tuple[Proof, nn.Module]:
@@ -267,6 +270,7 @@ class Proof:
         if self._stirred is None:
             self._stirred = Proof(model, self._remains, self._axes)
             self._stirred._dtype = self._dtype
+        self._stirred._settled = self._settled
         return self._stirred, cut
 
     def _rounding(self, small: nn.Module, at: int, found: Difference, between: frozenset[str]) -> bool:
@@ -302,10 +306,12 @@ class Proof:
         want = self._traces[at, how]
         if not want.at == got.at == len(run.calls):
             return None
-        return apart(want, got, self._limit, between)
+        return apart(want, got, self._limit, between, self._settled)
 
 
-def apart(want: Trace, got: Trace, limit: float, between: frozenset[str] = frozenset()) -> Difference:
+def apart(
+    want: Trace, got: Trace, limit: float, between: frozenset[str] = frozenset(), settled: frozenset[str] = frozenset()
+) -> Difference:
     """The difference between two traces that made all calls of the same run.
 
     Args:
@@ -313,16 +319,21 @@ def apart(want: Trace, got: Trace, limit: float, between: frozenset[str] = froze
         got: what is compared with it.
         limit: what rounding explains.
         between: see `Proof.fails`.
+        settled: calls that may see another scale, because their operands are multiplied.
     """
     outs = zip(want.out, got.out, strict=True)
     worst = max((_apart(a, b) for a, b in outs), default=0.0)
-    for call, a, b in zip(want.calls, want.prints, got.prints, strict=True):
+    for at, (call, a, b) in enumerate(zip(want.calls, want.prints, got.prints, strict=True)):
         if call.elastic or (between and str(call) in between):
             continue
         taken = [i for i in range(len(a)) if i in call.used or len(a) == 1]  # weights of attention often are not
         off = max((prints_apart(a[i], b[i]) for i in taken), default=0.0)
         if off > max(_STEP, limit):
             return Difference(max(worst, off), call, _factor(a, b))
+        if call.name == "scaled_dot_product_attention":  # few keys, or small ones, hide its scale
+            for x, y in zip(want.floats[at], got.floats[at], strict=False):
+                if str(call) not in settled and not math.isclose(x, y, rel_tol=_STEP):
+                    return Difference(max(worst, abs(x - y) / abs(x or y)), call, x / y if y else None)
     return Difference(worst, want.calls[-1] if worst > limit else None)
 
 

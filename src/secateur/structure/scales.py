@@ -49,11 +49,13 @@ class Fold:
         scaled: the tensors.
         between: the calls in between, which do see it.
         units: fields that may stay instead.
+        call: the one call.
     """
 
     scaled: tuple[Scaled, ...]
     between: frozenset[str]
     units: tuple[Tensor, ...] = ()
+    call: str = ""
 
 
 def rooted(cap: Capture, kept: Tensor, model: nn.Module, small: nn.Module) -> Iterator[Fold]:
@@ -134,7 +136,7 @@ def fold(cap: Capture, kept: Tensor, call: Call, factor: float) -> Fold | None:
         scaled |= {s.name: s for s in _rows(kept, one, query, factor)}
     if not scaled:
         return None
-    return Fold(tuple(scaled.values()), frozenset(map(str, (*between.values(), *makers.values()))))
+    return Fold(tuple(scaled.values()), frozenset(map(str, (*between.values(), *makers.values()))), call=str(call))
 
 
 def _reads_elsewhere(cap: Capture, call: Call, name: str) -> bool:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from typing_extensions import Self
 
-from secateur.structure.calls import Run, key, results
+from secateur.structure.calls import Run, key, numbers, results
 from secateur.structure.calm import calm
 from secateur.structure.fields import Shape
 from secateur.structure.policy import relied_on
@@ -46,6 +46,7 @@ class Trace(TorchFunctionMode):
     Attributes:
         at: how many of the captured calls it made.
         prints: of the results of each of these.
+        floats: Python floats that each was given, such as the scale of an attention.
         out: what the model returned that callers rely on.
     """
 
@@ -54,6 +55,7 @@ class Trace(TorchFunctionMode):
         super().__init__()
         self.run, self.calls, self.at = run, run.calls, 0
         self.prints: list[list[Print]] = []
+        self.floats: list[list[float]] = []
         self.out: list[Tensor] = []
         self._sizes = sizes
 
@@ -78,7 +80,7 @@ class Trace(TorchFunctionMode):
         if outs := results(name, args, out):
             if self.ahead(name):
                 self._check(outs)
-                self.note(map(fingerprint, outs))
+                self.note(map(fingerprint, outs), (args, kwargs))
             elif self._sizes is not None and not name.startswith("get."):
                 expected = self.calls[self.at].name if self.at < len(self.calls) else "the end"
                 raise Otherwise(f"{name} instead of {expected}")
@@ -88,9 +90,10 @@ class Trace(TorchFunctionMode):
         """Whether the next of the captured calls is of this function."""
         return self.at < len(self.calls) and self.calls[self.at].name == name
 
-    def note(self, prints: Iterable[Print]) -> None:
+    def note(self, prints: Iterable[Print], arguments: Any) -> None:
         """Take one step."""
         self.prints.append(list(prints))
+        self.floats.append([n for n in numbers(arguments) if isinstance(n, float)])
         self.at += 1
 
     def _check(self, outs: Sequence[Tensor]) -> None:
