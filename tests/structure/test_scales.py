@@ -151,3 +151,23 @@ def test_a_scale_that_one_token_or_small_weights_hide_is_folded(tokens):
             model.q.bias.mul_(1e-4)
     plan = propose(model, X[:, :tokens], 0.5)
     assert {one.name: round(one.factor**2, 6) for one in plan.scaled} == {"q.weight": 0.5, "q.bias": 0.5}
+
+
+class Elsewhere(nn.Module):
+    """A scale is the size of a tensor that the call does not read."""
+
+    def __init__(self):
+        super().__init__()
+        self.size, self.first, self.q, self.k = 24, nn.Linear(6, 24), nn.Linear(24, 8), nn.Linear(24, 8)
+        self.inner, self.outer = nn.Linear(5, 400), nn.Linear(400, 3)
+
+    def forward(self, x):
+        x = self.first(x).view(*x.shape[:2], self.size)
+        y = torch.baddbmm(x.new_zeros(1, 1, 1), self.q(x), self.k(x).mT, alpha=self.size**-0.5)
+        return self.outer(self.inner(y).relu())
+
+
+def test_a_scale_that_is_the_size_of_another_tensor_holds_that():
+    torch.manual_seed(0)
+    small = shrink(Elsewhere(), X, 0.5)
+    assert (small.size, small.inner.out_features) == (24, 200)

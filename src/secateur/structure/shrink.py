@@ -497,7 +497,9 @@ def _hold_around(cap: Capture, kept: Tensor, call: Call, why: str) -> bool:
         return any(hold([f]) for f in sorted(known, key=Tensor.numel))
 
     every = [c for run in cap.runs for c in run.calls]
-    if not _fields(call.outs, call.ins) and any(hold_one(_fields(c.outs, c.ins)) for c in _where_used(every, call)):
+    if not _lose(kept, _fields(call.outs, call.ins)) and any(
+        hold_one(_fields(c.outs, c.ins)) for c in _where_used(every, call)
+    ):
         return True
     beside = [f for c in every if c.module == call.module for f in _fields(c.outs, c.ins)]
     unused = [f for c in every for i, known in enumerate(c.outs) if i not in c.used for f in _fields([known])]
@@ -511,7 +513,8 @@ def _lose(kept: Tensor, known: Iterable[Tensor]) -> list[Tensor]:
 
 def _where_used(every: Sequence[Call], call: Call) -> Iterator[Call]:
     """The calls that take up a result without units (a scale made of a size), then those that made operands."""
-    reach = [*(c for c in every if any(s is call for s in c.sources)), call]
+    users = [] if _fields(call.outs, call.ins) else [c for c in every if any(s is call for s in c.sources)]
+    reach = [*users, call]
     seen = set(map(id, reach))
     for one in reach:
         yield one
