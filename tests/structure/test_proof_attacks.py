@@ -153,3 +153,18 @@ def test_a_wrong_scale_is_found_though_zeros_or_rounding_hide_it(model, x, spars
         StructureError, match=r"differs from the masked original by .* first after mul .* Change the code"
     ):
         sc.shrink(model, x, sparsity)
+
+
+@pytest.mark.parametrize("bound", [torch.clamp, torch.clip, lambda x, a, b: nn.functional.hardtanh(x, a, b)])
+def test_a_bound_that_is_a_size_is_found_though_no_number_reaches_it(bound):
+    class Bounded(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(8, 32), nn.Linear(32, 64), nn.Linear(64, 4)
+
+        def forward(self, x):
+            a = self.a(x)
+            return self.c(bound(self.b(a), -a.shape[-1], a.shape[-1]))
+
+    with pytest.raises(StructureError, match=r"first after (clamp|clip|hardtanh) .* Change the code"):
+        sc.shrink(Bounded(), torch.randn(4, 8), 0.5)

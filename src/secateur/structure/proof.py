@@ -39,6 +39,10 @@ _EXACT = 1e-4  # what float32 rounds, at most
 _HALF = 0.03  # what bfloat16 rounds, at most, where a model runs in nothing else
 _ROUNDED = 1e-2  # what differs by less may be rounding: double precision tells
 
+_BOUNDED = """scaled_dot_product_attention clamp clip hardtanh threshold hardshrink softshrink"""
+_HIDING = frozenset(_BOUNDED.split())
+"""Functions whose numbers may not show in what they give: scales of few or small keys, bounds that nothing reaches."""
+
 _DRAWING = """bernoulli rand_like randn_like rand randn normal uniform exponential multinomial rrelu gumbel_softmax
 randint feature_dropout fractional_max_pool2d fractional_max_pool3d"""
 DRAWS = frozenset(_DRAWING.split())
@@ -330,10 +334,11 @@ def apart(
         off = max((prints_apart(a[i], b[i]) for i in taken), default=0.0)
         if off > max(_STEP, limit):
             return Difference(max(worst, off), call, _factor(a, b))
-        if call.name == "scaled_dot_product_attention":  # few keys, or small ones, hide its scale
-            for x, y in zip(want.floats[at], got.floats[at], strict=False):
-                if str(call) not in settled and not math.isclose(x, y, rel_tol=_STEP):
-                    return Difference(max(worst, abs(x - y) / abs(x or y)), call, x / y if y else None)
+        if call.name in _HIDING and str(call) not in settled:
+            for x, y in zip(want.numbers[at], got.numbers[at], strict=False):
+                if not math.isclose(x, y, rel_tol=_STEP):
+                    scale = call.name == "scaled_dot_product_attention" and y
+                    return Difference(max(worst, abs(x - y) / abs(x or y)), call, x / y if scale else None)
     return Difference(worst, want.calls[-1] if worst > limit else None)
 
 

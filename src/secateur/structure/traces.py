@@ -46,7 +46,7 @@ class Trace(TorchFunctionMode):
     Attributes:
         at: how many of the captured calls it made.
         prints: of the results of each of these.
-        floats: Python floats that each was given, such as the scale of an attention.
+        numbers: Python numbers that each was given, such as the scale of an attention.
         out: what the model returned that callers rely on.
     """
 
@@ -55,7 +55,7 @@ class Trace(TorchFunctionMode):
         super().__init__()
         self.run, self.calls, self.at = run, run.calls, 0
         self.prints: list[list[Print]] = []
-        self.floats: list[list[float]] = []
+        self.numbers: list[list[float]] = []
         self.out: list[Tensor] = []
         self._sizes = sizes
 
@@ -93,7 +93,7 @@ class Trace(TorchFunctionMode):
     def note(self, prints: Iterable[Print], arguments: Any) -> None:
         """Take one step."""
         self.prints.append(list(prints))
-        self.floats.append([n for n in numbers(arguments) if isinstance(n, float)])
+        self.numbers.append(numbers(arguments))
         self.at += 1
 
     def _check(self, outs: Sequence[Tensor]) -> None:
