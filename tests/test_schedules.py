@@ -122,7 +122,15 @@ def test_verbs_make_schedules():
         (-1, 4, 1, InputError, "start must be 0 or more"),
         (0, 4, 0, InputError, "every 1 or more"),
         (0, 4, -3, InputError, "every 1 or more"),
-        (0.0, 4, 1, InputTypeError, r"start=0\.0\): give a whole number of steps"),
+        (0.0, 4, 1, InputError, "both in steps, or both as fractions"),
+        (0.1, 4, 1, InputError, "both in steps, or both as fractions"),
+        (1, 0.5, 1, InputError, "both in steps, or both as fractions"),
+        (0.1, 1.5, 1, InputError, "write steps without a point"),
+        (-0.1, 0.5, 1, InputError, "write steps without a point"),
+        (0.1, float("nan"), 1, InputError, "write steps without a point"),
+        (float("nan"), 0.5, 1, InputError, "write steps without a point"),
+        (0.7, 0.5, 1, InputError, "ends before it starts"),
+        (0.1, 0.5, 0.1, InputTypeError, r"every=0\.1\): give a whole number of steps$"),
         (0, "4", 1, InputTypeError, "stop='4'"),
         (0, 4, True, InputTypeError, "every=True"),
     ],
@@ -140,3 +148,21 @@ def test_bad_epochs():
 def test_an_unknown_kind_is_refused_at_once():
     with pytest.raises(InputError, match="cubic"):
         Schedule("cubik", 0, 10)
+
+
+@pytest.mark.parametrize("kind", KINDS[1:])
+def test_fractions_of_a_training(kind):
+    schedule = Schedule(kind, 0.1, 0.7, 10)
+    assert schedule.over(1000) == Schedule(kind, 100, 700, 10)
+    assert schedule.over(1000).over(5) == Schedule(kind, 100, 700, 10)
+    assert Schedule(kind, 0, 1.0).over(7) == Schedule(kind, 0, 7)
+    with pytest.raises(InputError, match=r"fractions of the training, whose length is not known.*over\(total_steps\)"):
+        schedule.sparsity(3, Fraction(1, 2))
+    with pytest.raises(InputError, match=r"over\(total_steps\) in place of in_epochs"):
+        schedule.in_epochs(10)
+    with pytest.raises(InputError, match="1 or more"):
+        schedule.over(0)
+
+
+def test_one_shot_after_a_fraction():
+    assert schedules.one_shot(0.5).over(21) == schedules.one_shot(10)

@@ -149,6 +149,7 @@ class Pruner:
         self._idle = False  # the step being made trains nothing
         self._found: int | None = self._at_risk()  # told of at the first step
         self._told: set[str] = set()  # warnings given
+        self._listeners: list[Callable[[dict[str, float]], object]] = []
 
     def __repr__(self) -> str:
         asked = sum(self._asked) / self._plan.scope.size
@@ -168,9 +169,49 @@ class Pruner:
         return self._steps
 
     @property
+    def model(self) -> nn.Module:
+        """The model that is pruned, without the wrapper of DistributedDataParallel and the like."""
+        return self._model
+
+    @property
+    def done(self) -> bool:
+        """Whether the sparsity asked for is reached: from here on the masks stay."""
+        return self._counts == self._asked
+
+    @property
     def sparsity(self) -> float:
         """Fraction of the weights in scope that is pruned at this moment."""
         return self._masks.pruned / self._plan.scope.size
+
+    def metrics(self) -> dict[str, float]:
+        """The sparsity of this moment, of all and of each tensor, as trackers of experiments take it.
+
+        >>> Pruner(nn.Linear(10, 10), 0.9).metrics()
+        {'pruning/step': 0, 'pruning/sparsity': 0.0, 'pruning/sparsity/weight': 0.0}
+        """
+        each = self._masks.counts()
+        shares = {f"pruning/sparsity/{name}": each[name] / weight.numel() for name, weight in self._plan.scope.items()}
+        return {"pruning/step": self._steps, "pruning/sparsity": self.sparsity, **shares}
+
+    def on_update(self, call: Callable[[dict[str, float]], object]) -> None:
+        """Call a function with `metrics()` after each change of the masks: `pruner.on_update(wandb.log)`.
+
+        Raises:
+            InputTypeError: it cannot be called.
+        """
+        checks.function("call", call, "a function of a dict of numbers")
+        self._listeners.append(call)
+
+    def over(self, total_steps: int) -> None:
+        """Say how long the training is, for a schedule in fractions of it; one in steps stays as it is.
+
+        Callbacks of training loops do that. In a loop of your own, `schedule=sc.cubic(0.1, 0.7).over(total_steps)`.
+
+        Args:
+            total_steps: steps of the optimizer, in all.
+        """
+        if isinstance(self._schedule, Schedule):
+            self._schedule = self._schedule.over(total_steps)
 
     def attach(self, *optimizers: Any) -> None:
         """Follow these optimizers: after each of their steps pruned weights are zero again and the schedule advances.
@@ -220,7 +261,11 @@ class Pruner:
         if self._hooks is not None:
             raise StateError("this pruner is attached and counts the optimizer's steps itself: do not call step() too")
         self._warn_of_troubles()
-        self._advance(self._plan.scope)
+        try:
+            self._advance(self._plan.scope)
+        except InputError:
+            self._steps -= 1
+            raise
         self._tell_of_zeros()
 
     def observe(self) -> None:
@@ -459,6 +504,8 @@ class Pruner:
         score = self._plan.score
         if isinstance(score, GradientScore) and score.forget:
             score.clear()
+        for call in self._listeners:
+            call(self.metrics())
         return True
 
     def _at(self, final: Fraction) -> Fraction:

@@ -1,7 +1,8 @@
 """Sparsity as a function of the step: when the pruning happens.
 
 `print(sc.schedules.SCHEDULES)` lists those that have a name; `@schedule("name")` gives one to a curve of your own.
-Steps are whatever the Pruner counts: optimizer steps when it is attached, your own calls of `step()` otherwise.
+Steps are whatever the Pruner counts: optimizer steps when it is attached, your own calls of `step()` otherwise. Floats
+are fractions of the training: `cubic(start=0.1, stop=0.7)`. A loop that knows its length says how many steps that is.
 A user's own schedule is a function `step -> sparsity`.
 """
 
@@ -32,11 +33,14 @@ class Schedule:
         start: the step at which the curve begins; before it nothing is pruned, unless the curve begins above 0.
         stop: the step from which on the sparsity is the final one, exactly, whatever `every` is.
         every: steps between changes of the masks.
+
+    `start` and `stop` are both whole numbers of steps, or both fractions of the training (float, 0 to 1); a `start` of
+    0 is either. `over` makes steps of fractions.
     """
 
     kind: str
-    start: int
-    stop: int
+    start: int | float
+    stop: int | float
     every: int = 1
 
     def __post_init__(self) -> None:
@@ -46,26 +50,57 @@ class Schedule:
             raise SCHEDULES.unknown(self.kind)
         for name in ("start", "stop", "every"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise InputTypeError(f"{self.kind}({name}={value!r}): give a whole number of steps")
+            if isinstance(value, bool) or not isinstance(value, int | (int if name == "every" else float)):
+                other = ", or a fraction of the training, 0.0 to 1.0" if name != "every" else ""
+                raise InputTypeError(f"{self.kind}({name}={value!r}): give a whole number of steps{other}")
+        fractions = isinstance(self.stop, float)
+        if isinstance(self.start, float) != fractions and not (fractions and self.start == 0):
+            raise InputError(f"{self}: give start and stop both in steps, or both as fractions, 0.0 to 1.0")
+        if fractions and not (self.start >= 0 and self.stop <= 1):
+            raise InputError(f"{self}: fractions of the training lie between 0.0 and 1.0; write steps without a point")
         if self.start < 0 or self.every < 1:
             raise InputError(f"{self}: start must be 0 or more, and every 1 or more")
-        if self.stop < self.start:
+        if not self.start <= self.stop:
             raise InputError(f"{self} ends before it starts: give a stop of at least {self.start}")
 
     def sparsity(self, step: int, final: Fraction) -> Fraction:
-        """The sparsity after `step` steps, on the way to `final`; it changes every `every` steps and at `stop`."""
-        if step < self.start:
+        """The sparsity after `step` steps, on the way to `final`; it changes every `every` steps and at `stop`.
+
+        Raises:
+            InputError: start and stop are fractions of a training whose length is not known.
+        """
+        start, stop = self.start, self.stop
+        if isinstance(start, float) or isinstance(stop, float):
+            raise InputError(
+                f"{self} is in fractions of the training, whose length is not known: give schedule.over(total_steps), "
+                "with all steps of the optimizer that the loop will make"
+            )
+        if step < start:
             return Fraction(0)
-        if step >= self.stop:
+        if step >= stop:
             return final
         curve = SCHEDULES[self.kind].value
-        looked_at = self.start + (step - self.start) // self.every * self.every
-        return Fraction(curve(Fraction(looked_at - self.start, self.stop - self.start), final))
+        looked_at = start + (step - start) // self.every * self.every
+        return Fraction(curve(Fraction(looked_at - start, stop - start), final))
+
+    def over(self, total_steps: int) -> Schedule:
+        """The schedule in steps, where it is in fractions of a training of `total_steps` steps of the optimizer.
+
+        One that is in steps already is returned as it is.
+
+        >>> print(cubic(start=0.1, stop=0.7, every=10).over(1000))
+        cubic(start=100, stop=700, every=10)
+        """
+        checks.whole("total_steps", total_steps, 1, "the number of steps in all")
+        if not isinstance(self.stop, float):
+            return self
+        return replace(self, start=round(self.start * total_steps), stop=round(self.stop * total_steps))
 
     def in_epochs(self, steps_per_epoch: int) -> Schedule:
         """Read start, stop and every as epochs where a Pruner counts steps: `linear(2, 10).in_epochs(len(loader))`."""
         checks.whole("steps_per_epoch", steps_per_epoch)
+        if isinstance(self.stop, float):
+            raise InputError(f"{self} is in fractions of the training: call over(total_steps) in place of in_epochs")
         if steps_per_epoch < 1:
             raise InputError(f"in_epochs({steps_per_epoch!r}): an epoch has at least one step")
         n = steps_per_epoch
@@ -78,7 +113,7 @@ class Schedule:
 class _MakesSchedule(Protocol):
     """What makes a Schedule: `cubic(start=500, stop=4000, every=100)`."""
 
-    def __call__(self, start: int, stop: int, every: int = 1) -> Schedule:
+    def __call__(self, start: int | float, stop: int | float, every: int = 1) -> Schedule:
         """Say when, as `Schedule` does."""
 
 
@@ -103,7 +138,7 @@ def schedule(name: str, *, source: str = "") -> Callable[[Curve], _MakesSchedule
     """
 
     def register(curve: Curve) -> _MakesSchedule:
-        def make(start: int, stop: int, every: int = 1) -> Schedule:
+        def make(start: int | float, stop: int | float, every: int = 1) -> Schedule:
             return Schedule(name, start, stop, every)
 
         for attribute in ("__doc__", "__module__", "__name__", "__qualname__"):
@@ -114,8 +149,8 @@ def schedule(name: str, *, source: str = "") -> Callable[[Curve], _MakesSchedule
     return register
 
 
-def one_shot(at: int = 0) -> Schedule:
-    """All at once, at step `at`."""
+def one_shot(at: int | float = 0) -> Schedule:
+    """All at once, at step `at`, or after that fraction of the training (float)."""
     return Schedule("one_shot", at, at)
 
 

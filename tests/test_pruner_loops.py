@@ -1,0 +1,74 @@
+"""What a Pruner tells the loop around it, and what the loop tells a Pruner."""
+
+import pytest
+import torch
+from torch import nn
+
+import secateur as sc
+from secateur.errors import InputError, InputTypeError
+
+
+def made(schedule):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(20, 10), nn.ReLU(), nn.Linear(10, 5))
+    return sc.Pruner(model, 0.8, schedule=schedule), model
+
+
+def test_each_change_of_the_masks_is_told():
+    pruner, model = made(sc.linear(0, 8, every=2))
+    told = []
+    pruner.on_update(told.append)
+    pruner.on_update(lambda metrics: told.append(metrics["pruning/step"]))
+    for _ in range(12):
+        pruner.step()
+    assert [entry["pruning/sparsity"] for entry in told[::2]] == pytest.approx([0.2, 0.4, 0.6, 0.8])
+    assert told[1::2] == [2, 4, 6, 8]
+    assert told[-2] == pruner.metrics() | {"pruning/step": 8}
+    assert list(told[0]) == [
+        "pruning/step",
+        "pruning/sparsity",
+        "pruning/sparsity/0.weight",
+        "pruning/sparsity/2.weight",
+    ]
+    shares = [told[-2][f"pruning/sparsity/{name}"] * w.numel() for name, w in sc.weights(model).items()]
+    assert sum(shares) == pytest.approx(0.8 * 250)
+    assert all(type(value) in (int, float) for value in told[0].values())
+
+
+def test_when_it_is_done():
+    pruner, model = made(sc.linear(0, 4))
+    assert pruner.model is model
+    done = []
+    for _ in range(5):
+        pruner.step()
+        done.append(pruner.done)
+    assert done == [False, False, False, True, True]
+
+
+def test_a_schedule_in_fractions_is_told_the_length():
+    pruner, model = made(sc.linear(0.25, 0.75, every=2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(InputError, match=r"length is not known: give schedule\.over\(total_steps\)"):
+        pruner.attach(optimizer)
+    with pytest.raises(InputError, match=r"length is not known"):
+        pruner.step()
+    pruner.over(16)
+    pruner.over(99)  # it is in steps by now
+    assert repr(pruner) == "Pruner(sparsity=0.8, schedule=linear(start=4, stop=12, every=2), steps=0, now=0)"
+    for _ in range(16):
+        pruner.step()
+    assert pruner.finish().sparsity == 0.8
+
+
+@pytest.mark.parametrize("schedule", ["one_shot", sc.linear(0, 4), lambda step: 0.8])
+def test_a_schedule_in_steps_stays(schedule):
+    pruner, _ = made(schedule)
+    before = repr(pruner)
+    pruner.over(1000)
+    assert repr(pruner) == before
+
+
+def test_what_cannot_be_called():
+    pruner, _ = made("one_shot")
+    with pytest.raises(InputTypeError, match="call is 3: give a function of a dict"):
+        pruner.on_update(3)
