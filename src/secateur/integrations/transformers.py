@@ -1,0 +1,86 @@
+"""Pruning in the `Trainer` of transformers: one line, resume included."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from secateur.errors import InputError
+from secateur.integrations.beginning import begin, given
+from secateur.pruner import Pruner
+from secateur.support import files
+
+PRUNER_NAME = "pruner.pt"
+"""The file of a checkpoint that holds the state of the pruner."""
+
+
+class PruningCallback(TrainerCallback):
+    """Prunes while a `Trainer` trains: `Trainer(model, args, ..., callbacks=[PruningCallback(pruner)])`.
+
+    It follows the optimizer that the Trainer makes, writes the sparsity into `trainer.state.log_history` at each change
+    of the masks, saves the pruner into each checkpoint and goes on from there (`resume_from_checkpoint`), and finishes
+    the pruner when the training ends. `load_best_model_at_end` and `EarlyStoppingCallback` judge only models that have
+    their final sparsity. A schedule in fractions is of all steps of the training.
+
+    Args:
+        pruner: of the model that the Trainer trains.
+
+    Raises:
+        InputTypeError: no Pruner. While it trains:
+        StateError: the pruner is in the middle of another training; the schedule has not come to its end in this one.
+        InputError: a checkpoint to go on from has no pruner, or that of another run.
+        MaskError: pruned weights are not zero, in a checkpoint or at the end.
+    """
+
+    def __init__(self, pruner: Pruner) -> None:
+        self.pruner = given(pruner)
+        self._state = TrainerState()
+        pruner.on_update(self._log)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, optimizer: Any = None, **_: Any
+    ) -> None:
+        self._state = state
+        self.pruner.over(state.max_steps)
+        begin(self.pruner, _saved(_folder(args, state)) if state.global_step else None)
+        self.pruner.attach(*[optimizer] * (optimizer is not None))
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if not self.pruner.done:  # what was judged so far had another sparsity
+            state.best_metric = state.best_global_step = state.best_model_checkpoint = None
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if state.is_world_process_zero:
+            with files.replacing(_folder(args, state) / PRUNER_NAME) as temporary:
+                torch.save(self.pruner.state_dict(), temporary)
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            begin(self.pruner, _saved(Path(state.best_model_checkpoint)))
+        self.pruner.finish()
+
+    def _log(self, metrics: Mapping[str, float]) -> None:
+        self._state.log_history.append(
+            {"pruning/sparsity": metrics["pruning/sparsity"], "epoch": self._state.epoch, "step": self.pruner.steps}
+        )
+
+
+def _folder(args: TrainingArguments, state: TrainerState) -> Path:
+    """Where a Trainer puts its checkpoint of this step."""
+    return Path(args.output_dir or "", state.trial_name or "", f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
+
+
+def _saved(folder: Path) -> Mapping[str, Any]:
+    path = folder / PRUNER_NAME
+    if not path.is_file():
+        raise InputError(
+            f"there is no {path}: a training goes on from a checkpoint in output_dir that was saved with a "
+            "PruningCallback; move it there, or begin anew"
+        )
+    found: Mapping[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    return found

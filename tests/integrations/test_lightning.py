@@ -1,0 +1,166 @@
+"""PruningCallback in Lightning's Trainer: resume, averages, several optimizers, only final models judged."""
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import (
+    Callback,
+    EarlyStopping,
+    EMAWeightAveraging,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+)
+from lightning.pytorch.loggers import CSVLogger
+from torch import nn
+from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader, TensorDataset
+
+import secateur as sc
+from models import k, zeros
+from secateur.errors import InputError, InputTypeError, StateError
+from secateur.integrations.lightning import PruningCallback
+
+EPOCHS, BATCHES = 5, 8
+
+pytestmark = [  # Lightning gives advice
+    pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning"),
+    pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec:FutureWarning"),
+]
+
+
+def batches():
+    """All alike: a loader without a state begins its epoch anew where a training is resumed."""
+    x = torch.randn(16, 16, generator=torch.Generator().manual_seed(0)).repeat(BATCHES, 1)
+    return DataLoader(TensorDataset(x, x[:, :4].argmax(1)), batch_size=16)
+
+
+class Module(LightningModule):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Linear(16, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 4))
+        self.seen = []
+
+    def training_step(self, batch, at):
+        return cross_entropy(self.net(batch[0]), batch[1])
+
+    def validation_step(self, batch, at):
+        self.seen.append(zeros(sc.weights(self)) / sum(w.numel() for w in sc.weights(self).values()))
+        self.log("left", 1 - self.seen[-1])
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), lr=1e-2)
+
+
+class Manual(Module):
+    """Two optimizers, stepped by hand."""
+
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch, at):
+        loss = super().training_step(batch, at)
+        for optimizer in self.optimizers():
+            optimizer.zero_grad()
+        self.manual_backward(loss)
+        for optimizer in self.optimizers():
+            optimizer.step()
+
+    def configure_optimizers(self):
+        return [torch.optim.SGD(self.net[0].parameters(), lr=0.1), torch.optim.Adam(self.net[1:].parameters(), lr=1e-2)]
+
+
+def made(folder, *callbacks, kind=Module, schedule=sc.cubic(0.1, 0.6, every=3), logger=False, **options):
+    model = kind()
+    pruner = sc.Pruner(model, 0.9, schedule=schedule)
+    trainer = Trainer(
+        accelerator="cpu",
+        default_root_dir=folder,
+        callbacks=[PruningCallback(pruner), *callbacks],
+        logger=CSVLogger(folder) if logger else False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **{
+            "max_epochs": EPOCHS,
+            "enable_checkpointing": any(isinstance(c, ModelCheckpoint) for c in callbacks),
+            **options,
+        },
+    )
+    return trainer, model, pruner
+
+
+@pytest.mark.parametrize("kind", [Module, Manual])
+def test_one_line_prunes_and_tells(tmp_path, kind):
+    trainer, model, pruner = made(tmp_path, kind=kind, logger=True)
+    trainer.fit(model, batches())
+    assert pruner.steps == EPOCHS * BATCHES
+    assert pruner.masks.pruned == zeros(sc.weights(model)) == k(0.9, pruner.masks.size)
+    told = (tmp_path / "lightning_logs" / "version_0" / "metrics.csv").read_text()
+    assert "pruning/sparsity" in told
+
+
+@pytest.mark.parametrize(
+    "average", [lambda: EMAWeightAveraging(decay=0.9), lambda: StochasticWeightAveraging(1e-2, swa_epoch_start=0.3)]
+)
+@pytest.mark.parametrize("first", [True, False])
+def test_averages_have_the_zeros(tmp_path, average, first):
+    trainer, model, pruner = made(tmp_path, average())
+    trainer.callbacks.sort(key=lambda one: isinstance(one, PruningCallback) != first)
+    masks = pruner.masks
+    trainer.fit(model, batches(), batches())
+    assert zeros(sc.weights(model)) == k(0.9, masks.size)
+    assert sc.check(model, pruner.masks) == {}
+    assert model.seen[-1] == pytest.approx(0.9, abs=1e-3)  # also where it was validated
+
+
+def test_resume_in_the_middle_of_an_epoch_is_bit_exact(tmp_path):
+    class Stop(Callback):
+        def on_train_batch_end(self, trainer, module, outputs, batch, at):
+            if trainer.global_step == 12:
+                trainer.save_checkpoint(tmp_path / "middle.ckpt")
+                raise RuntimeError("stop")
+
+    through, want, _ = made(tmp_path)
+    through.fit(want, batches())
+    stopped, model, _ = made(tmp_path, Stop())
+    with pytest.raises(RuntimeError, match="stop"):
+        stopped.fit(model, batches())
+    again, model, pruner = made(tmp_path)
+    again.fit(model, batches(), ckpt_path=tmp_path / "middle.ckpt", weights_only=True)
+    assert pruner.steps == EPOCHS * BATCHES
+    assert all(torch.equal(weight, want.state_dict()[name]) for name, weight in model.state_dict().items())
+
+
+def test_only_models_at_their_final_sparsity_are_judged(tmp_path):
+    """By this metric the first model, which has all its weights, would be the best, and the training would end."""
+    best = ModelCheckpoint(tmp_path, monitor="left", mode="max", save_top_k=2, filename="{epoch}")
+    trainer, model, pruner = made(tmp_path, best, EarlyStopping("left", mode="max", patience=1))
+    trainer.fit(model, batches(), batches())
+    assert float(best.best_model_score) == pytest.approx(0.1, abs=1e-3)
+    state = torch.load(best.best_model_path, weights_only=True)["state_dict"]
+    masked = sum(int((weight == 0).sum()) for name, weight in state.items() if name in pruner.masks)
+    assert masked == k(0.9, pruner.masks.size)
+
+
+def test_a_training_of_unknown_length(tmp_path):
+    trainer, model, _ = made(tmp_path, max_epochs=-1)
+    with pytest.raises(InputError, match=r"fractions of the training, whose length is not known"):
+        trainer.fit(model, batches())
+
+
+def test_a_schedule_that_is_longer_than_the_training(tmp_path):
+    trainer, model, _ = made(tmp_path, schedule=sc.linear(0, 1000))
+    with pytest.raises(StateError, match="earlier stop"):
+        trainer.fit(model, batches())
+
+
+def test_a_trial_run_does_not_ask_for_the_end(tmp_path):
+    trainer, model, pruner = made(tmp_path, schedule=sc.linear(0, 1000), fast_dev_run=2)
+    trainer.fit(model, batches())
+    assert pruner.steps == 2
+
+
+def test_what_is_no_pruner():
+    with pytest.raises(InputTypeError, match=r"pruner is 0\.9|pruner is a float: give a secateur\.Pruner"):
+        PruningCallback(0.9)
