@@ -39,6 +39,7 @@ __all__ = [
     "pack",
     "plain_state_dict",
     "prune",
+    "recalibrate",
     "remask",
     "report",
     "save",

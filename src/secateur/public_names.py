@@ -6,6 +6,7 @@ from secateur import errors as errors
 from secateur import patterns as patterns
 from secateur import schedules as schedules
 from secateur import scores as scores
+from secateur.calibration import recalibrate as recalibrate
 from secateur.errors import SecateurError as SecateurError
 from secateur.masks import Masks as Masks
 from secateur.masks import check as check

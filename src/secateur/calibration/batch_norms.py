@@ -1,0 +1,73 @@
+"""The statistics of BatchNorm, estimated anew: after pruning, activations are no longer those it was trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sized
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from secateur.errors import InputError, listed
+from secateur.support import checks
+from secateur.support.inputs import arguments
+from secateur.support.progress import progress_bar
+
+
+@torch.no_grad()
+def recalibrate(model: nn.Module, batches: Iterable[Any], *, progress: bool = False) -> list[str]:
+    """Estimate the running means and variances of all BatchNorm layers anew, from a few batches, without training.
+
+    A model that is pruned without it is judged by statistics of activations that it no longer has. Nothing else of the
+    model changes: the layers see statistics of the batch as in training, all others, dropout among them, run as in
+    eval mode. Each statistic is the mean over the batches (Izmailov et al. 2018, "Averaging Weights Leads to Wider
+    Optima", section 3.2).
+
+    Args:
+        model: its mode afterwards is that of before.
+        batches: of inputs: a tensor, a tuple of positional or a dict of keyword arguments each. A hundred batches of
+            the size of training are plenty.
+        progress: draw a bar on stderr.
+
+    Returns the names of the layers that have new statistics: those that a batch reached; none of a model without any.
+
+    Raises:
+        InputTypeError: no iterable of inputs. InputError: no batch came; a batch gives statistics that are not finite.
+            What the model itself raises passes on. In each case the statistics are those of before.
+    """
+    checks.several("batches", batches, "an iterable of inputs, such as [x] or (x for x, y in loader)")
+    checks.flag("progress", progress)
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, _BatchNorm) and m.running_mean is not None}
+    before = {layer: ({k: t.clone() for k, t in layer.named_buffers()}, layer.momentum) for layer in layers.values()}
+    modes = {module: module.training for module in model.modules()}
+    kept: set[str] = set()
+    try:
+        model.eval()
+        for layer in layers.values():
+            layer.reset_running_stats()
+            layer.momentum = None  # the mean of all batches
+            layer.train()
+        total = len(batches) if isinstance(batches, Sized) else None
+        with progress_bar("statistics", total, shown=progress) as advance:
+            for batch in batches if layers else ():
+                args, kwargs = arguments(batch)
+                model(*args, **kwargs)
+                advance(1)
+        reached = {name for name, layer in layers.items() if layer.num_batches_tracked}
+        if layers and not reached:
+            raise InputError("no batch reached a BatchNorm: give at least one, as an iterable of inputs")
+        bad = [name for name in reached if not all(t.isfinite().all() for t in layers[name].buffers())]
+        if bad:
+            raise InputError(
+                f"the statistics of {listed(sorted(bad))} are not finite: look for NaN or inf in the batches"
+            )
+        kept = reached
+    finally:
+        for module, training in modes.items():
+            module.training = training
+        for name, layer in layers.items():
+            old, layer.momentum = before[layer]
+            for key, t in old.items() if name not in kept else ():
+                layer.get_buffer(key).copy_(t)
+    return [name for name in layers if name in kept]
