@@ -20,6 +20,9 @@ def a_quarter(data):
     return dataclasses.replace(data, train_images=data.train_images[::4], train_labels=data.train_labels[::4])
 
 
+@pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec:FutureWarning")  # of Lightning
+@pytest.mark.filterwarnings("ignore:.*does not have many workers:UserWarning")
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # of Ignite
 @pytest.mark.parametrize("every_digit", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["", "every digit"])
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_python_blocks_run(page, tmp_path, monkeypatch, every_digit):
