@@ -190,8 +190,10 @@ def test_a_schedule_that_ends_before_it_starts(kind):
         make(-1, 20)
     with pytest.raises(ValueError, match="every 1 or more"):
         make(0, 20, every=0)
-    with pytest.raises(TypeError, match="whole number of steps"):
+    with pytest.raises(ValueError, match="both in steps, or both as fractions"):
         make(0.5, 20)
+    with pytest.raises(TypeError, match="whole number of steps, or a fraction"):
+        make("0", 20)
 
 
 def test_a_schedule_that_is_none_or_falls(watched):

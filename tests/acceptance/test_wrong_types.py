@@ -134,6 +134,11 @@ CASES = {
         lambda: {"model": net(), "sparsity": 0.5, **PRUNED, "optimizer": ()},
         {**NONE, "optimizer": {"several"}},
     ),
+    "recalibrate": (
+        sc.recalibrate,
+        lambda: {"model": nn.Sequential(net(), nn.BatchNorm1d(2)), "batches": [X], "progress": False},
+        {"batches": {"several"}, "progress": FLAG},
+    ),
     "remask": (sc.remask, lambda: {"model": net(), "masks": MASKS}, {}),
     "report": (sc.report, lambda: {"model": net(), "masks": MASKS}, {"masks": {None}}),
     "save": (sc.save, lambda: {"model": net(), "path": "s.safetensors", **LEVELS}, STEP),
@@ -217,6 +222,9 @@ CASES = {
         for made in (sc.cubic, sc.geometric, sc.linear, schedules.cosine)
     },
     "one_shot": (schedules.one_shot, {"at": 0}, {"at": COUNT}),
+    "over": (sc.cubic(0, 0.5).over, {"total_steps": 9}, {"total_steps": COUNT}),
+    "Pruner.over": (sc.Pruner(net(), 0.5).over, {"total_steps": 9}, {"total_steps": COUNT}),
+    "Pruner.on_update": (sc.Pruner(net(), 0.5).on_update, {"call": print}, {}),
     "in_epochs": (sc.cubic(0, 3).in_epochs, {"steps_per_epoch": 2}, {"steps_per_epoch": COUNT}),
     "Allocation": (
         allocation.Allocation,

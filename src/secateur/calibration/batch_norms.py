@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from secateur.errors import InputError, listed
+from secateur.scope import unwrap
 from secateur.support import checks
 from secateur.support.inputs import arguments
 from secateur.support.progress import progress_bar
@@ -36,6 +37,7 @@ def recalibrate(model: nn.Module, batches: Iterable[Any], *, progress: bool = Fa
         InputTypeError: no iterable of inputs. InputError: no batch came; a batch gives statistics that are not finite.
             What the model itself raises passes on. In each case the statistics are those of before.
     """
+    model = unwrap(model)
     checks.several("batches", batches, "an iterable of inputs, such as [x] or (x for x, y in loader)")
     checks.flag("progress", progress)
     layers = {n: m for n, m in model.named_modules() if isinstance(m, _BatchNorm) and m.running_mean is not None}
