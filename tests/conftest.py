@@ -10,9 +10,15 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 @pytest.fixture(autouse=True)
 def choices_as_before():
     """What a test registers is gone after it; the examples of the docs register too."""
-    from secateur import allocation, patterns, schedules, scores
+    from secateur import allocation, patterns, regrow, schedules, scores
 
-    registries = scores.SCORES, allocation.ALLOCATIONS, patterns.PATTERNS, schedules.SCHEDULES
+    registries = (
+        scores.SCORES,
+        allocation.ALLOCATIONS,
+        patterns.PATTERNS,
+        schedules.SCHEDULES,
+        regrow.REGROWTHS,
+    )
     before = [dict(registry._choices) for registry in registries]
     yield
     for registry, choices in zip(registries, before, strict=True):

@@ -11,6 +11,7 @@ from secateur.errors import SecateurError, SecateurWarning, UnknownNameError, ne
 TREE = {
     "InputError": ValueError,
     "FileError": ValueError,
+    "NotFiniteError": ValueError,
     "InputTypeError": TypeError,
     "UnknownNameError": KeyError,
     "MaskError": ValueError,

@@ -1,11 +1,14 @@
 """What a Pruner tells the loop around it, and what the loop tells a Pruner."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
 
 import secateur as sc
-from secateur.errors import InputError, InputTypeError
+from secateur.errors import InputError, InputTypeError, SecateurWarning, StateError
+from tiny import net, train
 
 
 def made(schedule):
@@ -72,3 +75,48 @@ def test_what_cannot_be_called():
     pruner, _ = made("one_shot")
     with pytest.raises(InputTypeError, match="call is 3: give a function of a dict"):
         pruner.on_update(3)
+
+
+# NaN at a change of the masks of an attached Pruner
+
+
+def spoiled(score="magnitude", **options):
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    pruner = sc.Pruner(model, 0.8, schedule=sc.linear(0, 8, every=4), score=score, **options)
+    pruner.attach(optimizer)
+    train(model, optimizer, range(7))
+    masks = pruner.masks
+    with torch.no_grad():
+        model[0].weight[tuple(masks["0.weight"].nonzero()[0])] = math.nan
+    with pytest.warns(
+        SecateurWarning, match=r"were to change at step 8, and stay as they are: 0\.weight holds"
+    ) as told:
+        train(model, optimizer, range(3))
+    assert len(told) == 1  # not at each step
+    assert pruner.masks == masks
+    assert pruner.steps == 10
+    return model, optimizer, pruner
+
+
+@pytest.mark.parametrize("score", ["magnitude", "taylor", "movement", "random"])
+def test_nan_in_a_run_holds_the_masks_until_the_numbers_are_finite(score):
+    model, optimizer, pruner = spoiled(score)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.nan_to_num_()
+    train(model, optimizer, range(1))
+    assert pruner.finish().pruned == 72
+
+
+def test_nan_to_the_end_is_told_by_finish():
+    _, _, pruner = spoiled()
+    with pytest.raises(StateError, match=r"after 10 steps 36 weights are pruned, of the 72 asked for.*go on training"):
+        pruner.finish()
+
+
+def test_nan_when_attaching_is_an_error():
+    model = net()
+    model[0].weight.data[0, 0] = math.nan
+    with pytest.raises(InputError, match=r"0\.weight holds 1 NaN.*sound checkpoint"):
+        sc.Pruner(model, 0.8).attach(torch.optim.SGD(model.parameters(), lr=0.1))

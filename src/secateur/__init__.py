@@ -42,6 +42,7 @@ __all__ = [
     "recalibrate",
     "remask",
     "report",
+    "rewind",
     "save",
     "save_pretrained",
     "shrink",

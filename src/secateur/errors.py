@@ -3,7 +3,8 @@
 ```
 SecateurError
 |- InputError       (also a ValueError)    a value that cannot be used: NaN, 1.1, an unknown option
-|  '- FileError                             a file that is damaged, cut short, of another kind or version
+|  |- FileError                             a file that is damaged, cut short, of another kind or version
+|  '- NotFiniteError                        NaN or inf in numbers that are to be ranked
 |- InputTypeError   (also a TypeError)     an argument of the wrong type: the int 1, an int8 tensor
 |- UnknownNameError (also a KeyError)      a name or glob that matches nothing; the nearest names are given
 |- MaskError        (also a ValueError)    masks of another shape or for another model; zeros that came back
@@ -38,6 +39,10 @@ class InputError(SecateurError, ValueError):
 
 class FileError(InputError):
     """A file that is damaged, cut short, of another kind or of another version."""
+
+
+class NotFiniteError(InputError):
+    """NaN or inf in numbers that are to be ranked."""
 
 
 class InputTypeError(SecateurError, TypeError):

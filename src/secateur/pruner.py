@@ -10,14 +10,15 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from secateur import live_tensors, plan, schedules
+from secateur import live_tensors, plan, regrow, schedules
 from secateur import optimizers as following
 from secateur import pruner_states as states
 from secateur.allocation import Allocation
-from secateur.errors import InputError, MaskError, StateError, listed, warn
+from secateur.errors import InputError, MaskError, NotFiniteError, PatternError, StateError, listed, warn
 from secateur.live_tensors import MANY, loose_zeros, newcomers
 from secateur.masks import Masks, check
 from secateur.patterns import Pattern
+from secateur.regrow import Regrowth
 from secateur.schedules import Schedule
 from secateur.scope import Scope, unwrap
 from secateur.scores import GradientScore, Score
@@ -95,7 +96,7 @@ class Pruner:
     """Prunes a model while it trains, and keeps pruned weights at zero after each optimizer step.
 
     Nothing in the model is renamed, wrapped or hooked. `attach` hooks the *optimizer*; without it call `step` after
-    each optimizer step. What is pruned stays pruned. One bit a weight is kept.
+    each optimizer step. What is pruned stays pruned, unless `regrow` moves the masks. One bit a weight is kept.
 
     Args:
         model, score, allocation, pattern, scope: as for `prune`.
@@ -103,6 +104,8 @@ class Pruner:
             choose: leave the other arguments at their defaults.
         schedule: when to prune; a `Schedule` such as `sc.cubic(start=500, stop=4000, every=100)`, "one_shot" (at once),
             or a function `step -> sparsity` that never falls.
+        regrow: moves the masks as well, at a constant number of zeros in each tensor: `sc.regrow.rigl(every=100)`. See
+            `secateur.regrow`.
 
     Raises:
         As `prune`; UnknownNameError, MaskError: masks of another model. The model is as it was.
@@ -129,10 +132,15 @@ class Pruner:
         allocation: str | Allocation | Callable[[Mapping[str, Tensor], int], Mapping[str, int]] = "global",
         pattern: str | Pattern | None = None,
         scope: Mapping[str, nn.Parameter] | None = None,
+        regrow: str | Regrowth | None = None,
     ) -> None:
         self._model = unwrap(model)
         self._plan = plan.of(model, sparsity, score=score, allocation=allocation, pattern=pattern, scope=scope)
         self._schedule = _schedule(schedule, self._plan)
+        self._regrow = _regrow(regrow, self._plan)
+        self._generator = self._regrow.generator() if self._regrow is not None else torch.Generator()
+        self._gradients: dict[str, Tensor] = {}  # of this step, if it is one at which the masks move
+        self._grown = 0
         self._steps = 0
         self._asked = self._plan.counts()
         self._counts = tuple(0 for _ in self._asked)
@@ -175,7 +183,7 @@ class Pruner:
 
     @property
     def done(self) -> bool:
-        """Whether the sparsity asked for is reached: from here on the masks stay."""
+        """Whether the sparsity asked for is reached: from here on the number of zeros stays."""
         return self._counts == self._asked
 
     @property
@@ -188,10 +196,13 @@ class Pruner:
 
         >>> Pruner(nn.Linear(10, 10), 0.9).metrics()
         {'pruning/step': 0, 'pruning/sparsity': 0.0, 'pruning/sparsity/weight': 0.0}
+
+        With `regrow` also the number of weights that grew so far, as `pruning/grown`.
         """
         each = self._masks.counts()
         shares = {f"pruning/sparsity/{name}": each[name] / weight.numel() for name, weight in self._plan.scope.items()}
-        return {"pruning/step": self._steps, "pruning/sparsity": self.sparsity, **shares}
+        grown = {"pruning/grown": self._grown} if self._regrow is not None else {}
+        return {"pruning/step": self._steps, "pruning/sparsity": self.sparsity, **grown, **shares}
 
     def on_update(self, call: Callable[[dict[str, float]], object]) -> None:
         """Call a function with `metrics()` after each change of the masks: `pruner.on_update(wandb.log)`.
@@ -203,7 +214,7 @@ class Pruner:
         self._listeners.append(call)
 
     def over(self, total_steps: int) -> None:
-        """Say how long the training is, for a schedule in fractions of it; one in steps stays as it is.
+        """Say how long the training is, for a schedule or a regrowth in fractions of it; one in steps stays as it is.
 
         Callbacks of training loops do that. In a loop of your own, `schedule=sc.cubic(0.1, 0.7).over(total_steps)`.
 
@@ -212,6 +223,8 @@ class Pruner:
         """
         if isinstance(self._schedule, Schedule):
             self._schedule = self._schedule.over(total_steps)
+        if self._regrow is not None:
+            self._regrow = self._regrow.over(total_steps)
 
     def attach(self, *optimizers: Any) -> None:
         """Follow these optimizers: after each of their steps pruned weights are zero again and the schedule advances.
@@ -239,7 +252,7 @@ class Pruner:
         self._waiting = following.trained(scope)
         self._clock = following.family(optimizers[0]) if optimizers and not self._waiting else []
         self._update()
-        self._found = None
+        self._found = 0 if self._grown else None  # what grows begins at zero
         self._hooks = following.Hooks(found, self, self._before_step, self._after_step, self._settle)
 
     def detach(self) -> None:
@@ -263,18 +276,25 @@ class Pruner:
         self._warn_of_troubles()
         try:
             self._advance(self._plan.scope)
-        except InputError:
+        except (InputError, StateError):
             self._steps -= 1
             raise
         self._tell_of_zeros()
 
     def observe(self) -> None:
-        """Give the gradients to the score, after backward and before `optimizer.step()`; for loops without `attach`."""
-        if isinstance(self._plan.score, GradientScore):
-            self._plan.score.observe(self._live())
+        """Give the gradients to the score and to `regrow`, after backward and before `optimizer.step()`.
+
+        For loops without `attach`.
+        """
+        self._look(self._live())
 
     def mask_gradients(self) -> None:
-        """Set the gradients of pruned weights to zero, so that they do not count when gradients are clipped."""
+        """Set the gradients of pruned weights to zero, so that they do not count when gradients are clipped.
+
+        At a step at which `regrow` moves the masks they stay: it looks at them.
+        """
+        if self._moves(self._steps + 1):
+            return
         for name, weight in self._live().items():
             if weight.grad is not None and not weight.grad.is_sparse:
                 self._zero(weight.grad, self._masks.packed(name))
@@ -297,6 +317,11 @@ class Pruner:
         scope = self._live()
         if self._counts != self._asked:
             raise StateError(self._unfinished())
+        if self._regrow is not None and not self._grown:
+            raise StateError(
+                f"after {self._steps} steps no weight has grown: {self._regrow} came to no update; train longer, "
+                "give a smaller every or a larger drop, or leave regrow out"
+            )
         back = check(scope, self._masks)
         if back:
             named = ", ".join(f"{name} ({count:,})" for name, count in back.items())
@@ -311,6 +336,7 @@ class Pruner:
                 f"{loose:,} weights outside the masks are zero too, so that the sparsity is "
                 f"{(self._masks.pruned + loose) / scope.size:.3g} and not {self.sparsity:.3g}: they were zero before, "
                 "or another pruner holds the model (detach() it)"
+                + (", or they grew where no gradient comes" if self._grown else "")
             )
         new = newcomers(self._model, scope)
         if new:
@@ -359,6 +385,8 @@ class Pruner:
         generator = getattr(self._plan.score, "generator", None)
         if generator is not None:
             state["generator"] = generator.get_state()
+        if self._regrow is not None:
+            state["regrow"] = {"generator": self._generator.get_state(), "grown": self._grown}
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -366,7 +394,7 @@ class Pruner:
 
         Raises:
             InputError: no state of a Pruner, a damaged one, or one of another scope, sparsity, schedule, score,
-                allocation or pattern; nothing was changed.
+                allocation, pattern or regrowth; nothing was changed.
         """
         scope = self._live()
         version = state.get("version") if isinstance(state, Mapping) else None
@@ -388,6 +416,10 @@ class Pruner:
         generator = getattr(score, "generator", None)
         if generator is not None:
             states.require_generator(state, generator)
+        if self._regrow is not None:
+            self._grown = states.read_grown(state.get("regrow"), self._generator)
+            self._generator.set_state(state["regrow"]["generator"].cpu())
+        if generator is not None:
             generator.set_state(state["generator"].cpu())
         if isinstance(score, GradientScore):
             score.sums = sums
@@ -398,13 +430,16 @@ class Pruner:
     def _settings(self) -> dict[str, Any]:
         """What two runs must have in common, as plain data."""
         schedule = vars(self._schedule) if isinstance(self._schedule, Schedule) else "a function"
-        return {**self._plan.settings(), "schedule": schedule}
+        moves = {"regrow": vars(self._regrow)} if self._regrow is not None else {}
+        return {**self._plan.settings(), "schedule": schedule, **moves}
 
     def _words(self) -> str:
         """The settings as states of before July 2026 tell them."""
         shares = ", ".join(f"{float(share.sparsity)!r} of {share.size}" for share in self._plan.shares)
         score = getattr(self._plan.score, "__name__", type(self._plan.score).__name__)
-        return f"sparsity {shares}; schedule {self._schedule_words()}; score {score}; pattern {self._plan.pattern}"
+        return f"sparsity {shares}; schedule {self._schedule_words()}; score {score}; pattern {self._plan.pattern}" + (
+            f"; regrow {self._regrow}" if self._regrow is not None else ""
+        )
 
     def _schedule_words(self) -> str:
         return str(self._schedule) if isinstance(self._schedule, Schedule) else "a function"
@@ -479,26 +514,35 @@ class Pruner:
 
     def _advance(self, names: Iterable[str]) -> None:
         self._steps += 1
-        if not self._update():
+        try:
+            changed = self._update(advanced=True)
+        finally:
+            self._gradients = {}
+        if not changed:
             self._settle(names)
 
-    def _update(self) -> bool:
-        """Choose new masks if the schedule wants another number of zeros; say whether it did."""
-        if self._counts == self._asked and isinstance(self._schedule, Schedule):
-            return False  # the end of its curve
-        counts = self._plan.counts(self._at)
-        if counts == self._counts:
-            return False
+    def _update(self, *, advanced: bool = False) -> bool:
+        """Choose new masks if the schedule wants another number of zeros, or they are to move; say whether it did."""
+        moves, counts, masks = self._moves(self._steps), self._counts, self._masks
+        if counts != self._asked or not isinstance(self._schedule, Schedule):  # not at the end of its curve
+            counts = self._plan.counts(self._at)
         if any(new < old for new, old in zip(counts, self._counts, strict=True)):
             raise InputError(
                 f"the schedule falls at step {self._steps}, from {sum(self._counts):,} pruned weights to "
-                f"{sum(counts):,}: what is pruned stays pruned, so it must never fall"
+                f"{sum(counts):,}: the number of zeros must never fall"
             )
-        masks = self._plan.masks(counts, self._masks)
+        if counts != self._counts:
+            masks = self._plan.masks(counts, masks)
+        if moves and advanced and self._regrow is not None:
+            masks = self._regrow.moved(self._plan.scope, masks, self._gradients, self._generator, self._steps)
+        if masks is self._masks:
+            return False
+        always = masks & self._masks  # what grows begins at zero, in the optimizer too: dense gradients filled both
         every = [one for found in self._followed.values() for one in found]
-        forgetting = following.forgetting(every, self._plan.scope, masks, self._zero)
+        forgetting = following.forgetting(every, self._plan.scope, always, self._zero)
+        self._grown += always.pruned - masks.pruned
         self._masks, self._counts = masks, counts
-        self._settle()
+        self._settle(masks=always)
         for forget in forgetting:
             forget()
         score = self._plan.score
@@ -513,14 +557,26 @@ class Pruner:
             return self._schedule.sparsity(self._steps, final)
         return fraction(self._schedule(self._steps))
 
-    def _settle(self, names: Iterable[str] | None = None) -> None:
+    def _moves(self, step: int) -> bool:
+        """Whether masks move at a step."""
+        return self._regrow is not None and self._regrow.due(step)
+
+    def _look(self, seen: Mapping[str, Tensor]) -> None:
+        """Show the gradients to the score; keep them if the masks move at the end of this step."""
+        if isinstance(self._plan.score, GradientScore):
+            self._plan.score.observe(seen)
+        if self._moves(self._steps + 1):
+            self._gradients |= regrow.gradients(seen)
+
+    def _settle(self, names: Iterable[str] | None = None, masks: Masks | None = None) -> None:
         """Set pruned weights to zero again, and what an optimizer remembers that may put it in their place."""
         if any(self._counts):
+            masks = self._masks if masks is None else masks
             scope = self._plan.scope
             for name in scope if names is None else names:
-                self._zero(scope[name], self._masks.packed(name))
+                self._zero(scope[name], masks.packed(name))
             restless = [one for found in self._followed.values() for one in found if following.moves_outside_step(one)]
-            following.forget(restless, scope, self._masks, self._zero)
+            following.forget(restless, scope, masks, self._zero)
 
     def _follows(self, optimizer: Optimizer) -> set[str] | None:
         """The tensors in scope that an optimizer steps; None for one that is of no concern."""
@@ -553,18 +609,18 @@ class Pruner:
             return None
         self._tell_of_zeros()
         self._idle = following.trains_nothing(optimizer, args, kwargs)
-        score = self._plan.score
-        if not isinstance(score, GradientScore) or self._idle or following.overflown(optimizer):
+        looks = isinstance(self._plan.score, GradientScore) or self._moves(self._steps + 1)
+        if not looks or self._idle or following.overflown(optimizer):
             return None
         seen = {name: scope[name] for name in held}
         closure = following.closure_of(args, kwargs)
         if closure is None:
-            score.observe(seen)
+            self._look(seen)
             return None
 
         def watched() -> Any:
             loss = closure()
-            score.observe(seen)
+            self._look(seen)
             return loss
 
         return (args[0], watched, *args[2:]), {key: value for key, value in kwargs.items() if key != "closure"}
@@ -579,7 +635,17 @@ class Pruner:
             self._settle(held)
             return
         self._waiting = following.trained(self._plan.scope)
-        self._advance(held)
+        try:
+            self._advance(held)
+        except NotFiniteError as error:  # a long run goes on; finish() tells if the end was never reached
+            self._settle(held)
+            if isinstance(self._plan.score, GradientScore):
+                self._plan.score.clear()
+            if "not finite" not in self._told:
+                self._told.add("not finite")
+                warn(f"the masks were to change at step {self._steps}, and stay as they are: {error}")
+        else:
+            self._told.discard("not finite")
 
 
 def _require_alone(optimizer: object, scope: Mapping[str, Tensor], me: Pruner | None = None) -> None:
@@ -607,6 +673,19 @@ def _schedule(
             "a function as schedule gives one sparsity, but each tensor has its own: use sc.cubic or another"
         )
     return found
+
+
+def _regrow(given: str | Regrowth | None, chosen: plan.Plan | plan.FixedMasks) -> Regrowth | None:
+    if given is None:
+        return None
+    if isinstance(chosen, plan.FixedMasks):
+        raise InputError("given masks are held as they are: leave regrow out, or give a sparsity in their place")
+    if chosen.pattern is not None:
+        raise PatternError(
+            f"regrowth moves single weights, which would break the pattern {chosen.pattern}: leave regrow out, or the "
+            "pattern"
+        )
+    return regrow.resolve(given)
 
 
 def _all_kept(chosen: plan.Plan | plan.FixedMasks) -> Masks:

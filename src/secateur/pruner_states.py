@@ -132,6 +132,18 @@ def require_generator(state: Mapping[str, Any], generator: torch.Generator) -> N
         raise _damaged(f"its generator is {_told(saved)}, not the state of one") from error
 
 
+def read_grown(saved: object, generator: torch.Generator) -> int:
+    """Read how many weights grew, and see that the state of the generator of a regrowth was saved.
+
+    Raises:
+        InputError: it was not, or is damaged.
+    """
+    if not isinstance(saved, Mapping) or type(saved.get("grown")) is not int or saved["grown"] < 0:
+        raise _damaged(f"its regrowth is {checks.told(saved)}, not a number of weights and the state of a generator")
+    require_generator(saved, generator)
+    return int(saved["grown"])
+
+
 def _told(thing: object) -> str:
     if isinstance(thing, Tensor):
         sparse = "sparse " if thing.layout is not torch.strided else ""

@@ -4,6 +4,7 @@ from secateur import allocation as allocation
 from secateur import dropout as dropout
 from secateur import errors as errors
 from secateur import patterns as patterns
+from secateur import regrow as regrow
 from secateur import schedules as schedules
 from secateur import scores as scores
 from secateur.calibration import recalibrate as recalibrate
@@ -18,6 +19,7 @@ from secateur.patterns import blocks as blocks
 from secateur.patterns import n_m as n_m
 from secateur.pruner import Pruner as Pruner
 from secateur.pruner import prune as prune
+from secateur.rewinding import rewind as rewind
 from secateur.runtime.acceleration import accelerate as accelerate
 from secateur.runtime.acceleration import dense as dense
 from secateur.runtime.acceleration import explain as explain

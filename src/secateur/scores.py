@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from secateur import scope as scopes
-from secateur.errors import InputError, InputTypeError, StateError, UnknownNameError, nearest
+from secateur.errors import InputError, InputTypeError, NotFiniteError, StateError, UnknownNameError, nearest
 from secateur.scope import unwrap
 from secateur.support import checks
 from secateur.support.progress import progress_bar
@@ -284,7 +284,7 @@ def evaluate(score: Score, name: str, weight: Tensor) -> Tensor:
     """Call a score on one tensor and see that what it returns can rank weights.
 
     Raises:
-        InputTypeError: no real tensor; InputError: another shape, NaN or -inf.
+        InputTypeError: no real tensor; InputError: another shape; NotFiniteError: NaN or -inf.
     """
     checks.function("score", score, "a function (name, weight)")
     with torch.no_grad():
@@ -301,7 +301,9 @@ def evaluate(score: Score, name: str, weight: Tensor) -> Tensor:
     if not found.is_floating_point():
         found = found.double()
     if found.numel() and not float(found.min()) > -math.inf:  # the least of some numbers and NaN is NaN
-        raise InputError(f"the score of {name} holds NaN or -inf: scores must be numbers, or +inf for 'never prune'")
+        raise NotFiniteError(
+            f"the score of {name} holds NaN or -inf: scores must be numbers, or +inf for 'never prune'"
+        )
     return found
 
 

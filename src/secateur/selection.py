@@ -21,7 +21,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from secateur.errors import InputError, listed
+from secateur.errors import InputError, NotFiniteError, listed
 from secateur.scores import Score, evaluate, magnitude
 from secateur.support import bits
 from secateur.support.process_groups import ALONE, Total
@@ -242,14 +242,14 @@ def require_finite(name: str, weight: Tensor | Source) -> None:
     """See that a tensor holds neither NaN nor inf.
 
     Raises:
-        InputError: it does; the message counts them.
+        NotFiniteError: it does; the message counts them.
     """
     for _, piece in _chunks(weight):
         if not bool(torch.isfinite(piece.sum())):  # a sum may also overflow: count before judging
             tests = torch.isnan, torch.isinf
             nan, inf = (sum(int(test(part).sum()) for _, part in _chunks(weight)) for test in tests)
             if nan or inf:
-                raise InputError(
+                raise NotFiniteError(
                     f"{name} holds {nan:,} NaN and {inf:,} inf among {weight.numel():,} weights, so its scores mean "
                     "nothing: go back to a sound checkpoint, or repair it with torch.nan_to_num_"
                 )

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.utils import prune as torch_prune
 
 import secateur as sc
-from secateur import allocation, dropout, patterns, runtime, schedules, scores, storage, structure
+from secateur import allocation, dropout, patterns, regrow, runtime, schedules, scores, storage, structure
 from secateur.dropout import metrics
 from secateur.storage.checkpoints import inspect as inspect_file
 from secateur.storage.checkpoints import opened
@@ -52,6 +52,8 @@ TAKES = {"in_features": COUNT, "out_features": COUNT, "bias": FLAG, "units": FLA
 LEVELS, STEP = {"level": "lossless", "step": None, "effort": "normal"}, {"step": {3, 1.5, None}}
 PRUNED = {"score": "magnitude", "allocation": "global", "pattern": None, "scope": None}
 NONE = {"pattern": {None}, "scope": {None}}
+OPTIMIZER = ("optimizer", "optimizer_state")
+MOVES = {"every": COUNT, "drop": {True}, "stop": COUNT, "seed": COUNT}
 
 # what is called, with which arguments (a function where they must be fresh), and what else each of them takes
 CASES = {
@@ -63,8 +65,8 @@ CASES = {
     "Masks.from_zeros": (sc.Masks.from_zeros, lambda: {"model": net()}, {}),
     "Pruner": (
         sc.Pruner,
-        lambda: {"model": net(), "sparsity": 0.5, "schedule": "one_shot", **PRUNED},
-        {**NONE, "score": {"dict"}},
+        lambda: {"model": net(), "sparsity": 0.5, "schedule": "one_shot", **PRUNED, "regrow": None},
+        {**NONE, "score": {"dict"}, "regrow": {None}},
     ),
     "Pruner.load_state_dict": (
         sc.Pruner(net(), 0.5).load_state_dict,
@@ -140,6 +142,16 @@ CASES = {
         {"batches": {"several"}, "progress": FLAG},
     ),
     "remask": (sc.remask, lambda: {"model": net(), "masks": MASKS}, {}),
+    "rewind": (
+        sc.rewind,
+        lambda: {
+            "model": net(),
+            "state": net().state_dict(),
+            "masks": MASKS,
+            **dict.fromkeys(OPTIMIZER),
+        },
+        {key: {None} for key in OPTIMIZER},
+    ),
     "report": (sc.report, lambda: {"model": net(), "masks": MASKS}, {"masks": {None}}),
     "save": (sc.save, lambda: {"model": net(), "path": "s.safetensors", **LEVELS}, STEP),
     "save_pretrained": (
@@ -221,6 +233,12 @@ CASES = {
         made.__name__: (made, {"start": 0, "stop": 5, "every": 1}, {"start": COUNT, "stop": COUNT, "every": COUNT})
         for made in (sc.cubic, sc.geometric, sc.linear, schedules.cosine)
     },
+    **{
+        made.__name__: (made, {"every": 2, "drop": 0.5, "stop": 5, "seed": 0}, MOVES)
+        for made in (regrow.rigl, regrow.set_)
+    },
+    "Regrowth": (regrow.Regrowth, {"kind": "set", "every": 2, "drop": 0.5, "stop": 5, "seed": 0}, MOVES),
+    "regrowth.over": (regrow.rigl().over, {"total_steps": 1000}, {"total_steps": COUNT}),
     "one_shot": (schedules.one_shot, {"at": 0}, {"at": COUNT}),
     "over": (sc.cubic(0, 0.5).over, {"total_steps": 9}, {"total_steps": COUNT}),
     "Pruner.over": (sc.Pruner(net(), 0.5).over, {"total_steps": 9}, {"total_steps": COUNT}),

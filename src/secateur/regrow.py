@@ -1,0 +1,237 @@
+"""Masks that move while a model trains: the least active weights are dropped, and as many others grow.
+
+`print(sc.regrow.REGROWTHS)` lists the ways that have a name; `@regrowth("name")` gives one to a way of your own: a
+function `(name, weight, gradient, generator) -> Tensor` of the weight's shape that says what grows, the highest first.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from secateur import scores, selection
+from secateur.errors import InputError, StateError
+from secateur.masks import Masks
+from secateur.scope import Scope
+from secateur.selection import Stream
+from secateur.support import bits, checks
+from secateur.support.registry import Registry
+
+Growth = Callable[[str, Tensor, Tensor, torch.Generator], Tensor]
+
+REGROWTHS: Registry[Growth] = Registry("regrowth", "one of your own under @sc.regrow.regrowth")
+"""The ways to choose what grows that have a name: functions `(name, weight, gradient, generator) -> Tensor`."""
+
+
+@dataclass(frozen=True)
+class Regrowth:
+    """Moves masks: at every update each tensor drops a share of its active weights and grows as many, in exact numbers.
+
+    The active weights of least magnitude are dropped; a share of `drop / 2 * (1 + cos(pi * step / stop))`, rounded
+    down. What grows begins at zero; a weight that grows at once when it was dropped keeps its value.
+    Source: Evci et al. 2020, "RigL", algorithm 1 and eq. 1.
+
+    Attributes:
+        kind: the name of the way that chooses what grows.
+        every: steps between updates.
+        drop: share of the active weights that the first updates drop, 0 < drop <= 1.
+        stop: the step from which on the masks stay, or a fraction of the training (float, up to 1.0), of which `over`
+            makes steps.
+        seed: of the generator that is given to the function.
+
+    Raises:
+        InputError, InputTypeError: a value that cannot be used; no update comes before `stop`.
+    """
+
+    kind: str
+    every: int = 100
+    drop: float = 0.3
+    stop: int | float = 0.75
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.kind, str):
+            raise checks.wrong("kind", self.kind, f"the name of a regrowth: {', '.join(REGROWTHS)}")
+        if self.kind not in REGROWTHS:
+            raise REGROWTHS.unknown(self.kind)
+        checks.whole("every", self.every, 1, "a number of steps")
+        checks.number("drop", self.drop, "a share of the active weights, such as 0.3")
+        checks.number("stop", self.stop, "a step, or a fraction of the training such as 0.75")
+        checks.whole("seed", self.seed, 0, "a whole number below 2**32")
+        if self.seed >= 2**32:
+            raise InputError(f"seed is {self.seed}: give a whole number below 2**32")
+        if not 0 < self.drop <= 1:
+            raise InputError(f"drop is {self.drop}: give a share of the active weights, above 0 and at most 1")
+        if isinstance(self.stop, float) and not 0 < self.stop <= 1:
+            raise InputError(
+                f"stop is {self.stop}: give a fraction of the training, up to 1.0, or steps without a point"
+            )
+        if isinstance(self.stop, int) and self.stop <= self.every:
+            raise InputError(f"{self} never moves a mask: give an every that is less than stop")
+
+    def due(self, step: int) -> bool:
+        """Whether the masks move at this step.
+
+        Raises:
+            InputError: stop is a fraction of a training whose length is not known.
+        """
+        if isinstance(self.stop, float):
+            raise InputError(
+                f"{self} ends after a fraction of the training, whose length is not known: call over(total_steps), "
+                "with all steps of the optimizer that the loop will make, or give stop in steps"
+            )
+        return 0 < step < self.stop and step % self.every == 0
+
+    def generator(self) -> torch.Generator:
+        """A new generator of its own; one of `score="random"` with the same seed draws other numbers.
+
+        With equal numbers SET would grow just the weights that are there.
+        """
+        return torch.Generator().manual_seed(self.seed + 191111134)
+
+    def share(self, step: int) -> float:
+        """The share of its active weights that a tensor drops at this step."""
+        return self.drop / 2 * (1 + math.cos(math.pi * step / self.stop))
+
+    def over(self, total_steps: int) -> Regrowth:
+        """The same with `stop` in steps, where it is a fraction of a training of `total_steps` steps of the optimizer.
+
+        >>> print(rigl(every=100).over(1000))
+        rigl(every=100, drop=0.3, stop=750)
+        """
+        checks.whole("total_steps", total_steps, 1, "the number of steps in all")
+        if not isinstance(self.stop, float):
+            return self
+        return replace(self, stop=round(self.stop * total_steps))
+
+    def moved(
+        self, scope: Scope, masks: Masks, gradients: Mapping[str, Tensor], generator: torch.Generator, step: int
+    ) -> Masks:
+        """The masks after the update of this step; nothing but the state of the generator is changed.
+
+        A frozen tensor, and one without a gradient, stays as it is.
+
+        Args:
+            scope: the weights.
+            masks: which of them are active.
+            gradients: dense ones, by name.
+            generator: for ways that draw.
+            step: of the training.
+
+        Raises:
+            StateError: there are no gradients at all.
+            NotFiniteError: NaN or inf in a weight or a gradient. InputError: numbers that cannot rank.
+        """
+        pruned = masks.counts()
+        moving = [name for name, weight in scope.items() if pruned[name] and weight.requires_grad]
+        seen = [name for name in moving if name in gradients]
+        if moving and not seen:
+            raise StateError(
+                f"no gradient was seen at step {step}, at which the masks move: without attach() call "
+                "pruner.observe() after backward, and zero the gradients after the step"
+            )
+        for name in seen:
+            selection.require_finite(name, scope[name])
+            selection.require_finite(f"the gradient of {name}", gradients[name])
+        packed = {name: masks.packed(name) for name in masks}
+        for name in seen:
+            packed[name] = self._moved(scope, name, packed[name], gradients[name], generator, step)
+        return Masks.from_bits(packed, {name: masks.shape(name) for name in masks})
+
+    def _moved(
+        self, scope: Scope, name: str, kept: Tensor, gradient: Tensor, generator: torch.Generator, step: int
+    ) -> Tensor:
+        """The bits of one tensor after an update."""
+        weight, member = scope[name].detach(), scope.members[name]
+        kept = kept.to(weight.device)
+        pruned = weight.numel() - bits.count(kept)
+        active = weight.numel() - pruned - len(member.protected)
+        count = int(active * self.share(step))
+        if not count:
+            return kept
+        drop = Stream(name, weight, scores.magnitude, kept, member.protected)
+        still, _, _ = selection.keep(drop, selection.threshold([drop], pruned + count))
+        found = scores.evaluate(lambda *_: REGROWTHS[self.kind].value(name, weight, gradient, generator), name, weight)
+        stays = bits.unpack(still, weight.numel()).view(weight.shape)
+        grow = Stream(name, (-found).masked_fill(stays, math.inf))  # the lowest of these grow
+        rest, _, _ = selection.keep(grow, selection.threshold([grow], count))
+        return still | bits.pack(~bits.unpack(rest, weight.numel()))
+
+    def __str__(self) -> str:
+        return f"{self.kind}(every={self.every}, drop={self.drop}, stop={self.stop})"
+
+
+class _MakesRegrowth(Protocol):
+    """What makes a Regrowth: `rigl(every=100, drop=0.3, stop=0.75)`."""
+
+    def __call__(self, every: int = 100, drop: float = 0.3, stop: int | float = 0.75, seed: int = 0) -> Regrowth:
+        """Say when and how many, as `Regrowth` does."""
+
+
+def regrowth(name: str, *, source: str = "") -> Callable[[Growth], _MakesRegrowth]:
+    """Give a way to choose what grows a name, under which `Pruner(regrow=name)`, errors and the docs know it.
+
+    What is decorated is a function `(name, weight, gradient, generator) -> Tensor` of the weight's shape; of the
+    weights that are not active, those with the highest values grow. It becomes what makes a Regrowth of it:
+    `mine(every=100, drop=0.3, stop=0.75)`.
+
+    Args:
+        name: of the way.
+        source: the paper and equation it comes from.
+
+    Raises:
+        InputError: another way has that name.
+
+    >>> @regrowth("where_it_was_large")
+    ... def where_it_was_large(name, weight, gradient, generator):
+    ...     return (weight * gradient).abs()
+    >>> print(where_it_was_large(every=10, stop=100))
+    where_it_was_large(every=10, drop=0.3, stop=100)
+    """
+
+    def register(growth: Growth) -> _MakesRegrowth:
+        def make(every: int = 100, drop: float = 0.3, stop: int | float = 0.75, seed: int = 0) -> Regrowth:
+            return Regrowth(name, every, drop, stop, seed)
+
+        for attribute in ("__doc__", "__module__", "__name__", "__qualname__"):
+            setattr(make, attribute, getattr(growth, attribute))
+        REGROWTHS.add(name, growth, source=source)
+        return make
+
+    return register
+
+
+@regrowth("set", source='Mocanu et al. 2018, "Scalable Training of Artificial Neural Networks", SET')
+def set_(name: str, weight: Tensor, gradient: Tensor, generator: torch.Generator) -> Tensor:
+    """At random, from a generator of its own."""
+    return torch.rand(weight.shape, generator=generator, device=generator.device).to(weight.device)
+
+
+@regrowth("rigl", source='Evci et al. 2020, "RigL", algorithm 1')
+def rigl(name: str, weight: Tensor, gradient: Tensor, generator: torch.Generator) -> Tensor:
+    """abs(g): where the dense gradient is largest; it is looked at on update steps only."""
+    return gradient.abs()
+
+
+def resolve(given: str | Regrowth) -> Regrowth:
+    """Turn what a user may pass as `regrow=` into a Regrowth.
+
+    Raises:
+        InputError: an unknown name. InputTypeError: something else.
+    """
+    if isinstance(given, str):
+        return Regrowth(given)
+    if not isinstance(given, Regrowth):
+        raise checks.wrong("regrow", given, "sc.regrow.rigl(every=100), a name, or None")
+    return given
+
+
+def gradients(scope: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies of the gradients that there are: an optimizer may write into its own."""
+    found = {name: weight.grad.detach() for name, weight in scope.items() if weight.grad is not None}
+    return {name: gradient.to_dense() if gradient.is_sparse else gradient.clone() for name, gradient in found.items()}
