@@ -1,5 +1,6 @@
 """What a Pruner tells the loop around it, and what the loop tells a Pruner."""
 
+import copy
 import math
 
 import pytest
@@ -8,7 +9,7 @@ from torch import nn
 
 import secateur as sc
 from secateur.errors import InputError, InputTypeError, SecateurWarning, StateError
-from tiny import net, train
+from tiny import net, same, train
 
 
 def made(schedule):
@@ -120,3 +121,64 @@ def test_nan_when_attaching_is_an_error():
     model[0].weight.data[0, 0] = math.nan
     with pytest.raises(InputError, match=r"0\.weight holds 1 NaN.*sound checkpoint"):
         sc.Pruner(model, 0.8).attach(torch.optim.SGD(model.parameters(), lr=0.1))
+
+
+# masks that are lifted
+
+
+@pytest.mark.parametrize("options", [{"allocation": "erk"}, {"pattern": "rows"}, {"score": "taylor"}], ids=repr)
+def test_ac_dc_lifts_the_masks_and_chooses_them_anew(options):
+    def run(steps, model, optimizer, pruner, told):
+        def each(step):
+            told.append(pruner.masks.pruned)
+            assert sc.check(model, pruner.masks) == {}
+
+        train(model, optimizer, steps, each)
+
+    def made():
+        model = net()
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
+        return model, optimizer, sc.Pruner(model, 0.8, schedule=sc.schedules.ac_dc(2, 18, every=4), **options)
+
+    model, optimizer, pruner = made()
+    pruner.attach(optimizer)
+    told = []
+    run(range(17), model, optimizer, pruner, told)
+    full = told[1]
+    assert full == pytest.approx(72, abs=6)
+    assert told == [0] + [full] * 4 + [0] * 4 + [full] * 4 + [0] * 4
+    with pytest.raises(StateError, match=r"after 17 steps 0 weights are pruned.*go on training"):
+        pruner.finish()
+    again, its, other = made()
+    for thing, state in ((again, model), (its, optimizer), (other, pruner)):
+        thing.load_state_dict(copy.deepcopy(state.state_dict()))
+    other.attach(its)
+    run(range(17, 25), model, optimizer, pruner, told)
+    run(range(17, 25), again, its, other, [])
+    assert pruner.finish() == other.finish()
+    assert same(model, again)
+    assert told[-8:] == [full] * 8
+
+
+def test_what_is_lifted_begins_at_zero():
+    model = net()
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
+    pruner = sc.Pruner(model, 0.8, schedule=sc.schedules.ac_dc(0, 12, every=4))
+    pruner.attach(optimizer)
+    masks = pruner.masks
+    train(model, optimizer, range(4))
+    assert pruner.masks.pruned == 0
+    for name, weight in sc.weights(model).items():
+        for tensor in (weight, optimizer.state[weight]["exp_avg"], optimizer.state[weight]["exp_avg_sq"]):
+            assert not tensor[~masks[name]].any()
+            assert tensor[masks[name]].any()
+    train(model, optimizer, range(4, 12))
+    assert pruner.finish() != masks
+
+
+def test_another_schedule_may_not_fall():
+    model = net()
+    pruner = sc.Pruner(model, 0.8, schedule=lambda step: 0.8 if step < 2 else 0.0)
+    pruner.step()
+    with pytest.raises(InputError, match=r"falls at step 2.*must never fall"):
+        pruner.step()

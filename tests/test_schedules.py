@@ -166,3 +166,14 @@ def test_fractions_of_a_training(kind):
 
 def test_one_shot_after_a_fraction():
     assert schedules.one_shot(0.5).over(21) == schedules.one_shot(10)
+
+
+def test_ac_dc_is_sparse_and_dense_in_turn():
+    schedule = schedules.ac_dc(start=2, stop=9, every=2)
+    told = [float(schedule.sparsity(step, Fraction(9, 10))) for step in range(11)]
+    assert told == [0, 0, 0.9, 0.9, 0, 0, 0.9, 0.9, 0, 0.9, 0.9]
+    assert [each.lifts for each in (schedule, schedules.cubic(0, 9))] == [True, False]
+    with pytest.raises(InputError, match=r"never lifts the masks: give an every that is less than stop - start"):
+        schedules.ac_dc(0, 10, every=10)
+    with pytest.raises(InputError, match=r"never lifts"):
+        schedules.ac_dc(0.0, 0.5, every=10).over(20)

@@ -96,7 +96,8 @@ class Pruner:
     """Prunes a model while it trains, and keeps pruned weights at zero after each optimizer step.
 
     Nothing in the model is renamed, wrapped or hooked. `attach` hooks the *optimizer*; without it call `step` after
-    each optimizer step. What is pruned stays pruned, unless `regrow` moves the masks. One bit a weight is kept.
+    each optimizer step. What is pruned stays pruned, unless `regrow` moves the masks or `ac_dc` lifts them. One
+    bit a weight is kept.
 
     Args:
         model, score, allocation, pattern, scope: as for `prune`.
@@ -252,7 +253,7 @@ class Pruner:
         self._waiting = following.trained(scope)
         self._clock = following.family(optimizers[0]) if optimizers and not self._waiting else []
         self._update()
-        self._found = 0 if self._grown else None  # what grows begins at zero
+        self._found = 0 if self._steps else None  # in a run that goes on, what grew just now is zero
         self._hooks = following.Hooks(found, self, self._before_step, self._after_step, self._settle)
 
     def detach(self) -> None:
@@ -524,15 +525,17 @@ class Pruner:
     def _update(self, *, advanced: bool = False) -> bool:
         """Choose new masks if the schedule wants another number of zeros, or they are to move; say whether it did."""
         moves, counts, masks = self._moves(self._steps), self._counts, self._masks
-        if counts != self._asked or not isinstance(self._schedule, Schedule):  # not at the end of its curve
+        lifts = isinstance(self._schedule, Schedule) and self._schedule.lifts
+        if counts != self._asked or lifts or not isinstance(self._schedule, Schedule):  # not at the end of its curve
             counts = self._plan.counts(self._at)
-        if any(new < old for new, old in zip(counts, self._counts, strict=True)):
+        lifted = lifts and not any(counts)
+        if not lifted and any(new < old for new, old in zip(counts, self._counts, strict=True)):
             raise InputError(
                 f"the schedule falls at step {self._steps}, from {sum(self._counts):,} pruned weights to "
                 f"{sum(counts):,}: the number of zeros must never fall"
             )
         if counts != self._counts:
-            masks = self._plan.masks(counts, masks)
+            masks = _all_kept(self._plan) if lifted else self._plan.masks(counts, masks)
         if moves and advanced and self._regrow is not None:
             masks = self._regrow.moved(self._plan.scope, masks, self._gradients, self._generator, self._steps)
         if masks is self._masks:
@@ -570,8 +573,9 @@ class Pruner:
 
     def _settle(self, names: Iterable[str] | None = None, masks: Masks | None = None) -> None:
         """Set pruned weights to zero again, and what an optimizer remembers that may put it in their place."""
-        if any(self._counts):
-            masks = self._masks if masks is None else masks
+        if masks is None and any(self._counts):
+            masks = self._masks
+        if masks is not None:
             scope = self._plan.scope
             for name in scope if names is None else names:
                 self._zero(scope[name], masks.packed(name))

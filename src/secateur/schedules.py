@@ -12,13 +12,14 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from secateur.errors import InputError, InputTypeError
 from secateur.support import checks
 from secateur.support.registry import Registry
 
 Curve = Callable[[Fraction, Fraction], Fraction | float]
+_C = TypeVar("_C", bound=Curve)
 
 SCHEDULES: Registry[Curve] = Registry("schedule", "a function of the step")
 """The curves that have a name: the sparsity at a progress p from 0 to 1, where s is the final one."""
@@ -62,6 +63,13 @@ class Schedule:
             raise InputError(f"{self}: start must be 0 or more, and every 1 or more")
         if not self.start <= self.stop:
             raise InputError(f"{self} ends before it starts: give a stop of at least {self.start}")
+        if self.lifts and not fractions and self.every >= self.stop - self.start:
+            raise InputError(f"{self} never lifts the masks: give an every that is less than stop - start")
+
+    @property
+    def lifts(self) -> bool:
+        """Whether the masks are lifted now and then, so that the sparsity falls to 0."""
+        return getattr(SCHEDULES[self.kind].value, "lifts", False)
 
     def sparsity(self, step: int, final: Fraction) -> Fraction:
         """The sparsity after `step` steps, on the way to `final`; it changes every `every` steps and at `stop`.
@@ -80,7 +88,10 @@ class Schedule:
         if step >= stop:
             return final
         curve = SCHEDULES[self.kind].value
-        looked_at = start + (step - start) // self.every * self.every
+        phase = (step - start) // self.every
+        if self.lifts and phase % 2:
+            return Fraction(0)
+        looked_at = start + phase * self.every
         return Fraction(curve(Fraction(looked_at - start, stop - start), final))
 
     def over(self, total_steps: int) -> Schedule:
@@ -181,6 +192,19 @@ def geometric(p: Fraction, s: Fraction) -> Fraction:
 def cosine(p: Fraction, s: Fraction) -> float:
     """s (1 - cos(pi p)) / 2: slow at both ends."""
     return float(s) * (1 - math.cos(math.pi * p)) / 2
+
+
+def lifting(curve: _C) -> _C:
+    """Mark a curve whose masks are lifted in every other phase of `every` steps; what it says holds in the others."""
+    curve.lifts = True  # type: ignore[attr-defined]
+    return curve
+
+
+@schedule("ac_dc", source='Peste et al. 2021, "AC/DC", algorithm 1')
+@lifting
+def ac_dc(p: Fraction, s: Fraction) -> Fraction:
+    """s and 0 in turn, `every` steps each: the masks are lifted and chosen anew; s from `stop` on."""
+    return s
 
 
 def resolve(given: str | Schedule | Callable[[int], float]) -> Schedule | Callable[[int], float]:
