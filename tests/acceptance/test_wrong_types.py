@@ -231,7 +231,7 @@ CASES = {
     ),
     **{
         made.__name__: (made, {"start": 0, "stop": 5, "every": 1}, {"start": COUNT, "stop": COUNT, "every": COUNT})
-        for made in (sc.cubic, sc.geometric, sc.linear, schedules.cosine)
+        for made in (sc.cubic, sc.geometric, sc.linear, schedules.cosine, schedules.ac_dc)
     },
     **{
         made.__name__: (made, {"every": 2, "drop": 0.5, "stop": 5, "seed": 0}, MOVES)
