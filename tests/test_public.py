@@ -103,8 +103,8 @@ def test_no_public_function_takes_more_than_seven_parameters():
             continue
         if thing.__module__ == "secateur.cli":  # the options of a command have names, and nobody must give them all
             continue
-        # progress=True draws a bar and changes no result
-        names = [name for name in signature(thing).parameters if name not in ("self", "progress")]
+        # progress=True draws a bar, processes=2 takes two processes: neither changes a result
+        names = [name for name in signature(thing).parameters if name not in ("self", "progress", "processes")]
         # a frozen dataclass that holds results is read, not called
         if len(names) > most.get(path, 7) and not hasattr(thing, "__dataclass_fields__"):
             crowded[path] = names

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from fractions import Fraction
 from typing import Any, TypeVar
 
@@ -285,7 +285,10 @@ class Plan:
             "sparsity": {name: float(share.sparsity) for share in self.shares for name in share.names},
             "weights": float(sum(share.size for share in self.shares)),
             "score": _name(self.score),
-            "allocation": {**vars(self.allocation), "share": _name(self.allocation.share)},
+            "allocation": {
+                **{field.name: getattr(self.allocation, field.name) for field in fields(Allocation)},
+                "share": _name(self.allocation.share),
+            },
             "pattern": str(self.pattern),
         }
 

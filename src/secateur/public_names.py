@@ -7,7 +7,10 @@ from secateur import patterns as patterns
 from secateur import regrow as regrow
 from secateur import schedules as schedules
 from secateur import scores as scores
+from secateur.calibration import choose_allocation as choose_allocation
 from secateur.calibration import recalibrate as recalibrate
+from secateur.calibration import recommend as recommend
+from secateur.calibration import scan as scan
 from secateur.errors import SecateurError as SecateurError
 from secateur.masks import Masks as Masks
 from secateur.masks import check as check

@@ -1,5 +1,8 @@
-"""What a few batches of data tell of a model, without training it."""
+"""What a few batches of data, or a metric, tell of a model, without training it."""
 
 from secateur.calibration.batch_norms import recalibrate as recalibrate
+from secateur.calibration.choice import choose_allocation as choose_allocation
+from secateur.calibration.choice import recommend as recommend
+from secateur.calibration.sensitivity import scan as scan
 
-__all__ = ["recalibrate"]
+__all__ = ["choose_allocation", "recalibrate", "recommend", "scan"]

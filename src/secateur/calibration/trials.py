@@ -1,0 +1,126 @@
+"""A trial: a model is pruned, judged by its user's own metric, and bit for bit as it was afterwards."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from secateur.errors import InputError, InputTypeError, SecateurWarning
+from secateur.masks import Masks
+from secateur.plan import Plan
+from secateur.support import checks
+
+Evaluate = Callable[[Any], Any]
+"""A user's metric: from a model to one number, higher is better."""
+
+
+def tried(model: nn.Module, evaluate: Evaluate, where: str, plan: Plan | None = None) -> float:
+    """Return the metric of a model pruned by a plan (None: as it is); the model is as it was afterwards.
+
+    `evaluate` may change the model too: it may train it for a while, or estimate the statistics of its BatchNorm anew.
+
+    Args:
+        model: what `evaluate` is given.
+        evaluate: the metric.
+        where: which trial it is, for messages: "head.weight at sparsity 0.9".
+        plan: of this model.
+
+    Raises:
+        InputError, InputTypeError: the metric is not one finite number; and what the plan raises. What `evaluate`
+            raises passes on with a note that names the trial.
+    """
+    before = Before(model)
+    try:
+        if plan is not None:
+            chosen(plan).apply(plan.scope)
+        return number(evaluate(model), where)
+    except Exception as error:  # add_note() needs Python 3.11; the attribute that it fills does not
+        error.__dict__["__notes__"] = [*getattr(error, "__notes__", ()), f"secateur was trying {where}"]
+        raise
+    finally:
+        before.restore()
+
+
+def chosen(plan: Plan) -> Masks:
+    """Choose the weights, without a warning of tensors that lose nearly all: the metric tells what that costs."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SecateurWarning)
+        return plan.masks(plan.counts())
+
+
+def number(value: object, where: str) -> float:
+    """Read what a metric gave: a number, or a tensor of one.
+
+    Raises:
+        InputTypeError: something else. InputError: NaN or inf.
+    """
+    plain = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
+    if isinstance(plain, bool) or not isinstance(plain, Real):
+        what = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else checks.told(value)
+        raise InputTypeError(f"evaluate gave {what} for {where}: let it return one number, the higher the better")
+    if not math.isfinite(plain):
+        raise InputError(
+            f"evaluate gave {float(plain)} for {where}: let it return a finite number, such as the worst there is"
+        )
+    return float(plain)
+
+
+class Before:
+    """What a model was: the bits of its tensors and gradients, which of them it held where, the modes of its modules.
+
+    Takes as much memory as the model itself.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._modules = [
+            (module, getattr(module, "training", None), dict(module._parameters.items()), dict(module._buffers.items()))
+            for module in model.modules()
+        ]
+        held = [t for _, _, own, buffers in self._modules for t in (*own.values(), *buffers.values()) if t is not None]
+        self._gradients = [(t, t.requires_grad, t.grad) for t in held if t.is_leaf]
+        every = [*held, *(grad for _, _, grad in self._gradients if grad is not None)]
+        every = [t for t in every if t.device.type != "meta"]
+        self._plain = [(t, t.data) for t in every if _plain(t)]
+        found = [data.untyped_storage() for _, data in self._plain]
+        storages = {(storage.data_ptr(), storage.nbytes()): storage for storage in found}  # tied ones once
+        self._storages = [(storage, storage.clone()) for storage in storages.values()]  # type: ignore[no-untyped-call]
+        self._others = [(t, t.detach().clone()) for t in every if not _plain(t)]
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Let the model be that again."""
+        for module, training, parameters, buffers in self._modules:
+            if training is not None:
+                module.training = training
+            _hold(module._parameters, parameters)
+            _hold(module._buffers, buffers)
+        for tensor, data in self._plain:
+            same = tensor.dtype == data.dtype and tensor.device == data.device
+            if not (same and tensor.is_set_to(data)):
+                tensor.data = data
+        for storage, saved in self._storages:
+            storage.copy_(saved, non_blocking=False)
+        for tensor, copy in self._others:
+            tensor.copy_(copy)
+        for tensor, requires_grad, grad in self._gradients:
+            if tensor.requires_grad != requires_grad:
+                tensor.requires_grad_(requires_grad)
+            tensor.grad = grad
+
+
+def _plain(tensor: Tensor) -> bool:
+    """Whether all of a tensor lies in one storage: not if it is sparse, or of a library's own kind."""
+    return tensor.layout is torch.strided and type(tensor.data) is Tensor
+
+
+def _hold(held: dict[str, Any], before: dict[str, Any]) -> None:
+    """Put back what a module held, in its order, where that has changed."""
+    if [(n, id(t)) for n, t in held.items()] != [(n, id(t)) for n, t in before.items()]:
+        held.clear()
+        held.update(before)
