@@ -74,7 +74,8 @@ def test_with_a_scan():
     choice = sc.choose_allocation(model, least, 0.7, scan=scan)
     assert list(choice.metrics)[-1] == "sensitivity"
     first = Choice(**vars(scan.allocation()), best="sensitivity", sparsity=0.7, dense=1.0, metrics={"sensitivity": 1})
-    assert sc.prune(model, 0.7, allocation=first).pruned == 560
+    assert sc.prune(model, 0.7, allocation=pickle.loads(pickle.dumps(first))).pruned == 560
+    assert sc.recommend(model, lambda model: 1, allocation=scan.allocation()).tried[0][1] == "sensitivity"
 
 
 def test_every_named_allocation_that_needs_no_more():

@@ -12,7 +12,15 @@ from processes import FORKS
 from secateur.calibration import sensitivity
 from secateur.calibration.sensitivity import Scan
 from secateur.demo import digits
-from secateur.errors import FileError, InputError, InputTypeError, PatternError, StateError, UnknownNameError
+from secateur.errors import (
+    FileError,
+    InputError,
+    InputTypeError,
+    PatternError,
+    StateError,
+    UnknownNameError,
+    WriteError,
+)
 from trial_models import agreement, cnn, everything
 
 
@@ -187,6 +195,8 @@ def test_a_process_that_dies(forks):
         ({"progress": 1}, InputTypeError, r"progress is 1: give True or False"),
         ({"pattern": "2:4", "scope": ["4.weight"]}, InputTypeError, r"scope is a list: give sc.weights"),
         ({"path": 3}, InputTypeError, r"path is 3: give a path"),
+        ({"path": "no/such/folder/scan.json"}, WriteError, r"make its folder first"),
+        ({"path": "/"}, (InputError, WriteError), r"give a file in it|permissions"),
         ({"score": "taylor"}, (InputError, StateError), r"sc.accumulate|backward|gradient"),
     ],
 )

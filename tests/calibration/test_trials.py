@@ -45,6 +45,8 @@ def recalibrates(model):
 
 
 def removes(model):
+    model[4] = nn.Linear(1, 1)
+    model.append(nn.ReLU())
     del model[0].bias
     model[1].register_buffer("running_mean", None)
 
@@ -64,6 +66,7 @@ def test_the_model_is_as_it_was(act):
     assert seen[0] > 500
     assert everything(model) == before
     assert list(model[0]._parameters) == ["weight", "bias"]
+    assert [type(layer) for layer in model] == [nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.Flatten, nn.Linear]
 
 
 @pytest.mark.parametrize("error", [ValueError("mine"), KeyboardInterrupt("mine")])

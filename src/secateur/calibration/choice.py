@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 from torch import Tensor, nn
@@ -149,9 +149,8 @@ class Recommendation(Printed):
         return 1 + len(self.tried)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, ready for JSON; of an allocation without a name its class."""
-        named = self.allocation if isinstance(self.allocation, str) else _name(self.allocation)
-        return {**asdict(self), "allocation": named, "evaluations": self.evaluations}
+        """Plain data, ready for JSON."""
+        return {**vars(self), "allocation": _name(self.allocation), "evaluations": self.evaluations}
 
     def table(self) -> Table:
         """One row a sparsity and an allocation."""
@@ -160,8 +159,8 @@ class Recommendation(Printed):
             for sparsity, name, metric in sorted(self.tried, key=lambda one: one[0])
         ]
         title = f"The model as it is has a metric of {self.dense:.4g}, which may fall by {self.tolerance:g}"
-        named = self.allocation if isinstance(self.allocation, str) else _name(self.allocation)
-        notes = [f"highest within that: {self.sparsity:g} with {named}, after {self.evaluations} evaluations"]
+        found = f"{self.sparsity:g} with {_name(self.allocation)}"
+        notes = [f"highest within that: {found}, after {self.evaluations} evaluations"]
         return Table(("sparsity", "allocation", "metric", "falls by"), rows, title, notes)
 
 
@@ -247,7 +246,11 @@ def _named() -> dict[str, Allocation]:
 
 
 def _name(allocation: object) -> str:
+    if isinstance(allocation, str):
+        return allocation
     if isinstance(allocation, Choice):
         return allocation.best
     share = allocation.share if isinstance(allocation, Allocation) else allocation
-    return str(share or "global") if share is None or isinstance(share, str) else getattr(share, "__name__", "yours")
+    if share is None:
+        return "global"
+    return "sensitivity" if isinstance(getattr(share, "__self__", None), Scan) else getattr(share, "__name__", "yours")

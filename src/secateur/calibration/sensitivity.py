@@ -29,7 +29,7 @@ from secateur.scope import Scope
 from secateur.scores import Score
 from secateur.sparsity import fraction
 from secateur.support import bits, checks
-from secateur.support.files import replacing, require_file
+from secateur.support.files import replacing, require_file, require_place
 from secateur.support.progress import progress_bar
 from secateur.support.tables import Printed, Table, number
 
@@ -199,7 +199,8 @@ def scan(
     Raises:
         InputError, InputTypeError: a level or an argument that cannot be used; a metric that is not one finite number,
             with the tensor and the level; a `path` of another model, metric, score, pattern or levels.
-        FileError: a `path` that holds no scan. StateError: processes that died. And as `prune`.
+        FileError: a `path` that holds no scan. WriteError: one that cannot be written. StateError: processes that died.
+        And as `prune`.
 
     >>> model = nn.Linear(8, 4)
     >>> result = scan(model, lambda model: model.weight.abs().sum(), [0.5, 0.9])
@@ -218,8 +219,10 @@ def scan(
     for name in (_WHOLE, *work.scope):
         for level in levels:
             work.plan(name, level)  # what cannot be done is refused now
+    if path is not None:
+        require_place(checks.path("path", path))
     settings = work.settings(levels)
-    results = {} if path is None else _resumed(checks.path("path", path), settings)
+    results = {} if path is None else _resumed(path, settings)
     left = [trial for trial in settings.trials() if trial not in results]
     payload = _pickled(work) if processes > 1 else b""
     with progress_bar("scanning", len(left), shown=progress) as advance:

@@ -72,17 +72,23 @@ def number(value: object, where: str) -> float:
 
 
 class Before:
-    """What a model was: the bits of its tensors and gradients, which of them it held where, the modes of its modules.
+    """What a model was: the bits of its tensors and gradients, its modules, and their modes.
 
     Takes as much memory as the model itself.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self._modules = [
-            (module, getattr(module, "training", None), dict(module._parameters.items()), dict(module._buffers.items()))
+            (module, getattr(module, "training", None), [(kept, dict(kept.items())) for kept in _kept(module)])
             for module in model.modules()
         ]
-        held = [t for _, _, own, buffers in self._modules for t in (*own.values(), *buffers.values()) if t is not None]
+        held = [
+            value
+            for _, _, all_kept in self._modules
+            for _, before in all_kept
+            for value in before.values()
+            if isinstance(value, Tensor)
+        ]
         self._gradients = [(t, t.requires_grad, t.grad) for t in held if t.is_leaf]
         every = [*held, *(grad for _, _, grad in self._gradients if grad is not None)]
         every = [t for t in every if t.device.type != "meta"]
@@ -95,11 +101,13 @@ class Before:
     @torch.no_grad()
     def restore(self) -> None:
         """Let the model be that again."""
-        for module, training, parameters, buffers in self._modules:
+        for module, training, all_kept in self._modules:
             if training is not None:
                 module.training = training
-            _hold(module._parameters, parameters)
-            _hold(module._buffers, buffers)
+            for kept, before in all_kept:
+                if [(name, id(value)) for name, value in kept.items()] != [(n, id(v)) for n, v in before.items()]:
+                    kept.clear()
+                    kept.update(before)
         for tensor, data in self._plain:
             same = tensor.dtype == data.dtype and tensor.device == data.device
             if not (same and tensor.is_set_to(data)):
@@ -119,8 +127,5 @@ def _plain(tensor: Tensor) -> bool:
     return tensor.layout is torch.strided and type(tensor.data) is Tensor
 
 
-def _hold(held: dict[str, Any], before: dict[str, Any]) -> None:
-    """Put back what a module held, in its order, where that has changed."""
-    if [(n, id(t)) for n, t in held.items()] != [(n, id(t)) for n, t in before.items()]:
-        held.clear()
-        held.update(before)
+def _kept(module: nn.Module) -> tuple[dict[str, Any], ...]:
+    return module._parameters, module._buffers, module._modules
