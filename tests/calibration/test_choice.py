@@ -97,6 +97,16 @@ def test_the_choices_of_prune():
     assert choice.metrics[choice.best] == float(agreement(model))
 
 
+def test_units():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+    pattern = sc.units(model, torch.ones(2, 8))
+    choice = sc.choose_allocation(model, lambda model: model[2].weight.norm(), 0.5, pattern=pattern)
+    masks = sc.prune(model, choice.sparsity, pattern=pattern, allocation=choice)
+    assert choice.sparsity == 0.5 == float(sum(masks.counts().values())) / masks.size
+    assert sc.recommend(model, lambda model: model[2].weight.norm(), 0, pattern=pattern).sparsity >= 0.49
+
+
 @pytest.mark.parametrize(
     ("wrong", "error", "said"),
     [

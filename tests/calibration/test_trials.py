@@ -119,6 +119,16 @@ def test_a_scripted_model():
     assert model.training
 
 
+def test_a_generator_is_as_it_was():
+    model, generator = cnn(), torch.Generator().manual_seed(3)
+    state = generator.get_state()
+    score = sc.scores.random(generator=generator)
+    one = plan.make(model, 0.5, score=score, allocation="global", pattern=None, scope=None)
+    zeros = [tried(model, lambda given: (given[4].weight == 0).sum(), "here", one) for _ in range(2)]
+    assert zeros[0] == zeros[1]
+    assert torch.equal(generator.get_state(), state)
+
+
 def test_no_warning_of_a_bad_choice():
     model = nn.Sequential(nn.Linear(40, 40), nn.Linear(40, 40))
     with torch.no_grad():

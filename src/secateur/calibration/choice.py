@@ -15,7 +15,7 @@ from secateur.allocation import ALLOCATIONS, Allocation, resolve
 from secateur.calibration.sensitivity import Scan
 from secateur.calibration.trials import Evaluate, tried
 from secateur.errors import InputError, PatternError
-from secateur.patterns import Pattern
+from secateur.patterns import Pattern, Picked
 from secateur.scores import Score
 from secateur.sparsity import Sparsity
 from secateur.support import checks
@@ -108,9 +108,10 @@ def choose_allocation(
             raise checks.wrong("scan", scan, "what sc.scan returned")
         scan.require({name: member.free for name, member in found.members.items()})
         allocations["sensitivity"] = scan.allocation()
-    options: Any = {"score": score, "pattern": pattern, "scope": found}
+    options: Any = {"score": score, "pattern": pattern, "scope": _given(scope, found, pattern)}
     plans = {name: plan.make(model, sparsity, allocation=a, **options) for name, a in allocations.items()}
-    pruned = sum(next(iter(plans.values())).counts()) / max(found.size, 1)
+    any_one = plans["global"]
+    pruned = float(sum(any_one.counts()) / sum(share.size for share in any_one.shares))
     with progress_bar("trying", len(plans) + 1, shown=progress) as advance:
         dense = tried(model, evaluate, "the model as it is")
         advance(1)
@@ -212,7 +213,7 @@ def recommend(
         )
     found = scopes.resolve(model, scope)
     choices = _named() if allocation is None else {_name(allocation): resolve(allocation)}
-    options: Any = {"score": score, "pattern": fixed, "scope": found}
+    options: Any = {"score": score, "pattern": fixed, "scope": _given(scope, found, fixed)}
     for one in choices.values():
         plan.make(model, 0.5, allocation=one, **options)  # what cannot be done is refused now
     dense = tried(model, evaluate, "the model as it is")
@@ -238,6 +239,13 @@ def recommend(
     name, metric = best
     chosen = name if allocation is None or isinstance(allocation, str) else choices[name]
     return Recommendation(low / _STEPS, chosen, metric, dense, float(tolerance), tuple(trials))
+
+
+def _given(
+    scope: Mapping[str, nn.Parameter] | None, found: scopes.Scope, pattern: str | Pattern | None
+) -> Mapping[str, nn.Parameter] | None:
+    """The scope, looked up once; a pattern of units names its tensors itself."""
+    return scope if isinstance(patterns.resolve(pattern), Picked) else found
 
 
 def _named() -> dict[str, Allocation]:

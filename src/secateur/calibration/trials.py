@@ -48,10 +48,19 @@ def tried(model: nn.Module, evaluate: Evaluate, where: str, plan: Plan | None = 
 
 
 def chosen(plan: Plan) -> Masks:
-    """Choose the weights, without a warning of tensors that lose nearly all: the metric tells what that costs."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", SecateurWarning)
-        return plan.masks(plan.counts())
+    """Choose the weights, without a warning of tensors that lose nearly all: the metric tells what that costs.
+
+    A generator of the score is as it was, so that the next trial draws the same numbers.
+    """
+    generator = getattr(plan.score, "generator", None)
+    state = generator.get_state() if isinstance(generator, torch.Generator) else None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", SecateurWarning)
+            return plan.masks(plan.counts())
+    finally:
+        if state is not None:
+            plan.score.generator.set_state(state)  # type: ignore[attr-defined]
 
 
 def number(value: object, where: str) -> float:
