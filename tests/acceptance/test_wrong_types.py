@@ -10,6 +10,7 @@ from torch.nn.utils import prune as torch_prune
 
 import secateur as sc
 from secateur import allocation, dropout, patterns, regrow, runtime, schedules, scores, storage, structure
+from secateur.calibration import sensitivity
 from secateur.dropout import metrics
 from secateur.storage.checkpoints import inspect as inspect_file
 from secateur.storage.checkpoints import opened
@@ -32,6 +33,10 @@ def net():
     return nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Dropout(0.5), nn.Linear(4, 2)).eval()
 
 
+def first(model):
+    return model[0].weight.sum()
+
+
 def learned():
     model = net()
     dropout.variational(model, n_data=10.0, warmup=1)
@@ -46,6 +51,7 @@ def pruned_by_torch():
 
 X, P, LABELS = torch.zeros(2, 4), torch.full((4, 2), 0.5), torch.tensor([0, 1, 0, 1])
 FAST, MASKS = sc.accelerate(net(), X), sc.prune(net(), 0.5)
+SCAN = sc.scan(nn.Linear(4, 2), lambda model: 1.0, [0.5])
 PREDICTION = dropout.Prediction(torch.rand(30, 2, 2))
 SIZES = {"in_features": 3, "out_features": 3, "bias": True}
 TAKES = {"in_features": COUNT, "out_features": COUNT, "bias": FLAG, "units": FLAG}
@@ -141,6 +147,37 @@ CASES = {
         lambda: {"model": nn.Sequential(net(), nn.BatchNorm1d(2)), "batches": [X], "progress": False},
         {"batches": {"several"}, "progress": FLAG},
     ),
+    "recommend": (
+        sc.recommend,
+        lambda: {"model": net(), "evaluate": first, "tolerance": 0.1, **PRUNED, "progress": False},
+        {**NONE, "tolerance": NUMBER, "allocation": {None}, "score": {"dict"}, "progress": FLAG},
+    ),
+    "choose_allocation": (
+        sc.choose_allocation,
+        lambda: {
+            "model": net(),
+            "evaluate": first,
+            "sparsity": 0.5,
+            "scan": None,
+            **{name: default for name, default in PRUNED.items() if name != "allocation"},
+            "progress": False,
+        },
+        {**NONE, "scan": {None}, "score": {"dict"}, "progress": FLAG},
+    ),
+    "scan": (
+        sc.scan,
+        lambda: {
+            "model": net(),
+            "evaluate": first,
+            "sparsities": [0.5],
+            **{name: default for name, default in PRUNED.items() if name != "allocation"},
+            "path": None,
+            "progress": False,
+        },
+        {**NONE, "sparsities": {"several"}, "path": {None, "text"}, "progress": FLAG},
+    ),
+    "Scan.save": (SCAN.save, {"path": "scan.json"}, {"path": {"text"}}),
+    "Scan.load": (sensitivity.Scan.load, {"path": "scan.json"}, {}),
     "remask": (sc.remask, lambda: {"model": net(), "masks": MASKS}, {}),
     "rewind": (
         sc.rewind,
