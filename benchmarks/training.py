@@ -115,20 +115,19 @@ EVERY = 50
 SIDES = ("gradual", "rigl", "set", "static")
 
 
-def rows(options: argparse.Namespace) -> Iterator[tuple[str, ...]]:
-    for task in options.task or TASKS:
-        budgets: dict[int, float] = {}
-        for side in ("dense", *SIDES):
-            began = time.perf_counter()
-            found = []
-            for seed in range(options.seeds):
-                found.append(run(task, seed, side, options.epochs, options.sparsity, budgets.get(seed, 0.0)))
-                if side == "gradual":
-                    budgets[seed] = found[-1][1]
-            right, spent, steps = zip(*found, strict=True)
-            percent = [f"{100 * value:.1f}" for value in (statistics.mean(right), min(right), max(right))]
-            took = f"{time.perf_counter() - began:.0f} s"
-            yield task, side, *percent, f"{statistics.mean(spent):.3f}", f"{steps[0]:,}", took
+def rows(task: str, options: argparse.Namespace) -> Iterator[tuple[str, ...]]:
+    budgets: dict[int, float] = {}
+    for side in ("dense", *SIDES):
+        began = time.perf_counter()
+        found = []
+        for seed in range(options.seeds):
+            found.append(run(task, seed, side, options.epochs, options.sparsity, budgets.get(seed, 0.0)))
+            if side == "gradual":
+                budgets[seed] = found[-1][1]
+        right, spent, steps = zip(*found, strict=True)
+        percent = [f"{100 * value:.1f}" for value in (statistics.mean(right), min(right), max(right))]
+        took = f"{time.perf_counter() - began:.0f} s"
+        yield side, *percent, f"{statistics.mean(spent):.3f}", f"{steps[0]:,}", took
 
 
 def main() -> None:
@@ -139,8 +138,9 @@ def main() -> None:
     parser.add_argument("--sparsity", type=float, default=0.95)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    columns = ("task", "side", "right, %", "least", "most", "FLOPs, of dense", "steps", "time")
-    print(Table(columns, list(rows(options))))
+    columns = ("side", "right, %", "least", "most", "FLOPs, of dense", "steps", "time")
+    for task in options.task or TASKS:
+        print(Table(columns, list(rows(task, options)), title=f"{task}, {options.sparsity:g}"), flush=True)
 
 
 if __name__ == "__main__":

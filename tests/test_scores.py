@@ -419,3 +419,53 @@ def test_synflow_names_a_tensor_outside_the_flow():
     model = Idle()
     with pytest.raises(StateError, match=r"idle\.weight does not affect the output"):
         sc.prune(model, 0.5, score=scores.synflow(model, torch.ones(1, 4)))
+
+
+def curved(model, batch):
+    return nn.functional.cross_entropy(model(batch), batch.abs().argmax(1))
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # of torch.func
+def test_grasp_is_that_of_the_hessian():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+    batches = [torch.randn(5, 3, dtype=torch.float64) for _ in range(2)]
+    weights = {name: weight.detach() for name, weight in sc.weights(model).items()}
+
+    def of(flat):
+        parts = flat.split([w.numel() for w in weights.values()])
+        given = {name: part.view(w.shape) for (name, w), part in zip(weights.items(), parts, strict=True)}
+        return sum(curved(lambda x: torch.func.functional_call(model, given, (x,)), batch) for batch in batches)
+
+    flat = torch.cat([w.flatten() for w in weights.values()])
+    expected = flat * (torch.func.hessian(of)(flat) @ torch.func.grad(of)(flat))
+    score = scores.grasp(model, iter(batches), curved)
+    score.prepare()
+    found = torch.cat([score(name, w).flatten() for name, w in weights.items()])
+    torch.testing.assert_close(found, expected)
+    assert all(p.grad is None for p in model.parameters())
+    masks = sc.prune(model, 0.5, score=score)
+    assert torch.equal(torch.cat([masks[name].flatten() for name in weights]), expected > expected.sort()[0][11])
+
+
+def test_grasp_of_an_lstm_and_in_a_schedule():
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"lstm": nn.LSTM(4, 6, batch_first=True), "head": nn.Linear(6, 3)})
+    batch = torch.randn(5, 2, 4)
+    score = scores.grasp(model, [batch], lambda m, x: m["head"](m["lstm"](x)[0][:, -1]).square().mean())
+    pruner = sc.Pruner(model, 0.8, score=score, schedule=sc.geometric(0, 4))
+    for _ in range(4):
+        pruner.step()
+    assert pruner.finish().sparsity == pytest.approx(0.8, abs=0.01)
+
+
+def test_grasp_says_what_it_cannot_do():
+    model = linear()
+    with pytest.raises(InputError, match=r"the loss has no curvature.*use taylor"):
+        sc.prune(model, 0.5, score=scores.grasp(model, BATCHES, total))
+    with pytest.raises(InputError, match="no batch came: give an iterable"):
+        scores.grasp(model, [], total)
+    with pytest.raises(InputError, match=r"grasp\(model, batches, loss\)"):
+        sc.prune(model, 0.5, score="grasp")
+    with pytest.raises(InputError, match="return one number"):
+        sc.prune(model, 0.5, score=scores.grasp(model, BATCHES, lambda m, b: m(b)))

@@ -58,6 +58,7 @@ TAKES = {"in_features": COUNT, "out_features": COUNT, "bias": FLAG, "units": FLA
 LEVELS, STEP = {"level": "lossless", "step": None, "effort": "normal"}, {"step": {3, 1.5, None}}
 PRUNED = {"score": "magnitude", "allocation": "global", "pattern": None, "scope": None}
 NONE = {"pattern": {None}, "scope": {None}}
+GRASP = {"batches": {"several"}}
 OPTIMIZER = ("optimizer", "optimizer_state")
 MOVES = {"every": COUNT, "drop": {True}, "stop": COUNT, "seed": COUNT}
 
@@ -302,6 +303,7 @@ CASES = {
     ),
     "random": (scores.random, {"seed": 0, "generator": None}, {"seed": COUNT, "generator": {None}}),
     "given": (scores.given, {"table": {"a": X}}, {"table": {"dict"}}),
+    "grasp": (scores.grasp, lambda: {"model": net(), "batches": [X], "loss": lambda m, x: m(x).sum()}, GRASP),
     "synflow": (scores.synflow, lambda: {"model": net(), "inputs": X}, {"inputs": {"inputs"}}),
     "closed_form": (dropout.closed_form, lambda: {"model": net(), "inputs": X}, {"inputs": {"inputs"}}),
     "find": (dropout.find, lambda: {"model": net(), "inputs": X}, {"inputs": {"inputs"}}),
