@@ -26,7 +26,7 @@ from secateur.structure.cut import twin
 from secateur.structure.groups import Axis
 from secateur.structure.remains import Remains
 from secateur.structure.scales import Fold, apply
-from secateur.structure.traces import Print, Trace, dropping_nothing, fingerprint, prints_apart
+from secateur.structure.traces import HIDING, Print, Trace, dropping_nothing, fingerprint, prints_apart
 from secateur.support.inputs import Arguments
 
 _log = logging.getLogger(__name__)
@@ -38,10 +38,6 @@ _STEP = 1e-3  # a call whose result differs by more, relative to its length, is 
 _EXACT = 1e-4  # what float32 rounds, at most
 _HALF = 0.03  # what bfloat16 rounds, at most, where a model runs in nothing else
 _ROUNDED = 1e-2  # what differs by less may be rounding: double precision tells
-
-_BOUNDED = """scaled_dot_product_attention clamp clip hardtanh threshold hardshrink softshrink"""
-_HIDING = frozenset(_BOUNDED.split())
-"""Functions whose numbers may not show in what they give: scales of few or small keys, bounds that nothing reaches."""
 
 _DRAWING = """bernoulli rand_like randn_like rand randn normal uniform exponential multinomial rrelu gumbel_softmax
 randint feature_dropout fractional_max_pool2d fractional_max_pool3d"""
@@ -334,7 +330,7 @@ def apart(
         off = max((prints_apart(a[i], b[i]) for i in taken), default=0.0)
         if off > max(_STEP, limit):
             return Difference(max(worst, off), call, _factor(a, b))
-        if call.name in _HIDING and str(call) not in settled:
+        if call.name in HIDING and str(call) not in settled:
             for x, y in zip(want.numbers[at], got.numbers[at], strict=False):
                 if not math.isclose(x, y, rel_tol=_STEP):
                     scale = call.name == "scaled_dot_product_attention" and y

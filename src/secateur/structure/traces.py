@@ -36,6 +36,11 @@ _DROPS = {
 """Where functions take the share that they drop."""
 
 
+_BOUNDED = "scaled_dot_product_attention clamp clip hardtanh threshold hardshrink softshrink"
+HIDING = frozenset(_BOUNDED.split())
+"""Functions whose numbers may not show in what they give: scales of few or small keys, bounds that nothing reaches."""
+
+
 class Otherwise(Exception):
     """A call is not the expected one, or gives other sizes."""
 
@@ -46,7 +51,7 @@ class Trace(TorchFunctionMode):
     Attributes:
         at: how many of the captured calls it made.
         prints: of the results of each of these.
-        numbers: Python numbers that each was given, such as the scale of an attention.
+        numbers: Python numbers that each was given whose numbers may not show: see `HIDING`.
         out: what the model returned that callers rely on.
     """
 
@@ -93,7 +98,7 @@ class Trace(TorchFunctionMode):
     def note(self, prints: Iterable[Print], arguments: Any) -> None:
         """Take one step."""
         self.prints.append(list(prints))
-        self.numbers.append(numbers(arguments))
+        self.numbers.append(numbers(arguments) if self.calls[self.at].name in HIDING else [])
         self.at += 1
 
     def _check(self, outs: Sequence[Tensor]) -> None:
