@@ -64,6 +64,19 @@ def test_a_schedule_in_fractions_is_told_the_length():
     assert pruner.finish().sparsity == 0.8
 
 
+def test_a_snapshot_from_before_the_length_was_known():
+    pruner, model = made(sc.linear(0.0, 0.5))
+    before = model[0].weight.detach().clone()
+    pruner.snapshot()
+    pruner.over(8)
+    for _ in range(4):
+        pruner.step()
+    assert not torch.equal(model[0].weight, before)
+    pruner.undo()
+    assert torch.equal(model[0].weight, before)
+    assert (pruner.steps, pruner.masks.pruned) == (0, 0)
+
+
 @pytest.mark.parametrize("schedule", ["one_shot", sc.linear(0, 4), lambda step: 0.8])
 def test_a_schedule_in_steps_stays(schedule):
     pruner, _ = made(schedule)

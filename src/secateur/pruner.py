@@ -226,6 +226,8 @@ class Pruner:
             self._schedule = self._schedule.over(total_steps)
         if self._regrow is not None:
             self._regrow = self._regrow.over(total_steps)
+        if self._beginning:
+            self._beginning["settings"] = self._settings()
 
     def attach(self, *optimizers: Any) -> None:
         """Follow these optimizers: after each of their steps pruned weights are zero again and the schedule advances.
