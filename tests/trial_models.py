@@ -24,6 +24,14 @@ def agreement(model):
     return -(model(x) - cnn()(x)).norm()
 
 
+def trained_lstm():
+    """An LSTM after two epochs on the digits, and its accuracy as a metric; to be called within `digits.alone`."""
+    data = digits.load()
+    model = digits.LSTMClassifier(64)
+    digits.train(model, digits.adam(model), data, 2)
+    return model, lambda model: digits.accuracy(model, data)
+
+
 def everything(model):
     """All bits of a model, and all else that a trial might change."""
     tensors = [*model.named_parameters(), *model.named_buffers()]

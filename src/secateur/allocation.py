@@ -19,7 +19,7 @@ from secateur import selection
 from secateur.errors import InputError, InputTypeError
 from secateur.sparsity import fraction
 from secateur.support import checks
-from secateur.support.registry import Registry
+from secateur.support.registry import Registry, called
 
 Counts = dict[str, int]
 
@@ -92,8 +92,7 @@ def allocation(name: str, *, source: str = "", shapes_only: bool = False) -> Cal
         def make(*, min_keep: int | float = 1, allow_empty: bool = False) -> Allocation:
             return Allocation(share, min_keep, allow_empty, shapes_only)
 
-        for attribute in ("__doc__", "__module__", "__name__", "__qualname__"):
-            setattr(make, attribute, getattr(share, attribute))
+        called(make, share)
         make.share = share  # type: ignore[attr-defined]
         share.__qualname__ += ".share"  # where pickle finds it
         return ALLOCATIONS.add(name, make, source=source)

@@ -20,7 +20,7 @@ from secateur.masks import Masks
 from secateur.scope import Scope
 from secateur.selection import Stream
 from secateur.support import bits, checks
-from secateur.support.registry import Registry
+from secateur.support.registry import Registry, called
 
 Growth = Callable[[str, Tensor, Tensor, torch.Generator], Tensor]
 
@@ -198,10 +198,8 @@ def regrowth(name: str, *, source: str = "") -> Callable[[Growth], _MakesRegrowt
         def make(every: int = 100, drop: float = 0.3, stop: int | float = 0.75, seed: int = 0) -> Regrowth:
             return Regrowth(name, every, drop, stop, seed)
 
-        for attribute in ("__doc__", "__module__", "__name__", "__qualname__"):
-            setattr(make, attribute, getattr(growth, attribute))
         REGROWTHS.add(name, growth, source=source)
-        return make
+        return called(make, growth)
 
     return register
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from secateur import optimizers as following
 from secateur.errors import InputError, MaskError, UnknownNameError, listed
@@ -118,9 +119,6 @@ def _require_copy(what: str, state: object, now: object) -> None:
         )
 
 
-def _tensors(thing: object) -> Iterator[Tensor]:
-    if isinstance(thing, Tensor):
-        yield thing
-    elif isinstance(thing, (Mapping, Sequence)) and not isinstance(thing, (str, bytes)):
-        for part in thing.values() if isinstance(thing, Mapping) else thing:
-            yield from _tensors(part)
+def _tensors(state: object) -> list[Tensor]:
+    leaves = tree_leaves(dict(state) if isinstance(state, Mapping) else state)
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]

@@ -16,7 +16,7 @@ from typing import Protocol, TypeVar
 
 from secateur.errors import InputError, InputTypeError
 from secateur.support import checks
-from secateur.support.registry import Registry
+from secateur.support.registry import Registry, called
 
 Curve = Callable[[Fraction, Fraction], Fraction | float]
 _C = TypeVar("_C", bound=Curve)
@@ -152,10 +152,8 @@ def schedule(name: str, *, source: str = "") -> Callable[[Curve], _MakesSchedule
         def make(start: int | float, stop: int | float, every: int = 1) -> Schedule:
             return Schedule(name, start, stop, every)
 
-        for attribute in ("__doc__", "__module__", "__name__", "__qualname__"):
-            setattr(make, attribute, getattr(curve, attribute))
         SCHEDULES.add(name, curve, source=source)
-        return make
+        return called(make, curve)
 
     return register
 

@@ -13,7 +13,7 @@ from secateur.allocation import Allocation
 from secateur.calibration.choice import Choice
 from secateur.demo import digits
 from secateur.errors import InputError, InputTypeError, PatternError, UnknownNameError
-from trial_models import agreement, cnn, everything
+from trial_models import agreement, cnn, everything, trained_lstm
 
 
 def apart():
@@ -206,14 +206,8 @@ def test_what_is_not_recommended(wrong, error, said):
 
 
 def test_a_trained_lstm():
-    data = digits.load()
     with digits.alone(0):
-        model = digits.LSTMClassifier(64)
-        digits.train(model, digits.adam(model), data, 2)
-
-        def metric(model):
-            return digits.accuracy(model, data)
-
+        model, metric = trained_lstm()
         dense = metric(model)
         choice = sc.choose_allocation(model, metric, 0.7)
         found = sc.recommend(model, metric, 0.02, allocation=choice)

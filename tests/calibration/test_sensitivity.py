@@ -21,7 +21,7 @@ from secateur.errors import (
     UnknownNameError,
     WriteError,
 )
-from trial_models import agreement, cnn, everything
+from trial_models import agreement, cnn, everything, trained_lstm
 
 
 def zeros(model):
@@ -296,14 +296,8 @@ def test_the_share_of_other_tensors():
 
 def test_a_trained_lstm():
     """The scan's allocation keeps more of the digits than the default does."""
-    data = digits.load()
     with digits.alone(0):
-        model = digits.LSTMClassifier(64)
-        digits.train(model, digits.adam(model), data, 2)
-
-        def metric(model):
-            return digits.accuracy(model, data)
-
+        model, metric = trained_lstm()
         scan = sc.scan(model, metric, (0.5, 0.8, 0.95))
         assert scan.dense == metric(model)
         got = {}

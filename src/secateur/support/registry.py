@@ -11,6 +11,7 @@ from secateur.errors import InputError
 from secateur.support import checks
 
 T = TypeVar("T")
+Made = TypeVar("Made", bound=Callable[..., object])
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,13 @@ class Registry(Mapping[str, Choice[T]], Generic[T]):
 
     def __repr__(self) -> str:
         return f"Registry({self.kind}: {', '.join(self._choices)})"
+
+
+def called(made: Made, written: Callable[..., object]) -> Made:
+    """Give what a decorator makes the name, the place and the docstring of what was written; its signature stays."""
+    for attribute in ("__doc__", "__module__", "__name__", "__qualname__"):
+        setattr(made, attribute, getattr(written, attribute))
+    return made
 
 
 def _place(value: object) -> object:
