@@ -1,10 +1,12 @@
 """secateur.schedules: never falling, within 0 and the target, exactly on target at the end."""
 
+import io
 import itertools
 import math
 from fractions import Fraction
 
 import pytest
+import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -12,7 +14,7 @@ from secateur import schedules
 from secateur.errors import InputError, InputTypeError
 from secateur.schedules import Schedule
 
-KINDS = ["one_shot", "linear", "cubic", "geometric", "cosine"]
+KINDS = ["one_shot", "linear", "cubic", "geometric", "cosine", "gmp_star"]
 
 finals = st.one_of(st.fractions(0, 1, max_denominator=10**6), st.floats(0, 1).map(lambda s: Fraction(str(s))))
 
@@ -79,6 +81,7 @@ def test_in_epochs(schedule, final, steps_per_epoch):
         ("geometric", 1 - 0.2**0.25, 1 - 0.2**0.5),
         ("cosine", 0.8 * (1 - 0.5**0.5) / 2, 0.4),
         ("one_shot", 0.8, 0.8),
+        ("gmp_star", 0.8 - 0.1 * 0.75**3, 0.8 - 0.1 * 0.125),
     ],
 )
 def test_the_curves(kind, quarter, half):
@@ -114,7 +117,7 @@ def test_verbs_make_schedules():
     assert str(schedules.cubic(1, 2)) == "cubic(start=1, stop=2, every=1)"
 
 
-@pytest.mark.parametrize("kind", ["linear", "cubic", "geometric", "cosine"])
+@pytest.mark.parametrize("kind", KINDS[1:])
 @pytest.mark.parametrize(
     ("start", "stop", "every", "error", "message"),
     [
@@ -177,3 +180,89 @@ def test_ac_dc_is_sparse_and_dense_in_turn():
         schedules.ac_dc(0, 10, every=10)
     with pytest.raises(InputError, match=r"never lifts"):
         schedules.ac_dc(0.0, 0.5, every=10).over(20)
+
+
+@pytest.mark.parametrize(("final", "first"), [("0.97", 0.7), ("0.75", 0.7), ("0.6", 0.6)])
+def test_gmp_star_prunes_most_at_once(final, first):
+    schedule = schedules.gmp_star(start=4, stop=20, every=4)
+    told = [float(schedule.sparsity(step, Fraction(final))) for step in range(21)]
+    assert told[3] == 0
+    assert told[4] == told[7] == first
+    assert told[8] == pytest.approx(float(final) - (float(final) - first) * 0.75**3)
+    assert told[20] == float(final)
+
+
+def rates(schedule, total_steps, **options):
+    """The rates at which a loop really steps, by torch's own scheduler."""
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=2.0)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedules.cycles(schedule, total_steps, **options))
+    seen = []
+    for _ in range(total_steps):
+        seen.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    return seen
+
+
+@given(st.integers(0, 20), st.integers(0, 30), st.integers(1, 12), st.integers(1, 30), st.floats(0, 1))
+@settings(deadline=None, max_examples=100)
+def test_the_rate_is_whole_after_each_change_of_the_masks_and_falls_in_between(start, length, every, rest, low):
+    """The step after the one that changes the masks is the first with the whole rate."""
+    schedule = Schedule("linear", start, start + length, every)
+    seen = rates(schedule, schedule.stop + rest, low=low)
+    assert all(2 * low <= rate <= 2 for rate in seen)
+    begins = {0, *range(start, schedule.stop, every), schedule.stop}
+    for step in range(1, len(seen)):
+        changed = schedule.sparsity(step, Fraction(9, 10)) != schedule.sparsity(step - 1, Fraction(9, 10))
+        assert step in begins or not changed
+        assert seen[step] == 2 if step in begins else seen[step] <= seen[step - 1]
+    factor = schedules.cycles(schedule, schedule.stop + rest, low=low)
+    assert factor(schedule.stop + rest) == pytest.approx(low)
+    assert factor(schedule.stop + rest + 5) == pytest.approx(low)  # a loop that goes on
+
+
+def test_cycles_of_a_schedule_in_fractions():
+    schedule = schedules.gmp_star(0.1, 0.7, every=20)
+    assert rates(schedule, 100) == rates(schedule.over(100), 100)
+    assert rates(schedule, 100)[30] == 2
+    assert rates(schedule, 100, low=0.5)[-1] == pytest.approx(2 * (1 - 0.5 * 29 / 30))
+
+
+def test_cycles_go_on_after_a_resume():
+    def made():
+        optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=2.0)
+        factor = schedules.cycles(schedules.cubic(5, 20, every=5), 30)
+        return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+    (optimizer, scheduler), (other, again) = made(), made()
+    for _ in range(12):
+        optimizer.step()
+        scheduler.step()
+    file = io.BytesIO()
+    torch.save({"optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()}, file)
+    file.seek(0)
+    state = torch.load(file, weights_only=True)
+    other.load_state_dict(state["optimizer"])
+    again.load_state_dict(state["scheduler"])
+    for one, rate in ((optimizer, scheduler), (other, again)):
+        one.step()
+        rate.step()
+    assert other.param_groups[0]["lr"] == optimizer.param_groups[0]["lr"] == 2 * (1 - 0.9 * 3 / 5)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "total", "low", "error", "message"),
+    [
+        ("cubic", 10, 0.1, InputTypeError, r"schedule is 'cubic': give the Schedule of the Pruner"),
+        (schedules.cubic(0, 10), 10, 0.1, InputError, "ends at step 10.*no last cycle after it: give an earlier stop"),
+        (schedules.cubic(0, 1.0), 50, 0.1, InputError, "ends at step 50.*give an earlier stop"),
+        (schedules.cubic(0, 0.5), 0, 0.1, InputError, "total_steps is 0: give the number of steps in all, 1 or more"),
+        (schedules.cubic(0, 0.5), 0.5, 0.1, InputTypeError, r"total_steps is 0\.5: give the number of steps"),
+        (schedules.cubic(0, 5), 10, 1.5, InputError, r"low is 1\.5: give a fraction of the learning rate"),
+        (schedules.cubic(0, 5), 10, float("nan"), InputError, r"low is nan: give a fraction"),
+        (schedules.cubic(0, 5), 10, "0", InputTypeError, r"low is '0': give a fraction"),
+    ],
+)
+def test_bad_cycles(schedule, total, low, error, message):
+    with pytest.raises(error, match=message):
+        schedules.cycles(schedule, total, low=low)

@@ -1,6 +1,7 @@
 """The names of `secateur`, each with what it stands for: imported when the first of them is used."""
 
 from secateur import allocation as allocation
+from secateur import distillation as distillation
 from secateur import dropout as dropout
 from secateur import errors as errors
 from secateur import patterns as patterns

@@ -180,6 +180,16 @@ def cubic(p: Fraction, s: Fraction) -> Fraction:
     return s * (1 - (1 - p) ** 3)
 
 
+_FIRST = Fraction(7, 10)
+"""What `gmp_star` prunes in its first step."""
+
+
+@schedule("gmp_star", source='Kurtic & Alistarh 2022, "GMP*"; Zhu & Gupta 2017, eq. 1 with s0 of its own')
+def gmp_star(p: Fraction, s: Fraction) -> Fraction:
+    """s - (s - s0) (1 - p)^3 with s0 = 0.7, or s if that is less: most goes at once, and what is hard slowly."""
+    return s - (s - min(s, _FIRST)) * (1 - p) ** 3
+
+
 @schedule("geometric", source='Frankle & Carbin 2019, "The Lottery Ticket Hypothesis"')
 def geometric(p: Fraction, s: Fraction) -> Fraction:
     """1 - (1 - s)^p: the same fraction of the remaining weights at each update, as lottery tickets and SynFlow do."""
@@ -203,6 +213,58 @@ def lifting(curve: _C) -> _C:
 def ac_dc(p: Fraction, s: Fraction) -> Fraction:
     """s and 0 in turn, `every` steps each: the masks are lifted and chosen anew; s from `stop` on."""
     return s
+
+
+def cycles(schedule: Schedule, total_steps: int, *, low: float = 0.1) -> Callable[[int], float]:
+    """Cycles of the learning rate, each as long as the masks stay as they are: `LambdaLR(optimizer, cycles(...))`.
+
+    The rate begins anew at `start`, every `every` steps from there, and at `stop`; in between it falls linearly, and
+    the last cycle ends with the training. So what remains learns fast after each pruning, and settles before the next.
+    For cycles that span several prunings give the same schedule with another `every`.
+
+    Args:
+        schedule: that of the Pruner, in steps or in fractions.
+        total_steps: steps of the optimizer, in all.
+        low: what a cycle falls to, as a fraction of the rate of the optimizer, 0 to 1.
+
+    Returns:
+        A function `step -> factor` of the rate at that step: 1.0 where a cycle begins, `low` where it ends.
+
+    Raises:
+        InputTypeError, InputError: no Schedule; one that does not end before the training; a value out of range.
+
+    Source: Kurtic & Alistarh 2022, "GMP*", whose cycles have a length of their own; Le & Hua 2021, "Network
+    Pruning That Matters", who begin anew at each pruning.
+
+    >>> rate = cycles(cubic(start=10, stop=30, every=10), 50)
+    >>> [round(rate(step), 3) for step in (0, 9, 10, 15, 20, 30, 40, 50)]
+    [1.0, 0.19, 1.0, 0.55, 1.0, 1.0, 0.55, 0.1]
+    """
+    if not isinstance(schedule, Schedule):
+        raise checks.wrong("schedule", schedule, "the Schedule of the Pruner, such as sc.cubic(0.1, 0.7, every=100)")
+    checks.whole("total_steps", total_steps, 1, "the number of steps in all")
+    checks.number("low", low, "a fraction of the learning rate, 0 to 1")
+    if not 0 <= low <= 1:
+        raise InputError(f"low is {low}: give a fraction of the learning rate, 0 to 1")
+    steps = schedule.over(total_steps)
+    start, stop, every = int(steps.start), int(steps.stop), steps.every
+    if stop >= total_steps:
+        raise InputError(
+            f"{schedule} ends at step {stop}, a training of {total_steps} steps has no last cycle after it: give an "
+            "earlier stop"
+        )
+
+    def factor(step: int) -> float:
+        if step < start:
+            begin, end = 0, start
+        elif step < stop:
+            begin = step - (step - start) % every
+            end = min(begin + every, stop)
+        else:
+            begin, end = stop, total_steps
+        return 1 - (1 - low) * min((step - begin) / (end - begin), 1)
+
+    return factor
 
 
 def resolve(given: str | Schedule | Callable[[int], float]) -> Schedule | Callable[[int], float]:

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.utils import prune as torch_prune
 
 import secateur as sc
-from secateur import allocation, dropout, patterns, regrow, runtime, schedules, scores, storage, structure
+from secateur import allocation, distillation, dropout, patterns, regrow, runtime, schedules, scores, storage, structure
 from secateur.calibration import sensitivity
 from secateur.dropout import metrics
 from secateur.storage.checkpoints import inspect as inspect_file
@@ -269,7 +269,7 @@ CASES = {
     ),
     **{
         made.__name__: (made, {"start": 0, "stop": 5, "every": 1}, {"start": COUNT, "stop": COUNT, "every": COUNT})
-        for made in (sc.cubic, sc.geometric, sc.linear, schedules.cosine, schedules.ac_dc)
+        for made in (sc.cubic, sc.geometric, sc.linear, schedules.cosine, schedules.gmp_star, schedules.ac_dc)
     },
     **{
         made.__name__: (made, {"every": 2, "drop": 0.5, "stop": 5, "seed": 0}, MOVES)
@@ -277,6 +277,16 @@ CASES = {
     },
     "Regrowth": (regrow.Regrowth, {"kind": "set", "every": 2, "drop": 0.5, "stop": 5, "seed": 0}, MOVES),
     "regrowth.over": (regrow.rigl().over, {"total_steps": 1000}, {"total_steps": COUNT}),
+    "cycles": (
+        schedules.cycles,
+        {"schedule": sc.cubic(0, 5), "total_steps": 9, "low": 0.1},
+        {"total_steps": COUNT, "low": NUMBER},
+    ),
+    "distillation.loss": (
+        distillation.loss,
+        {"student": P, "teacher": P, "temperature": 2.0, "where": None},
+        {"temperature": NUMBER, "where": {None}},
+    ),
     "one_shot": (schedules.one_shot, {"at": 0}, {"at": COUNT}),
     "over": (sc.cubic(0, 0.5).over, {"total_steps": 9}, {"total_steps": COUNT}),
     "Pruner.over": (sc.Pruner(net(), 0.5).over, {"total_steps": 9}, {"total_steps": COUNT}),
