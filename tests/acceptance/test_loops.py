@@ -126,19 +126,40 @@ def test_a74_schedule_free(kind):
         assert sc.check(model, pruner.masks) == {}
 
 
+def adapted(base, steps=3):
+    """PEFT's adapters, trained for a while."""
+    model = get_peft_model(base, LoraConfig(target_modules=["query", "value"]))
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.01)
+    for step in range(steps):
+        optimizer.zero_grad()
+        model(input_ids=torch.tensor([[1, 2, step]]), labels=torch.tensor([1])).loss.backward()
+        optimizer.step()
+    return model
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_a24_adapters_merged_into_a_pruned_base():
+    base = bert()
+    masks = sc.prune(base, 0.9)
+    before = {name: weight.detach().clone() for name, weight in sc.weights(base).items()}
+    merged = adapted(base).merge_and_unload()
+    full = {name: weight.detach().clone() for name, weight in sc.weights(merged).items()}
+    back = sc.check(merged, masks)
+    assert {name.rpartition(".")[0].rpartition(".")[2] for name in back} == {"query", "value"}
+    changes = sc.remask(merged, masks)
+    assert zeros(sc.weights(merged)) == masks.pruned == k(0.9, masks.size)
+    for name, weight in sc.weights(merged).items():
+        assert torch.equal(weight, torch.where(masks[name], full[name], 0))
+        assert torch.equal(weight, before[name]) == (name not in back)  # what was learnt is in what is kept
+        lost = (full[name] - weight).norm() / full[name].norm()
+        assert changes[name] == pytest.approx(float(lost), rel=1e-4)
+
+
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 def test_a77_peft_trains_its_adapters_over_a_pruned_base():
     base = bert()
     masks = sc.prune(base, 0.9)
-    model = get_peft_model(base, LoraConfig(target_modules=["query", "value"]))
+    model = adapted(base)
     assert not [name for name in sc.weights(model) if "lora_" in name]
-    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.01)
-    for step in range(3):
-        optimizer.zero_grad()
-        model(input_ids=torch.tensor([[1, 2, step]]), labels=torch.tensor([1])).loss.backward()
-        optimizer.step()
     assert all(p.any() for name, p in model.named_parameters() if "lora_B" in name)
     assert zeros(sc.weights(model)) == masks.pruned
-    merged = model.merge_and_unload()  # which fills zeros of the base
-    sc.remask(merged, masks)
-    assert sc.check(merged, masks) == {}
