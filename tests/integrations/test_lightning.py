@@ -16,8 +16,8 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
 import secateur as sc
-from models import k, zeros
-from secateur.errors import InputError, InputTypeError, StateError
+from models import copies, k, same, zeros
+from secateur.errors import InputError, InputTypeError, SecateurWarning, StateError
 from secateur.integrations.lightning import PruningCallback
 
 EPOCHS, BATCHES = 5, 8
@@ -71,9 +71,14 @@ class Manual(Module):
         return [torch.optim.SGD(self.net[0].parameters(), lr=0.1), torch.optim.Adam(self.net[1:].parameters(), lr=1e-2)]
 
 
-def made(folder, *callbacks, kind=Module, schedule=sc.cubic(0.1, 0.6, every=3), logger=False, **options):
+CUBIC = sc.cubic(0.1, 0.6, every=3)
+MOVES = {"score": "random", "allocation": "erk", "schedule": "one_shot", "regrow": sc.regrow.rigl(every=5, stop=0.75)}
+LIFTS = {"allocation": "erk", "schedule": sc.schedules.ac_dc(0.1, 0.6, every=5)}
+
+
+def made(folder, *callbacks, kind=Module, pruning=None, skip=(), logger=False, **options):
     model = kind()
-    pruner = sc.Pruner(model, 0.9, schedule=schedule)
+    pruner = sc.Pruner(model, 0.9, scope=sc.weights(model, skip=skip), **{"schedule": CUBIC, **(pruning or {})})
     trainer = Trainer(
         accelerator="cpu",
         default_root_dir=folder,
@@ -114,22 +119,129 @@ def test_averages_have_the_zeros(tmp_path, average, first):
     assert model.seen[-1] == pytest.approx(0.9, abs=1e-3)  # also where it was validated
 
 
-def test_resume_in_the_middle_of_an_epoch_is_bit_exact(tmp_path):
-    class Stop(Callback):
-        def on_train_batch_end(self, trainer, module, outputs, batch, at):
-            if trainer.global_step == 12:
-                trainer.save_checkpoint(tmp_path / "middle.ckpt")
-                raise RuntimeError("stop")
+class Stop(Callback):
+    """Stops in the middle of an epoch, right after a checkpoint."""
 
-    through, want, _ = made(tmp_path)
+    def __init__(self, path):
+        self.path = path
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, at):
+        if trainer.global_step == 12:
+            trainer.save_checkpoint(self.path)
+            raise RuntimeError("stop")
+
+
+@pytest.mark.parametrize("pruning", [{}, MOVES, LIFTS], ids=["", "rigl", "ac_dc"])
+def test_resume_in_the_middle_of_an_epoch_is_bit_exact(tmp_path, pruning):
+    """AC/DC is stopped where its masks are lifted."""
+    through, want, want_pruner = made(tmp_path, pruning=pruning)
     through.fit(want, batches())
-    stopped, model, _ = made(tmp_path, Stop())
+    stopped, model, pruner = made(tmp_path, Stop(tmp_path / "middle.ckpt"), pruning=pruning)
     with pytest.raises(RuntimeError, match="stop"):
         stopped.fit(model, batches())
-    again, model, pruner = made(tmp_path)
+    assert pruning is not LIFTS or pruner.sparsity == 0
+    again, model, pruner = made(tmp_path, pruning=pruning)
     again.fit(model, batches(), ckpt_path=tmp_path / "middle.ckpt", weights_only=True)
     assert pruner.steps == EPOCHS * BATCHES
+    assert pruner.masks == want_pruner.masks
+    assert zeros(sc.weights(model)) == k(0.9, pruner.masks.size)
+    assert pruner.metrics() == want_pruner.metrics()  # what grew before the stop counts too
     assert all(torch.equal(weight, want.state_dict()[name]) for name, weight in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"pruning": {"schedule": sc.linear(0.1, 0.6)}}, "other settings: schedule.*build this one with the same"),
+        ({"pruning": {"allocation": "uniform"}}, "other settings: allocation.*build this one with the same"),
+        ({"pruning": MOVES}, "other settings: score.*build this one with the same"),
+        ({"skip": "net.3"}, r"another scope \(net\.3\.weight\).*the scope it had"),
+    ],
+    ids=["schedule", "allocation", "regrow", "scope"],
+)
+def test_a_checkpoint_of_another_run(tmp_path, changed, said):
+    path = tmp_path / "middle.ckpt"
+    stopped, model, _ = made(tmp_path, Stop(path))
+    with pytest.raises(RuntimeError, match="stop"):
+        stopped.fit(model, batches())
+    other, model, pruner = made(tmp_path, **changed)
+    masks, saved = pruner.masks, torch.load(path, weights_only=True)["state_dict"]
+    with pytest.raises(InputError, match=said):
+        other.fit(model, batches(), ckpt_path=path, weights_only=True)
+    assert (pruner.steps, pruner.masks) == (0, masks)
+    assert same(copies(model), saved)
+
+
+def test_a_callback_used_twice(tmp_path):
+    """Lightning refuses it; one after the other it may go into two Trainers."""
+    trainer, model, pruner = made(tmp_path)
+    callback = next(one for one in trainer.callbacks if isinstance(one, PruningCallback))
+    for again in (callback, PruningCallback(pruner)):
+        with pytest.raises(RuntimeError, match="more than one stateful callback of type `PruningCallback`"):
+            made(tmp_path, callback, again)
+    trainer.fit(model, batches())
+    other = made(tmp_path, max_epochs=1)[0]
+    other.callbacks = [callback if isinstance(one, PruningCallback) else one for one in other.callbacks]
+    other.fit(model, batches())
+    assert pruner.steps == (EPOCHS + 1) * BATCHES
+    assert zeros(sc.weights(model)) == k(0.9, pruner.masks.size)
+
+
+def test_not_in_the_middle_of_another_training(tmp_path):
+    trainer, model, pruner = made(tmp_path, Stop(tmp_path / "middle.ckpt"))
+    with pytest.raises(RuntimeError, match="stop"):
+        trainer.fit(model, batches())
+    before, masks = copies(model), pruner.masks
+    trainer.callbacks = [one for one in trainer.callbacks if not isinstance(one, Stop)]
+    with pytest.raises(StateError, match=r"in the middle of another training.*make a new Pruner"):
+        trainer.fit(model, batches())
+    assert same(copies(model), before)
+    assert pruner.masks == masks
+
+
+class Own(Module):
+    """Makes its optimizer in the middle of the training, where Lightning knows nothing of it."""
+
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization, self.mine = False, None
+
+    def configure_optimizers(self):
+        return None
+
+    def training_step(self, batch, at):
+        loss = super().training_step(batch, at)
+        self.mine = self.mine or torch.optim.SGD(self.parameters(), lr=0.1)
+        self.mine.zero_grad()
+        self.manual_backward(loss)
+        self.mine.step()
+
+
+@pytest.mark.filterwarnings("ignore:.*configure_optimizers. returned .None.:UserWarning")
+def test_an_optimizer_that_is_built_later(tmp_path):
+    trainer, model, pruner = made(tmp_path, kind=Own, pruning={"schedule": sc.linear(0, 10)})
+    with pytest.raises(InputError, match=r"in none of these optimizers: give every optimizer of the model"):
+        trainer.fit(model, batches())
+    assert pruner.steps == 0
+
+
+def test_a_nan_loss_where_the_masks_were_to_change(tmp_path):
+    """All weights become NaN by it: the masks stay, a warning says why, and the end is not reached in silence."""
+
+    class Spoiled(Module):
+        def training_step(self, batch, at):
+            kept.append(pruner.masks)
+            return super().training_step(batch, at) * (float("nan") if len(kept) == 10 else 1)
+
+    kept = []
+    trainer, model, pruner = made(tmp_path, kind=Spoiled)
+    with (
+        pytest.warns(SecateurWarning, match=r"masks were to change at step 10, and stay as they are: .* holds .* NaN"),
+        pytest.raises(StateError, match=r"schedule .* has not come to its end.*go on training"),
+    ):
+        trainer.fit(model, batches())
+    assert pruner.masks == kept[9]
+    assert 0 < pruner.sparsity < 0.9
 
 
 def test_only_models_at_their_final_sparsity_are_judged(tmp_path):
@@ -143,20 +255,24 @@ def test_only_models_at_their_final_sparsity_are_judged(tmp_path):
     assert masked == k(0.9, pruner.masks.size)
 
 
-def test_a_training_of_unknown_length(tmp_path):
-    trainer, model, _ = made(tmp_path, max_epochs=-1)
-    with pytest.raises(InputError, match=r"fractions of the training, whose length is not known"):
+@pytest.mark.parametrize("pruning", [{}, MOVES], ids=["schedule", "regrow"])
+def test_a_training_of_unknown_length(tmp_path, pruning):
+    trainer, model, pruner = made(tmp_path, max_epochs=-1, pruning=pruning)
+    before, masks = copies(model), pruner.masks
+    with pytest.raises(InputError, match=r"fraction.* of the training, whose length is not known"):
         trainer.fit(model, batches())
+    assert same(copies(model), before)
+    assert pruner.masks == masks
 
 
 def test_a_schedule_that_is_longer_than_the_training(tmp_path):
-    trainer, model, _ = made(tmp_path, schedule=sc.linear(0, 1000))
+    trainer, model, _ = made(tmp_path, pruning={"schedule": sc.linear(0, 1000)})
     with pytest.raises(StateError, match="earlier stop"):
         trainer.fit(model, batches())
 
 
 def test_a_trial_run_does_not_ask_for_the_end(tmp_path):
-    trainer, model, pruner = made(tmp_path, schedule=sc.linear(0, 1000), fast_dev_run=2)
+    trainer, model, pruner = made(tmp_path, pruning={"schedule": sc.linear(0, 1000)}, fast_dev_run=2)
     trainer.fit(model, batches())
     assert pruner.steps == 2
 

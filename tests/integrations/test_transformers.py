@@ -5,18 +5,22 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
     EarlyStoppingCallback,
     Trainer,
     TrainerCallback,
+    TrainerControl,
+    TrainerState,
     TrainingArguments,
 )
 
 import secateur as sc
-from models import k, zeros
-from secateur.errors import InputError, InputTypeError, MaskError, StateError
+from models import copies, k, zeros
+from models import same as same_tensors
+from secateur.errors import InputError, InputTypeError, MaskError, SecateurWarning, StateError
 from secateur.integrations.transformers import PRUNER_NAME, PruningCallback
 
 STEPS = 20
@@ -48,9 +52,15 @@ def bert(seed=0):
     return BertForSequenceClassification(BertConfig(vocab_size=100, **sizes))
 
 
-def made(folder, *callbacks, seed=0, score="magnitude", schedule=sc.cubic(0.1, 0.7, every=2), **options):
+CUBIC = sc.cubic(0.1, 0.7, every=2)
+MOVES = {"score": "random", "schedule": "one_shot", "regrow": sc.regrow.rigl(every=3, stop=0.75)}
+LIFTS = {"schedule": sc.schedules.ac_dc(0.1, 0.7, every=4)}
+
+
+def made(folder, *callbacks, seed=0, pruning=None, skip=(), **options):
     model = bert(seed)
-    pruner = sc.Pruner(model, 0.9, schedule=schedule, score=score, allocation="erk")
+    pruning = {"schedule": CUBIC, "allocation": "erk", **(pruning or {})}
+    pruner = sc.Pruner(model, 0.9, scope=sc.weights(model, skip=skip), **pruning)
     arguments = TrainingArguments(
         folder,
         max_steps=STEPS,
@@ -80,16 +90,21 @@ def test_one_line_prunes_and_tells(tmp_path):
     pruner.detach()
 
 
-@pytest.mark.parametrize("score", ["magnitude", "movement"])
-def test_a9_resume_in_the_middle_of_a_schedule_is_bit_exact(tmp_path, score):
-    through, _ = made(tmp_path / "through", score=score)
+@pytest.mark.parametrize("pruning", [{}, {"score": "movement"}, MOVES, LIFTS], ids=["", "movement", "rigl", "ac_dc"])
+def test_a9_resume_in_the_middle_of_a_schedule_is_bit_exact(tmp_path, pruning):
+    """AC/DC is stopped where its masks are lifted."""
+    through, want_pruner = made(tmp_path / "through", pruning=pruning)
     through.train()
-    stopped, _ = made(tmp_path / "again", Stop(8), score=score)
+    stopped, pruner = made(tmp_path / "again", Stop(8), pruning=pruning, save_steps=7)
     with pytest.raises(KeyboardInterrupt, match="stop"):
         stopped.train()
-    again, pruner = made(tmp_path / "again", score=score)
+    assert pruning is not LIFTS or pruner.sparsity == 0
+    again, pruner = made(tmp_path / "again", pruning=pruning, save_steps=7)
     again.train(resume_from_checkpoint=True)
     assert pruner.steps == STEPS
+    assert pruner.masks == want_pruner.masks
+    assert zeros(sc.weights(again.model)) == k(0.9, pruner.masks.size)
+    assert pruner.metrics() == want_pruner.metrics()  # what grew before the stop counts too
     want = through.model.state_dict()
     assert all(torch.equal(weight, want[name]) for name, weight in again.model.state_dict().items())
     stopped.remove_callback(Stop)  # as in a notebook
@@ -130,9 +145,19 @@ def test_a_checkpoint_of_another_run(tmp_path):
     trainer, _ = made(tmp_path, Stop(12))
     with pytest.raises(KeyboardInterrupt, match="stop"):
         trainer.train()
-    other, _ = made(tmp_path, schedule=sc.linear(0.1, 0.7))
-    with pytest.raises(InputError, match="other settings: schedule"):
-        other.train(resume_from_checkpoint=True)
+    for changed, said in (
+        ({"pruning": {"schedule": sc.linear(0.1, 0.7)}}, "other settings: schedule.*build this one with the same"),
+        ({"pruning": {"allocation": "uniform"}}, "other settings: allocation.*build this one with the same"),
+        ({"pruning": MOVES}, "other settings: score.*build this one with the same"),
+        ({"skip": "classifier"}, r"another scope \(classifier\.weight\).*the scope it had"),
+    ):
+        other, pruner = made(tmp_path, **changed)
+        masks = pruner.masks
+        with pytest.raises(InputError, match=said):
+            other.train(resume_from_checkpoint=True)
+        assert (pruner.steps, pruner.masks) == (0, masks)
+        loaded = load_file(tmp_path / "checkpoint-10" / "model.safetensors")
+        assert all(torch.equal(weight, loaded[name]) for name, weight in other.model.state_dict().items())
     stranger, _ = made(tmp_path / "other", Stop(12), seed=1)
     with pytest.raises(KeyboardInterrupt, match="stop"):
         stranger.train()
@@ -155,8 +180,93 @@ def test_a_second_training(tmp_path):
         stopped.train()
 
 
+@pytest.mark.parametrize("same", [True, False])
+def test_a_callback_used_twice(tmp_path, same):
+    """Their states would be one file."""
+    trainer, pruner = made(tmp_path, save_strategy="no")
+    before = copies(trainer.model)
+    first = next(one for one in trainer.callback_handler.callbacks if isinstance(one, PruningCallback))
+    again = first if same else PruningCallback(pruner)
+    message = r"two PruningCallbacks.*leave one out.*\{glob: sparsity\}"
+    with pytest.raises(StateError, match=message):
+        Trainer(trainer.model, trainer.args, callbacks=[again, PruningCallback(pruner)])
+    trainer.add_callback(again)
+    with pytest.raises(StateError, match=message):
+        trainer.train()
+    pruner.detach()
+    assert same_tensors(copies(trainer.model), before)
+
+
+def test_one_callback_in_two_trainers(tmp_path):
+    trainer, pruner = made(tmp_path, save_strategy="no")
+    callback = trainer.pop_callback(PruningCallback)
+    for trained in (trainer, Trainer(trainer.model, trainer.args, train_dataset=EXAMPLES)):
+        trained.add_callback(callback)
+        trained.train()
+    assert pruner.steps == 2 * STEPS
+    assert zeros(sc.weights(trainer.model)) == k(0.9, pruner.masks.size)
+
+
+def test_an_optimizer_that_is_built_later(tmp_path):
+    """Some set-ups make it after the training has begun: then each optimizer that steps these weights is followed."""
+
+    class Late(Trainer):
+        def create_optimizer(self, *_):
+            self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1, momentum=0.9)
+            return self.optimizer
+
+    trainer, pruner = made(tmp_path, save_strategy="no")
+    callback = trainer.pop_callback(PruningCallback)
+    late = Late(trainer.model, trainer.args, train_dataset=EXAMPLES, callbacks=[callback])
+    late.train()
+    assert zeros(sc.weights(trainer.model)) == k(0.9, pruner.masks.size)
+
+    model = bert()
+    pruner = sc.Pruner(model, 0.9, schedule=CUBIC)
+    callback, state = PruningCallback(pruner), TrainerState(max_steps=STEPS)
+    callback.on_train_begin(trainer.args, state, TrainerControl(), optimizer=None)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        model(input_ids=torch.tensor([[1, 2, 3]]), labels=torch.tensor([1])).loss.backward()
+        optimizer.step()
+    callback.on_train_end(trainer.args, state, TrainerControl())
+    assert zeros(sc.weights(model)) == k(0.9, pruner.masks.size)
+
+
+def test_a_nan_loss_where_the_masks_were_to_change(tmp_path):
+    """All weights become NaN by it: the masks stay, a warning says why, and the end is not reached in silence."""
+    trainer, pruner = made(tmp_path, save_strategy="no", max_grad_norm=0.0)
+    step, kept = trainer.compute_loss, []
+
+    def spoiled(*args, **options):
+        kept.append(pruner.masks)
+        return step(*args, **options) * (float("nan") if len(kept) == 8 else 1)
+
+    trainer.compute_loss = spoiled
+    with (
+        pytest.warns(SecateurWarning, match=r"masks were to change at step 8, and stay as they are: .* holds .* NaN"),
+        pytest.raises(StateError, match=r"schedule .* has not come to its end.*go on training"),
+    ):
+        trainer.train()
+    assert pruner.masks == kept[7]
+    assert 0 < pruner.sparsity < 0.9
+
+
+def test_a_training_of_unknown_length(tmp_path):
+    """transformers itself asks for it, before the model is touched."""
+    trainer, pruner = made(tmp_path, save_strategy="no")
+    before = copies(trainer.model)
+    arguments = TrainingArguments(tmp_path, use_cpu=True, report_to=[], disable_tqdm=True)
+    stream = (example for example in EXAMPLES)
+    endless = type("Stream", (torch.utils.data.IterableDataset,), {"__iter__": lambda self: stream})()
+    with pytest.raises(ValueError, match="max_steps"):
+        Trainer(trainer.model, arguments, train_dataset=endless, callbacks=[PruningCallback(pruner)]).train()
+    assert same_tensors(copies(trainer.model), before)
+
+
 def test_a_schedule_that_is_longer_than_the_training(tmp_path):
-    trainer, _ = made(tmp_path, save_strategy="no", schedule=sc.cubic(0, 10 * STEPS))
+    trainer, _ = made(tmp_path, save_strategy="no", pruning={"schedule": sc.cubic(0, 10 * STEPS)})
     with pytest.raises(StateError, match="earlier stop"):
         trainer.train()
 

@@ -30,7 +30,8 @@ class PruningCallback(Callback):  # type: ignore[misc]
     training.
 
     Args:
-        pruner: of the LightningModule, or of a module in it.
+        pruner: of the LightningModule, or of a module in it. A Trainer takes one: for parts of the model,
+            `{glob: sparsity}`.
 
     Raises:
         InputTypeError: no Pruner. While it trains:

@@ -10,7 +10,7 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from secateur.errors import InputError
+from secateur.errors import InputError, StateError
 from secateur.integrations.beginning import begin, given
 from secateur.pruner import Pruner
 from secateur.support import files
@@ -28,10 +28,10 @@ class PruningCallback(TrainerCallback):
     their final sparsity. A schedule in fractions is of all steps of the training.
 
     Args:
-        pruner: of the model that the Trainer trains.
+        pruner: of the model that the Trainer trains. A Trainer takes one: for parts of the model, `{glob: sparsity}`.
 
     Raises:
-        InputTypeError: no Pruner. While it trains:
+        InputTypeError: no Pruner. StateError: a second PruningCallback in one Trainer. While it trains:
         StateError: the pruner is in the middle of another training; the schedule has not come to its end in this one.
         InputError: a checkpoint to go on from has no pruner, or that of another run.
         MaskError: pruned weights are not zero, in a checkpoint or at the end.
@@ -42,9 +42,13 @@ class PruningCallback(TrainerCallback):
         self._state = TrainerState()
         pruner.on_update(self._log)
 
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        _require_alone(state)
+
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, optimizer: Any = None, **_: Any
     ) -> None:
+        _require_alone(state)
         self._state = state
         self.pruner.over(state.max_steps)
         begin(self.pruner, _saved(_folder(args, state)) if state.global_step else None)
@@ -68,6 +72,20 @@ class PruningCallback(TrainerCallback):
         self._state.log_history.append(
             {"pruning/sparsity": metrics["pruning/sparsity"], "epoch": self._state.epoch, "step": self.pruner.steps}
         )
+
+
+def _require_alone(state: TrainerState) -> None:
+    """See that this is the only PruningCallback of a Trainer, which has a state for its making and for each training.
+
+    Raises:
+        StateError: it is the second.
+    """
+    if "pruned" in vars(state):
+        raise StateError(
+            "this Trainer has two PruningCallbacks, and its checkpoints room for one pruner: leave one out; to prune "
+            "parts of a model apart, give one Pruner their sparsities, {glob: sparsity}"
+        )
+    vars(state)["pruned"] = True
 
 
 def _folder(args: TrainingArguments, state: TrainerState) -> Path:
