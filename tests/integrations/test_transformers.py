@@ -112,6 +112,37 @@ def test_a9_resume_in_the_middle_of_a_schedule_is_bit_exact(tmp_path, pruning):
     assert all(torch.equal(weight, want[name]) for name, weight in stopped.model.state_dict().items())
 
 
+def test_cycles_of_the_learning_rate_go_on_after_a_resume(tmp_path):
+    """The step after a change of the masks is the first with the whole rate."""
+    schedule = sc.schedules.gmp_star(0.1, 0.7, every=4)
+    seen = []
+
+    class Watch(TrainerCallback):
+        def on_step_begin(self, args, state, control, optimizer=None, **kwargs):
+            seen.append((state.global_step, optimizer.param_groups[0]["lr"]))
+
+    def with_cycles(folder, *callbacks):
+        trainer, pruner = made(folder, Watch(), *callbacks, pruning={"schedule": schedule})
+        trainer.optimizer = torch.optim.AdamW(trainer.model.parameters(), lr=0.01)
+        factor = sc.schedules.cycles(schedule, STEPS)
+        trainer.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(trainer.optimizer, factor)
+        return trainer, pruner
+
+    through, _ = with_cycles(tmp_path / "through")
+    through.train()
+    assert [step for step, rate in seen if rate == 0.01] == [0, 2, 6, 10, 14]
+    whole = dict(seen)
+    seen.clear()
+    stopped, _ = with_cycles(tmp_path / "again", Stop(8))
+    with pytest.raises(KeyboardInterrupt, match="stop"):
+        stopped.train()
+    again, _ = with_cycles(tmp_path / "again")
+    again.train(resume_from_checkpoint=True)
+    assert dict(seen) == whole
+    want = through.model.state_dict()
+    assert all(torch.equal(weight, want[name]) for name, weight in again.model.state_dict().items())
+
+
 def test_only_models_at_their_final_sparsity_are_judged(tmp_path):
     """By this metric the first model, which has all its weights, would be the best."""
     trainer, pruner = made(
