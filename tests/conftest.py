@@ -10,7 +10,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 @pytest.fixture(autouse=True)
 def choices_as_before():
     """What a test registers is gone after it; the examples of the docs register too."""
-    from secateur import allocation, patterns, regrow, schedules, scores
+    from secateur import allocation, feedback, patterns, regrow, schedules, scores
 
     registries = (
         scores.SCORES,
@@ -18,6 +18,7 @@ def choices_as_before():
         patterns.PATTERNS,
         schedules.SCHEDULES,
         regrow.REGROWTHS,
+        feedback.FEEDBACKS,
     )
     before = [dict(registry._choices) for registry in registries]
     yield

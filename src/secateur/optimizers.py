@@ -188,6 +188,12 @@ def overflown(optimizer: Optimizer) -> bool:
     return found is not None and bool(found)
 
 
+def scale(optimizer: Optimizer) -> float:
+    """What the gradients are multiplied by, as GradScaler tells an optimizer that unscales by itself (a fused one)."""
+    found = getattr(optimizer, "grad_scale", None)
+    return 1.0 if found is None else float(found)
+
+
 def closure_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """The closure given to a step, from what a hook is told; args[0] is the optimizer."""
     return kwargs.get("closure", args[1] if len(args) > 1 else None)

@@ -10,11 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from secateur import live_tensors, plan, regrow, schedules
+from secateur import live_tensors, plan, schedules
 from secateur import optimizers as following
 from secateur import pruner_states as states
+from secateur import regrow as regrowth
 from secateur.allocation import Allocation
 from secateur.errors import InputError, MaskError, NotFiniteError, PatternError, StateError, listed, warn
+from secateur.feedback import Feedback, Withheld
 from secateur.live_tensors import MANY, loose_zeros, newcomers
 from secateur.masks import Masks, check
 from secateur.patterns import Pattern
@@ -105,8 +107,8 @@ class Pruner:
             choose: leave the other arguments at their defaults.
         schedule: when to prune; a `Schedule` such as `sc.cubic(start=500, stop=4000, every=100)`, "one_shot" (at once),
             or a function `step -> sparsity` that never falls.
-        regrow: moves the masks as well, at a constant number of zeros in each tensor: `sc.regrow.rigl(every=100)`. See
-            `secateur.regrow`.
+        regrow: lets pruned weights come back: `sc.regrow.rigl(every=100)` moves the masks at a constant number of zeros
+            in each tensor, `sc.feedback.sr_ste()` keeps dense weights beside the model. See there.
 
     Raises:
         As `prune`; UnknownNameError, MaskError: masks of another model. The model is as it was.
@@ -133,13 +135,17 @@ class Pruner:
         allocation: str | Allocation | Callable[[Mapping[str, Tensor], int], Mapping[str, int]] = "global",
         pattern: str | Pattern | None = None,
         scope: Mapping[str, nn.Parameter] | None = None,
-        regrow: str | Regrowth | None = None,
+        regrow: str | Regrowth | Feedback | None = None,
     ) -> None:
         self._model = unwrap(model)
+        self._regrow = regrowth.resolve(regrow) if regrow is not None else None
+        self._withheld = Withheld(self._regrow) if isinstance(self._regrow, Feedback) else None
+        if self._withheld is not None:
+            score = self._withheld.ranking(score)
         self._plan = plan.of(model, sparsity, score=score, allocation=allocation, pattern=pattern, scope=scope)
         self._schedule = _schedule(schedule, self._plan)
-        self._regrow = _regrow(regrow, self._plan)
-        self._generator = self._regrow.generator() if self._regrow is not None else torch.Generator()
+        _require_movable(self._regrow, self._plan)
+        self._generator = self._regrow.generator() if isinstance(self._regrow, Regrowth) else torch.Generator()
         self._gradients: dict[str, Tensor] = {}  # of this step, if it is one at which the masks move
         self._grown = 0
         self._steps = 0
@@ -224,7 +230,7 @@ class Pruner:
         """
         if isinstance(self._schedule, Schedule):
             self._schedule = self._schedule.over(total_steps)
-        if self._regrow is not None:
+        if isinstance(self._regrow, Regrowth):
             self._regrow = self._regrow.over(total_steps)
         if self._beginning:
             self._beginning["settings"] = self._settings()
@@ -250,6 +256,7 @@ class Pruner:
         for one in found or [None]:
             _require_alone(one, live_tensors.here(self._plan.scope), self)
         following.forgetting(found, scope, self._masks, self._zero)  # can it be done?
+        self._require_still(found)
         self._followed = {id(one): following.family(one) for one in found}
         self._given, self._parameters = bool(found), [id(weight) for weight in scope.values()]
         self._waiting = following.trained(scope)
@@ -271,11 +278,14 @@ class Pruner:
         what it remembers of pruned weights is not cleared here.
 
         Raises:
-            StateError: attached, so that steps would be counted twice; a tensor that is no longer the model's.
+            StateError: attached, so that steps would be counted twice; a tensor that is no longer the model's; a
+                feedback that saw no gradient.
             InputError: NaN or inf in a weight at a change of the masks; masks and weights are as they were.
         """
         if self._hooks is not None:
             raise StateError("this pruner is attached and counts the optimizer's steps itself: do not call step() too")
+        if self._withheld is not None:
+            self._withheld.require_looked(self._steps + 1)
         self._warn_of_troubles()
         try:
             self._advance(self._plan.scope)
@@ -294,9 +304,9 @@ class Pruner:
     def mask_gradients(self) -> None:
         """Set the gradients of pruned weights to zero, so that they do not count when gradients are clipped.
 
-        At a step at which `regrow` moves the masks they stay: it looks at them.
+        At a step at which `regrow` moves the masks they stay, and with `sc.feedback` always: they are looked at.
         """
-        if self._moves(self._steps + 1):
+        if self._withheld is not None or self._moves(self._steps + 1):
             return
         for name, weight in self._live().items():
             if weight.grad is not None and not weight.grad.is_sparse:
@@ -320,7 +330,7 @@ class Pruner:
         scope = self._live()
         if self._counts != self._asked:
             raise StateError(self._unfinished())
-        if self._regrow is not None and not self._grown:
+        if isinstance(self._regrow, Regrowth) and not self._grown:
             raise StateError(
                 f"after {self._steps} steps no weight has grown: {self._regrow} came to no update; train longer, "
                 "give a smaller every or a larger drop, or leave regrow out"
@@ -390,6 +400,8 @@ class Pruner:
             state["generator"] = generator.get_state()
         if self._regrow is not None:
             state["regrow"] = {"generator": self._generator.get_state(), "grown": self._grown}
+        if self._withheld is not None:
+            state["withheld"] = self._withheld.state_dict()
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -419,6 +431,7 @@ class Pruner:
         generator = getattr(score, "generator", None)
         if generator is not None:
             states.require_generator(state, generator)
+        withheld = states.read_withheld(state, scope) if self._withheld is not None else {}
         if self._regrow is not None:
             self._grown = states.read_grown(state.get("regrow"), self._generator)
             self._generator.set_state(state["regrow"]["generator"].cpu())
@@ -426,6 +439,8 @@ class Pruner:
             generator.set_state(state["generator"].cpu())
         if isinstance(score, GradientScore):
             score.sums = sums
+        if self._withheld is not None:
+            self._withheld.load_state_dict(withheld)
         self._masks, self._steps, self._counts = masks, state["steps"], counts
         self._waiting = following.trained(scope)
         self._found = 0
@@ -536,18 +551,27 @@ class Pruner:
                 f"the schedule falls at step {self._steps}, from {sum(self._counts):,} pruned weights to "
                 f"{sum(counts):,}: the number of zeros must never fall"
             )
-        if counts != self._counts:
-            masks = _all_kept(self._plan) if lifted else self._plan.masks(counts, masks)
-        if moves and advanced and self._regrow is not None:
-            masks = self._regrow.moved(self._plan.scope, masks, self._gradients, self._generator, self._steps)
-        if masks is self._masks:
-            return False
-        always = masks & self._masks  # what grows begins at zero, in the optimizer too: dense gradients filled both
-        every = [one for found in self._followed.values() for one in found]
-        forgetting = following.forgetting(every, self._plan.scope, always, self._zero)
+        scope, every = self._plan.scope, [one for found in self._followed.values() for one in found]
+        try:
+            if counts != self._counts or (moves and any(counts) and self._withheld is not None):
+                if self._withheld is not None:
+                    self._withheld.recall(scope, self._masks, self._zero)
+                held = masks if self._withheld is None else None
+                masks = _all_kept(self._plan) if lifted else self._plan.masks(counts, held)
+            if moves and advanced and isinstance(self._regrow, Regrowth):
+                masks = self._regrow.moved(scope, masks, self._gradients, self._generator, self._steps)
+            if masks is self._masks:
+                return False
+            always = masks & self._masks  # what grows begins at zero, in the optimizer too: dense gradients filled both
+            straight = self._withheld is not None and self._withheld.method.straight
+            forgetting = [] if straight else following.forgetting(every, scope, always, self._zero)
+        except BaseException:
+            if self._withheld is not None:
+                self._settle()
+            raise
         self._grown += always.pruned - masks.pruned
         self._masks, self._counts = masks, counts
-        self._settle(masks=always)
+        self._settle(masks=always, chosen=masks)
         for forget in forgetting:
             forget()
         score = self._plan.score
@@ -566,23 +590,52 @@ class Pruner:
         """Whether masks move at a step."""
         return self._regrow is not None and self._regrow.due(step)
 
-    def _look(self, seen: Mapping[str, Tensor]) -> None:
-        """Show the gradients to the score; keep them if the masks move at the end of this step."""
-        if isinstance(self._plan.score, GradientScore):
-            self._plan.score.observe(seen)
-        if self._moves(self._steps + 1):
-            self._gradients |= regrow.gradients(seen)
+    def _look(self, seen: Mapping[str, Tensor], scale: float = 1.0) -> None:
+        """Show the gradients to the score and to a feedback; keep them if the masks move at the end of this step.
 
-    def _settle(self, names: Iterable[str] | None = None, masks: Masks | None = None) -> None:
-        """Set pruned weights to zero again, and what an optimizer remembers that may put it in their place."""
+        Args:
+            seen: tensors in scope.
+            scale: what their gradients are multiplied by.
+        """
+        if isinstance(self._plan.score, GradientScore):
+            dense = seen if self._withheld is None else self._withheld.dense(seen)
+            gradients = {name: weight.grad for name, weight in seen.items() if weight.grad is not None}
+            self._plan.score.observe(dense, {name: g if scale == 1 else g / scale for name, g in gradients.items()})
+        if self._withheld is not None:
+            self._withheld.look(seen, scale)
+        if isinstance(self._regrow, Regrowth) and self._moves(self._steps + 1):
+            self._gradients |= regrowth.gradients(seen)
+
+    def _settle(
+        self, names: Iterable[str] | None = None, masks: Masks | None = None, *, chosen: Masks | None = None
+    ) -> None:
+        """Set pruned weights to zero again, and what an optimizer remembers that may put it in their place.
+
+        Args:
+            names: of the tensors; None is all of them.
+            masks: in the place of those of this moment.
+            chosen: masks that were chosen just now, by which dense weights are shown and withheld.
+        """
         if masks is None and any(self._counts):
             masks = self._masks
         if masks is not None:
             scope = self._plan.scope
-            for name in scope if names is None else names:
-                self._zero(scope[name], masks.packed(name))
+            settled = {name: scope[name] for name in (scope if names is None else names)}
+            if self._withheld is not None:
+                self._withheld.settle(settled, chosen or masks, self._zero, anew=chosen is not None)
+            else:
+                for name, weight in settled.items():
+                    self._zero(weight, masks.packed(name))
             restless = [one for found in self._followed.values() for one in found if following.moves_outside_step(one)]
             following.forget(restless, scope, masks, self._zero)
+
+    def _require_still(self, optimizers: Iterable[Any]) -> None:
+        """See that no optimizer shows weights that are withheld."""
+        if self._withheld is not None and any(following.moves_outside_step(one) for one in optimizers):
+            raise InputError(
+                f"{self._regrow} keeps dense weights, which an optimizer that moves weights between its steps would "
+                "show (schedule-free ones do in eval()): take another optimizer, or leave regrow out"
+            )
 
     def _follows(self, optimizer: Optimizer) -> set[str] | None:
         """The tensors in scope that an optimizer steps; None for one that is of no concern."""
@@ -603,7 +656,9 @@ class Pruner:
         scope = self._plan.scope
         if id(optimizer) not in self._followed:
             _require_alone(optimizer, live_tensors.here(self._plan.scope), self)
-            self._followed[id(optimizer)] = following.family(optimizer)
+            found = following.family(optimizer)
+            self._require_still(found)
+            self._followed[id(optimizer)] = found
         parameters = [id(weight) for weight in scope.values()]
         if self._given and parameters != self._parameters:  # renewed: does an optimizer step the new ones?
             self._parameters = parameters
@@ -615,18 +670,18 @@ class Pruner:
             return None
         self._tell_of_zeros()
         self._idle = following.trains_nothing(optimizer, args, kwargs)
-        looks = isinstance(self._plan.score, GradientScore) or self._moves(self._steps + 1)
-        if not looks or self._idle or following.overflown(optimizer):
+        looks = isinstance(self._plan.score, GradientScore) or self._withheld is not None
+        if not (looks or self._moves(self._steps + 1)) or self._idle or following.overflown(optimizer):
             return None
         seen = {name: scope[name] for name in held}
-        closure = following.closure_of(args, kwargs)
+        closure, scale = following.closure_of(args, kwargs), following.scale(optimizer)
         if closure is None:
-            self._look(seen)
+            self._look(seen, scale)
             return None
 
         def watched() -> Any:
             loss = closure()
-            self._look(seen)
+            self._look(seen, scale)
             return loss
 
         return (args[0], watched, *args[2:]), {key: value for key, value in kwargs.items() if key != "closure"}
@@ -681,17 +736,22 @@ def _schedule(
     return found
 
 
-def _regrow(given: str | Regrowth | None, chosen: plan.Plan | plan.FixedMasks) -> Regrowth | None:
+def _require_movable(given: Regrowth | Feedback | None, chosen: plan.Plan | plan.FixedMasks) -> None:
+    """See that masks may move as they are to.
+
+    Raises:
+        InputError: they are given, or chosen in another way. PatternError: they would break the pattern.
+    """
     if given is None:
-        return None
+        return
     if isinstance(chosen, plan.FixedMasks):
         raise InputError("given masks are held as they are: leave regrow out, or give a sparsity in their place")
-    if chosen.pattern is not None:
-        raise PatternError(
-            f"regrowth moves single weights, which would break the pattern {chosen.pattern}: leave regrow out, or the "
-            "pattern"
-        )
-    return regrow.resolve(given)
+    soft = isinstance(given, Feedback) and given.soft
+    if chosen.pattern is not None and (soft or isinstance(given, Regrowth)):
+        what = "one threshold for each tensor" if soft else "regrowth moves single weights, which"
+        raise PatternError(f"{what} would break the pattern {chosen.pattern}: leave regrow out, or the pattern")
+    if soft and chosen.allocation.share is not None:
+        raise InputError(f'{given} learns how many weights each tensor keeps: leave allocation at "global"')
 
 
 def _all_kept(chosen: plan.Plan | plan.FixedMasks) -> Masks:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from secateur.errors import InputError, listed
+from secateur.feedback import STATE
 from secateur.masks import Masks
 from secateur.scope import Scope
 from secateur.support import checks
@@ -142,6 +143,29 @@ def read_grown(saved: object, generator: torch.Generator) -> int:
         raise _damaged(f"its regrowth is {checks.told(saved)}, not a number of weights and the state of a generator")
     require_generator(saved, generator)
     return int(saved["grown"])
+
+
+def read_withheld(state: Mapping[str, Any], scope: Scope) -> dict[str, dict[str, Tensor]]:
+    """Read the dense weights that a feedback keeps beside the model, and what it learned.
+
+    Raises:
+        InputError: they are damaged.
+    """
+    saved = state.get("withheld")
+    if not isinstance(saved, Mapping) or set(saved) != set(STATE):
+        raise _damaged(f"its dense weights are {checks.kind(saved) if saved is not None else 'missing'}")
+    found: dict[str, dict[str, Tensor]] = {}
+    for key, tensors in saved.items():
+        if not isinstance(tensors, Mapping) or not set(tensors) <= set(scope):
+            raise _damaged(f"its {key} are of other names than those in scope")
+        for name, value in tensors.items():
+            weight = scope[name]
+            shape = weight.shape if key == "hidden" else torch.Size()
+            plain = isinstance(value, Tensor) and value.layout is torch.strided and not value.is_meta
+            if not plain or value.shape != shape or value.is_complex() > weight.is_complex():
+                raise _damaged(f"its {key} of {name} is {_told(value)}, not numbers of shape {tuple(shape)}")
+        found[key] = {name: value.to(scope[name].device) for name, value in tensors.items()}
+    return found
 
 
 def _told(thing: object) -> str:

@@ -4,6 +4,7 @@ from secateur import allocation as allocation
 from secateur import distillation as distillation
 from secateur import dropout as dropout
 from secateur import errors as errors
+from secateur import feedback as feedback
 from secateur import patterns as patterns
 from secateur import regrow as regrow
 from secateur import schedules as schedules

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from secateur import scores, selection
 from secateur.errors import InputError, StateError
+from secateur.feedback import FEEDBACKS, Feedback
 from secateur.masks import Masks
 from secateur.scope import Scope
 from secateur.selection import Stream
@@ -24,7 +25,9 @@ from secateur.support.registry import Registry, called
 
 Growth = Callable[[str, Tensor, Tensor, torch.Generator], Tensor]
 
-REGROWTHS: Registry[Growth] = Registry("regrowth", "one of your own under @sc.regrow.regrowth")
+REGROWTHS: Registry[Growth] = Registry(
+    "regrowth", "a method of sc.feedback, or one of your own under @sc.regrow.regrowth"
+)
 """The ways to choose what grows that have a name: functions `(name, weight, gradient, generator) -> Tensor`."""
 
 
@@ -216,16 +219,16 @@ def rigl(name: str, weight: Tensor, gradient: Tensor, generator: torch.Generator
     return gradient.abs()
 
 
-def resolve(given: str | Regrowth) -> Regrowth:
-    """Turn what a user may pass as `regrow=` into a Regrowth.
+def resolve(given: str | Regrowth | Feedback) -> Regrowth | Feedback:
+    """Turn what a user may pass as `regrow=` into a Regrowth or a Feedback.
 
     Raises:
         InputError: an unknown name. InputTypeError: something else.
     """
     if isinstance(given, str):
-        return Regrowth(given)
-    if not isinstance(given, Regrowth):
-        raise checks.wrong("regrow", given, "sc.regrow.rigl(every=100), a name, or None")
+        return FEEDBACKS[given].value() if given in FEEDBACKS else Regrowth(given)
+    if not isinstance(given, Regrowth | Feedback):
+        raise checks.wrong("regrow", given, "sc.regrow.rigl(every=100), sc.feedback.sr_ste(), a name, or None")
     return given
 
 

@@ -9,7 +9,19 @@ from torch import nn
 from torch.nn.utils import prune as torch_prune
 
 import secateur as sc
-from secateur import allocation, distillation, dropout, patterns, regrow, runtime, schedules, scores, storage, structure
+from secateur import (
+    allocation,
+    distillation,
+    dropout,
+    feedback,
+    patterns,
+    regrow,
+    runtime,
+    schedules,
+    scores,
+    storage,
+    structure,
+)
 from secateur.calibration import sensitivity
 from secateur.dropout import metrics
 from secateur.storage.checkpoints import inspect as inspect_file
@@ -276,6 +288,23 @@ CASES = {
         for made in (regrow.rigl, regrow.set_)
     },
     "Regrowth": (regrow.Regrowth, {"kind": "set", "every": 2, "drop": 0.5, "stop": 5, "seed": 0}, MOVES),
+    "dpf": (feedback.dpf, {"every": 2, "decay": 0.1}, {"every": COUNT, "decay": NUMBER}),
+    "sr_ste": (feedback.sr_ste, {"every": 2, "decay": 0.1}, {"every": COUNT, "decay": NUMBER}),
+    "soft_movement": (feedback.soft_movement, {"every": 2}, {"every": COUNT}),
+    "str_": (feedback.str_, {"every": 2, "learn": 0.1}, {"every": COUNT, "learn": NUMBER}),
+    "Feedback": (
+        feedback.Feedback,
+        {"kind": "mine", "every": 2, "straight": True, "decay": 0.1, "score": None, "soft": False, "learn": 0.1},
+        {
+            "kind": {"text"},
+            "every": COUNT,
+            "straight": FLAG,
+            "decay": NUMBER,
+            "score": {None},
+            "soft": FLAG,
+            "learn": NUMBER,
+        },
+    ),
     "regrowth.over": (regrow.rigl().over, {"total_steps": 1000}, {"total_steps": COUNT}),
     "cycles": (
         schedules.cycles,

@@ -10,13 +10,20 @@ import torch
 from torch import nn
 
 import secateur as sc
-from secateur import allocation, patterns, regrow, schedules, scores, structure
+from secateur import allocation, feedback, patterns, regrow, schedules, scores, structure
 from secateur.errors import InputError
 from secateur.storage import Recipe, prune_checkpoint
 from secateur.support.registry import Registry
 
 PAGES = {
-    "pruning.md": [scores.SCORES, allocation.ALLOCATIONS, patterns.PATTERNS, schedules.SCHEDULES, regrow.REGROWTHS],
+    "pruning.md": [
+        scores.SCORES,
+        allocation.ALLOCATIONS,
+        patterns.PATTERNS,
+        schedules.SCHEDULES,
+        regrow.REGROWTHS,
+        feedback.FEEDBACKS,
+    ],
     "shrinking.md": [structure.CRITERIA, structure.ALLOCATIONS],
 }
 TABLES = [(page, registry) for page, registries in PAGES.items() for registry in registries]

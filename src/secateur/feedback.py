@@ -1,0 +1,232 @@
+"""Dense weights beside the sparse ones: a pruned weight keeps its value, may go on learning, and may come back.
+
+The model holds the sparse weights, and gives the gradients. What it does not show is kept here: the dense weights less
+the shown ones. After each step of the optimizer both are added, which is the step made by the dense weights, and what
+the masks leave is shown again. So at any moment but inside a step of the optimizer the model is the sparse one.
+
+`Pruner(..., regrow=sc.feedback.sr_ste())`. `print(sc.feedback.FEEDBACKS)` lists the methods.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from secateur.errors import InputError, StateError
+from secateur.masks import Masks
+from secateur.scores import SCORES, Score
+from secateur.support import bits, checks
+from secateur.support.registry import Registry
+
+STATE = ("hidden", "logs", "cuts")
+"""What a Pruner saves of it: tensors by the names of the weights; `hidden` of their shapes, the others numbers."""
+
+_M = TypeVar("_M", bound=Callable[..., "Feedback"])
+
+FEEDBACKS: Registry[Callable[..., Feedback]] = Registry("feedback", "an sc.feedback.Feedback of your own")
+"""The methods that have a name: functions that make a Feedback."""
+
+
+@dataclass(frozen=True)
+class Feedback:
+    """How pruned weights live on, and when the masks are chosen anew, freely, from the dense weights.
+
+    Attributes:
+        kind: the name of the method.
+        every: steps between choices of the masks.
+        straight: pruned weights are trained by the gradients at the zeros shown (straight-through); else they rest.
+        decay: times the pruned weights is added to their gradients. The weight decay of the optimizer sees only zeros.
+        score: what ranks the weights, if it is part of the method.
+        soft: weights are shown shrunk by the threshold below which they are pruned: sign(w) max(abs(w) - t, 0). They
+            are ranked by their magnitudes over thresholds that `learn` makes differ.
+        learn: with `soft`, the learning rate of the logarithms of the tensors' thresholds.
+
+    Raises:
+        InputError, InputTypeError: a value that cannot be used.
+    """
+
+    kind: str
+    every: int = 1
+    straight: bool = True
+    decay: float = 0.0
+    score: str | None = None
+    soft: bool = False
+    learn: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.kind, str):
+            raise checks.wrong("kind", self.kind, "a name")
+        checks.whole("every", self.every, 1, "a number of steps")
+        checks.flag("straight", self.straight)
+        checks.flag("soft", self.soft)
+        for name in ("decay", "learn"):
+            value = getattr(self, name)
+            checks.number(name, value, "a number, 0 or more")
+            if not 0 <= value < float("inf"):
+                raise InputError(f"{name} is {value}: give a number, 0 or more")
+        if self.score is not None:
+            if not isinstance(self.score, str):
+                raise checks.wrong("score", self.score, "the name of one, or None")
+            SCORES.find(self.score)
+        if self.decay and not self.straight:
+            raise InputError(f"decay is {self.decay}, but pruned weights rest: leave it out, or give straight=True")
+
+    def due(self, step: int) -> bool:
+        """Whether masks are chosen anew at this step."""
+        return step > 0 and step % self.every == 0
+
+    def __str__(self) -> str:
+        return f"{self.kind}(every={self.every})"
+
+
+def _feedback(source: str) -> Callable[[_M], _M]:
+    def register(made: _M) -> _M:
+        FEEDBACKS.add(made.__name__.rstrip("_"), made, source=source)
+        return made
+
+    return register
+
+
+@_feedback('Lin et al. 2020, "Dynamic Model Pruning with Feedback", algorithm 1')
+def dpf(every: int = 16, decay: float = 0.0) -> Feedback:
+    """Gradients of the sparse model train the dense weights; masks by their magnitude, every 16 steps."""
+    return Feedback("dpf", every, decay=decay)
+
+
+@_feedback('Zhou et al. 2021, "Learning N:M Fine-grained Structured Sparse Neural Networks From Scratch", eq. 9')
+def sr_ste(decay: float = 2e-4, every: int = 1) -> Feedback:
+    """The same at each step, and pruned weights decay, which settles the masks; for patterns n:m from scratch."""
+    return Feedback("sr_ste", every, decay=decay)
+
+
+@_feedback('Sanh et al. 2020, "Movement Pruning", section 4; the count, exact, in the place of the threshold')
+def soft_movement(every: int = 1) -> Feedback:
+    """Movement scores, ranked over all tensors, also those of pruned weights, which come back as they were."""
+    return Feedback("soft_movement", every, straight=False, score="movement")
+
+
+@_feedback('Kusupati et al. 2020, "Soft Threshold Weight Reparameterization", eq. 5; the count, exact, scales them')
+def str_(every: int = 1, learn: float = 0.02) -> Feedback:
+    """Weights are shrunk by the threshold of their tensor; gradients learn how the thresholds differ."""
+    return Feedback("str", every, straight=False, soft=True, learn=learn)
+
+
+class Withheld:
+    """The dense weights less those that the model shows, of each tensor, and what a method learns.
+
+    Args:
+        method: how they live on.
+    """
+
+    def __init__(self, method: Feedback) -> None:
+        self.method = method
+        self.hidden: dict[str, Tensor] = {}
+        self.logs: dict[str, Tensor] = {}
+        """Logarithms of the thresholds of the tensors, of which only the differences count."""
+        self.cuts: dict[str, Tensor] = {}
+        """What weights are shrunk by: the largest magnitude among the pruned ones of the tensor."""
+        self._looked = False
+
+    def ranking(self, given: str | Score | Mapping[str, Tensor]) -> str | Score | Mapping[str, Tensor]:
+        """The score that the method ranks by, or the one given.
+
+        Raises:
+            InputError: the method has its own, and another was given.
+        """
+        own: str | Score | None = self._over_threshold if self.method.soft else self.method.score
+        if own is not None and given not in ("magnitude", own):
+            raise InputError(f"{self.method} ranks the weights itself: leave score out")
+        return own or given
+
+    def _over_threshold(self, name: str, weight: Tensor) -> Tensor:
+        """abs(w) over the threshold of its tensor."""
+        return weight.abs() / self.logs[name].to(weight.device).exp() if name in self.logs else weight.abs()
+
+    @torch.no_grad()
+    def dense(self, scope: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The dense weights of some tensors."""
+        return {
+            name: weight + self.hidden[name].to(weight.device) if name in self.hidden else weight.detach()
+            for name, weight in scope.items()
+        }
+
+    def require_looked(self, step: int) -> None:
+        """See that gradients were shown since the last call of this.
+
+        Raises:
+            StateError: a method that learns from them saw none.
+        """
+        if self.hidden and (self.method.decay or self.method.learn) and not self._looked:
+            raise StateError(
+                f"no gradient was shown at step {step}, from which {self.method} learns: without attach() call "
+                "pruner.observe() after backward, before optimizer.step()"
+            )
+        self._looked = False
+
+    @torch.no_grad()
+    def look(self, scope: Mapping[str, Tensor], scale: float = 1.0) -> None:
+        """Let pruned weights decay, by way of their gradients, or learn the thresholds from them.
+
+        Args:
+            scope: tensors with gradients.
+            scale: what these are multiplied by.
+        """
+        self._looked = True
+        for name, weight in scope.items():
+            if weight.grad is None or name not in self.hidden:
+                continue
+            if self.method.decay:
+                weight.grad.add_(self.hidden[name].to(weight.device), alpha=self.method.decay * scale)
+            if self.method.learn:
+                slope = (weight.grad * weight.sgn().conj()).real.float().sum() * self.cuts[name].to(weight.device)
+                old = self.logs.get(name, torch.zeros_like(slope))
+                self.logs[name] = old.to(weight.device) + self.method.learn / scale * slope
+
+    @torch.no_grad()
+    def recall(self, scope: Mapping[str, Tensor], masks: Masks, zero: bits.Zeroer) -> None:
+        """Put the dense weights into the model: what it shows, as the optimizer left it, and the rest."""
+        for name, weight in scope.items():
+            if name in self.hidden:
+                if not self.method.straight:
+                    zero(weight, masks.packed(name))
+                weight.add_(self.hidden.pop(name).to(weight.device))
+
+    @torch.no_grad()
+    def withhold(self, scope: Mapping[str, Tensor], masks: Masks, zero: bits.Zeroer, *, anew: bool = False) -> None:
+        """Show what the masks leave of the dense weights that the model holds, and keep the rest.
+
+        Args:
+            scope: of tensors that hold dense weights.
+            masks: what is shown.
+            zero: sets what is not shown to zero.
+            anew: the masks were chosen just now, so that `soft` has other thresholds.
+        """
+        for name, weight in scope.items():
+            whole, kept = weight.detach().clone(), masks.packed(name)
+            zero(weight, kept)
+            if not self.method.soft:
+                zero(whole, ~kept)
+                self.hidden[name] = whole
+                continue
+            if anew:
+                self.cuts[name] = (whole - weight).abs().amax() if whole.numel() else whole.new_zeros(())
+            weight.copy_(weight.sgn() * (weight.abs() - self.cuts[name].to(weight.device)).clamp_(min=0))
+            self.hidden[name] = whole - weight
+
+    def state_dict(self) -> dict[str, Any]:
+        """Copies of what is withheld and learned."""
+        return {key: {name: value.clone() for name, value in getattr(self, key).items()} for key in STATE}
+
+    def load_state_dict(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Go on from there."""
+        for key in STATE:
+            setattr(self, key, {name: value.clone() for name, value in state[key].items()})
+
+    def settle(self, scope: Mapping[str, Tensor], masks: Masks, zero: bits.Zeroer, *, anew: bool = False) -> None:
+        """After a step of the optimizer: the dense weights make it too, and what the masks leave is shown again."""
+        self.recall(scope, masks, zero)
+        self.withhold(scope, masks, zero, anew=anew)
