@@ -174,10 +174,15 @@ class n_m:
         reduced = torch.full_like(scores, math.inf)
         whole = scores.shape[1] // self.m * self.m
         rows = scores.movedim(1, -1)[..., :whole]
-        rows = rows.reshape(*rows.shape[:-1], whole // self.m, self.m)
-        lowest = rows.argsort(dim=-1, stable=True)[..., : self.m - self.n]
-        chosen = torch.full_like(rows, math.inf).scatter(-1, lowest, rows.gather(-1, lowest))
-        reduced.movedim(1, -1)[..., :whole] = chosen.flatten(-2)
+        members = [part.contiguous() for part in rows.reshape(*rows.shape[:-1], whole // self.m, self.m).unbind(-1)]
+        ranks = [torch.zeros_like(part, dtype=torch.int16) for part in members]
+        for later in range(self.m):  # each against each: for groups so small many times faster than sorting them
+            for earlier in range(later):
+                first = members[earlier] <= members[later]
+                ranks[later] += first
+                ranks[earlier] += ~first
+        kept = [part.masked_fill(rank >= self.m - self.n, math.inf) for part, rank in zip(members, ranks, strict=True)]
+        reduced.movedim(1, -1)[..., :whole] = torch.stack(kept, -1).flatten(-2)
         return reduced
 
     def expand(self, kept: Tensor, shape: torch.Size) -> Tensor:
