@@ -8,7 +8,7 @@ import torch
 from processes import as_torchrun
 
 
-def train(folder):
+def train(folder, kind):
     os.environ["LOCAL_RANK"] = os.environ["RANK"]
     torch.set_num_threads(1)
     from lightning.pytorch import LightningModule, Trainer
@@ -32,7 +32,12 @@ def train(folder):
     x = torch.randn(64, 16)
     loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, x[:, :4].argmax(1)), batch_size=4)
     model = Module()
-    pruner = sc.Pruner(model, 0.9, schedule=sc.cubic(0.1, 0.6), score="taylor", allocation="erk")
+    pruning = {
+        "taylor": {"schedule": sc.cubic(0.1, 0.6), "score": "taylor"},
+        "rigl": {"score": "random", "regrow": sc.regrow.rigl(every=2)},
+        "ac_dc": {"schedule": sc.schedules.ac_dc(0.1, 0.8, every=3)},
+    }
+    pruner = sc.Pruner(model, 0.9, allocation="erk", **pruning[kind])
     shown = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
     options = {"accelerator": "cpu", "devices": 2, "strategy": "ddp", "max_epochs": 2, "default_root_dir": folder}
     Trainer(callbacks=[PruningCallback(pruner)], **options, **shown).fit(model, loader)
@@ -41,8 +46,9 @@ def train(folder):
 
 
 @pytest.mark.slow
-def test_both_ranks_have_the_same_masks(tmp_path):
-    done = as_torchrun(2, train, str(tmp_path))
+@pytest.mark.parametrize("kind", ["taylor", "rigl", "ac_dc"])
+def test_both_ranks_have_the_same_masks(tmp_path, kind):
+    done = as_torchrun(2, train, str(tmp_path), kind)
     assert all(one.returncode == 0 for one in done), done[0].stderr[-2000:]
     one, other = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     assert one["steps"] == other["steps"] == 16  # half of the 16 batches of each epoch
