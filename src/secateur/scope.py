@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, ItemsView, Iterable, Iterator, Mapping, Sequence, ValuesView
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
@@ -94,6 +94,12 @@ class Scope(Printed, Mapping[str, nn.Parameter]):
 
     def __len__(self) -> int:
         return len(self.members)
+
+    def items(self) -> ItemsView[str, nn.Parameter]:
+        return {name: member.parameter for name, member in self.members.items()}.items()
+
+    def values(self) -> ValuesView[nn.Parameter]:
+        return {name: member.parameter for name, member in self.members.items()}.values()
 
     @property
     def size(self) -> int:

@@ -1,13 +1,13 @@
 """One bit a weight: pack, unpack, count, and set the pruned weights of a tensor to +0.0.
 
 Bit `i % 8` of byte `i // 8` tells whether weight `i`, in row-major order, is kept; the spare bits of the last
-byte are 0. The bits live on the device of the weights. On a CPU numpy does the work (a table turns a byte of
-mask into eight words of ones or zeros, which are ANDed with the weights); elsewhere torch does.
+byte are 0. The bits live on the device of the weights. On a CPU numpy does the work; elsewhere torch does.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,17 +19,17 @@ CHUNK = 1 << 18
 
 _BYTES = np.arange(256, dtype=np.uint8)[:, None]
 _ONES = np.unpackbits(_BYTES, axis=1, bitorder="little")  # [256, 8]: the bits of each byte
-_WORD = {
-    1: (torch.int8, np.int8),
-    2: (torch.int16, np.int16),
-    4: (torch.int32, np.int32),
-    8: (torch.int64, np.int64),
+_WORD = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_KEPT = {
+    **{size: -_ONES.astype(f"i{size}") for size in _WORD},
+    16: -np.repeat(_ONES, 2, axis=1).astype("i8"),  # two words a weight
 }
+"""By bytes a weight, what a byte of mask keeps of eight weights: words of ones or zeros, which are ANDed with them."""
 
 
 def on_cpu(tensor: Tensor) -> bool:
     """Whether numpy can do the work; torch gives the same results elsewhere, and on a CPU too, but slower."""
-    return tensor.device.type == "cpu"
+    return tensor.is_cpu
 
 
 def is_quantized(tensor: Tensor) -> bool:
@@ -114,57 +114,49 @@ def lift_subnormals(values: Tensor) -> None:
 
 def _words(values: Tensor) -> tuple[Tensor, int]:
     """View floating-point numbers as integers of their size, and give the smallest normal one as such."""
-    integer = _WORD[values.element_size()][0]
+    integer = _WORD[values.element_size()]
     tiny = torch.tensor(torch.finfo(values.dtype).tiny, dtype=values.dtype)
     return values.view(integer), int(tiny.view(integer))
 
 
 class Zeroer:
-    """Sets pruned weights to +0.0 in place, whatever they hold (inf and NaN too); keeps its buffers between tensors."""
+    """Sets pruned weights to +0.0 in place, whatever they hold (inf and NaN too); keeps its tables on accelerators."""
 
     def __init__(self) -> None:
-        self._tables: dict[tuple[int, int], npt.NDArray[np.generic]] = {}
-        self._index = np.empty(CHUNK // 8, np.intp)
-        self._buffer = np.empty(0, np.uint8)
+        self._tables: dict[tuple[int, torch.device], Tensor] = {}
 
     def __call__(self, tensor: Tensor, bits: Tensor) -> None:
         """Zero the weights of `tensor` whose bit is 0; `tensor` may require grad, its version is raised."""
         tensor = tensor.detach()
-        bits = bits.to(tensor.device)  # the model may have moved since its masks were made
-        if not on_cpu(tensor) or not tensor.is_contiguous():
-            for start, piece in _slices(tensor):
-                kept = unpack(bits, piece.numel(), start)
-                piece.masked_fill_(~kept.view(piece.shape), 0)
+        if bits.device != tensor.device:
+            bits = bits.to(tensor.device)  # the model may have moved since its masks were made
+        if on_cpu(tensor) and tensor.is_contiguous():
+            _zero(_integers(tensor).view(-1).numpy(), bits.numpy(), _KEPT[tensor.element_size()])
+            torch.autograd.graph.increment_version(tensor)
             return
-        whole = tensor.numel() // 8 * 8
-        if whole < tensor.numel():
-            rest = tensor.view(-1)[whole:]
-            rest.masked_fill_(~unpack(bits, rest.numel(), whole), 0)
-        self._zero_whole_bytes(tensor.view(-1)[:whole], bits.numpy())
-        torch.autograd.graph.increment_version(tensor)
+        table = self._table(tensor)
+        for start, piece in _slices(tensor):
+            words = _integers(piece)
+            kept = table.index_select(0, bits[start // 8 : (start + piece.numel() + 7) // 8].int())
+            words.bitwise_and_(kept.view(-1)[: words.numel()].view(words.shape))
 
-    def _zero_whole_bytes(self, flat: Tensor, bits: npt.NDArray[np.uint8]) -> None:
-        each = 2 if flat.is_complex() else 1  # words a weight
-        words = torch.view_as_real(flat).view(-1) if flat.is_complex() else flat
-        torch_word, numpy_word = _WORD[words.element_size()]
-        array = words.view(torch_word).numpy()
-        table = self._table(words.element_size(), each)
-        step = CHUNK * each
-        if self._buffer.nbytes < step * array.itemsize:
-            self._buffer = np.empty(step * array.itemsize, np.uint8)
-        ands = self._buffer[: step * array.itemsize].view(numpy_word).reshape(-1, 8 * each)
-        for start in range(0, array.size, step):
-            piece = array[start : start + step]
-            rows = piece.size // (8 * each)
-            first = start // (8 * each)
-            np.copyto(self._index[:rows], bits[first : first + rows])
-            # mode="clip": numpy would otherwise buffer the output; a byte is never out of range
-            np.take(table, self._index[:rows], axis=0, out=ands[:rows], mode="clip")
-            np.bitwise_and(piece, ands[:rows].reshape(-1), out=piece)
-
-    def _table(self, itemsize: int, each: int) -> npt.NDArray[np.generic]:
-        key = (itemsize, each)
+    def _table(self, tensor: Tensor) -> Tensor:
+        key = (tensor.element_size(), tensor.device)
         if key not in self._tables:
-            ones = np.repeat(_ONES, each, axis=1).astype(_WORD[itemsize][1])
-            self._tables[key] = np.ascontiguousarray(-ones)
+            self._tables[key] = torch.from_numpy(_KEPT[key[0]]).to(tensor.device)
         return self._tables[key]
+
+
+def _integers(tensor: Tensor) -> Tensor:
+    """View numbers as integers of their size; complex ones of 16 bytes as two, in a last dimension."""
+    tensor = torch.view_as_real(tensor) if tensor.element_size() == 16 else tensor
+    return tensor.view(_WORD[tensor.element_size()])
+
+
+def _zero(words: npt.NDArray[Any], bits: npt.NDArray[np.uint8], table: npt.NDArray[Any]) -> None:
+    each = table.shape[1] // 8  # words a weight
+    for start in range(0, words.size, CHUNK * each):
+        piece = words[start : start + CHUNK * each]
+        first = start // each // 8
+        kept = table.take(bits[first : first + CHUNK // 8], axis=0).reshape(-1)
+        np.bitwise_and(piece, kept[: piece.size], out=piece)
