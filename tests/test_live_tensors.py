@@ -70,3 +70,23 @@ def test_a_layer_that_was_left_out_and_wrapped_since_is_no_newcomer():
     assert live_tensors.newcomers(model, scope) == {}
     model.append(nn.Linear(8, 2))
     assert live_tensors.newcomers(model, scope) == {"3.weight": 16}
+
+
+class Passing(Wrapped):
+    """Passes on what it does not have, as FullyShardedDataParallel does."""
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self._modules["inner"], name)
+
+
+@pytest.mark.parametrize("wrapper", [Wrapped, Passing])
+def test_a_layer_that_was_wrapped_since_is_still_there(wrapper):
+    model, scope, masks = planned()
+    model[0] = wrapper(model[0])
+    assert list(live_tensors.troubles(model, scope, masks)) == []
+    model[0].inner = nn.Linear(8, 8)
+    (told,) = live_tensors.troubles(model, scope, masks)
+    assert "0.weight is no longer the model's" in told

@@ -45,13 +45,14 @@ def troubles(model: nn.Module, scope: Scope, masks: Masks) -> Iterator[str]:
 def _gone(model: nn.Module, scope: Scope) -> Iterator[str]:
     for name, member in scope.members.items():
         parameter = _own(member.module, member.attribute)
-        at = [_at(model, other) for other in (name, *member.aliases)]
-        if parameter is None or (at[0] is not parameter and not _elsewhere(model, member, parameter)):
+        there = _at(model, name) is parameter
+        if parameter is None or not (there or _elsewhere(model, member, parameter)):
             yield _why_gone(name, member)
             continue
         if type(parameter) is not nn.Parameter:
             require_prunable(member)
-        for other, found in zip((name, *member.aliases), at, strict=True):
+        for other in member.aliases if there else (name, *member.aliases):
+            found = _at(model, other)
             if found is not None and found is not parameter and identity(found) != identity(parameter):
                 yield (
                     f"{other} was one Parameter with {name} when the Pruner was made, and is another now "
@@ -76,8 +77,10 @@ def _at(model: nn.Module, name: str) -> nn.Parameter | None:
 
 def _own(module: nn.Module, attribute: str) -> nn.Parameter | None:
     """A parameter that a module itself has under a name; one of torch.jit keeps them in no dict."""
-    parameters = module._parameters
-    return parameters[attribute] if attribute in parameters.keys() else None  # noqa: SIM118
+    try:
+        return module._parameters[attribute]
+    except KeyError:
+        return None
 
 
 def _elsewhere(model: nn.Module, member: Member, parameter: nn.Parameter) -> bool:

@@ -162,6 +162,7 @@ class Pruner:
         self._clock: list[Any] = []  # count the steps where nothing in scope is trained
         self._parameters: list[int] = []  # their ids when the optimizers were last looked at
         self._idle = False  # the step being made trains nothing
+        self._begun: dict[int, tuple[set[str], bool]] = {}  # steps being made: what they step; inside another's step?
         self._found: int | None = self._at_risk()  # told of at the first step
         self._told: set[str] = set()  # warnings given
         self._listeners: list[Callable[[dict[str, float]], object]] = []
@@ -649,6 +650,7 @@ class Pruner:
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
         """See that all is well, and show a score the gradients: those there are, or those that a closure will make."""
+        self._begun.pop(id(optimizer), None)
         held = self._follows(optimizer)
         if held is None and not self._given:
             return None
@@ -666,7 +668,11 @@ class Pruner:
                 following.resolve([found[0] for found in self._followed.values()], scope)
             except InputError as error:
                 warn(str(error))
-        if held is None or self._inner(optimizer):
+        if held is None:
+            return None
+        inner = self._inner(optimizer)
+        self._begun[id(optimizer)] = held, inner
+        if inner:
             return None
         self._tell_of_zeros()
         self._idle = following.trains_nothing(optimizer, args, kwargs)
@@ -687,12 +693,13 @@ class Pruner:
         return (args[0], watched, *args[2:]), {key: value for key, value in kwargs.items() if key != "closure"}
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        held = self._follows(optimizer)
+        begun = self._begun.pop(id(optimizer), None)  # None: attached within this step
+        held, inner = begun or (self._follows(optimizer), self._inner(optimizer))
         if held is None or following.overflown(optimizer):
             return
         if not self._idle:
             self._waiting -= held
-        if self._idle or self._waiting or self._inner(optimizer):
+        if self._idle or self._waiting or inner:
             self._settle(held)
             return
         self._waiting = following.trained(self._plan.scope)

@@ -1,5 +1,6 @@
 """secateur.support.bits: one bit a weight, and +0.0 whatever was there."""
 
+import copy
 import math
 
 import numpy as np
@@ -214,3 +215,38 @@ def test_alive_of_a_parameter_that_requires_grad():
 def test_bits_do_not_depend_on_numpy_order():
     kept = torch.from_numpy(np.asfortranarray(np.array([[1, 0, 1], [0, 0, 1]], dtype=bool)))
     assert bits.unpack(bits.pack(kept), 6).tolist() == [True, False, True, False, False, True]
+
+
+def test_what_is_held_ready_goes_with_its_bits():
+    """Small tensors are zeroed again and again: of any layout, dtype and shape, by new bits too, and from copies."""
+    zero = bits.Zeroer()
+    room = zero._room
+    for seed in range(3):
+        packed = bits.pack(some(35, seed))
+        for _ in range(2):
+            for dtype in DTYPES:
+                for tensor in (laid_out(anything((5, 7), dtype), layout) for layout in ("contiguous", "transposed")):
+                    want = words(tensor)
+                    want[~some(35, seed)] = 0
+                    zero(tensor, packed)
+                    assert torch.equal(words(tensor), want)
+            flat = torch.full((35,), math.nan)
+            zero(flat, packed)
+            assert torch.equal(flat.isnan(), some(35, seed))
+        zero = copy.deepcopy(zero)
+        assert zero._room == room
+    zero(torch.ones(35), packed)
+    assert zero._room == room - 35
+    del packed
+    assert zero._room == room
+    assert not zero._ready
+
+
+def test_no_more_than_a_million_words_are_held_ready():
+    zero, every = bits.Zeroer(), [bits.pack(some(bits.SMALL, seed)) for seed in range(20)]
+    for packed in every:
+        for _ in range(2):
+            tensor = torch.ones(bits.SMALL)
+            zero(tensor, packed)
+            assert torch.equal(bits.pack(tensor != 0), packed)
+    assert len(zero._ready) == 16

@@ -6,6 +6,7 @@ byte are 0. The bits live on the device of the weights. On a CPU numpy does the 
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,6 +17,9 @@ from torch import Tensor
 
 CHUNK = 1 << 18
 """Weights handled at a time: about as many as stay in a core's cache. A multiple of 8."""
+
+SMALL = 1 << 16
+"""Weights of a tensor, at most, whose mask is held ready: there a look-up would take longer than the AND."""
 
 _BYTES = np.arange(256, dtype=np.uint8)[:, None]
 _ONES = np.unpackbits(_BYTES, axis=1, bitorder="little")  # [256, 8]: the bits of each byte
@@ -120,31 +124,57 @@ def _words(values: Tensor) -> tuple[Tensor, int]:
 
 
 class Zeroer:
-    """Sets pruned weights to +0.0 in place, whatever they hold (inf and NaN too); keeps its tables on accelerators."""
+    """Sets pruned weights to +0.0 in place, whatever they hold (inf and NaN too).
+
+    For small tensors the words that their bits stand for are held ready, as long as the bits are there: a million at
+    most.
+    """
 
     def __init__(self) -> None:
         self._tables: dict[tuple[int, torch.device], Tensor] = {}
+        self._ready: dict[tuple[int, torch.dtype], tuple[weakref.ref[Tensor], Tensor]] = {}  # by the ids of the bits
+        self._room = 1 << 20
+
+    def __reduce__(self) -> tuple[type[Zeroer], tuple[()]]:
+        return Zeroer, ()
 
     def __call__(self, tensor: Tensor, bits: Tensor) -> None:
-        """Zero the weights of `tensor` whose bit is 0; `tensor` may require grad, its version is raised."""
+        """Zero the weights of `tensor` whose bit is 0; `tensor` may require grad, its version is raised.
+
+        The bits are never changed afterwards.
+        """
         tensor = tensor.detach()
-        if bits.device != tensor.device:
-            bits = bits.to(tensor.device)  # the model may have moved since its masks were made
+        words = _integers(tensor)
+        key = id(bits), words.dtype
+        _, kept = self._ready.get(key, (None, None))
+        if kept is not None and kept.shape == words.shape and kept.device == words.device:
+            words.bitwise_and_(kept)
+            return
+        here = bits.to(tensor.device)  # the model may have moved since its masks were made
+        if kept is None and words.numel() <= min(SMALL, self._room):
+            self._hold(key, bits, self._words(tensor, here))
         if on_cpu(tensor) and tensor.is_contiguous():
-            _zero(_integers(tensor).view(-1).numpy(), bits.numpy(), _KEPT[tensor.element_size()])
+            _zero(words.view(-1).numpy(), here.numpy(), _KEPT[tensor.element_size()])
             torch.autograd.graph.increment_version(tensor)
             return
-        table = self._table(tensor)
         for start, piece in _slices(tensor):
-            words = _integers(piece)
-            kept = table.index_select(0, bits[start // 8 : (start + piece.numel() + 7) // 8].int())
-            words.bitwise_and_(kept.view(-1)[: words.numel()].view(words.shape))
+            _integers(piece).bitwise_and_(self._words(piece, here[start // 8 : (start + piece.numel() + 7) // 8]))
 
-    def _table(self, tensor: Tensor) -> Tensor:
+    def _hold(self, key: tuple[int, torch.dtype], bits: Tensor, words: Tensor) -> None:
+        def gone(_: object) -> None:
+            if self._ready.pop(key, None) is not None:
+                self._room += words.numel()
+
+        self._room -= words.numel()
+        self._ready[key] = weakref.ref(bits, gone), words
+
+    def _words(self, tensor: Tensor, bits: Tensor) -> Tensor:
+        """Words of ones or zeros, as `_integers` would view the tensor."""
         key = (tensor.element_size(), tensor.device)
         if key not in self._tables:
             self._tables[key] = torch.from_numpy(_KEPT[key[0]]).to(tensor.device)
-        return self._tables[key]
+        like = _integers(tensor)
+        return self._tables[key].index_select(0, bits.int()).view(-1)[: like.numel()].view(like.shape)
 
 
 def _integers(tensor: Tensor) -> Tensor:
