@@ -15,7 +15,7 @@ from secateur import optimizers as following
 from secateur import pruner_states as states
 from secateur import regrow as regrowth
 from secateur.allocation import Allocation
-from secateur.errors import InputError, MaskError, NotFiniteError, PatternError, StateError, listed, warn
+from secateur.errors import InputError, MaskError, NotFiniteError, StateError, listed, warn
 from secateur.feedback import Feedback, Withheld
 from secateur.live_tensors import MANY, loose_zeros, newcomers
 from secateur.masks import Masks, check
@@ -138,13 +138,13 @@ class Pruner:
         regrow: str | Regrowth | Feedback | None = None,
     ) -> None:
         self._model = unwrap(model)
-        self._regrow = regrowth.resolve(regrow) if regrow is not None else None
+        self._regrow = regrowth.resolve(regrow)
         self._withheld = Withheld(self._regrow) if isinstance(self._regrow, Feedback) else None
         if self._withheld is not None:
             score = self._withheld.ranking(score)
         self._plan = plan.of(model, sparsity, score=score, allocation=allocation, pattern=pattern, scope=scope)
         self._schedule = _schedule(schedule, self._plan)
-        _require_movable(self._regrow, self._plan)
+        regrowth.require_movable(self._regrow, self._plan)
         self._generator = self._regrow.generator() if isinstance(self._regrow, Regrowth) else torch.Generator()
         self._gradients: dict[str, Tensor] = {}  # of this step, if it is one at which the masks move
         self._grown = 0
@@ -234,7 +234,7 @@ class Pruner:
         if isinstance(self._regrow, Regrowth):
             self._regrow = self._regrow.over(total_steps)
         if self._beginning:
-            self._beginning["settings"] = self._settings()
+            self._beginning["settings"] = states.settings(self._plan, self._schedule, self._regrow)
 
     def attach(self, *optimizers: Any) -> None:
         """Follow these optimizers: after each of their steps pruned weights are zero again and the schedule advances.
@@ -388,7 +388,7 @@ class Pruner:
         """All that a bit-exact resume needs beside the model's and the optimizer's: plain tensors, numbers, strings."""
         state: dict[str, Any] = {
             "version": 1,
-            "settings": self._settings(),
+            "settings": states.settings(self._plan, self._schedule, self._regrow),
             "steps": self._steps,
             "counts": list(self._counts),
             "shapes": {name: list(weight.shape) for name, weight in self._plan.scope.items()},
@@ -413,18 +413,9 @@ class Pruner:
                 allocation, pattern or regrowth; nothing was changed.
         """
         scope = self._live()
-        version = state.get("version") if isinstance(state, Mapping) else None
-        if type(version) is not int or version != 1:
-            raise InputError("this is not a state_dict of a Pruner, version 1: give what Pruner.state_dict() gave")
-        for key in ("settings", "steps", "counts", "shapes", "bits"):
-            if key not in state:
-                raise InputError(
-                    f"this is not a state_dict of a Pruner, it has no {key!r}: give what state_dict() returned"
-                )
-        shapes = {name: list(weight.shape) for name, weight in scope.items()}
-        states.require_shapes(state["shapes"], shapes)
-        first_version = isinstance(state["settings"], str)  # wrote them as words
-        states.require_settings(state["settings"], self._words() if first_version else self._settings())
+        states.require_whole(state)
+        states.require_shapes(state["shapes"], scope)
+        states.require_settings(state["settings"], self._plan, self._schedule, self._regrow)
         masks = states.read_masks(state["bits"], scope)
         counts = states.read_numbers(state, masks, self._asked, exact=self._plan.pattern is None)
         score = self._plan.score
@@ -445,20 +436,6 @@ class Pruner:
         self._masks, self._steps, self._counts = masks, state["steps"], counts
         self._waiting = following.trained(scope)
         self._found = 0
-
-    def _settings(self) -> dict[str, Any]:
-        """What two runs must have in common, as plain data."""
-        schedule = vars(self._schedule) if isinstance(self._schedule, Schedule) else "a function"
-        moves = {"regrow": vars(self._regrow)} if self._regrow is not None else {}
-        return {**self._plan.settings(), "schedule": schedule, **moves}
-
-    def _words(self) -> str:
-        """The settings as states of before July 2026 tell them."""
-        shares = ", ".join(f"{float(share.sparsity)!r} of {share.size}" for share in self._plan.shares)
-        score = getattr(self._plan.score, "__name__", type(self._plan.score).__name__)
-        return f"sparsity {shares}; schedule {self._schedule_words()}; score {score}; pattern {self._plan.pattern}" + (
-            f"; regrow {self._regrow}" if self._regrow is not None else ""
-        )
 
     def _schedule_words(self) -> str:
         return str(self._schedule) if isinstance(self._schedule, Schedule) else "a function"
@@ -741,24 +718,6 @@ def _schedule(
             "a function as schedule gives one sparsity, but each tensor has its own: use sc.cubic or another"
         )
     return found
-
-
-def _require_movable(given: Regrowth | Feedback | None, chosen: plan.Plan | plan.FixedMasks) -> None:
-    """See that masks may move as they are to.
-
-    Raises:
-        InputError: they are given, or chosen in another way. PatternError: they would break the pattern.
-    """
-    if given is None:
-        return
-    if isinstance(chosen, plan.FixedMasks):
-        raise InputError("given masks are held as they are: leave regrow out, or give a sparsity in their place")
-    soft = isinstance(given, Feedback) and given.soft
-    if chosen.pattern is not None and (soft or isinstance(given, Regrowth)):
-        what = "one threshold for each tensor" if soft else "regrowth moves single weights, which"
-        raise PatternError(f"{what} would break the pattern {chosen.pattern}: leave regrow out, or the pattern")
-    if soft and chosen.allocation.share is not None:
-        raise InputError(f'{given} learns how many weights each tensor keeps: leave allocation at "global"')
 
 
 def _all_kept(chosen: plan.Plan | plan.FixedMasks) -> Masks:

@@ -1,21 +1,42 @@
-"""Reading what a Pruner saved: a state that is damaged, or of another Pruner, is refused before anything changes."""
+"""What a Pruner saves: a state that is damaged, or of another Pruner, is refused before anything changes."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from secateur.errors import InputError, listed
-from secateur.feedback import STATE
+from secateur.feedback import STATE, Feedback
 from secateur.masks import Masks
+from secateur.plan import FixedMasks, Plan
+from secateur.regrow import Regrowth
+from secateur.schedules import Schedule
 from secateur.scope import Scope
 from secateur.support import checks
 
 _MOST_STEPS = 10**12
 """No training makes so many: at a thousand a second it would take 30 years."""
+
+_When = Schedule | Callable[[int], float]
+_Moves = Regrowth | Feedback | None
+
+
+def settings(plan: Plan | FixedMasks, schedule: _When, regrow: _Moves) -> dict[str, Any]:
+    """What two runs must have in common to go on with each other, as plain data."""
+    found = {**plan.settings(), "schedule": vars(schedule) if isinstance(schedule, Schedule) else "a function"}
+    return found if regrow is None else {**found, "regrow": vars(regrow)}
+
+
+def _words(plan: Plan | FixedMasks, schedule: _When, regrow: _Moves) -> str:
+    """The settings as states of before July 2026 tell them."""
+    shares = ", ".join(f"{float(share.sparsity)!r} of {share.size}" for share in plan.shares)
+    when = str(schedule) if isinstance(schedule, Schedule) else "a function"
+    score = getattr(plan.score, "__name__", type(plan.score).__name__)
+    moves = f"; regrow {regrow}" if regrow is not None else ""
+    return f"sparsity {shares}; schedule {when}; score {score}; pattern {plan.pattern}{moves}"
 
 
 def _damaged(what: str) -> InputError:
@@ -36,7 +57,22 @@ def _differences(place: str, theirs: object, mine: object) -> Iterator[str]:
         yield f"{place or 'settings'} {theirs!r} in the saved one, {mine!r} in this one"
 
 
-def require_shapes(theirs: object, mine: Mapping[str, list[int]]) -> None:
+def require_whole(state: object) -> None:
+    """See that a state is one of a Pruner, and has all parts that each of them has.
+
+    Raises:
+        InputError: it is not.
+    """
+    if not isinstance(state, Mapping) or type(state.get("version")) is not int or state["version"] != 1:
+        raise InputError("this is not a state_dict of a Pruner, version 1: give what Pruner.state_dict() gave")
+    for key in ("settings", "steps", "counts", "shapes", "bits"):
+        if key not in state:
+            raise InputError(
+                f"this is not a state_dict of a Pruner, it has no {key!r}: give what state_dict() returned"
+            )
+
+
+def require_shapes(theirs: object, scope: Scope) -> None:
     """See that a state is of these tensors.
 
     Raises:
@@ -44,18 +80,20 @@ def require_shapes(theirs: object, mine: Mapping[str, list[int]]) -> None:
     """
     if not isinstance(theirs, Mapping):
         raise _damaged(f"its shapes are {checks.kind(theirs)}")
+    mine = {name: list(weight.shape) for name, weight in scope.items()}
     differ = sorted(map(str, set(theirs) ^ set(mine))) or [name for name in mine if _differs(theirs[name], mine[name])]
     if differ:
         raise InputError(f"the saved pruner has another scope ({listed(differ)}): build this one with the scope it had")
 
 
-def require_settings(theirs: object, mine: object) -> None:
+def require_settings(theirs: object, plan: Plan | FixedMasks, schedule: _When, regrow: _Moves) -> None:
     """See that a state was saved by a Pruner with the same settings.
 
     Raises:
         InputError: it was not; the message says what differs.
     """
-    differ = list(_differences("", theirs, mine))
+    tell = _words if isinstance(theirs, str) else settings
+    differ = list(_differences("", theirs, tell(plan, schedule, regrow)))
     if differ:
         raise InputError(f"the saved pruner has other settings: {'; '.join(differ[:3])}; build this one with the same")
 

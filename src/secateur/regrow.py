@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from secateur import scores, selection
-from secateur.errors import InputError, StateError
+from secateur.errors import InputError, PatternError, StateError
 from secateur.feedback import FEEDBACKS, Feedback
 from secateur.masks import Masks
+from secateur.plan import FixedMasks, Plan
 from secateur.scope import Scope
 from secateur.selection import Stream
 from secateur.support import bits, checks
@@ -219,17 +220,35 @@ def rigl(name: str, weight: Tensor, gradient: Tensor, generator: torch.Generator
     return gradient.abs()
 
 
-def resolve(given: str | Regrowth | Feedback) -> Regrowth | Feedback:
-    """Turn what a user may pass as `regrow=` into a Regrowth or a Feedback.
+def resolve(given: str | Regrowth | Feedback | None) -> Regrowth | Feedback | None:
+    """Turn what a user may pass as `regrow=` into a Regrowth, a Feedback, or None: masks that stay.
 
     Raises:
         InputError: an unknown name. InputTypeError: something else.
     """
     if isinstance(given, str):
         return FEEDBACKS[given].value() if given in FEEDBACKS else Regrowth(given)
-    if not isinstance(given, Regrowth | Feedback):
+    if not isinstance(given, Regrowth | Feedback | None):
         raise checks.wrong("regrow", given, "sc.regrow.rigl(every=100), sc.feedback.sr_ste(), a name, or None")
     return given
+
+
+def require_movable(given: Regrowth | Feedback | None, plan: Plan | FixedMasks) -> None:
+    """See that masks may move as they are to.
+
+    Raises:
+        InputError: they are given, or chosen in another way. PatternError: they would break the pattern.
+    """
+    if given is None:
+        return
+    if isinstance(plan, FixedMasks):
+        raise InputError("given masks are held as they are: leave regrow out, or give a sparsity in their place")
+    soft = isinstance(given, Feedback) and given.soft
+    if plan.pattern is not None and (soft or isinstance(given, Regrowth)):
+        what = "one threshold for each tensor" if soft else "regrowth moves single weights, which"
+        raise PatternError(f"{what} would break the pattern {plan.pattern}: leave regrow out, or the pattern")
+    if soft and plan.allocation.share is not None:
+        raise InputError(f'{given} learns how many weights each tensor keeps: leave allocation at "global"')
 
 
 def gradients(scope: Mapping[str, Tensor]) -> dict[str, Tensor]:
