@@ -199,6 +199,27 @@ def closure_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     return kwargs.get("closure", args[1] if len(args) > 1 else None)
 
 
+def after_backward(
+    call: Callable[[], object], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> tuple[Any, Any] | None:
+    """Call a function when a step about to be made has its gradients: now, or each time its closure has made them.
+
+    Returns:
+        What a hook before the step returns: None, or its arguments with another closure.
+    """
+    closure = closure_of(args, kwargs)
+    if closure is None:
+        call()
+        return None
+
+    def watched() -> Any:
+        loss = closure()
+        call()
+        return loss
+
+    return (args[0], watched, *args[2:]), {key: value for key, value in kwargs.items() if key != "closure"}
+
+
 def trains_nothing(optimizer: Optimizer, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
     """Whether a step about to be made is an optimizer's first, at a learning rate of 0 and with gradients of zeros.
 

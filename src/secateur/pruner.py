@@ -21,6 +21,7 @@ from secateur.live_tensors import MANY, loose_zeros, newcomers
 from secateur.masks import Masks, check
 from secateur.patterns import Pattern
 from secateur.regrow import Regrowth
+from secateur.rounds import Round
 from secateur.schedules import Schedule
 from secateur.scope import Scope, unwrap
 from secateur.scores import GradientScore, Score
@@ -156,11 +157,7 @@ class Pruner:
         self._originals: dict[str, Tensor] = {}
         self._beginning: dict[str, Any] = {}
         self._hooks: following.Hooks | None = None
-        self._followed: dict[int, list[Any]] = {}  # optimizers by their ids, each with those inside it
-        self._given = False  # they were given to attach(), which otherwise follows any
-        self._waiting: set[str] = set()  # trainable tensors whose optimizer has not stepped in this round
-        self._clock: list[Any] = []  # count the steps where nothing in scope is trained
-        self._parameters: list[int] = []  # their ids when the optimizers were last looked at
+        self._round = Round(self._plan.scope)
         self._idle = False  # the step being made trains nothing
         self._begun: dict[int, tuple[set[str], bool]] = {}  # steps being made: what they step; inside another's step?
         self._found: int | None = self._at_risk()  # told of at the first step
@@ -253,18 +250,15 @@ class Pruner:
         if self._hooks is not None:
             raise StateError("this pruner is attached already: give all optimizers in one call, or detach() first")
         scope = self._live()
-        found = following.resolve(optimizers, scope)
-        for one in found or [None]:
-            _require_alone(one, live_tensors.here(self._plan.scope), self)
-        following.forgetting(found, scope, self._masks, self._zero)  # can it be done?
-        self._require_still(found)
-        self._followed = {id(one): following.family(one) for one in found}
-        self._given, self._parameters = bool(found), [id(weight) for weight in scope.values()]
-        self._waiting = following.trained(scope)
-        self._clock = following.family(optimizers[0]) if optimizers and not self._waiting else []
+        first = Round(scope, optimizers)
+        for one in first.given or [None]:
+            _require_alone(one, live_tensors.here(scope), self)
+        following.forgetting(first.given, scope, self._masks, self._zero)  # can it be done?
+        self._require_still(first.given)
+        self._round = first
         self._update()
         self._found = 0 if self._steps else None  # in a run that goes on, what grew just now is zero
-        self._hooks = following.Hooks(found, self, self._before_step, self._after_step, self._settle)
+        self._hooks = following.Hooks(first.given, self, self._before_step, self._after_step, self._settle)
 
     def detach(self) -> None:
         """Stop following the optimizers."""
@@ -434,7 +428,7 @@ class Pruner:
         if self._withheld is not None:
             self._withheld.load_state_dict(withheld)
         self._masks, self._steps, self._counts = masks, state["steps"], counts
-        self._waiting = following.trained(scope)
+        self._round.begin()
         self._found = 0
 
     def _schedule_words(self) -> str:
@@ -481,30 +475,17 @@ class Pruner:
     def _unfinished(self) -> str:
         pruned, asked = sum(self._counts), sum(self._asked)
         so_far = f"after {self._steps} steps {pruned:,} weights are pruned, of the {asked:,} asked for"
-        if self._steps == 0 and self._hooks is None:
-            return (
-                f"{so_far}: attach(optimizer) before the loop (again after undo() or detach()), or call step() after "
-                "each step of the optimizer"
-            )
-        if self._steps == 0:
-            missing = sorted(self._waiting)
-            still = f" of {listed(missing)}" if missing else ""
-            return (
-                f"{so_far}: the optimizer{still} never stepped; the loop may step another object than the one attached "
-                "(made later, or a copy), or GradScaler skipped every step (inf or NaN in the gradients); attach what "
-                "the loop steps, or attach() without arguments, which follows any"
-            )
-        if self._hooks is not None and self._waiting and self._waiting < following.trained(self._plan.scope):
-            missing = sorted(self._waiting)
-            return (
-                f"{so_far}: {listed(missing)} was not stepped since; "
-                "a step is complete when each trainable tensor in scope was stepped: detach(), and attach() every "
-                "optimizer, made from the parameters that the model has now"
-            )
-        return (
-            f"{so_far}: the schedule {self._schedule_words()} has not come to its end; go on training, or give it an "
-            "earlier stop"
+        why = (
+            f"the schedule {self._schedule_words()} has not come to its end; go on training, or give it an earlier stop"
         )
+        if self._hooks is not None:
+            why = self._round.why_incomplete(ever=self._steps > 0) or why
+        elif self._steps == 0:
+            why = (
+                "attach(optimizer) before the loop (again after undo() or detach()), or call step() after each step of "
+                "the optimizer"
+            )
+        return f"{so_far}: {why}"
 
     # ---- steps -------------------------------------------------------------------------------------------------------
 
@@ -529,7 +510,7 @@ class Pruner:
                 f"the schedule falls at step {self._steps}, from {sum(self._counts):,} pruned weights to "
                 f"{sum(counts):,}: the number of zeros must never fall"
             )
-        scope, every = self._plan.scope, [one for found in self._followed.values() for one in found]
+        scope = self._plan.scope
         try:
             if counts != self._counts or (moves and any(counts) and self._withheld is not None):
                 if self._withheld is not None:
@@ -542,7 +523,7 @@ class Pruner:
                 return False
             always = masks & self._masks  # what grows begins at zero, in the optimizer too: dense gradients filled both
             straight = self._withheld is not None and self._withheld.method.straight
-            forgetting = [] if straight else following.forgetting(every, scope, always, self._zero)
+            forgetting = [] if straight else following.forgetting(self._round.optimizers, scope, always, self._zero)
         except BaseException:
             if self._withheld is not None:
                 self._settle()
@@ -604,7 +585,7 @@ class Pruner:
             else:
                 for name, weight in settled.items():
                     self._zero(weight, masks.packed(name))
-            restless = [one for found in self._followed.values() for one in found if following.moves_outside_step(one)]
+            restless = [one for one in self._round.optimizers if following.moves_outside_step(one)]
             following.forget(restless, scope, masks, self._zero)
 
     def _require_still(self, optimizers: Iterable[Any]) -> None:
@@ -615,71 +596,35 @@ class Pruner:
                 "show (schedule-free ones do in eval()): take another optimizer, or leave regrow out"
             )
 
-    def _follows(self, optimizer: Optimizer) -> set[str] | None:
-        """The tensors in scope that an optimizer steps; None for one that is of no concern."""
-        found = self._followed.get(id(optimizer), [optimizer])
-        held = following.held(found, live_tensors.here(self._plan.scope))
-        return held if held or any(optimizer is one for one in self._clock) else None
-
-    def _inner(self, optimizer: Optimizer) -> bool:
-        """Whether this is a step inside the step of another optimizer that counts."""
-        return any(self._follows(outer) is not None for outer in following.enclosing(optimizer))
-
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
         """See that all is well, and show a score the gradients: those there are, or those that a closure will make."""
-        self._begun.pop(id(optimizer), None)
-        held = self._follows(optimizer)
-        if held is None and not self._given:
+        held = self._round.held(optimizer)
+        if held is None and not self._round.given:
             return None
         self._warn_of_troubles()
         scope = self._plan.scope
-        if id(optimizer) not in self._followed:
-            _require_alone(optimizer, live_tensors.here(self._plan.scope), self)
-            found = following.family(optimizer)
-            self._require_still(found)
-            self._followed[id(optimizer)] = found
-        parameters = [id(weight) for weight in scope.values()]
-        if self._given and parameters != self._parameters:  # renewed: does an optimizer step the new ones?
-            self._parameters = parameters
-            try:
-                following.resolve([found[0] for found in self._followed.values()], scope)
-            except InputError as error:
-                warn(str(error))
-        if held is None:
-            return None
-        inner = self._inner(optimizer)
-        self._begun[id(optimizer)] = held, inner
-        if inner:
+        if optimizer not in self._round:
+            _require_alone(optimizer, live_tensors.here(scope), self)
+            self._require_still(following.family(optimizer))
+            self._round.add(optimizer)
+        self._round.warn_of_renewed()
+        if held is None or self._round.inner(optimizer):
             return None
         self._tell_of_zeros()
         self._idle = following.trains_nothing(optimizer, args, kwargs)
         looks = isinstance(self._plan.score, GradientScore) or self._withheld is not None
         if not (looks or self._moves(self._steps + 1)) or self._idle or following.overflown(optimizer):
             return None
-        seen = {name: scope[name] for name in held}
-        closure, scale = following.closure_of(args, kwargs), following.scale(optimizer)
-        if closure is None:
-            self._look(seen, scale)
-            return None
-
-        def watched() -> Any:
-            loss = closure()
-            self._look(seen, scale)
-            return loss
-
-        return (args[0], watched, *args[2:]), {key: value for key, value in kwargs.items() if key != "closure"}
+        seen, scale = {name: scope[name] for name in held}, following.scale(optimizer)
+        return following.after_backward(lambda: self._look(seen, scale), args, kwargs)
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        begun = self._begun.pop(id(optimizer), None)  # None: attached within this step
-        held, inner = begun or (self._follows(optimizer), self._inner(optimizer))
+        held = self._round.held(optimizer)
         if held is None or following.overflown(optimizer):
             return
-        if not self._idle:
-            self._waiting -= held
-        if self._idle or self._waiting or inner:
+        if self._idle or not self._round.completes(optimizer, held):
             self._settle(held)
             return
-        self._waiting = following.trained(self._plan.scope)
         try:
             self._advance(held)
         except NotFiniteError as error:  # a long run goes on; finish() tells if the end was never reached
