@@ -1,5 +1,7 @@
 """PruningCallback in Lightning's Trainer: resume, averages, several optimizers, only final models judged."""
 
+import math
+
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -122,11 +124,11 @@ def test_averages_have_the_zeros(tmp_path, average, first):
 class Stop(Callback):
     """Stops in the middle of an epoch, right after a checkpoint."""
 
-    def __init__(self, path):
-        self.path = path
+    def __init__(self, path, step=12):
+        self.path, self.step = path, step
 
     def on_train_batch_end(self, trainer, module, outputs, batch, at):
-        if trainer.global_step == 12:
+        if trainer.global_step == self.step:
             trainer.save_checkpoint(self.path)
             raise RuntimeError("stop")
 
@@ -146,6 +148,47 @@ def test_resume_in_the_middle_of_an_epoch_is_bit_exact(tmp_path, pruning):
     assert pruner.masks == want_pruner.masks
     assert zeros(sc.weights(model)) == k(0.9, pruner.masks.size)
     assert pruner.metrics() == want_pruner.metrics()  # what grew before the stop counts too
+    assert all(torch.equal(weight, want.state_dict()[name]) for name, weight in model.state_dict().items())
+
+
+class Rows:
+    """Batches of 16, the last of an epoch of 5, all different; they go on where they stopped."""
+
+    def __init__(self):
+        x = torch.randn(7 * 16 + 5, 16, generator=torch.Generator().manual_seed(0))
+        self.batches = [(rows, rows[:, :4].argmax(1)) for rows in x.split(16)]
+        self.at = 0
+
+    def __len__(self):
+        return len(self.batches)
+
+    def __iter__(self):
+        self.at %= len(self)
+        while self.at < len(self):
+            self.at += 1
+            yield self.batches[self.at - 1]
+
+    def state_dict(self):
+        return {"at": self.at}
+
+    def load_state_dict(self, state):
+        self.at = state["at"]
+
+
+@pytest.mark.parametrize("together", [1, 3])
+def test_resume_with_an_unequal_last_batch_while_gradients_add_up(tmp_path, together):
+    """Three batches a step, and the last two of an epoch."""
+    options = {"accumulate_grad_batches": together, "max_epochs": EPOCHS * together}
+    through, want, want_pruner = made(tmp_path, **options)
+    through.fit(want, Rows())
+    stopped, model, _ = made(tmp_path, Stop(tmp_path / "middle.ckpt", step=13), **options)
+    with pytest.raises(RuntimeError, match="stop"):
+        stopped.fit(model, Rows())
+    again, model, pruner = made(tmp_path, **options)
+    again.fit(model, Rows(), ckpt_path=tmp_path / "middle.ckpt", weights_only=True)
+    assert pruner.steps == want_pruner.steps == EPOCHS * together * math.ceil(BATCHES / together)
+    assert pruner.masks == want_pruner.masks
+    assert zeros(sc.weights(model)) == k(0.9, pruner.masks.size)
     assert all(torch.equal(weight, want.state_dict()[name]) for name, weight in model.state_dict().items())
 
 

@@ -64,13 +64,17 @@ def made(folder, *callbacks, seed=0, pruning=None, skip=(), **options):
     arguments = TrainingArguments(
         folder,
         max_steps=STEPS,
-        per_device_train_batch_size=4,
         learning_rate=1e-2,
         use_cpu=True,
         report_to=[],
         disable_tqdm=True,
-        logging_strategy="no",
-        **{"save_strategy": "steps", "save_steps": 5, **options},
+        **{
+            "per_device_train_batch_size": 4,
+            "logging_strategy": "no",
+            "save_strategy": "steps",
+            "save_steps": 5,
+            **options,
+        },
     )
     every = [PruningCallback(pruner), *callbacks]
     return Trainer(model, arguments, train_dataset=EXAMPLES, eval_dataset=EXAMPLES[:8], callbacks=every), pruner
@@ -110,6 +114,28 @@ def test_a9_resume_in_the_middle_of_a_schedule_is_bit_exact(tmp_path, pruning):
     stopped.remove_callback(Stop)  # as in a notebook
     stopped.train(resume_from_checkpoint=True)
     assert all(torch.equal(weight, want[name]) for name, weight in stopped.model.state_dict().items())
+
+
+def test_resume_from_a_folder_elsewhere_while_gradients_add_up(tmp_path):
+    """The Trainer tells no callback where it goes on from: only a folder whose history it has is believed."""
+    options = {"gradient_accumulation_steps": 3, "per_device_train_batch_size": 5}  # ends of epochs are cut short
+    through, _ = made(tmp_path / "through", **options)
+    through.train()
+    stopped, _ = made(tmp_path / "first", Stop(8), **options)
+    with pytest.raises(KeyboardInterrupt, match="stop"):
+        stopped.train()
+    other, _ = made(tmp_path / "again", Stop(8), **options, logging_steps=1, logging_strategy="steps")
+    with pytest.raises(KeyboardInterrupt, match="stop"):
+        other.train()
+    elsewhere = str((tmp_path / "first" / "checkpoint-5").rename(tmp_path / "moved"))
+    lost, _ = made(tmp_path / "again", **options)
+    with pytest.raises(InputError, match=r"is not .*again.checkpoint-5.*TrainingArguments\(resume_from_checkpoint="):
+        lost.train(resume_from_checkpoint=elsewhere)
+    again, pruner = made(tmp_path / "again", resume_from_checkpoint=elsewhere, **options)
+    again.train(resume_from_checkpoint=elsewhere)
+    assert pruner.steps == STEPS
+    want = through.model.state_dict()
+    assert all(torch.equal(weight, want[name]) for name, weight in again.model.state_dict().items())
 
 
 def test_cycles_of_the_learning_rate_go_on_after_a_resume(tmp_path):
@@ -167,7 +193,7 @@ def test_a_checkpoint_without_a_pruner(tmp_path):
         trainer.train()
     (tmp_path / "checkpoint-5" / PRUNER_NAME).unlink()
     again, pruner = made(tmp_path)
-    with pytest.raises(InputError, match=r"no .*checkpoint-5.pruner\.pt.*output_dir"):
+    with pytest.raises(InputError, match=r"no .*checkpoint-5.pruner\.pt.*saved with a PruningCallback"):
         again.train(resume_from_checkpoint=True)
     assert pruner.steps == 0
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from secateur.errors import InputError, StateError
@@ -33,7 +35,8 @@ class PruningCallback(TrainerCallback):
     Raises:
         InputTypeError: no Pruner. StateError: a second PruningCallback in one Trainer. While it trains:
         StateError: the pruner is in the middle of another training; the schedule has not come to its end in this one.
-        InputError: a checkpoint to go on from has no pruner, or that of another run.
+        InputError: a checkpoint to go on from has no pruner, or that of another run; it is not in `output_dir`, and
+            `TrainingArguments(resume_from_checkpoint=)` does not name it.
         MaskError: pruned weights are not zero, in a checkpoint or at the end.
     """
 
@@ -51,7 +54,7 @@ class PruningCallback(TrainerCallback):
         _require_alone(state)
         self._state = state
         self.pruner.over(state.max_steps)
-        begin(self.pruner, _saved(_folder(args, state)) if state.global_step else None)
+        begin(self.pruner, _saved(_origin(args, state)) if state.global_step else None)
         self.pruner.attach(*[optimizer] * (optimizer is not None))
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -93,12 +96,33 @@ def _folder(args: TrainingArguments, state: TrainerState) -> Path:
     return Path(args.output_dir or "", state.trial_name or "", f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
 
 
+def _origin(args: TrainingArguments, state: TrainerState) -> Path:
+    """The checkpoint that a Trainer goes on from: it tells no callback, but has just loaded the state that is there.
+
+    Raises:
+        InputError: it is elsewhere.
+    """
+    usual = _folder(args, state)
+    for folder in (Path(args.resume_from_checkpoint or usual), usual):
+        path = folder / TRAINER_STATE_NAME
+        if path.is_file() and _history(TrainerState.load_from_json(str(path))) == _history(state):
+            return folder
+    raise InputError(
+        f"the training goes on from a checkpoint that is not {usual}, and a Trainer does not tell which: say it in "
+        "TrainingArguments(resume_from_checkpoint=folder) as well, or move the checkpoint there; or begin anew"
+    )
+
+
+def _history(state: TrainerState) -> str:
+    return json.dumps([state.global_step, state.epoch, state.log_history])
+
+
 def _saved(folder: Path) -> Mapping[str, Any]:
     path = folder / PRUNER_NAME
     if not path.is_file():
         raise InputError(
-            f"there is no {path}: a training goes on from a checkpoint in output_dir that was saved with a "
-            "PruningCallback; move it there, or begin anew"
+            f"there is no {path}: a training goes on from a checkpoint that was saved with a PruningCallback; go on "
+            "from another one, or begin anew"
         )
     found: Mapping[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     return found
