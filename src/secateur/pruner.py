@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from fractions import Fraction
 from typing import Any
 
 import torch
@@ -25,7 +24,7 @@ from secateur.rounds import Round
 from secateur.schedules import Schedule
 from secateur.scope import Scope, unwrap
 from secateur.scores import GradientScore, Score
-from secateur.sparsity import Sparsity, fraction
+from secateur.sparsity import Sparsity
 from secateur.support import bits, checks
 from secateur.support.tables import counted
 
@@ -145,6 +144,7 @@ class Pruner:
             score = self._withheld.ranking(score)
         self._plan = plan.of(model, sparsity, score=score, allocation=allocation, pattern=pattern, scope=scope)
         self._schedule = _schedule(schedule, self._plan)
+        self._gradient_score = self._plan.score if isinstance(self._plan.score, GradientScore) else None
         regrowth.require_movable(self._regrow, self._plan)
         self._generator = self._regrow.generator() if isinstance(self._regrow, Regrowth) else torch.Generator()
         self._gradients: dict[str, Tensor] = {}  # of this step, if it is one at which the masks move
@@ -166,10 +166,7 @@ class Pruner:
 
     def __repr__(self) -> str:
         asked = sum(self._asked) / self._plan.scope.size
-        return (
-            f"Pruner(sparsity={asked:.4g}, schedule={self._schedule_words()}, steps={self._steps}, "
-            f"now={self.sparsity:.4g})"
-        )
+        return f"Pruner(sparsity={asked:.4g}, schedule={self._schedule}, steps={self._steps}, now={self.sparsity:.4g})"
 
     @property
     def masks(self) -> Masks:
@@ -226,8 +223,7 @@ class Pruner:
         Args:
             total_steps: steps of the optimizer, in all.
         """
-        if isinstance(self._schedule, Schedule):
-            self._schedule = self._schedule.over(total_steps)
+        self._schedule = self._schedule.over(total_steps)
         if isinstance(self._regrow, Regrowth):
             self._regrow = self._regrow.over(total_steps)
         if self._beginning:
@@ -388,8 +384,8 @@ class Pruner:
             "shapes": {name: list(weight.shape) for name, weight in self._plan.scope.items()},
             "bits": {name: self._masks.packed(name).clone() for name in self._masks},
         }
-        if isinstance(self._plan.score, GradientScore):
-            state["sums"] = {name: total.clone() for name, total in self._plan.score.sums.items()}
+        if self._gradient_score is not None:
+            state["sums"] = {name: total.clone() for name, total in self._gradient_score.sums.items()}
         generator = getattr(self._plan.score, "generator", None)
         if generator is not None:
             state["generator"] = generator.get_state()
@@ -412,9 +408,8 @@ class Pruner:
         states.require_settings(state["settings"], self._plan, self._schedule, self._regrow)
         masks = states.read_masks(state["bits"], scope)
         counts = states.read_numbers(state, masks, self._asked, exact=self._plan.pattern is None)
-        score = self._plan.score
-        sums = states.read_sums(state, scope) if isinstance(score, GradientScore) else {}
-        generator = getattr(score, "generator", None)
+        sums = states.read_sums(state, scope) if self._gradient_score is not None else {}
+        generator = getattr(self._plan.score, "generator", None)
         if generator is not None:
             states.require_generator(state, generator)
         withheld = states.read_withheld(state, scope) if self._withheld is not None else {}
@@ -423,16 +418,13 @@ class Pruner:
             self._generator.set_state(state["regrow"]["generator"].cpu())
         if generator is not None:
             generator.set_state(state["generator"].cpu())
-        if isinstance(score, GradientScore):
-            score.sums = sums
+        if self._gradient_score is not None:
+            self._gradient_score.sums = sums
         if self._withheld is not None:
             self._withheld.load_state_dict(withheld)
         self._masks, self._steps, self._counts = masks, state["steps"], counts
         self._round.begin()
         self._found = 0
-
-    def _schedule_words(self) -> str:
-        return str(self._schedule) if isinstance(self._schedule, Schedule) else "a function"
 
     # ---- the model that is there -------------------------------------------------------------------------------------
 
@@ -475,9 +467,7 @@ class Pruner:
     def _unfinished(self) -> str:
         pruned, asked = sum(self._counts), sum(self._asked)
         so_far = f"after {self._steps} steps {pruned:,} weights are pruned, of the {asked:,} asked for"
-        why = (
-            f"the schedule {self._schedule_words()} has not come to its end; go on training, or give it an earlier stop"
-        )
+        why = f"the schedule {self._schedule} has not come to its end; go on training, or give it an earlier stop"
         if self._hooks is not None:
             why = self._round.why_incomplete(ever=self._steps > 0) or why
         elif self._steps == 0:
@@ -500,30 +490,15 @@ class Pruner:
 
     def _update(self, *, advanced: bool = False) -> bool:
         """Choose new masks if the schedule wants another number of zeros, or they are to move; say whether it did."""
-        moves, counts, masks = self._moves(self._steps), self._counts, self._masks
-        lifts = isinstance(self._schedule, Schedule) and self._schedule.lifts
-        if counts != self._asked or lifts or not isinstance(self._schedule, Schedule):  # not at the end of its curve
-            counts = self._plan.counts(self._at)
-        lifted = lifts and not any(counts)
-        if not lifted and any(new < old for new, old in zip(counts, self._counts, strict=True)):
-            raise InputError(
-                f"the schedule falls at step {self._steps}, from {sum(self._counts):,} pruned weights to "
-                f"{sum(counts):,}: the number of zeros must never fall"
-            )
-        scope = self._plan.scope
+        counts = self._counts_now()
         try:
-            if counts != self._counts or (moves and any(counts) and self._withheld is not None):
-                if self._withheld is not None:
-                    self._withheld.recall(scope, self._masks, self._zero)
-                held = masks if self._withheld is None else None
-                masks = _all_kept(self._plan) if lifted else self._plan.masks(counts, held)
-            if moves and advanced and isinstance(self._regrow, Regrowth):
-                masks = self._regrow.moved(scope, masks, self._gradients, self._generator, self._steps)
+            masks = self._masks_now(counts, advanced=advanced)
             if masks is self._masks:
                 return False
             always = masks & self._masks  # what grows begins at zero, in the optimizer too: dense gradients filled both
             straight = self._withheld is not None and self._withheld.method.straight
-            forgetting = [] if straight else following.forgetting(self._round.optimizers, scope, always, self._zero)
+            every = [] if straight else self._round.optimizers
+            forgetting = following.forgetting(every, self._plan.scope, always, self._zero)
         except BaseException:
             if self._withheld is not None:
                 self._settle()
@@ -533,17 +508,40 @@ class Pruner:
         self._settle(masks=always, chosen=masks)
         for forget in forgetting:
             forget()
-        score = self._plan.score
-        if isinstance(score, GradientScore) and score.forget:
-            score.clear()
+        if self._gradient_score is not None and self._gradient_score.forget:
+            self._gradient_score.clear()
         for call in self._listeners:
             call(self.metrics())
         return True
 
-    def _at(self, final: Fraction) -> Fraction:
-        if isinstance(self._schedule, Schedule):
-            return self._schedule.sparsity(self._steps, final)
-        return fraction(self._schedule(self._steps))
+    def _counts_now(self) -> tuple[int, ...]:
+        """How many weights of each share are to be pruned at this step.
+
+        Raises:
+            InputError: the schedule falls.
+        """
+        if self.done and self._schedule.settles:
+            return self._counts
+        counts = self._plan.counts(lambda final: self._schedule.sparsity(self._steps, final))
+        lifted = self._schedule.lifts and not any(counts)
+        if not lifted and any(new < old for new, old in zip(counts, self._counts, strict=True)):
+            raise InputError(
+                f"the schedule falls at step {self._steps}, from {sum(self._counts):,} pruned weights to "
+                f"{sum(counts):,}: the number of zeros must never fall"
+            )
+        return counts
+
+    def _masks_now(self, counts: tuple[int, ...], *, advanced: bool) -> Masks:
+        """The masks that prune so many weights and have moved, if they are to; those of this moment, if they stay."""
+        moves, masks = self._moves(self._steps), self._masks
+        if counts != self._counts or (moves and any(counts) and self._withheld is not None):
+            if self._withheld is not None:
+                self._withheld.recall(self._plan.scope, masks, self._zero)
+            held = masks if self._withheld is None else None
+            masks = self._plan.masks(counts, held) if any(counts) else _all_kept(self._plan)
+        if moves and advanced and isinstance(self._regrow, Regrowth):
+            masks = self._regrow.moved(self._plan.scope, masks, self._gradients, self._generator, self._steps)
+        return masks
 
     def _moves(self, step: int) -> bool:
         """Whether masks move at a step."""
@@ -556,10 +554,10 @@ class Pruner:
             seen: tensors in scope.
             scale: what their gradients are multiplied by.
         """
-        if isinstance(self._plan.score, GradientScore):
+        if self._gradient_score is not None:
             dense = seen if self._withheld is None else self._withheld.dense(seen)
             gradients = {name: weight.grad for name, weight in seen.items() if weight.grad is not None}
-            self._plan.score.observe(dense, {name: g if scale == 1 else g / scale for name, g in gradients.items()})
+            self._gradient_score.observe(dense, {name: g if scale == 1 else g / scale for name, g in gradients.items()})
         if self._withheld is not None:
             self._withheld.look(seen, scale)
         if isinstance(self._regrow, Regrowth) and self._moves(self._steps + 1):
@@ -612,7 +610,7 @@ class Pruner:
             return None
         self._tell_of_zeros()
         self._idle = following.trains_nothing(optimizer, args, kwargs)
-        looks = isinstance(self._plan.score, GradientScore) or self._withheld is not None
+        looks = self._gradient_score is not None or self._withheld is not None
         if not (looks or self._moves(self._steps + 1)) or self._idle or following.overflown(optimizer):
             return None
         seen, scale = {name: scope[name] for name in held}, following.scale(optimizer)
@@ -629,8 +627,8 @@ class Pruner:
             self._advance(held)
         except NotFiniteError as error:  # a long run goes on; finish() tells if the end was never reached
             self._settle(held)
-            if isinstance(self._plan.score, GradientScore):
-                self._plan.score.clear()
+            if self._gradient_score is not None:
+                self._gradient_score.clear()
             if "not finite" not in self._told:
                 self._told.add("not finite")
                 warn(f"the masks were to change at step {self._steps}, and stay as they are: {error}")
@@ -654,11 +652,11 @@ def _require_alone(optimizer: object, scope: Mapping[str, Tensor], me: Pruner | 
 
 def _schedule(
     given: str | Schedule | Callable[[int], float], chosen: plan.Plan | plan.FixedMasks
-) -> Schedule | Callable[[int], float]:
+) -> Schedule | schedules.Function:
     if isinstance(chosen, plan.FixedMasks) and given != "one_shot":
         raise InputError("given masks are held from the start: leave the schedule out")
     found = schedules.resolve(given)
-    if not isinstance(found, Schedule) and len(chosen.shares) > 1:
+    if isinstance(found, schedules.Function) and len(chosen.shares) > 1:
         raise InputError(
             "a function as schedule gives one sparsity, but each tensor has its own: use sc.cubic or another"
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,30 +13,29 @@ from secateur.feedback import STATE, Feedback
 from secateur.masks import Masks
 from secateur.plan import FixedMasks, Plan
 from secateur.regrow import Regrowth
-from secateur.schedules import Schedule
+from secateur.schedules import Function, Schedule
 from secateur.scope import Scope
 from secateur.support import checks
 
 _MOST_STEPS = 10**12
 """No training makes so many: at a thousand a second it would take 30 years."""
 
-_When = Schedule | Callable[[int], float]
+_When = Schedule | Function
 _Moves = Regrowth | Feedback | None
 
 
 def settings(plan: Plan | FixedMasks, schedule: _When, regrow: _Moves) -> dict[str, Any]:
     """What two runs must have in common to go on with each other, as plain data."""
-    found = {**plan.settings(), "schedule": vars(schedule) if isinstance(schedule, Schedule) else "a function"}
+    found = {**plan.settings(), "schedule": schedule.settings()}
     return found if regrow is None else {**found, "regrow": vars(regrow)}
 
 
 def _words(plan: Plan | FixedMasks, schedule: _When, regrow: _Moves) -> str:
     """The settings as states of before July 2026 tell them."""
     shares = ", ".join(f"{float(share.sparsity)!r} of {share.size}" for share in plan.shares)
-    when = str(schedule) if isinstance(schedule, Schedule) else "a function"
     score = getattr(plan.score, "__name__", type(plan.score).__name__)
     moves = f"; regrow {regrow}" if regrow is not None else ""
-    return f"sparsity {shares}; schedule {when}; score {score}; pattern {plan.pattern}{moves}"
+    return f"sparsity {shares}; schedule {schedule}; score {score}; pattern {plan.pattern}{moves}"
 
 
 def _damaged(what: str) -> InputError:

@@ -12,9 +12,10 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from secateur.errors import InputError, InputTypeError
+from secateur.sparsity import fraction
 from secateur.support import checks
 from secateur.support.registry import Registry, called
 
@@ -71,6 +72,11 @@ class Schedule:
         """Whether the masks are lifted now and then, so that the sparsity falls to 0."""
         return getattr(SCHEDULES[self.kind].value, "lifts", False)
 
+    @property
+    def settles(self) -> bool:
+        """Whether the sparsity stays once it is the final one."""
+        return not self.lifts
+
     def sparsity(self, step: int, final: Fraction) -> Fraction:
         """The sparsity after `step` steps, on the way to `final`; it changes every `every` steps and at `stop`.
 
@@ -117,8 +123,35 @@ class Schedule:
         n = steps_per_epoch
         return replace(self, start=self.start * n, stop=self.stop * n, every=self.every * n)
 
+    def settings(self) -> dict[str, Any]:
+        """What two runs must have in common."""
+        return vars(self)
+
     def __str__(self) -> str:
         return f"{self.kind}(start={self.start}, stop={self.stop}, every={self.every})"
+
+
+@dataclass(frozen=True)
+class Function:
+    """A user's function `step -> sparsity`, asked in the ways in which a Schedule is."""
+
+    curve: Callable[[int], float]
+    lifts = settles = False  # it may rise and fall at any step
+
+    def sparsity(self, step: int, final: Fraction) -> Fraction:
+        """What the function says, whatever the final sparsity is."""
+        return fraction(self.curve(step))
+
+    def over(self, total_steps: int) -> Function:
+        """It is in steps already."""
+        return self
+
+    def settings(self) -> str:
+        """What two runs must have in common: what functions compute is not compared."""
+        return str(self)
+
+    def __str__(self) -> str:
+        return "a function"
 
 
 class _MakesSchedule(Protocol):
@@ -267,8 +300,8 @@ def cycles(schedule: Schedule, total_steps: int, *, low: float = 0.1) -> Callabl
     return factor
 
 
-def resolve(given: str | Schedule | Callable[[int], float]) -> Schedule | Callable[[int], float]:
-    """Turn what a user may pass as `schedule=` into a Schedule or a function of the step.
+def resolve(given: str | Schedule | Callable[[int], float]) -> Schedule | Function:
+    """Turn what a user may pass as `schedule=` into what a Pruner asks.
 
     Raises:
         InputError: an unknown name, or one that needs arguments. InputTypeError: something else.
@@ -279,6 +312,8 @@ def resolve(given: str | Schedule | Callable[[int], float]) -> Schedule | Callab
         if given not in SCHEDULES:
             raise SCHEDULES.unknown(given)
         raise InputError(f"schedule={given!r} needs its steps: sc.cubic(start=500, stop=4000, every=100), for example")
-    if isinstance(given, Schedule) or callable(given):
+    if isinstance(given, Schedule):
         return given
+    if callable(given):
+        return Function(given)
     raise InputTypeError(f"schedule is {checks.kind(given)}: give sc.cubic(start, stop) or a function of the step")
