@@ -1,4 +1,4 @@
-"""Whether the tensors in scope are still those of the model, so that a Pruner can check the model itself."""
+"""The tensors in scope as they are now: whether the model still uses them, and zeros that no mask holds."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from secateur.computed_weights import computed, expression, weights_as_used
-from secateur.errors import StateError
+from secateur.errors import StateError, listed, warn
 from secateur.masks import Masks
 from secateur.scope import Member, Scope, require_prunable
 from secateur.tying import holders, identity
 
-MANY = 0.01
+_MANY = 0.01
 """Share of the weights in scope: more zeros than that are not there by chance."""
 
 
@@ -129,6 +129,16 @@ def newcomers(model: nn.Module, scope: Scope) -> dict[str, int]:
     }
 
 
+def warn_of_newcomers(model: nn.Module, scope: Scope) -> None:
+    """Warn of `newcomers`, if there are any."""
+    new = newcomers(model, scope)
+    if new:
+        warn(
+            f"{listed([*new])} came into the model after the Pruner was made, so that these {sum(new.values()):,} "
+            "weights were not pruned: make the Pruner when the model is whole"
+        )
+
+
 def loose_zeros(scope: Scope, masks: Masks, names: Iterable[str]) -> int:
     """Count the weights that are zero though the masks keep them. Tensors that are all zeros are taken as initialised
     so."""
@@ -140,4 +150,16 @@ def loose_zeros(scope: Scope, masks: Masks, names: Iterable[str]) -> int:
         if zeros < weight.numel():
             padding = weight[row].numel() - int(weight[row].count_nonzero()) if row is not None else 0
             total += zeros - padding - pruned[name]
-    return total if total > MANY * scope.size else 0
+    return total if total > _MANY * scope.size else 0
+
+
+def warn_of_loose(loose: int, scope: Scope) -> None:
+    """Warn of zeros that a Pruner does not hold, before it makes its first step, if they are many."""
+    if loose > _MANY * scope.size:
+        warn(
+            f"{loose:,} of {scope.size:,} weights in scope are zero and not held by this pruner: "
+            "they grow back. If they were pruned: to go on with that run, load the state of its pruner "
+            "(pruner.load_state_dict); to hold these zeros, use sc.Pruner(model, masks) with "
+            "masks = sc.Masks.from_zeros(sc.weights(model)); to prune on from there, give a schedule that begins "
+            "at their share or above"
+        )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,6 @@ from secateur import regrow as regrowth
 from secateur.allocation import Allocation
 from secateur.errors import InputError, MaskError, NotFiniteError, StateError, listed, warn
 from secateur.feedback import Feedback, Withheld
-from secateur.live_tensors import MANY, loose_zeros, newcomers
 from secateur.masks import Masks, check
 from secateur.patterns import Pattern
 from secateur.regrow import Regrowth
@@ -75,14 +74,13 @@ def prune(
     chosen = plan.of(model, sparsity, score=score, allocation=allocation, pattern=pattern, scope=scope)
     several = isinstance(optimizer, Iterable) and not isinstance(optimizer, str)
     found = following.resolve([*optimizer] if several else [optimizer], chosen.scope)
-    for one in found or [None]:
-        _require_alone(one, chosen.scope)
+    _require_alone(found, chosen.scope)
     masks = chosen.masks(chosen.counts())
     forgetting = following.forgetting(found, chosen.scope, masks, bits.Zeroer())
     masks.apply(chosen.scope)
     for forget in forgetting:
         forget()
-    loose = loose_zeros(chosen.scope, masks, [name for name, count in masks.counts().items() if count])
+    loose = live_tensors.loose_zeros(chosen.scope, masks, [name for name, count in masks.counts().items() if count])
     if loose > _FEW * chosen.scope.size:
         fixed = chosen.pattern is not None and chosen.pattern.sparsity is not None
         further = "" if fixed else "; to prune further, ask for a higher sparsity"
@@ -247,8 +245,7 @@ class Pruner:
             raise StateError("this pruner is attached already: give all optimizers in one call, or detach() first")
         scope = self._live()
         first = Round(scope, optimizers)
-        for one in first.given or [None]:
-            _require_alone(one, live_tensors.here(scope), self)
+        _require_alone(first.given, live_tensors.here(scope), self)
         following.forgetting(first.given, scope, self._masks, self._zero)  # can it be done?
         self._require_still(first.given)
         self._round = first
@@ -319,7 +316,7 @@ class Pruner:
         """
         checks.flag("lift_denormals", lift_denormals)
         scope = self._live()
-        if self._counts != self._asked:
+        if not self.done:
             raise StateError(self._unfinished())
         if isinstance(self._regrow, Regrowth) and not self._grown:
             raise StateError(
@@ -334,7 +331,7 @@ class Pruner:
                 "(an optimizer it does not follow, load_state_dict, an average of the weights swapped in): attach() "
                 "that optimizer, or call sc.remask(model, pruner.masks) and finish() again"
             )
-        loose = loose_zeros(scope, self._masks, scope)
+        loose = live_tensors.loose_zeros(scope, self._masks, scope)
         if loose:
             warn(
                 f"{loose:,} weights outside the masks are zero too, so that the sparsity is "
@@ -342,12 +339,7 @@ class Pruner:
                 "or another pruner holds the model (detach() it)"
                 + (", or they grew where no gradient comes" if self._grown else "")
             )
-        new = newcomers(self._model, scope)
-        if new:
-            warn(
-                f"{listed([*new])} came into the model after the Pruner was made, so that these "
-                f"{sum(new.values()):,} weights were not pruned: make the Pruner when the model is whole"
-            )
+        live_tensors.warn_of_newcomers(self._model, scope)
         if lift_denormals:
             for weight in scope.values():
                 bits.lift_subnormals(weight)
@@ -445,24 +437,14 @@ class Pruner:
 
     def _tell_of_zeros(self) -> None:
         """Warn, before the first step, of zeros that nothing holds: those of a pruned checkpoint, most likely."""
-        if self._found == 0:
-            return
-        if self._found is None:
-            loose, self._found = self._at_risk(), 0
-        else:
-            loose, self._found = self._found - self._masks.pruned, 0
-        if loose > MANY * self._plan.scope.size:
-            warn(
-                f"{loose:,} of {self._plan.scope.size:,} weights in scope are zero and not held by this pruner: "
-                "they grow back. If they were pruned: to go on with that run, load the state of its pruner "
-                "(pruner.load_state_dict); to hold these zeros, use sc.Pruner(model, masks) with "
-                "masks = sc.Masks.from_zeros(sc.weights(model)); to prune on from there, give a schedule that begins "
-                "at their share or above"
-            )
+        if self._found != 0:
+            loose = self._at_risk() if self._found is None else self._found - self._masks.pruned
+            self._found = 0
+            live_tensors.warn_of_loose(loose, self._plan.scope)
 
     def _at_risk(self) -> int:
         """Count the zeros that are not held and may grow: those of frozen tensors stay as they are."""
-        return loose_zeros(self._plan.scope, self._masks, following.trained(self._plan.scope))
+        return live_tensors.loose_zeros(self._plan.scope, self._masks, following.trained(self._plan.scope))
 
     def _unfinished(self) -> str:
         pruned, asked = sum(self._counts), sum(self._asked)
@@ -602,7 +584,7 @@ class Pruner:
         self._warn_of_troubles()
         scope = self._plan.scope
         if optimizer not in self._round:
-            _require_alone(optimizer, live_tensors.here(scope), self)
+            _require_alone([optimizer], live_tensors.here(scope), self)
             self._require_still(following.family(optimizer))
             self._round.add(optimizer)
         self._round.warn_of_renewed()
@@ -636,10 +618,10 @@ class Pruner:
             self._told.discard("not finite")
 
 
-def _require_alone(optimizer: object, scope: Mapping[str, Tensor], me: Pruner | None = None) -> None:
-    """See that no other Pruner follows an optimizer (None: every optimizer) and holds weights of this scope."""
+def _require_alone(optimizers: Sequence[object], scope: Mapping[str, Tensor], me: Pruner | None = None) -> None:
+    """See that no other Pruner follows some optimizers (none: every optimizer) and holds weights of this scope."""
     mine = {id(parameter): name for name, parameter in scope.items()}
-    for other in following.owners(optimizer):
+    for other in (other for one in optimizers or [None] for other in following.owners(one)):
         theirs = live_tensors.here(other._plan.scope) if other is not me else {}
         both = [mine[id(parameter)] for parameter in theirs.values() if id(parameter) in mine]
         if both:

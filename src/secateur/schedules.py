@@ -136,7 +136,7 @@ class Function:
     """A user's function `step -> sparsity`, asked in the ways in which a Schedule is."""
 
     curve: Callable[[int], float]
-    lifts = settles = False  # it may rise and fall at any step
+    lifts = settles = False  # asked at each step, so that a fall after its end is noticed
 
     def sparsity(self, step: int, final: Fraction) -> Fraction:
         """What the function says, whatever the final sparsity is."""
