@@ -469,3 +469,26 @@ def test_grasp_says_what_it_cannot_do():
         sc.prune(model, 0.5, score="grasp")
     with pytest.raises(InputError, match="return one number"):
         sc.prune(model, 0.5, score=scores.grasp(model, BATCHES, lambda m, b: m(b)))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("score", ["taylor", "fisher", "snip", "movement"])
+def test_sums_in_half_precision_do_not_stand_still(score, dtype):
+    def summed(dtype):
+        torch.manual_seed(0)
+        model = nn.Linear(4, 4).to(torch.bfloat16).to(dtype)
+        batches = [torch.full((2, 4), 2.0**-10, dtype=dtype)] * 600
+        return sc.accumulate(model, batches, lambda model, x: model(x).sum(), score=score).sums["weight"]
+
+    torch.testing.assert_close(summed(dtype), summed(torch.float32), rtol=1e-3, atol=0)
+
+
+def test_saved_sums_of_half_precision_go_on_in_full():
+    model = nn.Linear(4, 4).bfloat16()
+    pruner = sc.Pruner(model, 0.5, score="taylor", schedule=sc.cubic(2, 9))
+    model(torch.ones(2, 4, dtype=torch.bfloat16)).sum().backward()
+    pruner.observe()
+    state = pruner.state_dict()
+    state["sums"] = {name: total.bfloat16() for name, total in state["sums"].items()}
+    pruner.load_state_dict(state)
+    assert pruner.state_dict()["sums"]["weight"].dtype is torch.float32

@@ -15,6 +15,7 @@ from secateur.plan import FixedMasks, Plan
 from secateur.regrow import Regrowth
 from secateur.schedules import Function, Schedule
 from secateur.scope import Scope
+from secateur.scores import precise
 from secateur.support import checks
 
 _MOST_STEPS = 10**12
@@ -154,7 +155,7 @@ def read_sums(state: Mapping[str, Any], scope: Scope) -> dict[str, Tensor]:
             raise _damaged(
                 f"its sum of gradients of {name} is {_told(total)}, not {tuple(weight.shape)} finite numbers"
             )
-    return {name: total.clone().to(scope[name].device) for name, total in sums.items()}
+    return {name: precise(total.clone()).to(scope[name].device) for name, total in sums.items()}
 
 
 def require_generator(state: Mapping[str, Any], generator: torch.Generator) -> None:

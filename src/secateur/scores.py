@@ -123,7 +123,7 @@ class GradientScore:
 
     Args:
         name: of the score.
-        statistic: what a batch adds to the sum, of (weight, gradient).
+        statistic: what a batch adds to the sum, of (weight, gradient), in float32 where they are in half precision.
         score: the score, of (weight, sum).
         forget: start anew after each change of the masks, because the weights are no longer the same.
     """
@@ -162,7 +162,8 @@ class GradientScore:
                 continue
             if gradient.is_sparse:
                 gradient = gradient.to_dense()
-            added = self._statistic(weight.detach(), gradient)
+            gradient = precise(gradient)
+            added = self._statistic(precise(weight.detach()), gradient)
             if name in self.sums:
                 self.sums[name] += added
             else:
@@ -171,6 +172,14 @@ class GradientScore:
     def clear(self) -> None:
         """Forget every gradient seen."""
         self.sums = {}
+
+
+def precise(tensor: Tensor) -> Tensor:
+    """The same numbers, in float32 where they are in half precision.
+
+    There a sum stands still after some hundred batches, and a square falls to zero.
+    """
+    return tensor.float() if tensor.is_floating_point() and tensor.itemsize < 4 else tensor
 
 
 @score("taylor", source='Molchanov et al. 2019, "Importance Estimation", eq. 8 without the square')
@@ -294,8 +303,8 @@ class grasp:
     def prepare(self) -> None:
         """Compute the products that serve every tensor; called before the masks are chosen."""
         weights = {name: w for name, w in scopes.weights(self._model).items() if w.requires_grad}
-        first = [torch.zeros_like(weight) for weight in weights.values()]
-        products = [torch.zeros_like(weight) for weight in weights.values()]
+        first = [torch.zeros_like(precise(weight)) for weight in weights.values()]
+        products = [torch.zeros_like(precise(weight)) for weight in weights.values()]
         with torch.enable_grad():
             for batch in self._batches:
                 _add(first, self._gradients(batch, weights))
