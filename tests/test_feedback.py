@@ -1,5 +1,6 @@
 """secateur.feedback: the papers' steps, exact counts, and a model that is sparse at any moment."""
 
+import copy
 import io
 import math
 
@@ -303,6 +304,186 @@ def test_gradients_of_pruned_weights_stay_for_it():
     assert torch.equal(model[0].weight.grad, before)
 
 
+@pytest.mark.parametrize("score", ["random", "taylor"])
+@pytest.mark.parametrize("stop", range(12))
+def test_a_resume_at_any_step_chooses_no_masks_a_second_time(score, stop):
+    model, optimizer, pruner = built("dpf", score=score)
+    pruner.attach(optimizer)
+    train(model, optimizer, range(stop))
+    states = copy.deepcopy([thing.state_dict() for thing in (model, optimizer, pruner)])
+    train(model, optimizer, range(stop, 16))
+    again, other, more = built("dpf", score=score)
+    for thing, state in zip((again, other, more), states, strict=True):
+        thing.load_state_dict(state)
+    more.attach(other)
+    train(again, other, range(stop, 16))
+    assert same(model, again)
+    assert pruner.masks == more.masks
+
+
+@pytest.mark.parametrize("way", ["dpf", "soft_movement"])
+def test_tensors_that_are_given_no_sparsity_stay_dense(way):
+    model, optimizer, pruner = built(way, sparsity={"2.weight": 0.5})
+    pruner.attach(optimizer)
+    train(model, optimizer, range(20))
+    assert pruner.finish().counts() == {"0.weight": 0, "2.weight": 15}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_only_a_change_of_the_masks_is_told(way):
+    model, optimizer, pruner = built(way)
+    told, seen = [], []
+    pruner.on_update(lambda metrics: told.append(metrics["pruning/step"]))
+    before = pruner.masks
+    pruner.attach(optimizer)
+
+    def look(step):
+        nonlocal before
+        seen.extend([step + 1] * (pruner.masks != before))
+        before = pruner.masks
+
+    seen.extend([0] * (pruner.masks != before))
+    before = pruner.masks
+    train(model, optimizer, range(30), look)
+    assert told == seen
+
+
+class Passing(torch.optim.Optimizer):
+    """A wrapper without hooks whose further methods are those of the optimizer inside it, as that of accelerate."""
+
+    def __init__(self, optimizer):
+        self.optimizer = optimizer
+
+    @property
+    def state(self):
+        return self.optimizer.state
+
+    @property
+    def param_groups(self):
+        return self.optimizer.param_groups
+
+    def zero_grad(self):
+        self.optimizer.zero_grad()
+
+    def step(self, closure=None):
+        self.optimizer.step(closure)
+
+    def eval(self):
+        return self.optimizer.eval()
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_wrapper_that_passes_all_on(way):
+    model, optimizer, pruner = built(way)
+    other, inner, same_pruner = built(way)
+    pruner.attach(optimizer)
+    passing = Passing(inner)
+    same_pruner.attach(passing)
+    train(model, optimizer, range(20))
+    train(other, passing, range(20))
+    assert pruner.finish() == same_pruner.finish()
+    assert same(model, other)
+
+
+class Ahead(torch.optim.Optimizer):
+    """Lookahead: its weights are the mean of those of the optimizer inside it and of what it remembers."""
+
+    def __init__(self, optimizer):
+        self.optimizer = optimizer
+        super().__init__([p for group in optimizer.param_groups for p in group["params"]], {})
+        self.state |= {p: {"slow": p.detach().clone()} for group in self.param_groups for p in group["params"]}
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        self.optimizer.step(closure)
+        for p, memory in self.state.items():
+            p.copy_(memory["slow"].lerp_(p, 0.5))
+
+
+class Plain:
+    """The same, no torch optimizer."""
+
+    def __init__(self, optimizer):
+        self.optimizer, self.ahead = optimizer, Ahead(optimizer)
+        self.param_groups, self.zero_grad = optimizer.param_groups, optimizer.zero_grad
+        del self.ahead.optimizer
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        self.ahead.optimizer = self.optimizer
+        type(self.ahead).step.__wrapped__(self.ahead, closure)
+
+
+@pytest.mark.parametrize("kind", [Ahead, Plain])
+@pytest.mark.parametrize("way", WAYS)
+def test_an_optimizer_that_moves_weights_after_the_one_inside_it(way, kind):
+    model, inner, pruner = built(way)
+    optimizer = kind(inner)
+    pruner.attach(optimizer)
+    with pytest.raises(InputError, match="train with the optimizer inside it alone, or leave regrow out"):
+        train(model, optimizer, range(20))
+    assert sc.check(model, pruner.masks) == {}
+    pruner.detach()
+
+
+class Around(torch.optim.Optimizer):
+    """Moves nothing after the optimizer inside it, as SAM does."""
+
+    def __init__(self, optimizer):
+        self.optimizer = optimizer
+        super().__init__([p for group in optimizer.param_groups for p in group["params"]], {})
+
+    def step(self, closure=None):
+        self.optimizer.step(closure)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_an_optimizer_around_another_makes_the_same_steps(way):
+    model, optimizer, pruner = built(way)
+    other, inner, same_pruner = built(way)
+    pruner.attach(optimizer)
+    around = Around(inner)
+    same_pruner.attach(around)
+    train(model, optimizer, range(20))
+    train(other, around, range(20))
+    assert pruner.masks == same_pruner.masks
+    if way != "str":  # whose sums of shown and withheld are rounded
+        assert same(model, other)
+
+
+def test_sparse_gradients_decay_where_there_are_some():
+    def table(sparse):
+        torch.manual_seed(0)
+        model = nn.Embedding(20, 8, sparse=sparse)
+        scope = sc.weights(model, also=nn.Embedding)
+        return model, sc.Pruner(model, 0.5, scope=scope, regrow=sc.feedback.sr_ste(decay=0.5))
+
+    found = []
+    for sparse in (True, False):
+        model, pruner = table(sparse)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        pruner.attach(optimizer)
+        for _ in range(3):
+            optimizer.zero_grad()
+            model(torch.arange(20).repeat(2)).square().sum().backward()
+            optimizer.step()
+        found.append(pruner._withheld.dense(sc.weights(model, also=nn.Embedding))["weight"])
+    torch.testing.assert_close(*found)
+
+
+def test_weights_that_are_kept_at_the_threshold_are_no_zeros():
+    torch.manual_seed(0)
+    model = nn.Linear(100, 200).bfloat16()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    pruner = sc.Pruner(model, 0.5, schedule=sc.cubic(1, 6), regrow="str")
+    pruner.attach(optimizer)
+    for _ in range(8):
+        optimizer.zero_grad()
+        model(torch.ones(4, 100, dtype=torch.bfloat16)).square().mean().backward()
+        optimizer.step()
+    assert pruner.finish().pruned == 10_000 == int((model.weight == 0).sum())
+
+
 # ---- bad input ---------------------------------------------------------------------------------------------------
 
 
@@ -339,6 +520,10 @@ def test_an_optimizer_that_moves_weights_between_its_steps():
         with pytest.raises(InputError, match="take another optimizer, or leave regrow out"):
             attach()
     pruner.detach()
+    with pytest.raises(
+        InputError, match=r"LBFGS takes the curvature from .*: take another optimizer, or leave regrow out"
+    ):
+        pruner.attach(torch.optim.LBFGS(model.parameters()))
 
 
 @pytest.mark.parametrize(

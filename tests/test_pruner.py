@@ -410,3 +410,56 @@ def test_zeros_beyond_what_a_pattern_asks_are_told(pattern, loose, remedy):
         model.weight.fill_(1.0)[:, 1:] = 0.0
     with pytest.warns(SecateurWarning, match=rf"the masks keep {loose} weights whose value is zero.*{remedy}"):
         assert sc.prune(model, 0.5, pattern=pattern).pruned == 64
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"allocation": sc.allocation.global_(min_keep=0.2)},
+        {"allocation": sc.allocation.uniform(min_keep=10)},
+        {"pattern": "columns", "allocation": "uniform"},
+    ],
+)
+def test_an_end_that_cannot_be_reached_is_refused_at_the_start(options):
+    with pytest.raises(InputError, match=r"cannot be pruned: each tensor keeps at least .* ask for less, or allow"):
+        sc.Pruner(net(), 0.95, schedule=sc.cubic(100, 1000), **options)
+
+
+def test_a_schedule_that_goes_beyond_the_sparsity():
+    pruner = sc.Pruner(net(), 0.5, schedule=lambda step: 0.2 * step)
+    pruner.step()
+    pruner.step()
+    with pytest.raises(InputError, match="asked for at step 3, to 54 pruned weights in place of 45: let it end at"):
+        pruner.step()
+    assert pruner.steps == 2
+    assert pruner.masks.pruned == 36
+
+
+def test_a_step_that_fails_is_not_counted():
+    failing = True
+
+    def score(name, weight):
+        if failing:
+            raise ValueError("not now")
+        return weight.abs()
+
+    pruner = sc.Pruner(net(), 0.8, schedule=sc.linear(0, 4, every=2), score=score)
+    pruner.step()
+    with pytest.raises(ValueError, match="not now"):
+        pruner.step()
+    assert pruner.steps == 1
+    failing = False
+    pruner.step()
+    assert (pruner.steps, pruner.masks.pruned) == (2, 36)
+
+
+def test_a_step_whose_listener_fails_is_counted():
+    pruner = sc.Pruner(net(), 0.8, schedule=sc.linear(0, 4))
+
+    def fail(metrics):
+        raise InputError("not me")
+
+    pruner.on_update(fail)
+    with pytest.raises(InputError, match="not me"):
+        pruner.step()
+    assert (pruner.steps, pruner.masks.pruned) == (1, 18)

@@ -195,3 +195,18 @@ def test_another_schedule_may_not_fall():
     pruner.step()
     with pytest.raises(InputError, match=r"falls at step 2.*must never fall"):
         pruner.step()
+
+
+def test_ac_dc_has_not_come_to_its_end_in_its_first_sparse_phase():
+    model = net()
+    optimizer = torch.optim.Adam(model.parameters())
+    pruner = sc.Pruner(model, 0.8, schedule=sc.schedules.ac_dc(0, 12, every=4))
+    pruner.attach(optimizer)
+    train(model, optimizer, range(3))
+    assert pruner.sparsity == 0.8
+    assert not pruner.done
+    with pytest.raises(StateError, match=r"ac_dc\(start=0, stop=12, every=4\) has not come to its end"):
+        pruner.finish()
+    train(model, optimizer, range(3, 12))
+    assert pruner.done
+    assert pruner.finish().pruned == 72

@@ -1,5 +1,6 @@
 """secateur.pruner: states saved, loaded, of other settings, and damaged."""
 
+import copy
 import io
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from torch import nn
 
 import secateur as sc
-from secateur.errors import InputError
+from secateur.errors import InputError, SecateurWarning
 from tiny import net, same, train
 
 SCORES = ["magnitude", "random", "taylor", "snip", "movement", "fisher"]
@@ -46,6 +47,24 @@ def test_resume_in_the_middle_is_bit_exact(score, stop):
     assert after.finish() == whole == before.finish()
     assert same(second, model)
     assert same(first, model)
+
+
+def test_resume_where_nan_held_the_masks():
+    model, optimizer, pruner = build("taylor")
+    pruner.attach(optimizer)
+    train(model, optimizer, range(6))
+    kept = copy.deepcopy(model.state_dict())
+    for parameter in model.parameters():
+        parameter.register_hook(lambda gradient: gradient * float("nan"))
+    with pytest.warns(SecateurWarning, match="the masks were to change at step 7"):
+        train(model, optimizer, range(6, 7))
+    state = pruner.state_dict()
+    again, other, more = build("taylor")
+    again.load_state_dict(kept)  # somebody goes on from sound weights
+    more.load_state_dict(state)
+    more.attach(other)
+    train(again, other, range(7, 30))
+    assert more.finish().pruned == 72
 
 
 def test_state_dict_is_a_copy():

@@ -130,6 +130,7 @@ class Withheld:
         self.cuts: dict[str, Tensor] = {}
         """What weights are shrunk by: the largest magnitude among the pruned ones of the tensor."""
         self._looked = False
+        self._marks: dict[str, str] = {}
 
     def ranking(self, given: str | Score | Mapping[str, Tensor]) -> str | Score | Mapping[str, Tensor]:
         """The score that the method ranks by, or the one given.
@@ -180,7 +181,11 @@ class Withheld:
             if weight.grad is None or name not in self.hidden:
                 continue
             if self.method.decay:
-                weight.grad.add_(self.hidden[name].to(weight.device), alpha=self.method.decay * scale)
+                rest = self.hidden[name].to(weight.device, weight.grad.dtype)
+                if weight.grad.is_sparse:  # rows without a gradient rest
+                    weight.grad = weight.grad.coalesce()
+                    rest = rest.sparse_mask(weight.grad)
+                weight.grad.add_(rest, alpha=self.method.decay * scale)
             if self.method.learn:
                 slope = (weight.grad * weight.sgn().conj()).real.float().sum() * self.cuts[name].to(weight.device)
                 old = self.logs.get(name, torch.zeros_like(slope))
@@ -214,8 +219,20 @@ class Withheld:
                 continue
             if anew:
                 self.cuts[name] = (whole - weight).abs().amax() if whole.numel() else whole.new_zeros(())
-            weight.copy_(weight.sgn() * (weight.abs() - self.cuts[name].to(weight.device)).clamp_(min=0))
+            least = torch.finfo(weight.dtype).tiny  # one that is kept at the threshold, as some are in bf16, is no zero
+            weight.copy_(weight.sgn() * (weight.abs() - self.cuts[name].to(weight.device)).clamp_(min=least))
             self.hidden[name] = whole - weight
+
+    @torch.no_grad()
+    def mark(self, scope: Mapping[str, Tensor]) -> None:
+        """Note what some tensors show, so that `moved` may see whether it was changed since."""
+        self._marks |= {name: _sum(weight) for name, weight in scope.items()}
+
+    @torch.no_grad()
+    def moved(self, scope: Mapping[str, Tensor]) -> list[str]:
+        """The tensors that were changed since they were noted; the notes are forgotten."""
+        marks, self._marks = self._marks, {}
+        return [name for name, noted in marks.items() if name in scope and _sum(scope[name]) != noted]
 
     def state_dict(self) -> dict[str, Any]:
         """Copies of what is withheld and learned."""
@@ -230,3 +247,7 @@ class Withheld:
         """After a step of the optimizer: the dense weights make it too, and what the masks leave is shown again."""
         self.recall(scope, masks, zero)
         self.withhold(scope, masks, zero, anew=anew)
+
+
+def _sum(weight: Tensor) -> str:
+    return repr(weight.sum().item())  # as words a NaN is equal to itself

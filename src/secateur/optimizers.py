@@ -137,6 +137,11 @@ class Hooks:
         self._wrapped.append((wrapper, vars(wrapper).get("step")))
         wrapper.step = settled
 
+    @property
+    def wraps(self) -> bool:
+        """Whether a wrapper is among them, which may move weights after the step inside it."""
+        return bool(self._wrapped)
+
     def remove(self) -> None:
         """Leave the optimizers as they were."""
         for handle in self._handles:
@@ -236,9 +241,12 @@ def moves_outside_step(optimizer: object) -> bool:
     """Whether an optimizer may move weights between its steps.
 
     torch's own never do. Those with public methods of their own may: `eval()` of schedule-free ones puts an average in
-    place of the weights.
+    place of the weights. A wrapper that keeps no state of its own passes such calls on, as that of accelerate does:
+    what counts is the optimizer inside it.
     """
-    kind = type(optimizer)
+    kind, inside = type(optimizer), getattr(optimizer, "optimizer", None)
+    if inside is not None and getattr(optimizer, "state", None) is getattr(inside, "state", inside):
+        return False
     return not kind.__module__.startswith("torch.") and any(
         not name.startswith("_") and not hasattr(Optimizer, name) and callable(getattr(kind, name))
         for name in dir(kind)

@@ -130,6 +130,14 @@ def budget(
     """
     most = {name: most for name, (_, most) in bounds.items()}
     possible = sum(most.values())
+    _require_possible(possible, count, allocation, pattern)
+    if allocation.share is None or len(bounds) == 1:
+        return [Budget(count, {name: -(-count * n // max(possible, 1)) for name, n in most.items()})]
+    counts = allocations.shared(allocation, {name: weights(name) for name in bounds}, bounds, count)
+    return [Budget(n, {name: n}) for name, n in counts.items()]
+
+
+def _require_possible(possible: int, count: int, allocation: Allocation, pattern: Pattern | None) -> None:
     if count > possible:
         spared = f"each tensor keeps at least {allocation.min_keep}"
         spared += ", and the pattern keeps some" if pattern is not None else ""
@@ -137,10 +145,6 @@ def budget(
             f"{count:,} weights cannot be pruned: {spared}, so that at most {possible:,} can; ask for less, or allow "
             "empty tensors with allocation=sc.allocation.global_(allow_empty=True)"
         )
-    if allocation.share is None or len(bounds) == 1:
-        return [Budget(count, {name: -(-count * n // max(possible, 1)) for name, n in most.items()})]
-    counts = allocations.shared(allocation, {name: weights(name) for name in bounds}, bounds, count)
-    return [Budget(n, {name: n}) for name, n in counts.items()]
 
 
 def choose(
@@ -315,6 +319,22 @@ class Plan:
             warn_of_collapse(masks.counts(), {name: masks.shape(name).numel() for name in masks})
         return masks
 
+    def require_possible(self) -> None:
+        """See that so many weights may go in the end.
+
+        Raises:
+            InputError: they may not.
+        """
+        for share, count in zip(self.shares, self.counts(), strict=True):
+            sheets = _sheets(self.scope, share.names, self.pattern).values()
+            _require_possible(sum(map(self._most, sheets)), count, self.allocation, self.pattern)
+
+    def _most(self, sheet: _Sheet) -> int:
+        """The most weights of a sheet that may go, in whole groups."""
+        most = min(sum(self.allocation.most(member.free) for member in sheet.members), sheet.legal(self.pattern))
+        group = sheet.group(self.pattern)
+        return most // group * group
+
     def _kept(self, sheets: Mapping[str, _Sheet], count: int, held: Masks | None) -> dict[str, Tensor]:
         """Choose `count` weights of some sheets: for each tensor the bits of what it keeps."""
         pruned = held.counts() if held is not None else {}
@@ -322,9 +342,7 @@ class Plan:
         for name, sheet in sheets.items():
             least = sum(pruned.get(member.name, 0) for member in sheet.members)
             least = sheet.gone(held) if isinstance(sheet, _Picks) and held is not None else least
-            most = min(sum(self.allocation.most(member.free) for member in sheet.members), sheet.legal(self.pattern))
-            group = sheet.group(self.pattern)
-            bounds[name] = least, most // group * group
+            bounds[name] = least, self._most(sheet)
 
         def stream(name: str, told: int) -> Stream:
             found = self._stream(sheets[name], told, held)
@@ -396,6 +414,9 @@ class FixedMasks:
     def counts(self, at: Callable[[Fraction], Fraction] = lambda final: final) -> tuple[int, ...]:
         """Weights that the masks prune in each tensor, wherever a schedule is."""
         return tuple(self.given.counts().values())
+
+    def require_possible(self) -> None:
+        """They are possible."""
 
     def masks(self, counts: Sequence[int], held: Masks | None = None) -> Masks:
         """The masks."""

@@ -141,6 +141,7 @@ class Pruner:
         if self._withheld is not None:
             score = self._withheld.ranking(score)
         self._plan = plan.of(model, sparsity, score=score, allocation=allocation, pattern=pattern, scope=scope)
+        self._plan.require_possible()
         self._schedule = _schedule(schedule, self._plan)
         self._gradient_score = self._plan.score if isinstance(self._plan.score, GradientScore) else None
         regrowth.require_movable(self._regrow, self._plan)
@@ -157,7 +158,7 @@ class Pruner:
         self._hooks: following.Hooks | None = None
         self._round = Round(self._plan.scope)
         self._idle = False  # the step being made trains nothing
-        self._begun: dict[int, tuple[set[str], bool]] = {}  # steps being made: what they step; inside another's step?
+        self._around: set[int] = set()  # ids of the optimizers in whose step the last one was made
         self._found: int | None = self._at_risk()  # told of at the first step
         self._told: set[str] = set()  # warnings given
         self._listeners: list[Callable[[dict[str, float]], object]] = []
@@ -184,7 +185,7 @@ class Pruner:
     @property
     def done(self) -> bool:
         """Whether the sparsity asked for is reached: from here on the number of zeros stays."""
-        return self._counts == self._asked
+        return self._counts == self._asked and self._schedule.ended(self._steps)
 
     @property
     def sparsity(self) -> float:
@@ -249,9 +250,11 @@ class Pruner:
         following.forgetting(first.given, scope, self._masks, self._zero)  # can it be done?
         self._require_still(first.given)
         self._round = first
-        self._update()
-        self._found = 0 if self._steps else None  # in a run that goes on, what grew just now is zero
-        self._hooks = following.Hooks(first.given, self, self._before_step, self._after_step, self._settle)
+        if not self._steps:  # in a run that goes on, the masks of this step were chosen then
+            self._update()
+        self._found = 0 if self._steps else None
+        self._around = set()
+        self._hooks = following.Hooks(first.given, self, self._before_step, self._after_step, self._after_wrapper)
 
     def detach(self) -> None:
         """Stop following the optimizers."""
@@ -275,10 +278,12 @@ class Pruner:
         if self._withheld is not None:
             self._withheld.require_looked(self._steps + 1)
         self._warn_of_troubles()
+        before = self._masks
         try:
             self._advance(self._plan.scope)
-        except (InputError, StateError):
-            self._steps -= 1
+        except BaseException:
+            if self._masks is before:  # else it came from one that was told of the change
+                self._steps -= 1
             raise
         self._tell_of_zeros()
 
@@ -486,13 +491,14 @@ class Pruner:
                 self._settle()
             raise
         self._grown += always.pruned - masks.pruned
+        changed = masks != self._masks
         self._masks, self._counts = masks, counts
         self._settle(masks=always, chosen=masks)
         for forget in forgetting:
             forget()
         if self._gradient_score is not None and self._gradient_score.forget:
             self._gradient_score.clear()
-        for call in self._listeners:
+        for call in self._listeners if changed else ():
             call(self.metrics())
         return True
 
@@ -500,7 +506,7 @@ class Pruner:
         """How many weights of each share are to be pruned at this step.
 
         Raises:
-            InputError: the schedule falls.
+            InputError: the schedule falls, or goes beyond the end.
         """
         if self.done and self._schedule.settles:
             return self._counts
@@ -511,17 +517,24 @@ class Pruner:
                 f"the schedule falls at step {self._steps}, from {sum(self._counts):,} pruned weights to "
                 f"{sum(counts):,}: the number of zeros must never fall"
             )
+        if any(count > most for count, most in zip(counts, self._asked, strict=True)):
+            raise InputError(
+                f"the schedule goes beyond what was asked for at step {self._steps}, to {sum(counts):,} pruned weights "
+                f"in place of {sum(self._asked):,}: let it end at the sparsity of the Pruner, or make that higher"
+            )
         return counts
 
     def _masks_now(self, counts: tuple[int, ...], *, advanced: bool) -> Masks:
         """The masks that prune so many weights and have moved, if they are to; those of this moment, if they stay."""
-        moves, masks = self._moves(self._steps), self._masks
+        moves, masks = self._moves(self._steps) and advanced, self._masks
         if counts != self._counts or (moves and any(counts) and self._withheld is not None):
             if self._withheld is not None:
                 self._withheld.recall(self._plan.scope, masks, self._zero)
             held = masks if self._withheld is None else None
             masks = self._plan.masks(counts, held) if any(counts) else _all_kept(self._plan)
-        if moves and advanced and isinstance(self._regrow, Regrowth):
+            if len(masks) < len(self._plan.scope):  # the others stay dense
+                masks = _all_kept(self._plan) & masks
+        if moves and isinstance(self._regrow, Regrowth):
             masks = self._regrow.moved(self._plan.scope, masks, self._gradients, self._generator, self._steps)
         return masks
 
@@ -568,9 +581,16 @@ class Pruner:
             restless = [one for one in self._round.optimizers if following.moves_outside_step(one)]
             following.forget(restless, scope, masks, self._zero)
 
-    def _require_still(self, optimizers: Iterable[Any]) -> None:
-        """See that no optimizer shows weights that are withheld."""
-        if self._withheld is not None and any(following.moves_outside_step(one) for one in optimizers):
+    def _require_still(self, optimizers: Sequence[Any]) -> None:
+        """See that no optimizer shows weights that are withheld, or compares gradients of others."""
+        if self._withheld is None:
+            return
+        if any(isinstance(one, torch.optim.LBFGS) for one in optimizers):
+            raise InputError(
+                f"LBFGS takes the curvature from gradients of one step and the next, and {self._regrow} shows "
+                "others in between, so that its steps have no bounds: take another optimizer, or leave regrow out"
+            )
+        if any(following.moves_outside_step(one) for one in optimizers):
             raise InputError(
                 f"{self._regrow} keeps dense weights, which an optimizer that moves weights between its steps would "
                 "show (schedule-free ones do in eval()): take another optimizer, or leave regrow out"
@@ -598,10 +618,42 @@ class Pruner:
         seen, scale = {name: scope[name] for name in held}, following.scale(optimizer)
         return following.after_backward(lambda: self._look(seen, scale), args, kwargs)
 
+    def _require_unmoved(self, outer: object) -> None:
+        """See that nothing moved weights since a step that was made inside that of another optimizer.
+
+        Dense weights would get what the outer one remembers of them, added to what is withheld.
+        """
+        moved = self._withheld.moved(self._plan.scope) if self._withheld is not None else []
+        if not moved:
+            return
+        for name in moved:
+            self._zero(self._plan.scope[name], self._masks.packed(name))
+        self._settle(moved)
+        raise InputError(
+            f"{type(outer).__name__ if outer else 'an optimizer'} moved {listed(moved)} after the step of the one "
+            f"inside it (as Lookahead does), by what it remembers of the weights that are shown; {self._regrow} "
+            "withholds others: train with the optimizer inside it alone, or leave regrow out"
+        )
+
+    def _after_wrapper(self) -> None:
+        """After the step of a wrapper that takes no hooks."""
+        self._require_unmoved(None)
+        self._settle()
+
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         held = self._round.held(optimizer)
         if held is None or following.overflown(optimizer):
             return
+        if id(optimizer) in self._around:
+            self._require_unmoved(optimizer)
+        self._count(optimizer, held)
+        if self._withheld is not None:
+            self._around = {id(outer) for outer in following.enclosing(optimizer)}
+            if self._around or (self._hooks is not None and self._hooks.wraps):
+                self._withheld.mark({name: self._plan.scope[name] for name in held})
+
+    def _count(self, optimizer: Optimizer, held: set[str]) -> None:
+        """Count a step that was made, if it is a whole one."""
         if self._idle or not self._round.completes(optimizer, held):
             self._settle(held)
             return

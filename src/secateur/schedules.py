@@ -77,6 +77,10 @@ class Schedule:
         """Whether the sparsity stays once it is the final one."""
         return not self.lifts
 
+    def ended(self, step: int) -> bool:
+        """Whether the sparsity stays from this step on, if it is the final one."""
+        return self.settles or step >= self.stop
+
     def sparsity(self, step: int, final: Fraction) -> Fraction:
         """The sparsity after `step` steps, on the way to `final`; it changes every `every` steps and at `stop`.
 
@@ -141,6 +145,10 @@ class Function:
     def sparsity(self, step: int, final: Fraction) -> Fraction:
         """What the function says, whatever the final sparsity is."""
         return fraction(self.curve(step))
+
+    def ended(self, step: int) -> bool:
+        """It does: what follows must never fall."""
+        return True
 
     def over(self, total_steps: int) -> Function:
         """It is in steps already."""

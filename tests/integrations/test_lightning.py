@@ -76,6 +76,7 @@ class Manual(Module):
 CUBIC = sc.cubic(0.1, 0.6, every=3)
 MOVES = {"score": "random", "allocation": "erk", "schedule": "one_shot", "regrow": sc.regrow.rigl(every=5, stop=0.75)}
 LIFTS = {"allocation": "erk", "schedule": sc.schedules.ac_dc(0.1, 0.6, every=5)}
+KEEPS = {"regrow": sc.feedback.dpf(every=3)}
 
 
 def made(folder, *callbacks, kind=Module, pruning=None, skip=(), logger=False, **options):
@@ -133,7 +134,7 @@ class Stop(Callback):
             raise RuntimeError("stop")
 
 
-@pytest.mark.parametrize("pruning", [{}, MOVES, LIFTS], ids=["", "rigl", "ac_dc"])
+@pytest.mark.parametrize("pruning", [{}, MOVES, LIFTS, KEEPS], ids=["", "rigl", "ac_dc", "dpf"])
 def test_resume_in_the_middle_of_an_epoch_is_bit_exact(tmp_path, pruning):
     """AC/DC is stopped where its masks are lifted."""
     through, want, want_pruner = made(tmp_path, pruning=pruning)

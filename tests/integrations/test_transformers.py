@@ -55,6 +55,7 @@ def bert(seed=0):
 CUBIC = sc.cubic(0.1, 0.7, every=2)
 MOVES = {"score": "random", "schedule": "one_shot", "regrow": sc.regrow.rigl(every=3, stop=0.75)}
 LIFTS = {"schedule": sc.schedules.ac_dc(0.1, 0.7, every=4)}
+KEEPS = {"regrow": sc.feedback.dpf(every=4)}
 
 
 def made(folder, *callbacks, seed=0, pruning=None, skip=(), **options):
@@ -94,7 +95,9 @@ def test_one_line_prunes_and_tells(tmp_path):
     pruner.detach()
 
 
-@pytest.mark.parametrize("pruning", [{}, {"score": "movement"}, MOVES, LIFTS], ids=["", "movement", "rigl", "ac_dc"])
+@pytest.mark.parametrize(
+    "pruning", [{"score": "movement"}, MOVES, LIFTS, KEEPS], ids=["movement", "rigl", "ac_dc", "dpf"]
+)
 def test_a9_resume_in_the_middle_of_a_schedule_is_bit_exact(tmp_path, pruning):
     """AC/DC is stopped where its masks are lifted."""
     through, want_pruner = made(tmp_path / "through", pruning=pruning)
