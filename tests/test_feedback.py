@@ -6,6 +6,9 @@ import math
 
 import pytest
 import torch
+from accelerate import Accelerator
+from lightning.fabric import Fabric
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import nn
 
 import secateur as sc
@@ -516,14 +519,51 @@ def test_an_optimizer_that_moves_weights_between_its_steps():
 
     model, _, pruner = built("dpf")
     optimizer = Averaging(model.parameters(), lr=0.1)
-    for attach in (lambda: pruner.attach(optimizer), lambda: pruner.attach() or train(model, optimizer, range(1))):
-        with pytest.raises(InputError, match="take another optimizer, or leave regrow out"):
+    inside = Accelerator(cpu=True).prepare(optimizer)
+    for attach in (
+        lambda: pruner.attach(optimizer),
+        lambda: pruner.attach(inside),
+        lambda: pruner.attach() or train(model, optimizer, range(1)),
+    ):
+        with pytest.raises(
+            InputError, match=r"Averaging may, in eval\(\).*Take another optimizer, or leave regrow out"
+        ):
             attach()
     pruner.detach()
     with pytest.raises(
         InputError, match=r"LBFGS takes the curvature from .*: take another optimizer, or leave regrow out"
     ):
         pruner.attach(torch.optim.LBFGS(model.parameters()))
+
+
+def by_accelerate(module, optimizer):
+    return Accelerator(cpu=True).prepare(optimizer)
+
+
+def by_fabric(module, optimizer):
+    return Fabric(accelerator="cpu").setup(module, optimizer)[1]
+
+
+def by_lightning(module, optimizer):
+    return LightningOptimizer(optimizer)
+
+
+def of_bitsandbytes(module, optimizer):
+    class Coded(type(optimizer)):
+        def update_step(self): ...
+
+        update_step.__module__ = "bitsandbytes.optim.adam"
+
+    Coded.__module__ = "bitsandbytes.optim.adam"
+    return Coded(module.parameters(), lr=0.1)
+
+
+@pytest.mark.parametrize("wrapped", [by_accelerate, by_fabric, by_lightning, of_bitsandbytes])
+def test_wrappers_that_pass_on_what_is_asked(wrapped):
+    """They have methods of their own, such as eval(), and move no weights by them."""
+    model, optimizer, pruner = built("dpf")
+    pruner.attach(wrapped(model, optimizer))
+    pruner.detach()
 
 
 @pytest.mark.parametrize(

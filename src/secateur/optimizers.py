@@ -237,8 +237,8 @@ def trains_nothing(optimizer: Optimizer, args: Sequence[Any], kwargs: Mapping[st
     return not any(bool((g._values() if g.is_sparse else g).any()) for g in gradients)
 
 
-def moves_outside_step(optimizer: object) -> bool:
-    """Whether an optimizer may move weights between its steps.
+def moves_outside_step(optimizer: object) -> list[str]:
+    """The methods by which an optimizer may move weights between its steps.
 
     torch's own never do. Those with public methods of their own may: `eval()` of schedule-free ones puts an average in
     place of the weights. A wrapper that keeps no state of its own passes such calls on, as that of accelerate does:
@@ -246,11 +246,10 @@ def moves_outside_step(optimizer: object) -> bool:
     """
     kind, inside = type(optimizer), getattr(optimizer, "optimizer", None)
     if inside is not None and getattr(optimizer, "state", None) is getattr(inside, "state", inside):
-        return False
-    return not kind.__module__.startswith("torch.") and any(
-        not name.startswith("_") and not hasattr(Optimizer, name) and callable(getattr(kind, name))
-        for name in dir(kind)
-    )
+        return []
+    own = [one for one in kind.__mro__ if not one.__module__.startswith("torch.")]
+    names = dict.fromkeys(name for one in own for name in vars(one) if not name.startswith("_"))
+    return [name for name in names if not hasattr(Optimizer, name) and callable(getattr(kind, name))]
 
 
 # ---- what optimizers remember ------------------------------------------------------------------------------------

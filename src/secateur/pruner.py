@@ -590,11 +590,14 @@ class Pruner:
                 f"LBFGS takes the curvature from gradients of one step and the next, and {self._regrow} shows "
                 "others in between, so that its steps have no bounds: take another optimizer, or leave regrow out"
             )
-        if any(following.moves_outside_step(one) for one in optimizers):
-            raise InputError(
-                f"{self._regrow} keeps dense weights, which an optimizer that moves weights between its steps would "
-                "show (schedule-free ones do in eval()): take another optimizer, or leave regrow out"
-            )
+        for one in optimizers:
+            if moving := following.moves_outside_step(one):
+                raise InputError(
+                    f"{self._regrow} keeps dense weights, which an optimizer that moves weights between its steps "
+                    f"would show: {type(one).__name__} may, in {listed([f'{name}()' for name in moving])} (those of "
+                    "schedule-free ones do in eval()). Take another optimizer, or leave regrow out; methods of your "
+                    "own that move no weights take names that begin with an underscore"
+                )
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
         """See that all is well, and show a score the gradients: those there are, or those that a closure will make."""
