@@ -240,9 +240,9 @@ def trains_nothing(optimizer: Optimizer, args: Sequence[Any], kwargs: Mapping[st
 def moves_outside_step(optimizer: object) -> list[str]:
     """The methods by which an optimizer may move weights between its steps.
 
-    Those of torch and of bitsandbytes never do. Those with public methods of their own may: `eval()` of schedule-free ones puts an average in
-    place of the weights. A wrapper that keeps no state of its own passes such calls on, as that of accelerate does:
-    what counts is the optimizer inside it.
+    Those of torch and of bitsandbytes never do. Others with public methods of their own may: `eval()` of schedule-free
+    ones puts an average in place of the weights. A wrapper that keeps no state of its own passes such calls on, as that
+    of accelerate does: what counts is the optimizer inside it.
     """
     kind, inside = type(optimizer), getattr(optimizer, "optimizer", None)
     if inside is not None and getattr(optimizer, "state", None) is getattr(inside, "state", inside):
