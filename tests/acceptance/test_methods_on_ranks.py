@@ -1,6 +1,7 @@
 """Every registered method where two processes train one model on data of their own: exact counts, equal masks."""
 
 import hashlib
+import os
 import warnings
 
 import pytest
@@ -11,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import secateur as sc
 from models import k
-from processes import in_a_group
+from processes import as_torchrun, in_a_group
 
 STEPS, START, STOP, EVERY = 18, 2, 12, 3
 CURVE = sc.cubic(START, STOP, every=EVERY)
@@ -115,3 +116,38 @@ def test_all_scores_are_tried():
 @pytest.mark.slow
 def test_a66_every_method_on_two_ranks():
     in_a_group(2, alike, list(methods()))
+
+
+def accelerated(folder):
+    os.environ["LOCAL_RANK"] = os.environ["RANK"]
+    torch.set_num_threads(1)
+    from accelerate import Accelerator
+
+    rank, kinds = int(os.environ["RANK"]), ("rigl", "dpf", None)
+    accelerator = Accelerator(cpu=True)
+    assert accelerator.num_processes == 2
+    rows = torch.cat([batch(0, step)[0] for step in range(2 * STEPS)])
+    data = torch.utils.data.TensorDataset(rows, rows[:, :8].argmax(1))
+    found = []
+    for kind in kinds:
+        model = net()
+        prepared = torch.optim.AdamW(model.parameters()), torch.utils.data.DataLoader(data, batch_size=8)
+        model, optimizer, loader = accelerator.prepare(model, *prepared)
+        regrow = sc.regrow.rigl(every=EVERY, stop=STEPS) if kind == "rigl" else kind
+        pruner = sc.Pruner(model, 0.8, schedule=CURVE, score="magnitude" if kind else "movement", regrow=regrow)
+        pruner.attach(optimizer)
+        for data_of_rank in loader:
+            optimizer.zero_grad()
+            accelerator.backward(loss(model, data_of_rank))
+            optimizer.step()
+        masks = pruner.finish()
+        assert (pruner.steps, masks.pruned) == (STEPS, k(0.8, masks.size)), kind
+        found.append([digest(masks.packed(name) for name in masks), digest(model.parameters())])
+    torch.save(found, f"{folder}/{rank}.pt")
+
+
+@pytest.mark.slow
+def test_a66_accelerate_on_two_ranks(tmp_path):
+    done = as_torchrun(2, accelerated, str(tmp_path))
+    assert all(one.returncode == 0 for one in done), done[0].stderr[-2000:]
+    assert torch.load(tmp_path / "0.pt") == torch.load(tmp_path / "1.pt")
