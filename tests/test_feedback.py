@@ -375,15 +375,21 @@ class Passing(torch.optim.Optimizer):
         return self.optimizer.eval()
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_a_wrapper_that_passes_all_on(way):
+def trained_in(way, wrapper):
+    """A model trained by an optimizer, and one by the same inside a wrapper; the Pruners of both."""
     model, optimizer, pruner = built(way)
     other, inner, same_pruner = built(way)
     pruner.attach(optimizer)
-    passing = Passing(inner)
-    same_pruner.attach(passing)
+    wrapped = wrapper(inner)
+    same_pruner.attach(wrapped)
     train(model, optimizer, range(20))
-    train(other, passing, range(20))
+    train(other, wrapped, range(20))
+    return model, pruner, other, same_pruner
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_wrapper_that_passes_all_on(way):
+    model, pruner, other, same_pruner = trained_in(way, Passing)
     assert pruner.finish() == same_pruner.finish()
     assert same(model, other)
 
@@ -442,13 +448,7 @@ class Around(torch.optim.Optimizer):
 
 @pytest.mark.parametrize("way", WAYS)
 def test_an_optimizer_around_another_makes_the_same_steps(way):
-    model, optimizer, pruner = built(way)
-    other, inner, same_pruner = built(way)
-    pruner.attach(optimizer)
-    around = Around(inner)
-    same_pruner.attach(around)
-    train(model, optimizer, range(20))
-    train(other, around, range(20))
+    model, pruner, other, same_pruner = trained_in(way, Around)
     assert pruner.masks == same_pruner.masks
     if way != "str":  # whose sums of shown and withheld are rounded
         assert same(model, other)

@@ -1,8 +1,8 @@
 """Precise pruning for PyTorch: exact sparsity, the same model at every moment, honest measurements.
 
 The verbs are here; what can be chosen for their arguments is in modules: `secateur.scores`, `secateur.allocation`,
-`secateur.patterns`, `secateur.schedules`, `secateur.regrow`, `secateur.distillation`, `secateur.dropout`,
-`secateur.errors`.
+`secateur.patterns`, `secateur.schedules`, `secateur.regrow`, `secateur.feedback`,
+`secateur.distillation`, `secateur.dropout`, `secateur.errors`.
 """
 
 from importlib import import_module

@@ -97,7 +97,7 @@ class Pruner:
 
     Nothing in the model is renamed, wrapped or hooked. `attach` hooks the *optimizer*; without it call `step` after
     each optimizer step. What is pruned stays pruned, unless `regrow` moves the masks or `ac_dc` lifts them. One
-    bit a weight is kept.
+    bit a weight is kept, and with `sc.feedback` another copy of the weights.
 
     Args:
         model, score, allocation, pattern, scope: as for `prune`.
@@ -528,9 +528,10 @@ class Pruner:
         """The masks that prune so many weights and have moved, if they are to; those of this moment, if they stay."""
         moves, masks = self._moves(self._steps) and advanced, self._masks
         if counts != self._counts or (moves and any(counts) and self._withheld is not None):
-            if self._withheld is not None:
+            held: Masks | None = masks
+            if self._withheld is not None:  # chosen among all the dense weights
                 self._withheld.recall(self._plan.scope, masks, self._zero)
-            held = masks if self._withheld is None else None
+                held = None
             masks = self._plan.masks(counts, held) if any(counts) else _all_kept(self._plan)
             if len(masks) < len(self._plan.scope):  # the others stay dense
                 masks = _all_kept(self._plan) & masks
