@@ -257,6 +257,10 @@ def rigl(steps: int) -> sc.regrow.Regrowth:
     return sc.regrow.rigl(every=max(5, steps // 40), stop=0.85).over(steps)
 
 
+def soft(stop: float) -> Callable[[int], sc.feedback.Feedback]:
+    return lambda steps: sc.feedback.soft_movement(stop=stop).over(steps)
+
+
 WAYS: dict[str, Callable[[], Way]] = {
     "dense": Way,
     "torch, to 0.25": lambda: Torch(stop=0.25),
@@ -269,6 +273,10 @@ WAYS: dict[str, Callable[[], Way]] = {
     "erk, to 0.4, then rigl": gradual("erk", 0.4, regrow=rigl),
     "lamp, to 0.5, movement": gradual("lamp", 0.5, score="movement"),
     "lamp, to 0.5, soft movement": gradual("lamp", 0.5, regrow="soft_movement"),
+    "lamp, to 0.4, soft movement to 0.7": gradual("lamp", 0.4, regrow=soft(0.7)),
+    "erk, to 0.4, soft movement to 0.7": gradual("erk", 0.4, regrow=soft(0.7)),
+    "lamp, to 0.5, soft movement, distilled": gradual("lamp", 0.5, regrow="soft_movement", teach=0.5),
+    "lamp, to 0.4, soft movement to 0.7, distilled": gradual("lamp", 0.4, regrow=soft(0.7), teach=0.5),
     "lamp, to 0.5, dpf": gradual("lamp", 0.5, regrow="dpf"),
     "lamp, to 0.5, distilled": gradual("lamp", 0.5, teach=0.5),
 }

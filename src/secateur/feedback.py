@@ -18,6 +18,7 @@ from torch import Tensor
 
 from secateur.errors import InputError, StateError
 from secateur.masks import Masks
+from secateur.movers import Mover
 from secateur.scores import SCORES, Score
 from secateur.support import bits, checks
 from secateur.support.registry import Registry
@@ -32,12 +33,14 @@ FEEDBACKS: Registry[Callable[..., Feedback]] = Registry("feedback", "an sc.feedb
 
 
 @dataclass(frozen=True)
-class Feedback:
+class Feedback(Mover):
     """How pruned weights live on, and when the masks are chosen anew, freely, from the dense weights.
 
     Attributes:
         kind: the name of the method.
         every: steps between choices of the masks.
+        stop: the step from which on the masks stay and nothing is withheld any more, or a fraction of the training
+            (float, up to 1.0), of which `over(total_steps)` makes steps; None is the end, as in the papers.
         straight: pruned weights are trained by the gradients at the zeros shown (straight-through); else they rest.
         decay: times the pruned weights is added to their gradients. The weight decay of the optimizer sees only zeros.
         score: what ranks the weights, if it is part of the method.
@@ -51,6 +54,7 @@ class Feedback:
 
     kind: str
     every: int = 1
+    stop: int | float | None = None
     straight: bool = True
     decay: float = 0.0
     score: str | None = None
@@ -60,7 +64,7 @@ class Feedback:
     def __post_init__(self) -> None:
         if not isinstance(self.kind, str):
             raise checks.wrong("kind", self.kind, "a name")
-        checks.whole("every", self.every, 1, "a number of steps")
+        self.require_usable()
         checks.flag("straight", self.straight)
         checks.flag("soft", self.soft)
         for name in ("decay", "learn"):
@@ -75,12 +79,9 @@ class Feedback:
         if self.decay and not self.straight:
             raise InputError(f"decay is {self.decay}, but pruned weights rest: leave it out, or give straight=True")
 
-    def due(self, step: int) -> bool:
-        """Whether masks are chosen anew at this step."""
-        return step > 0 and step % self.every == 0
-
     def __str__(self) -> str:
-        return f"{self.kind}(every={self.every})"
+        until = f", stop={self.stop}" if self.stop is not None else ""
+        return f"{self.kind}(every={self.every}{until})"
 
 
 def _feedback(source: str) -> Callable[[_M], _M]:
@@ -92,27 +93,27 @@ def _feedback(source: str) -> Callable[[_M], _M]:
 
 
 @_feedback('Lin et al. 2020, "Dynamic Model Pruning with Feedback", algorithm 1')
-def dpf(every: int = 16, decay: float = 0.0) -> Feedback:
+def dpf(every: int = 16, decay: float = 0.0, stop: int | float | None = None) -> Feedback:
     """Gradients of the sparse model train the dense weights; masks by their magnitude, every 16 steps."""
-    return Feedback("dpf", every, decay=decay)
+    return Feedback("dpf", every, stop, decay=decay)
 
 
 @_feedback('Zhou et al. 2021, "Learning N:M Fine-grained Structured Sparse Neural Networks From Scratch", eq. 9')
-def sr_ste(decay: float = 2e-4, every: int = 1) -> Feedback:
+def sr_ste(decay: float = 2e-4, every: int = 1, stop: int | float | None = None) -> Feedback:
     """The same at each step, and pruned weights decay, which settles the masks; for patterns n:m from scratch."""
-    return Feedback("sr_ste", every, decay=decay)
+    return Feedback("sr_ste", every, stop, decay=decay)
 
 
 @_feedback('Sanh et al. 2020, "Movement Pruning", section 4; the count, exact, in the place of the threshold')
-def soft_movement(every: int = 1) -> Feedback:
+def soft_movement(every: int = 1, stop: int | float | None = None) -> Feedback:
     """Movement scores, ranked over all tensors, also those of pruned weights, which come back as they were."""
-    return Feedback("soft_movement", every, straight=False, score="movement")
+    return Feedback("soft_movement", every, stop, straight=False, score="movement")
 
 
 @_feedback('Kusupati et al. 2020, "Soft Threshold Weight Reparameterization", eq. 5; the count, exact, scales them')
-def str_(every: int = 1, learn: float = 0.02) -> Feedback:
+def str_(every: int = 1, learn: float = 0.02, stop: int | float | None = None) -> Feedback:
     """Weights are shrunk by the threshold of their tensor; gradients learn how the thresholds differ."""
-    return Feedback("str", every, straight=False, soft=True, learn=learn)
+    return Feedback("str", every, stop, straight=False, soft=True, learn=learn)
 
 
 class Withheld:

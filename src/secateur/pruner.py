@@ -137,9 +137,9 @@ class Pruner:
     ) -> None:
         self._model = unwrap(model)
         self._regrow = regrowth.resolve(regrow)
-        self._withheld = Withheld(self._regrow) if isinstance(self._regrow, Feedback) else None
-        if self._withheld is not None:
-            score = self._withheld.ranking(score)
+        self._dense = Withheld(self._regrow) if isinstance(self._regrow, Feedback) else None
+        if self._dense is not None:
+            score = self._dense.ranking(score)
         self._plan = plan.of(model, sparsity, score=score, allocation=allocation, pattern=pattern, scope=scope)
         self._plan.require_possible()
         self._schedule = _schedule(schedule, self._plan)
@@ -223,7 +223,7 @@ class Pruner:
             total_steps: steps of the optimizer, in all.
         """
         self._schedule = self._schedule.over(total_steps)
-        if isinstance(self._regrow, Regrowth):
+        if self._regrow is not None:
             self._regrow = self._regrow.over(total_steps)
         if self._beginning:
             self._beginning["settings"] = states.settings(self._plan, self._schedule, self._regrow)
@@ -388,8 +388,8 @@ class Pruner:
             state["generator"] = generator.get_state()
         if self._regrow is not None:
             state["regrow"] = {"generator": self._generator.get_state(), "grown": self._grown}
-        if self._withheld is not None:
-            state["withheld"] = self._withheld.state_dict()
+        if self._dense is not None:
+            state["withheld"] = self._dense.state_dict()
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -409,7 +409,7 @@ class Pruner:
         generator = getattr(self._plan.score, "generator", None)
         if generator is not None:
             states.require_generator(state, generator)
-        withheld = states.read_withheld(state, scope) if self._withheld is not None else {}
+        withheld = states.read_withheld(state, scope) if self._dense is not None else {}
         if self._regrow is not None:
             self._grown = states.read_grown(state.get("regrow"), self._generator)
             self._generator.set_state(state["regrow"]["generator"].cpu())
@@ -417,8 +417,8 @@ class Pruner:
             generator.set_state(state["generator"].cpu())
         if self._gradient_score is not None:
             self._gradient_score.sums = sums
-        if self._withheld is not None:
-            self._withheld.load_state_dict(withheld)
+        if self._dense is not None:
+            self._dense.load_state_dict(withheld)
         self._masks, self._steps, self._counts = masks, state["steps"], counts
         self._round.begin()
         self._found = 0
@@ -474,6 +474,8 @@ class Pruner:
             self._gradients = {}
         if not changed:
             self._settle(names)
+        if self._dense is not None and self._withheld is None:
+            self._dense.hidden.clear()
 
     def _update(self, *, advanced: bool = False) -> bool:
         """Choose new masks if the schedule wants another number of zeros, or they are to move; say whether it did."""
@@ -538,6 +540,11 @@ class Pruner:
         if moves and isinstance(self._regrow, Regrowth):
             masks = self._regrow.moved(self._plan.scope, masks, self._gradients, self._generator, self._steps)
         return masks
+
+    @property
+    def _withheld(self) -> Withheld | None:
+        """The dense weights beside the model, while they may come back."""
+        return None if self._regrow is not None and self._regrow.ended(self._steps) else self._dense
 
     def _moves(self, step: int) -> bool:
         """Whether masks move at a step."""

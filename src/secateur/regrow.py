@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -18,6 +18,7 @@ from secateur import scores, selection
 from secateur.errors import InputError, PatternError, StateError
 from secateur.feedback import FEEDBACKS, Feedback
 from secateur.masks import Masks
+from secateur.movers import Mover
 from secateur.plan import FixedMasks, Plan
 from secateur.scope import Scope
 from secateur.selection import Stream
@@ -33,7 +34,7 @@ REGROWTHS: Registry[Growth] = Registry(
 
 
 @dataclass(frozen=True)
-class Regrowth:
+class Regrowth(Mover):
     """Moves masks: at every update each tensor drops a share of its active weights and grows as many, in exact numbers.
 
     The active weights of least magnitude are dropped; a share of `drop / 2 * (1 + cos(pi * step / stop))`, rounded
@@ -44,8 +45,8 @@ class Regrowth:
         kind: the name of the way that chooses what grows.
         every: steps between updates.
         drop: share of the active weights that the first updates drop, 0 < drop <= 1.
-        stop: the step from which on the masks stay, or a fraction of the training (float, up to 1.0), of which `over`
-            makes steps.
+        stop: the step from which on the masks stay, or a fraction of the training (float, up to 1.0), of which
+            `over(total_steps)` makes steps.
         seed: of the generator that is given to the function.
 
     Raises:
@@ -63,33 +64,14 @@ class Regrowth:
             raise checks.wrong("kind", self.kind, f"the name of a regrowth: {', '.join(REGROWTHS)}")
         if self.kind not in REGROWTHS:
             raise REGROWTHS.unknown(self.kind)
-        checks.whole("every", self.every, 1, "a number of steps")
         checks.number("drop", self.drop, "a share of the active weights, such as 0.3")
         checks.number("stop", self.stop, "a step, or a fraction of the training such as 0.75")
+        self.require_usable()
         checks.whole("seed", self.seed, 0, "a whole number below 2**32")
         if self.seed >= 2**32:
             raise InputError(f"seed is {self.seed}: give a whole number below 2**32")
         if not 0 < self.drop <= 1:
             raise InputError(f"drop is {self.drop}: give a share of the active weights, above 0 and at most 1")
-        if isinstance(self.stop, float) and not 0 < self.stop <= 1:
-            raise InputError(
-                f"stop is {self.stop}: give a fraction of the training, up to 1.0, or steps without a point"
-            )
-        if isinstance(self.stop, int) and self.stop <= self.every:
-            raise InputError(f"{self} never moves a mask: give an every that is less than stop")
-
-    def due(self, step: int) -> bool:
-        """Whether the masks move at this step.
-
-        Raises:
-            InputError: stop is a fraction of a training whose length is not known.
-        """
-        if isinstance(self.stop, float):
-            raise InputError(
-                f"{self} ends after a fraction of the training, whose length is not known: call over(total_steps), "
-                "with all steps of the optimizer that the loop will make, or give stop in steps"
-            )
-        return 0 < step < self.stop and step % self.every == 0
 
     def generator(self) -> torch.Generator:
         """A new generator of its own; one of `score="random"` with the same seed draws other numbers.
@@ -101,17 +83,6 @@ class Regrowth:
     def share(self, step: int) -> float:
         """The share of its active weights that a tensor drops at this step."""
         return self.drop / 2 * (1 + math.cos(math.pi * step / self.stop))
-
-    def over(self, total_steps: int) -> Regrowth:
-        """The same with `stop` in steps, where it is a fraction of a training of `total_steps` steps of the optimizer.
-
-        >>> print(rigl(every=100).over(1000))
-        rigl(every=100, drop=0.3, stop=750)
-        """
-        checks.whole("total_steps", total_steps, 1, "the number of steps in all")
-        if not isinstance(self.stop, float):
-            return self
-        return replace(self, stop=round(self.stop * total_steps))
 
     def moved(
         self, scope: Scope, masks: Masks, gradients: Mapping[str, Tensor], generator: torch.Generator, step: int

@@ -288,16 +288,38 @@ CASES = {
         for made in (regrow.rigl, regrow.set_)
     },
     "Regrowth": (regrow.Regrowth, {"kind": "set", "every": 2, "drop": 0.5, "stop": 5, "seed": 0}, MOVES),
-    "dpf": (feedback.dpf, {"every": 2, "decay": 0.1}, {"every": COUNT, "decay": NUMBER}),
-    "sr_ste": (feedback.sr_ste, {"every": 2, "decay": 0.1}, {"every": COUNT, "decay": NUMBER}),
-    "soft_movement": (feedback.soft_movement, {"every": 2}, {"every": COUNT}),
-    "str_": (feedback.str_, {"every": 2, "learn": 0.1}, {"every": COUNT, "learn": NUMBER}),
+    "dpf": (
+        feedback.dpf,
+        {"every": 2, "decay": 0.1, "stop": 5},
+        {"every": COUNT, "decay": NUMBER, "stop": {None, *COUNT}},
+    ),
+    "sr_ste": (
+        feedback.sr_ste,
+        {"every": 2, "decay": 0.1, "stop": 5},
+        {"every": COUNT, "decay": NUMBER, "stop": {None, *COUNT}},
+    ),
+    "soft_movement": (feedback.soft_movement, {"every": 2, "stop": 5}, {"every": COUNT, "stop": {None, *COUNT}}),
+    "str_": (
+        feedback.str_,
+        {"every": 2, "learn": 0.1, "stop": 5},
+        {"every": COUNT, "learn": NUMBER, "stop": {None, *COUNT}},
+    ),
     "Feedback": (
         feedback.Feedback,
-        {"kind": "mine", "every": 2, "straight": True, "decay": 0.1, "score": None, "soft": False, "learn": 0.1},
+        {
+            "kind": "mine",
+            "every": 2,
+            "stop": 5,
+            "straight": True,
+            "decay": 0.1,
+            "score": None,
+            "soft": False,
+            "learn": 0.1,
+        },
         {
             "kind": {"text"},
             "every": COUNT,
+            "stop": {None, *COUNT},
             "straight": FLAG,
             "decay": NUMBER,
             "score": {None},
