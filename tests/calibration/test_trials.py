@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 import secateur as sc
 from secateur import plan
@@ -67,6 +68,61 @@ def test_the_model_is_as_it_was(act):
     assert everything(model) == before
     assert list(model[0]._parameters) == ["weight", "bias"]
     assert [type(layer) for layer in model] == [nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.Flatten, nn.Linear]
+
+
+class Tagger(nn.Module):
+    """Keeps what is no parameter and no buffer: the flat weights of an LSTM, a state, a list."""
+
+    def __init__(self):
+        super().__init__()
+        self.lstm, self.head = nn.LSTM(3, 4), nn.Linear(4, 2)
+        self.state, self.seen = torch.ones(2), []
+
+    def forward(self, x):
+        return self.head(self.lstm(x)[0]) * self.state
+
+
+def renews(model):
+    model.lstm.weight_hh_l0 = nn.Parameter(torch.zeros(16, 4))
+
+
+def masks_by_torch(model):
+    prune.l1_unstructured(model.lstm, "weight_hh_l0", 0.5)
+    prune.l1_unstructured(model.head, "weight", 0.5)
+
+
+def parametrizes(model):
+    nn.utils.parametrizations.weight_norm(model.lstm, "weight_hh_l0")
+
+
+def hooks(model):
+    model.head.register_forward_hook(lambda module, args, out: 2 * out)
+
+
+def remembers(model):
+    model.state.mul_(2)
+    model.state = model.state + 1
+    model.seen.append(1)
+    model.head.forward = lambda x: x
+
+
+@pytest.mark.parametrize("act", [renews, masks_by_torch, parametrizes, hooks, remembers])
+def test_what_is_no_parameter_is_as_it_was_too(act):
+    torch.manual_seed(0)
+    model, x = Tagger(), torch.ones(5, 1, 3)
+    before, out, seen = everything(model), model(x), []
+
+    def evaluate(given):
+        seen.append(given(x).sum().item())
+        act(given)
+        return 1.0
+
+    for _ in range(2):
+        tried(model, evaluate, "here", planned(model))
+    assert seen[0] == seen[1]
+    assert torch.equal(model(x), out)
+    assert everything(model) == before
+    assert model.seen == []
 
 
 @pytest.mark.parametrize("error", [ValueError("mine"), KeyboardInterrupt("mine")])

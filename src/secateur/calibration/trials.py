@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
-from collections.abc import Callable
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from itertools import chain
 from numbers import Real
 from typing import Any
 
@@ -81,60 +84,70 @@ def number(value: object, where: str) -> float:
 
 
 class Before:
-    """What a model was: the bits of its tensors and gradients, its modules, and their modes.
+    """What a model was: the bits of its tensors and gradients, its modules, their modes, hooks and other attributes.
 
-    Takes as much memory as the model itself.
+    Takes as much memory as the model itself. What an attribute holds is looked into where it is a plain list, dict or
+    set, and no deeper.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._modules = [
-            (module, getattr(module, "training", None), [(kept, dict(kept.items())) for kept in _kept(module)])
-            for module in model.modules()
-        ]
-        held = [
-            value
-            for _, _, all_kept in self._modules
-            for _, before in all_kept
-            for value in before.values()
-            if isinstance(value, Tensor)
-        ]
+        modules = list(model.modules())
+        self._modules = [(module, type(module), getattr(module, "training", None)) for module in modules]
+        self._holders = [(holder, copy.copy(holder)) for module in modules for holder in _holders(module)]
+        every = [*chain.from_iterable(_values(before) for _, before in self._holders)]
+        every += [*model.parameters(), *model.buffers()]  # a module of torch.jit has them elsewhere
+        held = list({id(value): value for value in every if isinstance(value, Tensor)}.values())
         self._gradients = [(t, t.requires_grad, t.grad) for t in held if t.is_leaf]
-        every = [*held, *(grad for _, _, grad in self._gradients if grad is not None)]
-        every = [t for t in every if t.device.type != "meta"]
-        self._plain = [(t, t.data) for t in every if _plain(t)]
+        held += [grad for _, _, grad in self._gradients if grad is not None]
+        held = [t for t in held if t.device.type != "meta"]
+        self._plain = [(t, t.data) for t in held if _plain(t)]
         found = [data.untyped_storage() for _, data in self._plain]
         storages = {(storage.data_ptr(), storage.nbytes()): storage for storage in found}  # tied ones once
         self._storages = [(storage, storage.clone()) for storage in storages.values()]  # type: ignore[no-untyped-call]
-        self._others = [(t, t.detach().clone()) for t in every if not _plain(t)]
+        self._others = [(t, t.detach().clone()) for t in held if not _plain(t)]
 
     @torch.no_grad()
     def restore(self) -> None:
         """Let the model be that again."""
-        for module, training, all_kept in self._modules:
+        for module, kind, training in self._modules:
+            if type(module) is not kind:  # a parametrization was registered
+                module.__class__ = kind
             if training is not None:
                 module.training = training
-            for kept, before in all_kept:
-                if [(name, id(value)) for name, value in kept.items()] != [(n, id(v)) for n, v in before.items()]:
-                    kept.clear()
-                    kept.update(before)
+        for holder, before in self._holders:
+            if isinstance(holder, list):
+                holder[:] = before
+            elif isinstance(holder, set) or _contents(holder) != _contents(before):
+                holder.clear()
+                holder.update(before)
         for tensor, data in self._plain:
             same = tensor.dtype == data.dtype and tensor.device == data.device
             if not (same and tensor.is_set_to(data)):
                 tensor.data = data
         for storage, saved in self._storages:
             storage.copy_(saved, non_blocking=False)
-        for tensor, copy in self._others:
-            tensor.copy_(copy)
+        for tensor, copied in self._others:
+            tensor.copy_(copied)
         for tensor, requires_grad, grad in self._gradients:
             if tensor.requires_grad != requires_grad:
                 tensor.requires_grad_(requires_grad)
             tensor.grad = grad
 
 
+def _holders(module: nn.Module) -> list[Any]:
+    """The attributes of a module, and those of them that hold others: parameters, hooks, the flat weights of an LSTM."""
+    own = vars(module)
+    return [own, *(value for value in own.values() if type(value) in (dict, OrderedDict, list, set))]
+
+
+def _values(holder: Any) -> Iterable[Any]:
+    return holder.values() if isinstance(holder, dict) else holder
+
+
+def _contents(holder: dict[Any, Any]) -> list[tuple[Any, int]]:
+    return [(key, id(value)) for key, value in holder.items()]
+
+
 def _plain(tensor: Tensor) -> bool:
     """Whether all of a tensor lies in one storage: not if it is sparse, or of a library's own kind."""
     return tensor.layout is torch.strided and type(tensor.data) is Tensor
-
-
-def _kept(module: nn.Module) -> tuple[dict[str, Any], ...]:
-    return module._parameters, module._buffers, module._modules
