@@ -2,6 +2,7 @@
 
 import json
 import os
+from functools import partial
 
 import pytest
 import torch
@@ -106,6 +107,41 @@ def test_a_file_of_another_scan_is_refused(tmp_path, change, said):
     with pytest.raises(InputError, match=f"{said}.*: give another path, or remove it"):
         sc.scan(two(), **given | change)
     assert path.read_bytes() == before
+
+
+def named(what):
+    return lambda model: float(what == "a") + sum(zeros(model) for _ in range(1))
+
+
+@pytest.mark.parametrize(
+    ("first", "other"),
+    [
+        (lambda model: 1.0, lambda model: 2.0),
+        (lambda model: zeros(model), lambda model: agreement(model)),
+        (named("a"), named("b")),
+        (partial(lambda model, share: share, share=0.5), partial(lambda model, share: share, share=0.6)),
+        (lambda model, share=0.5: share, lambda model, share=0.6: share),
+    ],
+)
+def test_another_metric_under_the_same_name_is_refused(tmp_path, first, other):
+    given = {"sparsities": [0.5], "path": tmp_path / "scan.json"}
+    found = sc.scan(two(), first, **given)
+    assert sc.scan(two(), first, **given) == found
+    with pytest.raises(InputError, match="another metric: give another path, or remove it"):
+        sc.scan(two(), other, **given)
+
+
+def test_a_metric_that_was_defined_again_is_the_same(tmp_path):
+    def made(calls):
+        def metric(model):
+            nonlocal calls
+            calls += 1
+            return {"a", "b"} and 1.0
+
+        return metric
+
+    given = {"sparsities": [0.5], "path": tmp_path / "scan.json"}
+    assert sc.scan(two(), made(0), **given) == sc.scan(two(), made(1), **given)
 
 
 def test_a_file_of_another_model_or_of_other_scores_is_refused(tmp_path):

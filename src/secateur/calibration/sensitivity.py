@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
@@ -12,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
+from types import CodeType, FunctionType
 from typing import Any
 
 import numpy as np
@@ -53,7 +55,7 @@ class Scan(Printed):
         whole: the metric at each level, all tensors ranked together.
         tensors: for each tensor the metric at each level, the others as they are.
         weights: of each tensor, those that may be pruned.
-        made: of what, and how: fingerprints of the model and of the masks, names of metric, score and pattern.
+        made: of what, and how: fingerprints of model, masks and metric, names of metric, score and pattern.
     """
 
     sparsities: tuple[float, ...]
@@ -191,7 +193,8 @@ def scan(
         sparsities: the levels, 0 < s < 1.
         score, pattern, scope: as for `prune`.
         path: a JSON file in which each result is written when it is there. A second call with it makes only the
-            trials that it lacks.
+            trials that it lacks. It knows `evaluate` by its name, its code and the defaults of its arguments, and not
+            by the data that it reads: for other data give another path.
         progress: draw a bar on stderr.
         processes: evaluate in so many new processes, each with a copy of the model and its share of torch's threads.
             Then all that is given must be picklable, and a script needs `if __name__ == "__main__":`.
@@ -261,17 +264,46 @@ class _Work:
         highest = self.plan(_WHOLE, levels[-1])
         masks = chosen(highest)
         named = highest.settings()
-        called = getattr(self.evaluate, "__qualname__", type(self.evaluate).__name__)
         inner = scopes.unwrap(self.model)
         state = {**dict(inner.named_parameters()), **dict(inner.named_buffers())}
         made = {
             "model": _hash({name: bits.plain(tensor.detach()) for name, tensor in state.items()}),
-            "metric": called,
+            "metric": _named(self.evaluate),
             "score": named["score"],
             "pattern": named["pattern"],
             "masks": _hash({name: masks.packed(name) for name in masks}),
         }
         return _Settings(levels, {name: member.free for name, member in self.scope.members.items()}, made)
+
+
+def _named(evaluate: Evaluate) -> str:
+    """The name of a metric and a digest of what it does, since all lambdas have one name."""
+    inner: Any = evaluate
+    while isinstance(inner, functools.partial):
+        inner = inner.func
+    name = getattr(inner, "__qualname__", type(inner).__name__)
+    return f"{name} {hashlib.sha256(repr(_recipe(evaluate)).encode()).hexdigest()[:12]}"
+
+
+def _recipe(thing: Any) -> object:
+    """What a function does, as plain data: its code, and the plain values that it was made with; no line numbers."""
+    if isinstance(thing, str | bytes | int | float | None):
+        return thing
+    if isinstance(thing, tuple):
+        return [_recipe(one) for one in thing]
+    if isinstance(thing, dict):
+        return [(key, _recipe(value)) for key, value in thing.items()]
+    if isinstance(thing, CodeType):
+        return [thing.co_code, thing.co_names, _recipe(thing.co_consts)]
+    if isinstance(thing, functools.partial):
+        return [_recipe(thing.func), _recipe(thing.args), _recipe(thing.keywords)]
+    function = getattr(thing, "__wrapped__", getattr(thing, "__func__", thing))
+    if not isinstance(function, FunctionType):
+        return type(thing).__qualname__
+    cells = [cell.cell_contents for cell in function.__closure__ or ()]  # numbers in them may count calls
+    inside = [one if isinstance(one, str) else getattr(one, "__qualname__", type(one).__qualname__) for one in cells]
+    made = function.__code__, function.__defaults__, function.__kwdefaults__
+    return [function.__qualname__, inside, *map(_recipe, made)]
 
 
 def _levels(sparsities: Sequence[float]) -> tuple[float, ...]:

@@ -135,7 +135,7 @@ class Before:
 
 
 def _holders(module: nn.Module) -> list[Any]:
-    """The attributes of a module, and those of them that hold others: parameters, hooks, the flat weights of an LSTM."""
+    """The attributes of a module, and those that hold others: parameters, hooks, the flat weights of an LSTM."""
     own = vars(module)
     return [own, *(value for value in own.values() if type(value) in (dict, OrderedDict, list, set))]
 
