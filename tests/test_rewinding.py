@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import secateur as sc
-from secateur.errors import InputError, InputTypeError, MaskError, UnknownNameError
+from secateur.errors import InputError, InputTypeError, MaskError, StateError, UnknownNameError
 from tiny import batch
 
 
@@ -145,3 +145,42 @@ def test_a_state_that_is_no_copy_is_no_early_one():
             options |= {"optimizer": None, "optimizer_state": None}
         with pytest.raises(InputError, match=r"is the state of now.*keep copy\.deepcopy\(model\.state_dict\(\)\)"):
             sc.rewind(model, masks=masks, **options)
+
+
+@pytest.mark.parametrize("everywhere", [False, True])
+def test_dense_weights_of_now_are_refused(everywhere):
+    """A feedback would bring them back among the early ones, at once or when it is attached again."""
+    model, optimizer, (state, optimizer_state) = trained()
+    pruner = sc.Pruner(model, 0.8, regrow="dpf")
+    pruner.attach(*[optimizer] * (not everywhere))
+    train(model, optimizer, range(3))
+    before, masks = everything(model, optimizer), pruner.masks
+    given = {} if everywhere else {"optimizer": optimizer, "optimizer_state": optimizer_state}
+    with pytest.raises(StateError, match=r"keeps the dense weights of now.*detach\(\) it.*sc\.Pruner\(model, masks\)"):
+        sc.rewind(model, state, masks, **given)
+    assert everything(model, optimizer) == before
+    pruner.detach()
+    saved = copy.deepcopy((pruner.state_dict(), model.state_dict()))
+    sc.rewind(model, state, masks, **given)
+    for _ in range(2):
+        with pytest.raises(StateError, match=r"0\.weight.* changed while .* detached.*or make a new Pruner"):
+            pruner.attach(optimizer)
+    pruner.load_state_dict(saved[0])
+    model.load_state_dict(saved[1])
+    pruner.attach(optimizer)  # both of one moment
+    pruner.detach()
+    sc.rewind(model, state, masks, **given)
+    held = sc.Pruner(model, masks)
+    held.attach(optimizer)
+    train(model, optimizer, range(3))
+    assert held.finish() == masks
+
+
+def test_dense_weights_of_another_model_are_no_matter():
+    other = net()
+    pruner = sc.Pruner(other, 0.8, regrow="dpf")
+    pruner.attach()
+    train(other, torch.optim.SGD(other.parameters(), lr=0.1), range(3))
+    model, _, (state, _) = trained()
+    sc.rewind(model, state, sc.prune(model, 0.5))
+    pruner.detach()

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from secateur.errors import InputError, StateError
+from secateur.errors import InputError, StateError, listed
 from secateur.masks import Masks
 from secateur.movers import Mover
 from secateur.scores import SCORES, Score
@@ -235,6 +235,21 @@ class Withheld:
         marks, self._marks = self._marks, {}
         return [name for name, noted in marks.items() if name in scope and _sum(scope[name]) != noted]
 
+    def require_own(self, scope: Mapping[str, Tensor]) -> None:
+        """See that tensors that were noted are still those to which the rest belongs.
+
+        Raises:
+            StateError: they are others.
+        """
+        marks = self._marks
+        if moved := self.moved(scope):
+            self._marks = marks
+            raise StateError(
+                f"{listed(moved)} changed while this pruner was detached (sc.rewind, load_state_dict, a training), and "
+                f"the dense weights that {self.method} withholds belong to the old ones: load the pruner's state that "
+                "was saved with these weights, or make a new Pruner"
+            )
+
     def state_dict(self) -> dict[str, Any]:
         """Copies of what is withheld and learned."""
         return {key: {name: value.clone() for name, value in getattr(self, key).items()} for key in STATE}
@@ -243,6 +258,7 @@ class Withheld:
         """Go on from there."""
         for key in STATE:
             setattr(self, key, {name: value.clone() for name, value in state[key].items()})
+        self._marks = {}
 
     def settle(self, scope: Mapping[str, Tensor], masks: Masks, zero: bits.Zeroer, *, anew: bool = False) -> None:
         """After a step of the optimizer: the dense weights make it too, and what the masks leave is shown again."""

@@ -188,6 +188,11 @@ class Pruner:
         return self._counts == self._asked and self._schedule.ended(self._steps)
 
     @property
+    def withholds(self) -> bool:
+        """Whether dense weights are kept beside the model at this moment, as `sc.feedback` does."""
+        return self._withheld is not None and bool(self._withheld.hidden)
+
+    @property
     def sparsity(self) -> float:
         """Fraction of the weights in scope that is pruned at this moment."""
         return self._masks.pruned / self._plan.scope.size
@@ -249,6 +254,8 @@ class Pruner:
         _require_alone(first.given, live_tensors.here(scope), self)
         following.forgetting(first.given, scope, self._masks, self._zero)  # can it be done?
         self._require_still(first.given)
+        if self._withheld is not None:
+            self._withheld.require_own(scope)
         self._round = first
         if not self._steps:  # in a run that goes on, the masks of this step were chosen then
             self._update()
@@ -260,6 +267,8 @@ class Pruner:
         """Stop following the optimizers."""
         if self._hooks is not None:
             self._hooks.remove()
+            if self._withheld is not None:
+                self._withheld.mark({name: self._plan.scope[name] for name in self._withheld.hidden})
         self._hooks = None
 
     def step(self) -> None:
@@ -352,12 +361,17 @@ class Pruner:
         return self._masks
 
     def snapshot(self) -> None:
-        """Keep a copy of the weights in scope, so that `undo` can bring them back (their size in memory once more)."""
+        """Keep a copy of the weights in scope, so that `undo` can bring them back (their size in memory once more).
+
+        Biases, norms, buffers and the optimizer are not among them.
+        """
         self._originals = {name: weight.detach().clone() for name, weight in self._live().items()}
         self._beginning = self.state_dict()
 
     def undo(self) -> None:
-        """Bring back the weights of the last `snapshot`, bit for bit, and go back to its step, detached.
+        """Bring back the weights in scope of the last `snapshot`, bit for bit, and go back to its step, detached.
+
+        All else stays as it is now: trained biases, norms, buffers, and what an optimizer remembers.
 
         Raises:
             StateError: there is no snapshot, or a tensor in scope is no longer the model's.

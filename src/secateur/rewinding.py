@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from secateur import optimizers as following
-from secateur.errors import InputError, MaskError, UnknownNameError, listed
+from secateur.errors import InputError, MaskError, StateError, UnknownNameError, listed
 from secateur.masks import as_masks
 from secateur.scope import unwrap
 from secateur.support import bits, checks
@@ -41,7 +41,9 @@ def rewind(
         InputTypeError: an argument of another type.
         InputError: one of `optimizer` and `optimizer_state` without the other; a state of another model or optimizer;
             a state that is no copy.
-        UnknownNameError, MaskError: masks, or a state, of another model. In each case nothing was changed.
+        UnknownNameError, MaskError: masks, or a state, of another model.
+        StateError: a Pruner that follows the optimizer keeps dense weights beside the model (`sc.feedback`): those of
+            the early step are not in `state`. In each case nothing was changed.
 
     >>> model = nn.Linear(4, 2)
     >>> early = copy.deepcopy(model.state_dict())
@@ -60,9 +62,11 @@ def rewind(
             "an optimizer goes back to a state of its own: give both optimizer and optimizer_state, or leave both out "
             "and make a new optimizer"
         )
+    _require_all_shown(weights, [None])
     forgetting = []
     if optimizer is not None:
         stepping = following.resolve([optimizer], {})
+        _require_all_shown(weights, stepping)
         before = stepping[0].state_dict()
         _require_copy("optimizer_state", optimizer_state, before)
         try:
@@ -80,6 +84,21 @@ def rewind(
     masks.apply(plain)
     for forget in forgetting:
         forget()
+
+
+def _require_all_shown(weights: Mapping[str, Tensor], optimizers: Sequence[object]) -> None:
+    """See that no pruner of these weights that follows one of these optimizers withholds weights of the late step.
+
+    Raises:
+        StateError: one does.
+    """
+    ids = {id(weight) for weight in weights.values()}
+    for owner in (owner for one in optimizers for owner in following.owners(one)):
+        if owner.withholds and any(id(parameter) in ids for parameter in owner.model.parameters()):
+            raise StateError(
+                f"{owner!r} keeps the dense weights of now beside the model, and would bring them back among the early "
+                "ones: detach() it, and after the rewind hold its masks with sc.Pruner(model, masks)"
+            )
 
 
 def _require_state(now: Mapping[str, Any], state: object) -> None:

@@ -214,3 +214,10 @@ def test_a_trained_lstm():
         sc.prune(model, found.sparsity, allocation=found.allocation)
         assert metric(model) == found.metric >= dense - 0.02
     assert found.sparsity > 0.2
+
+
+def test_a_metric_that_all_share():
+    choice = sc.choose_allocation(apart(), lambda model: 1.0, 0.5)
+    assert (
+        str(choice).splitlines()[-1] == "all have the same metric, so that none is better; global is the first of them"
+    )

@@ -55,9 +55,12 @@ class Choice(Allocation, Printed):
         """One row an allocation."""
         rows = [(name, f"{metric:.4g}", f"{self.dense - metric:.3g}") for name, metric in self.metrics.items()]
         worst = min(self.metrics, key=self.metrics.__getitem__)
+        if self.at_stake:
+            note = f"best: {self.best}; {worst} in its place would cost {self.at_stake:.3g}"
+        else:
+            note = f"all have the same metric, so that none is better; {self.best} is the first of them"
         title = f"At sparsity {self.sparsity:.4g}; the model as it is has a metric of {self.dense:.4g}"
-        notes = [f"best: {self.best}; {worst} in its place would cost {self.at_stake:.3g}"]
-        return Table(("allocation", "metric", "falls by"), rows, title, notes)
+        return Table(("allocation", "metric", "falls by"), rows, title, [note])
 
 
 def choose_allocation(
