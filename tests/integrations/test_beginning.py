@@ -6,7 +6,7 @@ from torch import nn
 
 import secateur as sc
 from secateur.errors import InputError, InputTypeError, MaskError, StateError
-from secateur.integrations.beginning import begin, given
+from secateur.integrations.beginning import begin, given, worth_telling
 
 
 def made(seed=0, steps=0):
@@ -53,3 +53,15 @@ def test_what_is_no_pruner():
     assert given(pruner) is pruner
     with pytest.raises(InputTypeError, match=r"pruner is a type: give a secateur\.Pruner"):
         given(sc.Pruner)
+
+
+def test_what_is_worth_telling():
+    """Masks that move at each step would fill a log."""
+    model = nn.Linear(100, 100)
+    pruner = sc.Pruner(model, 0.305, schedule=sc.linear(0, 1000), regrow=sc.feedback.dpf(every=1))
+    told = [0.0]
+    pruner.on_update(lambda _: told.append(pruner.sparsity) if worth_telling(pruner, told[-1]) else None)
+    for _ in range(1100):
+        pruner.step()
+    assert len(told) == 32
+    assert told[-2:] == [0.3, 0.305]

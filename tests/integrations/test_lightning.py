@@ -76,12 +76,22 @@ class Manual(Module):
 CUBIC = sc.cubic(0.1, 0.6, every=3)
 MOVES = {"score": "random", "allocation": "erk", "schedule": "one_shot", "regrow": sc.regrow.rigl(every=5, stop=0.75)}
 LIFTS = {"allocation": "erk", "schedule": sc.schedules.ac_dc(0.1, 0.6, every=5)}
-KEEPS = {"regrow": sc.feedback.dpf(every=3)}
+METHODS = {
+    "": {},
+    "rigl": MOVES,
+    "set": MOVES | {"regrow": sc.regrow.set_(every=5, stop=0.75)},
+    "ac_dc": LIFTS,
+    "dpf": {"regrow": sc.feedback.dpf(every=3)},
+    "sr_ste": {"pattern": "2:4", "regrow": "sr_ste", "schedule": "one_shot"},
+    "soft_movement": {"regrow": "soft_movement", "allocation": "erk"},
+    "str": {"regrow": "str"},
+}
 
 
 def made(folder, *callbacks, kind=Module, pruning=None, skip=(), logger=False, **options):
     model = kind()
-    pruner = sc.Pruner(model, 0.9, scope=sc.weights(model, skip=skip), **{"schedule": CUBIC, **(pruning or {})})
+    pruning = {"schedule": CUBIC, **(pruning or {})}
+    pruner = sc.Pruner(model, 0.5 if "pattern" in pruning else 0.9, scope=sc.weights(model, skip=skip), **pruning)
     trainer = Trainer(
         accelerator="cpu",
         default_root_dir=folder,
@@ -134,7 +144,7 @@ class Stop(Callback):
             raise RuntimeError("stop")
 
 
-@pytest.mark.parametrize("pruning", [{}, MOVES, LIFTS, KEEPS], ids=["", "rigl", "ac_dc", "dpf"])
+@pytest.mark.parametrize("pruning", METHODS.values(), ids=METHODS)
 def test_resume_in_the_middle_of_an_epoch_is_bit_exact(tmp_path, pruning):
     """AC/DC is stopped where its masks are lifted."""
     through, want, want_pruner = made(tmp_path, pruning=pruning)
@@ -147,9 +157,54 @@ def test_resume_in_the_middle_of_an_epoch_is_bit_exact(tmp_path, pruning):
     again.fit(model, batches(), ckpt_path=tmp_path / "middle.ckpt", weights_only=True)
     assert pruner.steps == EPOCHS * BATCHES
     assert pruner.masks == want_pruner.masks
-    assert zeros(sc.weights(model)) == k(0.9, pruner.masks.size)
+    assert pruner.masks.pruned == k(0.5 if "pattern" in pruning else 0.9, pruner.masks.size)
+    assert sc.check(model, pruner.masks) == {}
     assert pruner.metrics() == want_pruner.metrics()  # what grew before the stop counts too
     assert all(torch.equal(weight, want.state_dict()[name]) for name, weight in model.state_dict().items())
+
+
+AVERAGES = {
+    "ema": lambda: EMAWeightAveraging(decay=0.9),
+    "swa": lambda: StochasticWeightAveraging(1e-2, swa_epoch_start=1),
+}
+
+
+@pytest.mark.parametrize("method", ["", "rigl", "ac_dc", "soft_movement"])
+@pytest.mark.parametrize("average", AVERAGES)
+@pytest.mark.parametrize("first", [True, False])
+def test_averages_go_on_bit_for_bit(tmp_path, method, average, first):
+    """Validated or not (Lightning's own SWA is another one then, also without a pruner); a checkpoint shows zeros."""
+
+    def run(*callbacks, validated=True, **options):
+        trainer, model, pruner = made(tmp_path, AVERAGES[average](), *callbacks, pruning=METHODS[method])
+        trainer.callbacks.sort(key=lambda one: isinstance(one, PruningCallback) != first)
+        trainer.fit(model, batches(), batches() if validated else None, weights_only=True, **options)
+        return model, pruner
+
+    path = tmp_path / "middle.ckpt"
+    want, want_pruner = run(validated=average == "swa")
+    with pytest.raises(RuntimeError, match="stop"):
+        run(Stop(path, step=20))
+    saved = torch.load(path, weights_only=True)
+    own = next(state for name, state in saved["callbacks"].items() if name.startswith("Pruning"))
+    shown = saved["state_dict"]
+    if swa := [state for name, state in saved["callbacks"].items() if name.startswith("StochasticWeight")]:
+        shown = swa[0]["average_model_state"]
+    masks = sc.Masks.from_bits(own["bits"], {name: torch.Size(shape) for name, shape in own["shapes"].items()})
+    assert sc.check(shown, masks) == {}
+    if method != "ac_dc":  # whose masks are lifted there
+        assert any(not torch.equal(own["averages"][0][name], shown[name]) for name in masks)
+    model, pruner = run(ckpt_path=path)
+    assert pruner.masks == want_pruner.masks
+    assert zeros(sc.weights(model)) == k(0.9, pruner.masks.size)
+    assert same(copies(model), copies(want))
+
+
+def test_averages_of_another_model(tmp_path):
+    trainer, model, _ = made(tmp_path, EMAWeightAveraging(decay=0.9))
+    trainer.callbacks[0] = PruningCallback(sc.Pruner(Module(), 0.9, schedule=CUBIC))
+    with pytest.raises(InputError, match=r"not in this LightningModule.*give a Pruner of the LightningModule"):
+        trainer.fit(model, batches())
 
 
 class Rows:
@@ -288,15 +343,19 @@ def test_a_nan_loss_where_the_masks_were_to_change(tmp_path):
     assert 0 < pruner.sparsity < 0.9
 
 
-def test_only_models_at_their_final_sparsity_are_judged(tmp_path):
+@pytest.mark.parametrize("method", ["", "dpf", "soft_movement", "str"])
+def test_only_models_at_their_final_sparsity_are_judged(tmp_path, method):
     """By this metric the first model, which has all its weights, would be the best, and the training would end."""
     best = ModelCheckpoint(tmp_path, monitor="left", mode="max", save_top_k=2, filename="{epoch}")
-    trainer, model, pruner = made(tmp_path, best, EarlyStopping("left", mode="max", patience=1))
+    callbacks = [best, EarlyStopping("left", mode="max", patience=1), EMAWeightAveraging(decay=0.9)]
+    trainer, model, pruner = made(tmp_path, *callbacks, pruning=METHODS[method], logger=True)
     trainer.fit(model, batches(), batches())
     assert float(best.best_model_score) == pytest.approx(0.1, abs=1e-3)
     state = torch.load(best.best_model_path, weights_only=True)["state_dict"]
     masked = sum(int((weight == 0).sum()) for name, weight in state.items() if name in pruner.masks)
     assert masked == k(0.9, pruner.masks.size)
+    told = (tmp_path / "lightning_logs" / "version_0" / "metrics.csv").read_text().splitlines()
+    assert len(told) < 20  # though the masks of some change at each of 40 steps
 
 
 @pytest.mark.parametrize("pruning", [{}, MOVES], ids=["schedule", "regrow"])

@@ -55,13 +55,23 @@ def bert(seed=0):
 CUBIC = sc.cubic(0.1, 0.7, every=2)
 MOVES = {"score": "random", "schedule": "one_shot", "regrow": sc.regrow.rigl(every=3, stop=0.75)}
 LIFTS = {"schedule": sc.schedules.ac_dc(0.1, 0.7, every=4)}
-KEEPS = {"regrow": sc.feedback.dpf(every=4)}
+METHODS = {
+    "movement": {"score": "movement"},
+    "rigl": MOVES,
+    "set": MOVES | {"regrow": sc.regrow.set_(every=3, stop=0.75)},
+    "ac_dc": LIFTS,
+    "dpf": {"regrow": sc.feedback.dpf(every=4)},
+    "sr_ste": {"pattern": "2:4", "regrow": "sr_ste", "schedule": "one_shot"},
+    "soft_movement": {"regrow": "soft_movement"},
+    "str": {"regrow": "str", "allocation": "global"},
+}
 
 
 def made(folder, *callbacks, seed=0, pruning=None, skip=(), **options):
     model = bert(seed)
     pruning = {"schedule": CUBIC, "allocation": "erk", **(pruning or {})}
-    pruner = sc.Pruner(model, 0.9, scope=sc.weights(model, skip=skip), **pruning)
+    sparsity = 0.5 if "pattern" in pruning else 0.9
+    pruner = sc.Pruner(model, sparsity, scope=sc.weights(model, skip=skip), **pruning)
     arguments = TrainingArguments(
         folder,
         max_steps=STEPS,
@@ -95,9 +105,7 @@ def test_one_line_prunes_and_tells(tmp_path):
     pruner.detach()
 
 
-@pytest.mark.parametrize(
-    "pruning", [{"score": "movement"}, MOVES, LIFTS, KEEPS], ids=["movement", "rigl", "ac_dc", "dpf"]
-)
+@pytest.mark.parametrize("pruning", METHODS.values(), ids=METHODS)
 def test_a9_resume_in_the_middle_of_a_schedule_is_bit_exact(tmp_path, pruning):
     """AC/DC is stopped where its masks are lifted."""
     through, want_pruner = made(tmp_path / "through", pruning=pruning)
@@ -110,12 +118,13 @@ def test_a9_resume_in_the_middle_of_a_schedule_is_bit_exact(tmp_path, pruning):
     again.train(resume_from_checkpoint=True)
     assert pruner.steps == STEPS
     assert pruner.masks == want_pruner.masks
-    assert zeros(sc.weights(again.model)) == k(0.9, pruner.masks.size)
+    assert pruner.masks.pruned == k(0.5 if "pattern" in pruning else 0.9, pruner.masks.size)
+    assert sc.check(again.model, pruner.masks) == {}
     assert pruner.metrics() == want_pruner.metrics()  # what grew before the stop counts too
     want = through.model.state_dict()
     assert all(torch.equal(weight, want[name]) for name, weight in again.model.state_dict().items())
     stopped.remove_callback(Stop)  # as in a notebook
-    stopped.train(resume_from_checkpoint=True)
+    stopped.train(resume_from_checkpoint=str(tmp_path / "again" / "checkpoint-7"))
     assert all(torch.equal(weight, want[name]) for name, weight in stopped.model.state_dict().items())
 
 
@@ -172,11 +181,13 @@ def test_cycles_of_the_learning_rate_go_on_after_a_resume(tmp_path):
     assert all(torch.equal(weight, want[name]) for name, weight in again.model.state_dict().items())
 
 
-def test_only_models_at_their_final_sparsity_are_judged(tmp_path):
+@pytest.mark.parametrize("pruning", [{}, METHODS["soft_movement"]], ids=["magnitude", "soft_movement"])
+def test_only_models_at_their_final_sparsity_are_judged(tmp_path, pruning):
     """By this metric the first model, which has all its weights, would be the best."""
     trainer, pruner = made(
         tmp_path,
         EarlyStoppingCallback(1),
+        pruning=pruning,
         eval_strategy="steps",
         eval_steps=5,
         load_best_model_at_end=True,
@@ -188,6 +199,9 @@ def test_only_models_at_their_final_sparsity_are_judged(tmp_path):
     assert trainer.state.best_model_checkpoint.endswith("checkpoint-15")
     assert trainer.state.best_metric == pytest.approx(0.1, abs=1e-4)
     assert zeros(sc.weights(trainer.model)) == k(0.9, pruner.masks.size)
+    told = [entry["pruning/sparsity"] for entry in trainer.state.log_history if "pruning/sparsity" in entry]
+    assert told[-1] == pytest.approx(0.9, abs=1e-4)
+    assert len(told) <= 7  # though the masks of soft movement change at each step
 
 
 def test_a_checkpoint_without_a_pruner(tmp_path):

@@ -1,4 +1,4 @@
-"""How a pruner begins a training, or goes on with one."""
+"""How a pruner begins a training, or goes on with one, and which changes of its masks go into a log."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ from secateur.errors import InputTypeError, MaskError, StateError, listed
 from secateur.masks import check
 from secateur.pruner import Pruner
 from secateur.support import checks
+
+_LEAST = 0.01
+"""A change of the sparsity by less is told together with the next ones: masks may change at each of many steps."""
 
 
 def given(pruner: object) -> Pruner:
@@ -43,3 +46,8 @@ def begin(pruner: Pruner, saved: Mapping[str, Any] | None) -> None:
                 f"the saved pruner is of another run than the weights: {listed([*back])} is not zero where it pruned. "
                 "Give the pruner that was saved with these weights"
             )
+
+
+def worth_telling(pruner: Pruner, told: float) -> bool:
+    """Whether the sparsity is another one than that told last: by a hundredth, or because it has come to its end."""
+    return abs(pruner.sparsity - told) >= _LEAST or (pruner.done and pruner.sparsity != told)

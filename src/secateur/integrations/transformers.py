@@ -13,7 +13,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from secateur.errors import InputError, StateError
-from secateur.integrations.beginning import begin, given
+from secateur.integrations.beginning import begin, given, worth_telling
 from secateur.pruner import Pruner
 from secateur.support import files
 
@@ -24,10 +24,10 @@ PRUNER_NAME = "pruner.pt"
 class PruningCallback(TrainerCallback):
     """Prunes while a `Trainer` trains: `Trainer(model, args, ..., callbacks=[PruningCallback(pruner)])`.
 
-    It follows the optimizer that the Trainer makes, writes the sparsity into `trainer.state.log_history` at each change
-    of the masks, saves the pruner into each checkpoint and goes on from there (`resume_from_checkpoint`), and finishes
-    the pruner when the training ends. `load_best_model_at_end` and `EarlyStoppingCallback` judge only models that have
-    their final sparsity. A schedule in fractions is of all steps of the training.
+    It follows the optimizer that the Trainer makes, saves the pruner into each checkpoint, goes on from there
+    (`resume_from_checkpoint`), and finishes the pruner when the training ends. `trainer.state.log_history` gets the
+    sparsity when it has changed by a hundredth, and at its end. `load_best_model_at_end` and `EarlyStoppingCallback`
+    judge only models that have their final sparsity. A schedule in fractions is of all steps of the training.
 
     Args:
         pruner: of the model that the Trainer trains. A Trainer takes one: for parts of the model, `{glob: sparsity}`.
@@ -43,6 +43,7 @@ class PruningCallback(TrainerCallback):
     def __init__(self, pruner: Pruner) -> None:
         self.pruner = given(pruner)
         self._state = TrainerState()
+        self._told = 0.0
         pruner.on_update(self._log)
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -52,7 +53,7 @@ class PruningCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, optimizer: Any = None, **_: Any
     ) -> None:
         _require_alone(state)
-        self._state = state
+        self._state, self._told = state, 0.0
         self.pruner.over(state.max_steps)
         begin(self.pruner, _saved(_origin(args, state)) if state.global_step else None)
         self.pruner.attach(*[optimizer] * (optimizer is not None))
@@ -72,6 +73,9 @@ class PruningCallback(TrainerCallback):
         self.pruner.finish()
 
     def _log(self, metrics: Mapping[str, float]) -> None:
+        if not worth_telling(self.pruner, self._told):
+            return
+        self._told = self.pruner.sparsity
         self._state.log_history.append(
             {"pruning/sparsity": metrics["pruning/sparsity"], "epoch": self._state.epoch, "step": self.pruner.steps}
         )
