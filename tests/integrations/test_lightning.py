@@ -346,7 +346,7 @@ def test_a_nan_loss_where_the_masks_were_to_change(tmp_path):
 @pytest.mark.parametrize("method", ["", "dpf", "soft_movement", "str"])
 def test_only_models_at_their_final_sparsity_are_judged(tmp_path, method):
     """By this metric the first model, which has all its weights, would be the best, and the training would end."""
-    best = ModelCheckpoint(tmp_path, monitor="left", mode="max", save_top_k=2, filename="{epoch}")
+    best = ModelCheckpoint(tmp_path / "best", monitor="left", mode="max", save_top_k=2, filename="{epoch}")
     callbacks = [best, EarlyStopping("left", mode="max", patience=1), EMAWeightAveraging(decay=0.9)]
     trainer, model, pruner = made(tmp_path, *callbacks, pruning=METHODS[method], logger=True)
     trainer.fit(model, batches(), batches())
