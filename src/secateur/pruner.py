@@ -600,8 +600,7 @@ class Pruner:
             else:
                 for name, weight in settled.items():
                     self._zero(weight, masks.packed(name))
-            restless = [one for one in self._round.optimizers if following.moves_outside_step(one)]
-            following.forget(restless, scope, masks, self._zero)
+            following.forget(self._round.restless, scope, masks, self._zero)
 
     def _require_still(self, optimizers: Sequence[Any]) -> None:
         """See that no optimizer shows weights that are withheld, or compares gradients of others."""
@@ -623,8 +622,7 @@ class Pruner:
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
         """See that all is well, and show a score the gradients: those there are, or those that a closure will make."""
-        held = self._round.held(optimizer)
-        if held is None and not self._round.given:
+        if not self._round.given and self._round.held(optimizer) is None:
             return None
         self._warn_of_troubles()
         scope = self._plan.scope
@@ -633,12 +631,15 @@ class Pruner:
             self._require_still(following.family(optimizer))
             self._round.add(optimizer)
         self._round.warn_of_renewed()
+        looks = self._gradient_score is not None or self._withheld is not None or self._moves(self._steps + 1)
+        if not looks and optimizer.state and not self._idle and self._found == 0:
+            return None  # as most steps are
+        held = self._round.held(optimizer)
         if held is None or self._round.inner(optimizer):
             return None
         self._tell_of_zeros()
         self._idle = following.trains_nothing(optimizer, args, kwargs)
-        looks = self._gradient_score is not None or self._withheld is not None
-        if not (looks or self._moves(self._steps + 1)) or self._idle or following.overflown(optimizer):
+        if not looks or self._idle or following.overflown(optimizer):
             return None
         seen, scale = {name: scope[name] for name in held}, following.scale(optimizer)
         return following.after_backward(lambda: self._look(seen, scale), args, kwargs)

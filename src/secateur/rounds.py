@@ -23,6 +23,7 @@ class Round:
     Attributes:
         given: the optimizers, and those inside them.
         waiting: names of the trainable tensors that were not stepped in this round.
+        restless: of all that are followed, and those inside them, the ones that may move weights between their steps.
 
     Raises:
         InputTypeError: no torch Optimizer. InputError: trainable weights in scope that none of them holds.
@@ -31,7 +32,10 @@ class Round:
     def __init__(self, scope: Scope, given: Sequence[object] = ()) -> None:
         self.given = following.resolve(given, scope)
         self._scope = scope
-        self._families = {id(one): following.family(one) for one in self.given}
+        self._families: dict[int, list[Any]] = {}
+        self.restless: list[Any] = []
+        for one in self.given:
+            self.add(one)
         self._parameters = [id(weight) for weight in scope.values()]
         self.begin()
         self._clock = following.family(given[0]) if given and not self.waiting else []  # nothing in scope is trained
@@ -48,9 +52,10 @@ class Round:
     def __contains__(self, optimizer: object) -> bool:
         return id(optimizer) in self._families
 
-    def add(self, optimizer: Optimizer) -> None:
+    def add(self, optimizer: Any) -> None:
         """Follow another one."""
-        self._families[id(optimizer)] = following.family(optimizer)
+        self._families[id(optimizer)] = found = following.family(optimizer)
+        self.restless += [one for one in found if following.moves_outside_step(one)]
 
     def held(self, optimizer: Optimizer) -> set[str] | None:
         """Names of the tensors in scope that an optimizer steps; None for one that is of no concern."""

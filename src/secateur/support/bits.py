@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -123,6 +123,15 @@ def _words(values: Tensor) -> tuple[Tensor, int]:
     return values.view(integer), int(tiny.view(integer))
 
 
+class _Ready(NamedTuple):
+    """For the bits of a small tensor: what they keep, and the tensor they were set upon last; both as words."""
+
+    bits: weakref.ref[Tensor]
+    kept: Tensor
+    tensor: Tensor
+    words: Tensor
+
+
 class Zeroer:
     """Sets pruned weights to +0.0 in place, whatever they hold (inf and NaN too).
 
@@ -132,7 +141,7 @@ class Zeroer:
 
     def __init__(self) -> None:
         self._tables: dict[tuple[int, torch.device], Tensor] = {}
-        self._ready: dict[tuple[int, torch.dtype], tuple[weakref.ref[Tensor], Tensor]] = {}  # by the ids of the bits
+        self._ready: dict[tuple[int, torch.dtype], _Ready] = {}  # by the ids of the bits
         self._room = 1 << 20
 
     def __reduce__(self) -> tuple[type[Zeroer], tuple[()]]:
@@ -143,30 +152,37 @@ class Zeroer:
 
         The bits are never changed afterwards.
         """
-        tensor = tensor.detach()
-        words = _integers(tensor)
-        key = id(bits), words.dtype
-        _, kept = self._ready.get(key, (None, None))
-        if kept is not None and kept.shape == words.shape and kept.device == words.device:
-            words.bitwise_and_(kept)
-            return
-        here = bits.to(tensor.device)  # the model may have moved since its masks were made
-        if kept is None and words.numel() <= min(SMALL, self._room):
-            self._hold(key, bits, self._words(tensor, here))
+        key = id(bits), tensor.dtype
+        ready = self._ready.get(key)
+        if ready is None or not _same_memory(ready.tensor, tensor):
+            if ready is None and tensor.numel() > min(SMALL, self._room):
+                self._by_chunks(tensor.detach(), bits.to(tensor.device))
+                return
+            ready = self._ready[key] = self._prepared(tensor.detach(), bits, key)
+        ready.words.bitwise_and_(ready.kept)
+
+    def _prepared(self, tensor: Tensor, bits: Tensor, key: tuple[int, torch.dtype]) -> _Ready:
+        words, before = _integers(tensor), self._ready.get(key)
+        if before is not None and before.kept.shape == words.shape and before.kept.device == words.device:
+            return before._replace(tensor=tensor, words=words)
+        kept = self._words(tensor, bits.to(tensor.device))  # the model may have moved since its masks were made
+        if before is not None:
+            return _Ready(before.bits, kept, tensor, words)
+
+        def gone(_: object) -> None:
+            del self._ready[key]
+            self._room += tensor.numel()
+
+        self._room -= tensor.numel()
+        return _Ready(weakref.ref(bits, gone), kept, tensor, words)
+
+    def _by_chunks(self, tensor: Tensor, bits: Tensor) -> None:
         if on_cpu(tensor) and tensor.is_contiguous():
-            _zero(words.view(-1).numpy(), here.numpy(), _KEPT[tensor.element_size()])
+            _zero(_integers(tensor).view(-1).numpy(), bits.numpy(), _KEPT[tensor.element_size()])
             torch.autograd.graph.increment_version(tensor)
             return
         for start, piece in _slices(tensor):
-            _integers(piece).bitwise_and_(self._words(piece, here[start // 8 : (start + piece.numel() + 7) // 8]))
-
-    def _hold(self, key: tuple[int, torch.dtype], bits: Tensor, words: Tensor) -> None:
-        def gone(_: object) -> None:
-            if self._ready.pop(key, None) is not None:
-                self._room += words.numel()
-
-        self._room -= words.numel()
-        self._ready[key] = weakref.ref(bits, gone), words
+            _integers(piece).bitwise_and_(self._words(piece, bits[start // 8 : (start + piece.numel() + 7) // 8]))
 
     def _words(self, tensor: Tensor, bits: Tensor) -> Tensor:
         """Words of ones or zeros, as `_integers` would view the tensor."""
@@ -175,6 +191,16 @@ class Zeroer:
             self._tables[key] = torch.from_numpy(_KEPT[key[0]]).to(tensor.device)
         like = _integers(tensor)
         return self._tables[key].index_select(0, bits.int()).view(-1)[: like.numel()].view(like.shape)
+
+
+def _same_memory(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors of a dtype are the same numbers. `is_set_to` is not written for every device."""
+    return (
+        one.data_ptr() == other.data_ptr()
+        and one.shape == other.shape
+        and one.stride() == other.stride()
+        and one.device == other.device
+    )
 
 
 def _integers(tensor: Tensor) -> Tensor:
