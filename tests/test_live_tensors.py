@@ -90,3 +90,69 @@ def test_a_layer_that_was_wrapped_since_is_still_there(wrapper):
     model[0].inner = nn.Linear(8, 8)
     (told,) = live_tensors.troubles(model, scope, masks)
     assert "0.weight is no longer the model's" in told
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Sequential(nn.Linear(8, 8))
+        self.b = nn.Linear(8, 8)
+        self.b.weight = self.a[0].weight
+
+
+def swap_layer(model):
+    model.a = nn.Sequential(model.b)
+
+
+def swap_the_inside_of_a_layer(model):
+    model.a[0] = nn.Linear(8, 8)
+
+
+def untie(model):
+    model.b.weight = nn.Parameter(model.b.weight.detach().clone())
+
+
+def renew(model):
+    model.a[0].weight = model.b.weight = nn.Parameter(torch.zeros(8, 8))
+
+
+def reshape(model):
+    model.b.weight.data = torch.zeros(4, 8)
+
+
+def swap_tensors(model):
+    class Other(nn.Parameter):
+        pass
+
+    torch.utils.swap_tensors(model.b.weight, Other(torch.zeros(8, 8)))
+
+
+def compute(model):
+    orthogonal(model.b)
+
+
+def new_dict(model):
+    model.a.__setstate__({**vars(model.a), "_modules": {"0": nn.Linear(8, 8)}})
+
+
+CHANGES = [swap_layer, swap_the_inside_of_a_layer, untie, renew, reshape, swap_tensors, compute, new_dict]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda one: one.__name__)
+def test_ways_stand_until_the_model_comes_to_its_tensors_otherwise(change):
+    model = Tied()
+    ways = live_tensors.ways(model, sc.weights(model))
+    assert ways is not None
+    assert ways.stand()
+    model.a[0].bias = nn.Parameter(torch.zeros(8))  # not in scope
+    model.b.weight.data = torch.ones(8, 8)
+    assert ways.stand()
+    change(model)
+    assert not ways.stand()
+
+
+@pytest.mark.parametrize("wrapper", [Wrapped, Passing])
+def test_there_are_no_ways_to_a_layer_that_was_wrapped(wrapper):
+    model, scope, _ = planned()
+    model[0] = wrapper(model[0])
+    assert live_tensors.ways(model, scope) is None

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass
 
+import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
@@ -19,8 +21,11 @@ _MANY = 0.01
 
 def here(scope: Scope) -> dict[str, nn.Parameter]:
     """The Parameters of the layers in scope; one that is computed now is left out."""
-    found = {name: _own(member.module, member.attribute) for name, member in scope.members.items()}
-    return {name: parameter for name, parameter in found.items() if parameter is not None}
+    return {
+        name: parameter
+        for name, member in scope.members.items()
+        if (parameter := _own(member.module, member.attribute)) is not None
+    }
 
 
 def troubles(model: nn.Module, scope: Scope, masks: Masks) -> Iterator[str]:
@@ -42,6 +47,46 @@ def troubles(model: nn.Module, scope: Scope, masks: Masks) -> Iterator[str]:
             )
 
 
+@dataclass(frozen=True)
+class Ways:
+    """How a model came to its tensors in scope when `troubles` told of none: as long as it stands so, there are none.
+
+    For a look at each step of an optimizer, where `troubles` would take too long.
+    """
+
+    modules: Collection[tuple[nn.Module, str, nn.Module]]
+    """In which module, under which name, which module; each after the one it is in."""
+    parameters: Collection[tuple[nn.Module, str, nn.Parameter, torch.Size]]
+
+    def stand(self) -> bool:
+        """Whether each module and each Parameter is where it was, and each Parameter is plain and of its shape."""
+        return all(module._modules.get(name) is inside for module, name, inside in self.modules) and all(
+            module._parameters.get(name) is parameter and type(parameter) is nn.Parameter and parameter.shape == shape
+            for module, name, parameter, shape in self.parameters
+        )
+
+
+def ways(model: nn.Module, scope: Scope) -> Ways | None:
+    """How a model comes to its tensors in scope now; None if not by modules inside modules to plain Parameters."""
+    modules: dict[tuple[int, str], tuple[nn.Module, str, nn.Module]] = {}
+    parameters: dict[tuple[int, str], tuple[nn.Module, str, nn.Parameter, torch.Size]] = {}
+    for name, parameter in here(scope).items():
+        member = scope.members[name]
+        parameters[id(member.module), member.attribute] = member.module, member.attribute, parameter, parameter.shape
+        for other in (name, *member.aliases):
+            *path, attribute = other.split(".")
+            module = model
+            for part in path:
+                inside = module._modules.get(part) if type(module._modules) is dict else None
+                if inside is None:
+                    return None
+                modules[id(module), part] = module, part, inside
+                module = inside
+            parameters[id(module), attribute] = module, attribute, parameter, parameter.shape
+    found = Ways([*modules.values()], [*parameters.values()])
+    return found if found.stand() else None
+
+
 def _gone(model: nn.Module, scope: Scope) -> Iterator[str]:
     for name, member in scope.members.items():
         parameter = _own(member.module, member.attribute)
@@ -61,16 +106,9 @@ def _gone(model: nn.Module, scope: Scope) -> Iterator[str]:
 
 
 def _at(model: nn.Module, name: str) -> nn.Parameter | None:
-    *path, attribute = name.split(".")
-    module = model
+    layer, _, attribute = name.rpartition(".")
     try:
-        for part in path:  # looked at after each step of an optimizer: get_submodule takes ten times as long
-            module = module._modules[part]  # type: ignore[assignment]
-        return _own(module, attribute)
-    except (KeyError, AttributeError):  # no such module, unless a wrapper passes it on
-        pass
-    try:
-        return _own(model.get_submodule(".".join(path)), attribute)
+        return _own(model.get_submodule(layer), attribute)
     except AttributeError:
         return None
 

@@ -60,7 +60,9 @@ def takes_hooks(optimizer: object) -> bool:
 
 def held(optimizers: Iterable[Any], scope: Mapping[str, Tensor]) -> set[str]:
     """Names of the tensors in scope that one of these optimizers steps."""
-    ids = {id(parameter) for one in optimizers for group in one.param_groups for parameter in group["params"]}
+    ids: set[int] = set()
+    for group in chain.from_iterable(one.param_groups for one in optimizers):
+        ids.update(map(id, group["params"]))
     return {name for name, weight in scope.items() if id(weight) in ids}
 
 

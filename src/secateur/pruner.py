@@ -157,6 +157,7 @@ class Pruner:
         self._beginning: dict[str, Any] = {}
         self._hooks: following.Hooks | None = None
         self._round = Round(self._plan.scope)
+        self._ways: live_tensors.Ways | None = None  # by which all tensors were reached at the last step
         self._idle = False  # the step being made trains nothing
         self._around: set[int] = set()  # ids of the optimizers in whose step the last one was made
         self._found: int | None = self._at_risk()  # told of at the first step
@@ -256,7 +257,7 @@ class Pruner:
         self._require_still(first.given)
         if self._withheld is not None:
             self._withheld.require_own(scope)
-        self._round = first
+        self._round, self._ways = first, None
         if not self._steps:  # in a run that goes on, the masks of this step were chosen then
             self._update()
         self._found = 0 if self._steps else None
@@ -447,12 +448,18 @@ class Pruner:
 
     def _warn_of_troubles(self) -> None:
         """Warn, once, of tensors that are no longer the model's: a long run goes on, and `finish` refuses."""
-        for trouble in live_tensors.troubles(self._model, self._plan.scope, self._masks):
-            if len(live_tensors.here(self._plan.scope)) < len(self._plan.scope):
-                raise StateError(trouble)  # a weight is computed now, so that nothing can be written into it
+        if self._ways is not None and self._ways.stand():
+            return
+        self._ways, scope = None, self._plan.scope
+        troubles = [*live_tensors.troubles(self._model, scope, self._masks)]
+        if troubles and len(live_tensors.here(scope)) < len(scope):
+            raise StateError(troubles[0])  # a weight is computed now, so that nothing can be written into it
+        for trouble in troubles:
             if trouble not in self._told:
                 self._told.add(trouble)
                 warn(trouble)
+        self._round.warn_of_renewed()
+        self._ways = None if troubles else live_tensors.ways(self._model, scope)
 
     def _tell_of_zeros(self) -> None:
         """Warn, before the first step, of zeros that nothing holds: those of a pruned checkpoint, most likely."""
@@ -630,7 +637,6 @@ class Pruner:
             _require_alone([optimizer], live_tensors.here(scope), self)
             self._require_still(following.family(optimizer))
             self._round.add(optimizer)
-        self._round.warn_of_renewed()
         looks = self._gradient_score is not None or self._withheld is not None or self._moves(self._steps + 1)
         if not looks and optimizer.state and not self._idle and self._found == 0:
             return None  # as most steps are

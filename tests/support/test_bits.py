@@ -242,6 +242,27 @@ def test_what_is_held_ready_goes_with_its_bits():
     assert not zero._ready
 
 
+def test_what_is_held_ready_follows_a_tensor_to_other_memory():
+    zero, packed = bits.Zeroer(), bits.pack(some(35))
+    weight = torch.nn.Parameter(torch.ones(5, 7))
+    zero(weight, packed)
+    first = weight.data
+    renewed = (torch.ones(5, 7), torch.ones(7, 5).t(), torch.ones(64)[3:38].view(5, 7), first)
+    for data in renewed:
+        data.fill_(math.nan)
+        weight.data = data
+        for _ in range(2):
+            before = weight._version
+            zero(weight, packed)
+            assert weight._version > before
+            assert torch.equal(weight.isnan(), some(35).view(5, 7))
+            data.fill_(math.nan)
+    with torch.no_grad():
+        torch.utils.swap_tensors(weight, torch.nn.Parameter(torch.full((5, 7), math.nan)))
+    zero(weight, packed)
+    assert torch.equal(weight.isnan(), some(35).view(5, 7))
+
+
 def test_no_more_than_a_million_words_are_held_ready():
     zero, every = bits.Zeroer(), [bits.pack(some(bits.SMALL, seed)) for seed in range(20)]
     for packed in every:

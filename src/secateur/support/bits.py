@@ -128,8 +128,8 @@ class _Ready(NamedTuple):
 
     bits: weakref.ref[Tensor]
     kept: Tensor
-    tensor: Tensor
     words: Tensor
+    place: tuple[object, ...]
 
 
 class Zeroer:
@@ -154,7 +154,7 @@ class Zeroer:
         """
         key = id(bits), tensor.dtype
         ready = self._ready.get(key)
-        if ready is None or not _same_memory(ready.tensor, tensor):
+        if ready is None or ready.place != _place(tensor):
             if ready is None and tensor.numel() > min(SMALL, self._room):
                 self._by_chunks(tensor.detach(), bits.to(tensor.device))
                 return
@@ -164,17 +164,18 @@ class Zeroer:
     def _prepared(self, tensor: Tensor, bits: Tensor, key: tuple[int, torch.dtype]) -> _Ready:
         words, before = _integers(tensor), self._ready.get(key)
         if before is not None and before.kept.shape == words.shape and before.kept.device == words.device:
-            return before._replace(tensor=tensor, words=words)
+            return before._replace(words=words, place=_place(tensor))
         kept = self._words(tensor, bits.to(tensor.device))  # the model may have moved since its masks were made
         if before is not None:
-            return _Ready(before.bits, kept, tensor, words)
+            return _Ready(before.bits, kept, words, _place(tensor))
 
         def gone(_: object) -> None:
             del self._ready[key]
-            self._room += tensor.numel()
+            self._room += size
 
-        self._room -= tensor.numel()
-        return _Ready(weakref.ref(bits, gone), kept, tensor, words)
+        size = tensor.numel()
+        self._room -= size
+        return _Ready(weakref.ref(bits, gone), kept, words, _place(tensor))
 
     def _by_chunks(self, tensor: Tensor, bits: Tensor) -> None:
         if on_cpu(tensor) and tensor.is_contiguous():
@@ -193,14 +194,9 @@ class Zeroer:
         return self._tables[key].index_select(0, bits.int()).view(-1)[: like.numel()].view(like.shape)
 
 
-def _same_memory(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors of a dtype are the same numbers. `is_set_to` is not written for every device."""
-    return (
-        one.data_ptr() == other.data_ptr()
-        and one.shape == other.shape
-        and one.stride() == other.stride()
-        and one.device == other.device
-    )
+def _place(tensor: Tensor) -> tuple[object, ...]:
+    """Where the numbers of a tensor lie in memory, and in what order."""
+    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.device
 
 
 def _integers(tensor: Tensor) -> Tensor:
