@@ -24,6 +24,11 @@ def agreement(model):
     return -(model(x) - cnn()(x)).norm()
 
 
+def noisy(model):
+    """`agreement`, with a number drawn by torch's own generator."""
+    return agreement(model) + torch.rand(())
+
+
 def trained_lstm():
     """An LSTM after two epochs on the digits, and its accuracy as a metric; to be called within `digits.alone`."""
     data = digits.load()

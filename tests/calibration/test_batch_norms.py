@@ -78,6 +78,44 @@ def test_a_failure_leaves_the_model(wrong):
     assert model[1].momentum == 0.3
 
 
+def test_many_batches_in_bf16():
+    model, many = made().bfloat16(), [x.bfloat16() for x in batches(600)]
+    sc.recalibrate(model, many)
+    with torch.no_grad():
+        wanted = torch.stack([model[0](x).double().var((0, 2, 3)) for x in many]).mean(0)
+    torch.testing.assert_close(model[1].running_var.double(), wanted, rtol=0.02, atol=0)
+    assert not model[1]._forward_hooks
+
+
+def test_a_layer_that_is_called_twice():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm1d(2)
+
+        def forward(self, x):
+            return self.norm(x) + self.norm(3 * x)
+
+    model, x = Twice(), torch.randn(8, 2)
+    sc.recalibrate(model, [x])
+    torch.testing.assert_close(model.norm.running_mean, 2 * x.mean(0))
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+def test_layers_out_of_reach_are_refused():
+    with pytest.raises(InputError, match=r"1, 6 is of torch.jit.*: recalibrate the model before that"):
+        sc.recalibrate(torch.jit.script(made()), batches())
+
+    class Frozen(nn.BatchNorm2d):
+        def train(self, mode=True):
+            return super().train(False)
+
+    model = nn.Sequential(Frozen(3))
+    with pytest.raises(InputError, match=r"a layer whose train.. keeps it in eval mode has statistics that stay"):
+        sc.recalibrate(model, batches())
+    assert int(model[0].num_batches_tracked) == 0
+
+
 def test_layers_that_no_batch_reaches_keep_theirs():
     model = made()
     model.spare = nn.BatchNorm1d(3)

@@ -177,6 +177,17 @@ def test_what_it_says():
     assert json.loads(json.dumps(found.to_dict()))["evaluations"] == 7
 
 
+@pytest.mark.parametrize(
+    ("given", "most"), [({"allocation": sc.allocation.global_(min_keep=0.3)}, 0.7), ({"pattern": "rows"}, 0.95)]
+)
+def test_what_is_out_of_reach_is_not_recommended(given, most):
+    model = apart()
+    found = sc.recommend(model, lambda model: 1.0, **given)
+    assert found.sparsity == most
+    masks = sc.prune(model, found.sparsity, **{"allocation": found.allocation} | given)
+    assert masks.pruned == round(800 * most)
+
+
 def test_where_nothing_can_go_and_where_all_can():
     nothing = sc.recommend(apart(), least, 0.0, allocation="uniform")
     assert (nothing.sparsity, nothing.metric) == (0.0, 1.0)

@@ -22,7 +22,7 @@ from secateur.errors import (
     UnknownNameError,
     WriteError,
 )
-from trial_models import agreement, cnn, everything, trained_lstm
+from trial_models import agreement, cnn, everything, noisy, trained_lstm
 
 
 def zeros(model):
@@ -187,8 +187,8 @@ def forks(monkeypatch):
 def in_other_processes(path):
     model = cnn()
     before = everything(model)
-    found = sc.scan(model, agreement, (0.5, 0.9), processes=2, path=path)
-    assert found == sc.scan(model, agreement, (0.5, 0.9)) == Scan.load(path)
+    found = sc.scan(model, noisy, (0.5, 0.9), processes=2, path=path)
+    assert found == sc.scan(model, noisy, (0.5, 0.9)) == Scan.load(path)
     assert everything(model) == before
 
 

@@ -185,6 +185,13 @@ def test_a_generator_is_as_it_was():
     assert torch.equal(generator.get_state(), state)
 
 
+def test_each_trial_sees_the_same_random_numbers():
+    model, state = cnn(), torch.get_rng_state()
+    drawn = [tried(model, lambda _: torch.rand(1), "here", planned(model)) for _ in range(2)]
+    assert drawn[0] == drawn[1] == torch.rand(1).item()
+    torch.set_rng_state(state)
+
+
 def test_no_warning_of_a_bad_choice():
     model = nn.Sequential(nn.Linear(40, 40), nn.Linear(40, 40))
     with torch.no_grad():

@@ -182,8 +182,8 @@ def recommend(
     """Find the highest sparsity, to 0.01, at which the metric falls by no more than a tolerance; without training.
 
     By bisection, so that it sees no more than seven sparsities of 0.01 to 0.99. What it gives was measured. Where the
-    metric does not fall steadily, a higher sparsity may do as well. The model is bit for bit as it was after each
-    trial.
+    metric does not fall steadily, a higher sparsity may do as well. What a pattern, or the least that each tensor
+    keeps, puts out of reach is left out. The model is bit for bit as it was after each trial.
 
     Args:
         model: given to `evaluate`.
@@ -218,7 +218,7 @@ def recommend(
     choices = _named() if allocation is None else {_name(allocation): resolve(allocation)}
     options: Any = {"score": score, "pattern": fixed, "scope": _given(scope, found, fixed)}
     for one in choices.values():
-        plan.make(model, 0.5, allocation=one, **options)  # what cannot be done is refused now
+        plan.make(model, 1 / _STEPS, allocation=one, **options).require_possible()  # what cannot be done at all
     dense = tried(model, evaluate, "the model as it is")
     trials: list[tuple[float, str, float]] = []
 
@@ -226,6 +226,10 @@ def recommend(
         """An allocation whose metric is high enough, the last such one first, and that metric."""
         for name in sorted(choices, key=lambda name: name != best[0]):
             one = plan.make(model, sparsity, allocation=choices[name], **options)
+            try:
+                one.require_possible()
+            except InputError:  # more than the pattern, or the least that each tensor keeps, lets go
+                continue
             metric = tried(model, evaluate, f"allocation {name!r} at sparsity {sparsity:g}", one)
             trials.append((sparsity, name, metric))
             if metric >= dense - tolerance * (1 + 1e-9):  # 0.98 - 0.01 may be above 0.97

@@ -189,7 +189,8 @@ def scan(
     Args:
         model: given to `evaluate`.
         evaluate: `model -> float`, higher is better; for a loss return its negative. A tensor of one number is taken.
-            It may change the model, train it for a while or call `sc.recalibrate`: that is undone.
+            It may change the model, train it for a while or call `sc.recalibrate`: that is undone. torch's random
+            numbers are the same ones in each trial.
         sparsities: the levels, 0 < s < 1.
         score, pattern, scope: as for `prune`.
         path: a JSON file in which each result is written when it is there. A second call with it makes only the
@@ -227,7 +228,7 @@ def scan(
     settings = work.settings(levels)
     results = {} if path is None else _resumed(path, settings)
     left = [trial for trial in settings.trials() if trial not in results]
-    payload = _pickled(work) if processes > 1 else b""
+    payload = _pickled((work, torch.get_rng_state())) if processes > 1 else b""
     with progress_bar("scanning", len(left), shown=progress) as advance:
         for trial, metric in _metrics(work, left, payload, processes):
             results[trial] = metric
@@ -356,14 +357,16 @@ def _metrics(work: _Work, trials: Sequence[_Trial], payload: bytes, processes: i
 
 def _begin(payload: bytes, threads: int) -> None:
     torch.set_num_threads(threads)
-    _HERE.append(pickle.loads(payload))
+    work, random = pickle.loads(payload)
+    torch.set_rng_state(random)
+    _HERE.append(work)
 
 
 def _metric_here(name: str, level: float) -> float:
     return _HERE[0].metric(name, level)
 
 
-def _pickled(work: _Work) -> bytes:
+def _pickled(work: tuple[_Work, Tensor]) -> bytes:
     try:
         return pickle.dumps(work)
     except Exception as error:  # whatever a user's __reduce__ raises

@@ -27,6 +27,7 @@ def tried(model: nn.Module, evaluate: Evaluate, where: str, plan: Plan | None = 
     """Return the metric of a model pruned by a plan (None: as it is); the model is as it was afterwards.
 
     `evaluate` may change the model too: it may train it for a while, or estimate the statistics of its BatchNorm anew.
+    torch's random numbers are as they were too, so that all trials of a call see the same ones, as dropout draws them.
 
     Args:
         model: what `evaluate` is given.
@@ -38,11 +39,12 @@ def tried(model: nn.Module, evaluate: Evaluate, where: str, plan: Plan | None = 
         InputError, InputTypeError: the metric is not one finite number; and what the plan raises. What `evaluate`
             raises passes on with a note that names the trial.
     """
-    before = Before(model)
+    before, devices = Before(model), {p.device.index for p in model.parameters() if p.device.type == "cuda"}
     try:
-        if plan is not None:
-            chosen(plan).apply(plan.scope)
-        return number(evaluate(model), where)
+        with torch.random.fork_rng(sorted(devices)):
+            if plan is not None:
+                chosen(plan).apply(plan.scope)
+            return number(evaluate(model), where)
     except Exception as error:  # add_note() needs Python 3.11; the attribute that it fills does not
         error.__dict__["__notes__"] = [*getattr(error, "__notes__", ()), f"secateur was trying {where}"]
         raise
