@@ -210,3 +210,34 @@ def test_ac_dc_has_not_come_to_its_end_in_its_first_sparse_phase():
     train(model, optimizer, range(3, 12))
     assert pruner.done
     assert pruner.finish().pruned == 72
+
+
+@pytest.mark.parametrize("regrow", [None, sc.feedback.dpf(every=2)])
+@pytest.mark.parametrize("error", [RuntimeError("mine"), KeyboardInterrupt("mine")])
+def test_an_error_at_a_change_of_the_masks_leaves_the_zeros(regrow, error):
+    calls = []
+
+    def score(name, weight):
+        calls.append(name)
+        if len(calls) == 3:
+            raise error
+        return weight.abs()
+
+    torch.manual_seed(0)
+    model = nn.Linear(20, 10)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    pruner = sc.Pruner(model, 0.8, schedule=sc.linear(0, 8, every=2), score=score, regrow=regrow)
+    pruner.attach(optimizer)
+
+    def steps(count):
+        for _ in range(count):
+            optimizer.zero_grad()
+            model(torch.ones(1, 20)).square().sum().backward()
+            optimizer.step()
+
+    with pytest.raises(type(error), match="mine"):
+        steps(8)
+    assert pruner.masks.pruned > 0
+    assert sc.check(model, pruner.masks) == {}
+    steps(8)
+    assert pruner.finish().pruned == 160

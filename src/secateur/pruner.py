@@ -698,6 +698,9 @@ class Pruner:
             if "not finite" not in self._told:
                 self._told.add("not finite")
                 warn(f"the masks were to change at step {self._steps}, and stay as they are: {error}")
+        except BaseException:  # of a score, of a listener, an interruption: who goes on has the zeros
+            self._settle(held)
+            raise
         else:
             self._told.discard("not finite")
 
