@@ -3,8 +3,9 @@
     python benchmarks/training_step.py [--model NAME] [--optimizer NAME] [--rounds N]
 
 The sides take turns in one process, on one thread, a tenth of a second each; CPU time, the median of the rounds with
-the least and the most. Each has its own copy of the model, and the same batch. "held" has a Pruner at 90 % attached;
-"hooks" is the same step over itself without the hooks of the Pruner: less noise, but what the caches lose is not in it.
+the least and the most. Each has its own copy of the model, the same batch, and the same clocks around its hooks.
+"held" has a Pruner at 90 % attached; "hooks" is the same step over itself without the hooks of the Pruner: less noise,
+but what the caches lose is not in it.
 "torch" has masks of `torch.nn.utils.prune`, which cannot train a MultiheadAttention (it never calls the hooks of its
 out_proj). "every=100" is the share of a choice of new masks each hundred steps, which comes on top.
 """
@@ -68,7 +69,7 @@ class Side:
     step: Callable[[], float]
     """A training step: its seconds."""
     hooks: list[float]
-    """Of these, those in the hooks of the Pruner, step by step."""
+    """Of these, those in the hooks of the Pruner, step by step; without one, those that the clocks take."""
 
 
 def side(model: nn.Module, x: Tensor, optimizer: str, kind: str) -> Side:
@@ -85,12 +86,12 @@ def side(model: nn.Module, x: Tensor, optimizer: str, kind: str) -> Side:
     def ended(*_: object) -> None:
         hooks[-1] += time.process_time()
 
+    stepped.register_step_pre_hook(began)
+    stepped.register_step_post_hook(began)
     if kind == "held":
-        stepped.register_step_pre_hook(began)
-        stepped.register_step_post_hook(began)
         sc.Pruner(model, 0.9, allocation="uniform").attach(stepped)
-        stepped.register_step_pre_hook(ended)
-        stepped.register_step_post_hook(ended)
+    stepped.register_step_pre_hook(ended)
+    stepped.register_step_post_hook(ended)
 
     def step() -> float:
         hooks.append(0.0)
@@ -123,7 +124,8 @@ def ratios(name: str, optimizer: str, rounds: int, kinds: tuple[str, ...]) -> tu
             dense.append(each["dense"])
             for kind in kinds:
                 found[kind].append(each[kind] / each["dense"])
-            hooks = statistics.median(sides["held"].hooks[-many:])
+            clocks, hooks = (statistics.median(sides[kind].hooks[-many:]) for kind in ("dense", "held"))
+            hooks -= clocks
             found["hooks"].append(each["held"] / (each["held"] - hooks))
     return statistics.median(dense), found
 
