@@ -131,6 +131,13 @@ def test_another_metric_under_the_same_name_is_refused(tmp_path, first, other):
         sc.scan(two(), other, **given)
 
 
+def test_equal_weights_under_another_activation_are_another_model(tmp_path):
+    layers, given = [*two()], {"sparsities": [0.5], "path": tmp_path / "scan.json"}
+    sc.scan(nn.Sequential(layers[0], layers[1], nn.ReLU()), zeros, **given)
+    with pytest.raises(InputError, match="another model: give another path, or remove it"):
+        sc.scan(nn.Sequential(layers[0], layers[1], nn.Tanh()), zeros, **given)
+
+
 def test_a_metric_that_was_defined_again_is_the_same(tmp_path):
     def made(calls):
         def metric(model):

@@ -9,6 +9,7 @@ import math
 import multiprocessing
 import os
 import pickle
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -268,7 +269,7 @@ class _Work:
         inner = scopes.unwrap(self.model)
         state = {**dict(inner.named_parameters()), **dict(inner.named_buffers())}
         made = {
-            "model": _hash({name: bits.plain(tensor.detach()) for name, tensor in state.items()}),
+            "model": _hash({name: bits.plain(tensor.detach()) for name, tensor in state.items()}, _layers(inner)),
             "metric": _named(self.evaluate),
             "score": named["score"],
             "pattern": named["pattern"],
@@ -315,9 +316,14 @@ def _levels(sparsities: Sequence[float]) -> tuple[float, ...]:
     return levels
 
 
-def _hash(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 of names, dtypes, shapes and bytes."""
-    found = hashlib.sha256()
+def _layers(model: nn.Module) -> str:
+    """What a model prints, without places in memory: equal weights under another activation are another model."""
+    return re.sub("0x[0-9a-fA-F]+", "", repr(model))
+
+
+def _hash(tensors: Mapping[str, Tensor], words: str = "") -> str:
+    """SHA-256 of names, dtypes, shapes and bytes, and of some words."""
+    found = hashlib.sha256(words.encode())
     for name, tensor in tensors.items():
         found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         for _, piece in bits.chunks(tensor.reshape(-1)):
