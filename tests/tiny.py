@@ -1,5 +1,6 @@
 """A tiny classifier, its data, and a loop, for tests of the Pruner."""
 
+import pytest
 import torch
 from torch import nn
 
@@ -29,3 +30,10 @@ def raw(model):
 
 def same(one, other):
     return all(torch.equal(a, b) for a, b in zip(raw(one), raw(other), strict=True))
+
+
+def mostly_slow(cases, *quick):
+    """Parameters of a test, by their ids, of which all but some are marked slow."""
+    return [
+        pytest.param(case, id=name, marks=() if name in quick else pytest.mark.slow) for name, case in cases.items()
+    ]

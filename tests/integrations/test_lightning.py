@@ -21,6 +21,7 @@ import secateur as sc
 from models import copies, k, same, zeros
 from secateur.errors import InputError, InputTypeError, SecateurWarning, StateError
 from secateur.integrations.lightning import PruningCallback
+from tiny import mostly_slow
 
 EPOCHS, BATCHES = 5, 8
 
@@ -144,7 +145,7 @@ class Stop(Callback):
             raise RuntimeError("stop")
 
 
-@pytest.mark.parametrize("pruning", METHODS.values(), ids=METHODS)
+@pytest.mark.parametrize("pruning", mostly_slow(METHODS, "ac_dc", "rigl", "dpf"))
 def test_resume_in_the_middle_of_an_epoch_is_bit_exact(tmp_path, pruning):
     """AC/DC is stopped where its masks are lifted."""
     through, want, want_pruner = made(tmp_path, pruning=pruning)
@@ -171,7 +172,7 @@ AVERAGES = {
 
 @pytest.mark.parametrize("method", ["", "rigl", "ac_dc", "soft_movement"])
 @pytest.mark.parametrize("average", AVERAGES)
-@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("first", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_averages_go_on_bit_for_bit(tmp_path, method, average, first):
     """Validated or not (Lightning's own SWA is another one then, also without a pruner); a checkpoint shows zeros."""
 

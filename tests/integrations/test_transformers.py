@@ -22,6 +22,7 @@ from models import copies, k, zeros
 from models import same as same_tensors
 from secateur.errors import InputError, InputTypeError, MaskError, SecateurWarning, StateError
 from secateur.integrations.transformers import PRUNER_NAME, PruningCallback
+from tiny import mostly_slow
 
 STEPS = 20
 EXAMPLES = [{"input_ids": [i % 7 + 1, i % 5 + 1, i % 3 + 1, 2], "labels": i % 2} for i in range(48)]
@@ -105,7 +106,7 @@ def test_one_line_prunes_and_tells(tmp_path):
     pruner.detach()
 
 
-@pytest.mark.parametrize("pruning", METHODS.values(), ids=METHODS)
+@pytest.mark.parametrize("pruning", mostly_slow(METHODS, "ac_dc", "rigl", "dpf"))
 def test_a9_resume_in_the_middle_of_a_schedule_is_bit_exact(tmp_path, pruning):
     """AC/DC is stopped where its masks are lifted."""
     through, want_pruner = made(tmp_path / "through", pruning=pruning)
