@@ -41,7 +41,7 @@ def by_selection(streams, count):
     cut = selection.threshold(streams, count)
     found = []
     for stream in streams:
-        packed, pruned, cut = selection.keep(stream, cut)
+        packed, pruned = selection.keep(stream, cut)
         flags = bits.unpack(packed, stream.values.numel())
         assert pruned == int((~flags).sum())
         assert bits.count(packed) == int(flags.sum())

@@ -131,10 +131,7 @@ def lamp(weights: Mapping[str, Tensor], count: int) -> Counts:
     """
     streams = [selection.Stream(name, _layer_adaptive(w)) for name, w in weights.items()]
     cut = selection.threshold(streams, count)
-    counts: Counts = {}
-    for stream in streams:
-        _, counts[stream.name], cut = selection.keep(stream, cut)
-    return counts
+    return {stream.name: selection.keep(stream, cut)[1] for stream in streams}
 
 
 def _layer_adaptive(weight: Tensor) -> Tensor:

@@ -130,11 +130,11 @@ class Regrowth(Mover):
         if not count:
             return kept
         drop = Stream(name, weight, scores.magnitude, kept, member.protected)
-        still, _, _ = selection.keep(drop, selection.threshold([drop], pruned + count))
+        still, _ = selection.keep(drop, selection.threshold([drop], pruned + count))
         found = scores.evaluate(lambda *_: REGROWTHS[self.kind].value(name, weight, gradient, generator), name, weight)
         stays = bits.unpack(still, weight.numel()).view(weight.shape)
         grow = Stream(name, (-found).masked_fill(stays, math.inf))  # the lowest of these grow
-        rest, _, _ = selection.keep(grow, selection.threshold([grow], count))
+        rest, _ = selection.keep(grow, selection.threshold([grow], count))
         return still | bits.pack(~bits.unpack(rest, weight.numel()))
 
     def __str__(self) -> str:

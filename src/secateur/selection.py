@@ -4,8 +4,8 @@ A sample of the scores gives a bracket around the k-th lowest. One pass counts t
 histogram of those inside it (about 1 %), over the bits of the scores. A bin usually holds a single value; if it holds
 more, another pass divides it. Ties at the threshold are broken by (tensor, row-major index). The result is that of a
 stable sort of all scores, whatever the chunks, the sample or the threads. Where several processes each read a part of
-the streams, the caller passes how they add up their counts (`total`); by default this process works alone, also within
-a process group.
+the streams, or a shard of each, the caller passes how they add up their counts (`total`): about 80 KB a selection,
+whatever its size. By default this process works alone, also within a process group.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -23,11 +23,13 @@ from torch import Tensor
 
 from secateur.errors import InputError, NotFiniteError, listed
 from secateur.scores import Score, evaluate, magnitude
+from secateur.sharding import Indices, Place
 from secateur.support import bits
 from secateur.support.process_groups import ALONE, Total
 
-_SAMPLE = 1 << 16
+_SAMPLE = 1 << 14
 _BINS, _FEW_BINS = 1 << 20, 1 << 16  # of a histogram: for few weights the smaller one is quicker
+_TIE_BITS = 10  # of an index, looked at in one round to find where the ties that go end
 _SIGMAS = 4.0  # half-width of the bracket in standard deviations of the sample's rank: it seldom misses
 
 _Floats = npt.NDArray[Any]
@@ -61,8 +63,9 @@ class Stream:
         kept: bits of the weights kept so far; those pruned already rank below all others.
         protected: row-major indices that are never pruned; they rank above all others.
         group: weights that stand behind each score (more than 1 where a pattern prunes them together).
-        here: whether this process reads it; False only where processes work together, and another one does.
+        here: whether this process counts it; False only where processes work together, and another one does.
         legal: scores that are not +inf, where that is known without looking.
+        place: where `values` lie in the whole tensor, if they are a shard of it.
     """
 
     name: str
@@ -73,14 +76,31 @@ class Stream:
     group: int = 1
     here: bool = True
     legal: int | None = None
+    place: Place | None = None
 
-    def pieces(self, dtype: torch.dtype, *, check: bool = False) -> Iterator[Tensor]:
-        """Yield the scores in row-major order, flat, as `dtype`; -inf where pruned, +inf where protected.
+    @property
+    def size(self) -> int:
+        """Scores of the whole tensor."""
+        return self.values.numel() if self.place is None else self.place.numel
 
-        A piece lasts until the next one: they may share their memory. `check` looks for NaN and inf in magnitudes.
+    def pieces(
+        self, dtype: torch.dtype, *, check: bool = False, within: range | None = None
+    ) -> Iterator[tuple[int, Tensor]]:
+        """Yield `(index of the first, scores)` in row-major order, flat, as `dtype`.
+
+        -inf where pruned, +inf where protected. A piece lasts until the next one: they may share their memory.
+
+        Args:
+            dtype: of the scores.
+            check: look for NaN and inf in magnitudes.
+            within: of the whole tensor; pieces that hold none of these indices are left out.
         """
         room = torch.empty(0, dtype=dtype, device=self.values.device)
         for start, raw in _chunks(self.values):
+            if within is not None:
+                first, last = self.ends(start, raw.numel())
+                if last < within.start or first >= within.stop:
+                    continue
             if self.score is magnitude and raw.dtype.to_real() == dtype:
                 room = room if room.numel() >= raw.numel() else room.new_empty(raw.numel())
                 scores = torch.abs(raw, out=room[: raw.numel()])
@@ -88,10 +108,19 @@ class Stream:
                 scores = self._scored(raw)
             if check and self.score is magnitude and not math.isfinite(_highest(scores)):
                 require_finite(self.name, self.values)
-            yield self._ranked(scores, start).to(dtype)
+            yield start, self._ranked(scores, start).to(dtype)
 
-    def sample(self, indices: npt.NDArray[np.int64], dtype: torch.dtype) -> Tensor:
-        """Return the scores at some row-major indices (a protected one may show its own score)."""
+    def whole(self, indices: Indices) -> Indices:
+        """The row-major indices in the whole tensor of some in `values`; both ascend."""
+        return indices if self.place is None else self.place.to_whole(indices)
+
+    def ends(self, start: int, count: int) -> tuple[int, int]:
+        """The first and the last index in the whole tensor of a piece of `values`, which is not empty."""
+        first, last = self.whole(np.array([start, start + count - 1])).tolist()
+        return first, last
+
+    def sample(self, indices: Indices, dtype: torch.dtype) -> Tensor:
+        """Return the scores at some row-major indices of `values` (a protected one may show its own score)."""
         where = torch.from_numpy(indices).to(self.values.device)
         values = self.values
         taken = values.detach().reshape(-1)[where] if isinstance(values, Tensor) else values.at(indices)
@@ -122,11 +151,16 @@ class Stream:
 
 @dataclass(frozen=True)
 class Cut:
-    """Prune each score below `value`, and the first `ties` of those equal to it; compared as `dtype`."""
+    """Prune each score below `value`, and of those equal to it the first ones; compared as `dtype`.
+
+    Attributes:
+        until: by the names of streams, the row-major index in the whole tensor below which those that are equal go;
+            of a stream that is not named all go.
+    """
 
     value: float
-    ties: int
     dtype: torch.dtype
+    until: Mapping[str, int] = field(default_factory=dict)
 
 
 def threshold(streams: Sequence[Stream], count: int, *, total: Total = ALONE.total) -> Cut:
@@ -140,9 +174,11 @@ def threshold(streams: Sequence[Stream], count: int, *, total: Total = ALONE.tot
     """
     dtype = torch.float64 if any(_wide(stream) for stream in streams) else torch.float32
     if count <= 0:
-        return Cut(-math.inf, 0, dtype)
+        return Cut(-math.inf, dtype, dict.fromkeys((stream.name for stream in streams), 0))
     if count == sum(stream.legal or 0 for stream in streams):
-        return Cut(math.inf, 0, dtype)  # all that may go goes: there is nothing to rank
+        return Cut(
+            math.inf, dtype, dict.fromkeys((stream.name for stream in streams), 0)
+        )  # all that may go goes: there is nothing to rank
     if any(stream.group > 1 for stream in streams):
         cut = _grouped(streams, count, dtype, total)
     else:
@@ -155,41 +191,40 @@ def threshold(streams: Sequence[Stream], count: int, *, total: Total = ALONE.tot
     return cut
 
 
-def keep(stream: Stream, cut: Cut) -> tuple[Tensor, int, Cut]:
-    """Apply a cut to one stream.
-
-    Returns:
-        The bits of the kept scores, the number of pruned ones, and the cut for the next stream (fewer ties).
-    """
+def keep(stream: Stream, cut: Cut) -> tuple[Tensor, int]:
+    """Apply a cut to one stream: the bits of the kept scores, and the number of pruned ones."""
     packed = torch.empty(-(-stream.values.numel() // 8), dtype=torch.uint8, device=stream.values.device)
-    pruned, ties, start = 0, cut.ties, 0
-    for piece in stream.pieces(cut.dtype):
-        kept, ties = above(piece, cut.value, ties)
+    pruned = 0
+    for start, piece in stream.pieces(cut.dtype):
+        kept = above(piece, stream, cut, start)
         pruned += piece.numel() - _count(kept)
         part = bits.pack(kept)
-        packed[start : start + len(part)] = part
-        start += len(part)
-    return packed, pruned, replace(cut, ties=ties)
+        packed[start // 8 : start // 8 + len(part)] = part
+    return packed, pruned
 
 
-def above(scores: Tensor, value: float, ties: int) -> tuple[Tensor, int]:
-    """Tell which scores stay above a cut, and how many of its ties are left for the next piece."""
-    if not ties:
-        return _compare(operator.ge, scores, value), 0
-    kept = _compare(operator.gt, scores, value)
-    equal = _positions(_compare(operator.eq, scores, value))
-    kept[equal[ties:]] = True
-    return kept, ties - min(ties, len(equal))
+def above(scores: Tensor, stream: Stream, cut: Cut, start: int) -> Tensor:
+    """Tell which scores of a piece of a stream, which begins at index `start`, stay above a cut."""
+    until = cut.until.get(stream.name, stream.size)
+    if not scores.numel() or until == 0:
+        return _compare(operator.ge, scores, cut.value)
+    first, last = stream.ends(start, scores.numel())
+    if until <= first:
+        return _compare(operator.ge, scores, cut.value)
+    kept = _compare(operator.gt, scores, cut.value)
+    if until <= last:
+        equal = _positions(_compare(operator.eq, scores, cut.value)).cpu().numpy()
+        kept[torch.from_numpy(equal[stream.whole(equal + start) >= until]).to(kept.device)] = True
+    return kept
 
 
-def tally(stream: Stream, cut: Cut) -> tuple[int, int, int]:
-    """Count the scores of a stream below a cut, those equal to it, and those that are zero."""
-    below = equal = zero = 0
-    for piece in stream.pieces(cut.dtype):
-        below += _count(_compare(operator.lt, piece, cut.value))
-        equal += _count(_compare(operator.eq, piece, cut.value))
+def tally(stream: Stream, cut: Cut) -> tuple[int, int]:
+    """Count the scores of a stream that a cut prunes, and those that are zero."""
+    pruned = zero = 0
+    for start, piece in stream.pieces(cut.dtype):
+        pruned += piece.numel() - _count(above(piece, stream, cut, start))
         zero += _count(_compare(operator.eq, piece, 0.0))
-    return below, equal, zero
+    return pruned, zero
 
 
 Applied = dict[str, tuple[_Result, int]]
@@ -225,12 +260,8 @@ def together(
 
 
 def keep_all(streams: Sequence[Stream], cut: Cut) -> Applied[Tensor]:
-    """Apply a cut to streams in their order: the bits of what each keeps."""
-    found = {}
-    for stream in streams:
-        packed, lost, cut = keep(stream, cut)
-        found[stream.name] = packed, lost
-    return found
+    """Apply a cut to streams: the bits of what each keeps."""
+    return {stream.name: keep(stream, cut) for stream in streams}
 
 
 def zeros_first(scores: Tensor, weights: Tensor) -> Tensor:
@@ -260,59 +291,143 @@ def _exact(streams: Sequence[Stream], count: int, dtype: torch.dtype, total: Tot
     bottom, top = _key(-math.inf, dtype), _key(math.inf, dtype)
     low, high = (_key(end, dtype) for end in _bracket(streams, count, dtype, total))
     for _ in range(9):  # one pass nearly always, six at the very most
-        below, bins, shift = _census(streams, low, high, dtype, total)
-        ends = below + bins.cumsum()
-        if count <= below:  # the sample has misled us: look beyond the bracket
+        before, (low, high), inside = _census(streams, low, high, count, dtype, total)
+        if count <= before:  # the sample has misled us: look beyond the bracket
             low, high = bottom, low - 1
-        elif count > ends[-1]:
+        elif count > before + inside:
             low, high = high + 1, top
-        else:
-            found = int(np.searchsorted(ends, count))
-            low, high = low + (found << shift), min(high, low + ((found + 1) << shift) - 1)
-            if low == high:
-                return Cut(_float(low, dtype), count - int(ends[found] - bins[found]), dtype)
+        elif low == high:
+            value, ties = _float(low, dtype), count - before
+            return Cut(value, dtype, _until(streams, value, ties, dtype, total) if ties < inside else {})
     raise InputError(f"the score of {streams[0].name} changes from call to call: an elementwise one must not")
 
 
 def _bracket(streams: Sequence[Stream], count: int, dtype: torch.dtype, total: Total) -> tuple[float, float]:
-    """Two scores between which the k-th lowest lies, by a random sample (one index in each of 65,536 strata)."""
-    ends = np.cumsum([stream.values.numel() for stream in streams])
+    """Two scores between which the k-th lowest lies, by a random sample (one index in each of 16,384 strata)."""
+    ends = np.cumsum([stream.size for stream in streams])
     size = int(ends[-1])
     if size <= 4 * _SAMPLE:
         return -math.inf, math.inf
     strata = np.arange(_SAMPLE) + np.random.default_rng(0).random(_SAMPLE)
     indices = (strata * (size / _SAMPLE)).astype(np.int64).clip(max=size - 1)
-    parts = np.split(indices, np.searchsorted(indices, ends[:-1]))
-    starts = [0, *ends[:-1]]
-    sample = np.zeros(_SAMPLE, _NUMPY[dtype])
-    for stream, part, start in zip(streams, parts, starts, strict=True):
-        if stream.here and part.size:
-            first = int(np.searchsorted(indices, part[0]))
-            sample[first : first + part.size] = stream.sample(part - start, dtype).numpy()
-    sample = np.sort(total(sample))
+    cuts = np.searchsorted(indices, [0, *ends])
+
+    def fill(sample: _Floats) -> None:
+        for stream, first, last, start in zip(streams, cuts, cuts[1:], [0, *ends], strict=False):
+            if stream.here and first < last:
+                wanted = indices[first:last] - start
+                here, local = (slice(None), wanted) if stream.place is None else stream.place.locate(wanted)
+                sample[first:last][here] = stream.sample(local, dtype).numpy()
+
+    # single precision suffices for a bracket that is a step wider
+    sample = np.sort(_summed(total, _SAMPLE, np.float32, fill))
     chance = count / size
     middle, margin = chance * _SAMPLE, _SIGMAS * math.sqrt(_SAMPLE * chance * (1 - chance)) + _SIGMAS
     first, last = math.floor(middle - margin), math.ceil(middle + margin)
-    low = float(sample[first]) if first >= 0 else -math.inf
-    high = float(sample[last]) if last < _SAMPLE else math.inf
+    low = float(np.nextafter(sample[first], np.float32(-math.inf))) if first >= 0 else -math.inf
+    high = float(np.nextafter(sample[last], np.float32(math.inf))) if last < _SAMPLE else math.inf
     return low, high
 
 
+def _summed(
+    total: Total, size: int, dtype: npt.DTypeLike, fill: Callable[[npt.NDArray[Any]], None]
+) -> npt.NDArray[Any]:
+    """Add up what `fill` writes into zeros, over the processes; if it raises in one of them, each one raises.
+
+    Raises:
+        InputError: it raised in another process.
+    """
+    array = np.zeros(size + 1, dtype)
+    trouble: Exception | None = None
+    try:
+        fill(array[:-1])
+    except Exception as error:  # told to the others first, which else would wait for this process
+        array[:], trouble = 0, error
+        array[-1] = 1
+    array = total(array)
+    if trouble is not None:
+        raise trouble
+    if array[-1]:
+        raise InputError("another of the processes that prune together has stopped: see its error; nothing is changed")
+    return array[:-1]
+
+
 def _census(
-    streams: Sequence[Stream], low: int, high: int, dtype: torch.dtype, total: Total
-) -> tuple[int, npt.NDArray[np.int64], int]:
-    """Count the scores whose keys are below `low`, and those up to `high` in bins of 2^shift keys each."""
-    size = _BINS if sum(stream.values.numel() for stream in streams) > _BINS else _FEW_BINS
+    streams: Sequence[Stream], low: int, high: int, count: int, dtype: torch.dtype, total: Total
+) -> tuple[int, tuple[int, int], int]:
+    """Find where, among the keys from `low` to `high`, the count falls.
+
+    Bins of equally many keys are filled here, and their sums are added up over the processes: those of blocks of bins
+    first, then of the bins of one block.
+
+    Returns:
+        The scores below some keys, these keys (a bin, or all from `low` to `high` if the count lies outside them), and
+        the scores in there.
+    """
+    size = _BINS if sum(stream.size for stream in streams) > _BINS else _FEW_BINS
+    blocks = 1 << (size.bit_length() // 2)
     shift = max(0, (high - low).bit_length() - size.bit_length() + 1)
-    counts = np.zeros(size + 1, np.int64)
     least, most = _float(low, dtype), _float(high, dtype)
-    for stream in streams:
-        for piece in stream.pieces(dtype, check=True) if stream.here else ():
-            below, found = _between(piece, least, most)
-            counts[-1] += below
-            np.add.at(counts, _keys(found) - np.uint64(low % 2**64) >> np.uint64(shift), 1)
-    counts = total(counts)
-    return int(counts[-1]), counts[:-1], shift
+    bins = np.zeros((blocks, size // blocks), np.int64)
+
+    def fill(sums: npt.NDArray[np.int64]) -> None:
+        for stream in streams:
+            for _, piece in stream.pieces(dtype, check=True) if stream.here else ():
+                below, found = _between(piece, least, most)
+                sums[-1] += below
+                np.add.at(bins.reshape(-1), _keys(found) - np.uint64(low % 2**64) >> np.uint64(shift), 1)
+        sums[:-1] = bins.sum(1)
+
+    *sums, below = _summed(total, blocks + 1, np.int64, fill).tolist()
+    ends = below + np.cumsum(sums)
+    if not below < count <= ends[-1]:
+        return below, (low, high), int(ends[-1]) - below
+    block = int(np.searchsorted(ends, count))
+    inside = total(bins[block].copy())
+    ends = int(ends[block]) - sums[block] + inside.cumsum()
+    found = int(np.searchsorted(ends, count))
+    first = low + (block * bins.shape[1] + found << shift)
+    return int(ends[found] - inside[found]), (first, min(high, first + (1 << shift) - 1)), int(inside[found])
+
+
+def _until(streams: Sequence[Stream], value: float, ties: int, dtype: torch.dtype, total: Total) -> dict[str, int]:
+    """Say for each stream up to which index its scores equal to `value` go, where of all of them `ties` go.
+
+    Streams in their order: of the first ones all go, and are left out; of one some, found digit by digit of the index.
+    """
+    spans = [range(stream.size) for stream in streams]
+    counts = [_ties(stream, value, span, dtype) for stream, span in zip(streams, spans, strict=True)]
+    equal = total(np.array([int(each.sum()) for each in counts]))
+    ends = equal.cumsum()
+    split = int(np.searchsorted(ends, ties))
+    found = dict.fromkeys((stream.name for stream in streams[split + 1 :]), 0)
+    left = ties - int(ends[split] - equal[split])
+    if left == equal[split]:
+        return found
+    span, digit = spans[split], total(counts[split])
+    while True:
+        ends = digit.cumsum()
+        at = int(np.searchsorted(ends, left))
+        left -= int(ends[at] - digit[at])
+        step = 1 << _shift(span)
+        span = range(span.start + at * step, min(span.stop, span.start + (at + 1) * step))
+        if left == digit[at] or step == 1:
+            return {**found, streams[split].name: span.stop}
+        digit = total(_ties(streams[split], value, span, dtype))
+
+
+def _ties(stream: Stream, value: float, span: range, dtype: torch.dtype) -> Indices:
+    """Count the scores equal to `value` in equal parts of a span of the whole tensor, those of this process."""
+    counts = np.zeros(1 << _TIE_BITS, np.int64)
+    for start, piece in stream.pieces(dtype, within=span) if stream.here else ():
+        found = stream.whole(_positions(_compare(operator.eq, piece, value)).cpu().numpy() + start)
+        inside = found[np.searchsorted(found, span.start) : np.searchsorted(found, span.stop)] - span.start
+        counts += np.bincount(inside >> _shift(span), minlength=len(counts))
+    return counts
+
+
+def _shift(span: range) -> int:
+    return max(0, (len(span) - 1).bit_length() - _TIE_BITS)
 
 
 def _keys(scores: _Floats) -> npt.NDArray[np.uint64]:
@@ -333,7 +448,7 @@ def _float(key: int, dtype: torch.dtype) -> float:
 
 def _grouped(streams: Sequence[Stream], count: int, dtype: torch.dtype, total: Total) -> Cut:
     """Take whole groups, the lowest first, as long as that brings the weights pruned nearer to `count`."""
-    parts = [piece.cpu() if s.here else torch.zeros_like(piece) for s in streams for piece in s.pieces(dtype)]
+    parts = [piece.cpu() if s.here else torch.zeros_like(piece) for s in streams for _, piece in s.pieces(dtype)]
     scores = torch.from_numpy(total(torch.cat(parts).numpy()))
     groups = torch.cat([torch.full((s.values.numel(),), s.group, dtype=torch.int64) for s in streams])
     scores, order = scores.sort(stable=True)
@@ -342,10 +457,9 @@ def _grouped(streams: Sequence[Stream], count: int, dtype: torch.dtype, total: T
     before = int(weights[taken - 1]) if taken else 0
     if taken < len(weights) and int(weights[taken]) - count <= count - before:
         taken += 1
-    if not taken:
-        return Cut(-math.inf, 0, dtype)
-    value = scores[taken - 1]
-    return Cut(float(value), taken - int((scores[:taken] < value).sum()), dtype)
+    value, end = (float(scores[taken - 1]), int(order[taken - 1]) + 1) if taken else (-math.inf, 0)
+    starts = np.cumsum([0, *(stream.size for stream in streams[:-1])]).tolist()  # equals go in their order, up to `end`
+    return Cut(value, dtype, {s.name: max(end - at, 0) for s, at in zip(streams, starts, strict=True)})
 
 
 _NUMPY = {torch.float32: np.float32, torch.float64: np.float64}

@@ -255,21 +255,15 @@ def _pruned(
 
 
 def _tally(streams: Sequence[Stream], cut: Cut, *, processes: Processes) -> Applied[tuple[int, int, Cut]]:
-    """Apply a cut to streams in their order: what each loses, what is zero then, its cut with its share of the ties."""
-    counts = np.zeros((len(streams), 3), np.int64)
+    """Apply a cut to streams: what each loses, what is zero then, and its cut."""
+    counts = np.zeros((len(streams), 2), np.int64)
     for row, stream in zip(counts, streams, strict=True):
         if stream.here and cut.value == math.inf and stream.legal is not None:
             row[0] = stream.legal
         elif stream.here:
             row[:] = selection.tally(stream, cut)
-    ties = cut.ties
-    found: Applied[tuple[int, int, Cut]] = {}
-    for stream, (below, equal, zero) in zip(streams, processes.total(counts).tolist(), strict=True):
-        taken = min(equal, ties)
-        ties -= taken
-        lost = below + taken
-        found[stream.name] = (lost, max(lost, zero), replace(cut, ties=taken)), lost
-    return found
+    told = zip(streams, processes.total(counts).tolist(), strict=True)
+    return {stream.name: ((lost, max(lost, zero), cut), lost) for stream, (lost, zero) in told}
 
 
 def _without(tensor: Stored, pruned: Mapping[str, _Pruned]) -> Stored:
@@ -354,13 +348,14 @@ class _Ranked(_Pruned):
         self._cut = cut
 
     def pieces(self, count: int) -> Iterator[Tensor]:
-        ties = self._cut.ties
+        stream, start = Stream(self.name, self._of), 0
         room = torch.empty(min(count, self.numel()), dtype=self.dtype)
         for piece in self._of.pieces(count):
             out = room[: piece.numel()]
             for raw, pruned in zip(parts(piece, bits.CHUNK), parts(out, bits.CHUNK), strict=True):
-                kept, ties = selection.above(raw.abs().to(self._cut.dtype), self._cut.value, ties)
+                kept = selection.above(raw.abs().to(self._cut.dtype), stream, self._cut, start)
                 _zero(raw, kept, pruned)
+                start += raw.numel()
             yield out
 
 
@@ -376,9 +371,10 @@ class _Patterned(_Pruned):
         return regrouped(self._blocks(), count)
 
     def _blocks(self) -> Iterator[Tensor]:
-        ties = self._cut.ties
+        stream, start = Stream(self.name, _Reduced(self._of, self._laid)), 0
         for block, scores in self._laid.blocks(self._of):
-            kept, ties = selection.above(scores.flatten().to(self._cut.dtype), self._cut.value, ties)
+            kept = selection.above(scores.flatten().to(self._cut.dtype), stream, self._cut, start)
+            start += scores.numel()
             flat = block.view(-1)
             _zero(flat, self._laid.pattern.expand(kept, block.shape).reshape(-1), flat)
             yield flat
