@@ -93,7 +93,7 @@ def same_as_the_whole(rank, ranks, cases):
             plain = (case + at) % 7 == 6
             tensor = whole if plain else distribute_tensor(whole, mesh, placed, src_data_rank=None)
             place = sharding.place_of("t", tensor, widest)
-            streams.append(Stream(f"t{at}", sharding.local(tensor), magnitude, here=place.counts, place=place))
+            streams.append(Stream(f"t{at}", bits.local(tensor), magnitude, here=place.counts, place=place))
         cut = selection.threshold(streams, count, total=Grid(widest).total)
         alone = [Stream(f"t{at}", whole, magnitude) for at, whole in enumerate(wholes)]
         want = selection.threshold(alone, count)
@@ -171,5 +171,5 @@ def test_sums_that_are_not_complete_are_refused():
 
 def test_a_plain_tensor_has_no_place():
     assert sharding.place_of("t", torch.rand(3)) is None
-    assert not sharding.is_sharded(torch.rand(3))
-    assert not sharding.is_sharded("t")
+    assert not bits.is_sharded(torch.rand(3))
+    assert not bits.is_sharded("t")

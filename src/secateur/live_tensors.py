@@ -9,10 +9,12 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from secateur import sharding
 from secateur.computed_weights import computed, expression, weights_as_used
 from secateur.errors import StateError, listed, warn
 from secateur.masks import Masks
-from secateur.scope import Member, Scope, require_prunable
+from secateur.scope import Member, Scope, require_prunable, resharded
+from secateur.support import bits
 from secateur.tying import holders, identity
 
 _MANY = 0.01
@@ -38,8 +40,14 @@ def troubles(model: nn.Module, scope: Scope, masks: Masks) -> Iterator[str]:
         InputError, InputTypeError: a weight that was sharded, quantized or moved to the meta device.
         StateError: one of another shape than its mask.
     """
-    yield from _gone(model, scope)
+    yield from _gone(resharded(model), scope)
     for name, weight in here(scope).items():
+        if bits.is_sharded(weight) != masks.is_spread(name):
+            what = "sharded" if bits.is_sharded(weight) else "made whole"
+            raise StateError(
+                f"{name} was {what} since the Pruner was made: make the Pruner, and the optimizer, of the model as it "
+                "is now; masks of before can be given to it"
+            )
         if weight.shape != masks.shape(name):
             raise StateError(
                 f"{name} has shape {tuple(weight.shape)} now, and its mask {tuple(masks.shape(name))}: make "
@@ -180,14 +188,15 @@ def warn_of_newcomers(model: nn.Module, scope: Scope) -> None:
 def loose_zeros(scope: Scope, masks: Masks, names: Iterable[str]) -> int:
     """Count the weights that are zero though the masks keep them. Tensors that are all zeros are taken as initialised
     so."""
-    pruned, total = masks.counts(), 0
+    pruned, zeros = masks.counts(), {}
     for name in names:
         member = scope.members[name]
-        weight, row = member.parameter.detach(), member.padding_row
-        zeros = weight.numel() - int(weight.count_nonzero())
-        if zeros < weight.numel():
-            padding = weight[row].numel() - int(weight[row].count_nonzero()) if row is not None else 0
-            total += zeros - padding - pruned[name]
+        weight, row = bits.local(member.parameter), member.padding_row
+        padding = weight[row].numel() - int(weight[row].count_nonzero()) if row is not None else 0
+        zeros[name] = weight.numel() - int(weight.count_nonzero()) - padding
+    found = sharding.total({name: scope[name] for name in zeros}, zeros)
+    free = {name: scope.members[name].free for name in found}
+    total = sum(count - pruned[name] for name, count in found.items() if count < free[name])
     return total if total > _MANY * scope.size else 0
 
 

@@ -12,9 +12,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from secateur import sharding
 from secateur.computed_weights import effective, require_values, why_computed
 from secateur.errors import InputError, InputTypeError, MaskError, UnknownNameError, nearest
 from secateur.scope import unwrap, weights
+from secateur.sharding import Spread
 from secateur.support import bits, checks
 from secateur.support.files import replacing, require_file
 from secateur.support.tables import counted
@@ -48,16 +50,36 @@ class Masks(Mapping[str, Tensor]):
             if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
                 what = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
                 raise InputTypeError(f"the mask of {name} is {what}: give a bool tensor, True = kept")
-        self._bits = {name: bits.pack(mask.detach()) for name, mask in kept.items()}
-        self._shapes = {name: mask.shape for name, mask in kept.items()}
+        packed = {name: bits.pack(bits.local(mask)) for name, mask in kept.items()}
+        self._hold(packed, {name: mask.shape for name, mask in kept.items()}, sharding.spread(kept))
 
     @classmethod
-    def from_bits(cls, packed: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> Masks:
-        """Build from bits already packed as `secateur.support.bits` does; `packed` and `shapes` have the same names."""
+    def from_bits(
+        cls, packed: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], spread: Spread | None = None
+    ) -> Masks:
+        """Build from bits already packed as `secateur.support.bits` does; `packed` and `shapes` have the same names.
+
+        Args:
+            packed: the bits, or those of the part that is here.
+            shapes: of the whole tensors.
+            spread: how they are spread over processes, all of which make the same masks at once.
+        """
         masks = cls({})
-        masks._bits = dict(packed)
-        masks._shapes = {name: torch.Size(shapes[name]) for name in packed}
+        masks._hold(packed, {name: torch.Size(shapes[name]) for name in packed}, spread)
         return masks
+
+    def _hold(self, packed: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], spread: Spread | None) -> None:
+        self._bits, self._shapes, self._spread = dict(packed), dict(shapes), spread
+        # counted now, so that later one process may ask by itself
+        self._pruned = spread.total(self._pruned_here()) if spread is not None else None
+
+    def _pruned_here(self) -> dict[str, int]:
+        sizes = {name: math.prod(self._part(name)) for name in self._bits}
+        return {name: sizes[name] - bits.count(packed) for name, packed in self._bits.items()}
+
+    def _part(self, name: str) -> tuple[int, ...]:
+        """The shape of the part that is here."""
+        return self._shapes[name] if self._spread is None else tuple(map(len, self._spread.places[name].index))
 
     @classmethod
     def from_zeros(cls, model: nn.Module | Mapping[str, Tensor]) -> Masks:
@@ -71,8 +93,9 @@ class Masks(Mapping[str, Tensor]):
         return cls({name: tensor.detach() != 0 for name, tensor in tensors.items()})
 
     def __getitem__(self, name: str) -> Tensor:
-        shape = self._shapes[name]
-        return bits.unpack(self._bits[name], shape.numel()).view(shape)
+        shape = self._part(name) if name in self._shapes else self._shapes[name]
+        mask = bits.unpack(self._bits[name], math.prod(shape)).view(shape)
+        return mask if self._spread is None else self._spread.places[name].spread(mask)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._bits)
@@ -97,12 +120,16 @@ class Masks(Mapping[str, Tensor]):
         return f"Masks({counted(len(self), 'tensor')}, {self.pruned:,} of {counted(self.size, 'weight')} pruned)"
 
     def packed(self, name: str) -> Tensor:
-        """Return the bits of one tensor, `uint8 [ceil(n / 8)]`: not a copy."""
+        """Return the bits of one tensor, `uint8 [ceil(n / 8)]`: not a copy. Of a DTensor those of the part here."""
         return self._bits[name]
 
     def shape(self, name: str) -> torch.Size:
         """Return the shape of one tensor, without unpacking its mask."""
         return self._shapes[name]
+
+    def is_spread(self, name: str) -> bool:
+        """Whether these are masks of the part of a DTensor."""
+        return self._spread is not None and self._spread.places[name].mesh is not None
 
     @property
     def size(self) -> int:
@@ -121,7 +148,7 @@ class Masks(Mapping[str, Tensor]):
 
     def counts(self) -> dict[str, int]:
         """Weights pruned, tensor by tensor."""
-        return {name: self._shapes[name].numel() - bits.count(packed) for name, packed in self._bits.items()}
+        return self._pruned_here() if self._pruned is None else dict(self._pruned)
 
     def __and__(self, other: Masks) -> Masks:
         """Keep what both keep; a name that only one of them holds stays as it is there."""
@@ -136,6 +163,7 @@ class Masks(Mapping[str, Tensor]):
         return self._combine(other, torch.bitwise_or)
 
     def _combine(self, other: Masks, join: Callable[[Tensor, Tensor], Tensor]) -> Masks:
+        other = other.on(self._spread)
         joined = {**other._bits, **self._bits}
         for name in self._bits.keys() & other._bits.keys():
             if self._shapes[name] != other._shapes[name]:
@@ -144,11 +172,19 @@ class Masks(Mapping[str, Tensor]):
                     "cannot be combined: they are of different models"
                 )
             joined[name] = join(self._bits[name], other._bits[name].to(self._bits[name].device))
-        return Masks.from_bits(joined, {**other._shapes, **self._shapes})
+        return Masks.from_bits(joined, {**other._shapes, **self._shapes}, self._spread)
+
+    def on(self, spread: Spread | None) -> Masks:
+        """The same masks of tensors that are spread over processes; those that are spread already stay."""
+        if spread is None or self._spread is not None:
+            return self
+        packed = {name: bits.pack(spread.places[name].part(self[name])) for name in self}
+        return Masks.from_bits(packed, self._shapes, spread)
 
     def to(self, device: torch.device | str) -> Masks:
         """Return the same masks with their bits on `device`."""
-        return Masks.from_bits({name: packed.to(device) for name, packed in self._bits.items()}, self._shapes)
+        moved = {name: packed.to(device) for name, packed in self._bits.items()}
+        return Masks.from_bits(moved, self._shapes, self._spread)
 
     def apply(self, model: nn.Module | Mapping[str, Tensor]) -> None:
         """Set the pruned weights of a model, or of a state_dict, to +0.0 in place (inf and NaN too).
@@ -156,9 +192,10 @@ class Masks(Mapping[str, Tensor]):
         Raises:
             UnknownNameError, MaskError: the masks are for another model; nothing was changed.
         """
-        zero = bits.Zeroer()
-        for name, tensor in self.writable(model).items():
-            zero(tensor, self._bits[name])
+        zero, tensors = bits.Zeroer(), self.writable(model)
+        here = self.on(sharding.spread(tensors))
+        for name, tensor in tensors.items():
+            zero(tensor, here.packed(name))
 
     def writable(self, model: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:
         """As `match`, and see that single weights can be set.
@@ -236,6 +273,10 @@ class Masks(Mapping[str, Tensor]):
             InputError: a name that no file can hold. WriteError: the system refuses to write.
         """
         checks.path("path", path)
+        if self._spread is not None:
+            raise InputError(
+                "these are masks of parts of tensors (DTensor): save them with torch.distributed.checkpoint"
+            )
         names = sorted(self._bits)
         shapes = json.dumps({name: list(self._shapes[name]) for name in names})
         header: dict[str, Any] = {"__metadata__": {"format": FORMAT, "version": "1", "shapes": shapes}}
@@ -305,8 +346,9 @@ def check(model: nn.Module | Mapping[str, Tensor], masks: Mapping[str, Tensor]) 
     """
     masks = as_masks(masks)
     tensors = masks.read(model)
+    masks = masks.on(sharding.spread(tensors))
     found = {name: bits.alive(tensor, masks.packed(name).to(tensor.device)) for name, tensor in tensors.items()}
-    return {name: count for name, count in found.items() if count}
+    return {name: count for name, count in sharding.total(tensors, found).items() if count}
 
 
 def remask(model: nn.Module | Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> dict[str, float]:
@@ -319,14 +361,17 @@ def remask(model: nn.Module | Mapping[str, Tensor], masks: Mapping[str, Tensor])
         UnknownNameError, MaskError: the masks are for another model, or a weight is computed by a norm now.
         InputTypeError: no masks. In each case nothing was changed.
     """
-    masks, removed = as_masks(masks), {}
-    for name, tensor in masks.writable(model).items():
-        gone = whole = 0.0
+    masks = as_masks(masks)
+    tensors = masks.writable(model)
+    masks = masks.on(sharding.spread(tensors))
+    gone, whole = dict.fromkeys(tensors, 0.0), dict.fromkeys(tensors, 0.0)
+    for name, tensor in tensors.items():
         packed = masks.packed(name).to(tensor.device)
         for start, piece in bits.chunks(tensor.detach()):
             squares = piece.abs().double().square()
             kept = bits.unpack(packed, piece.numel(), start)
-            gone, whole = gone + float(squares[~kept].sum()), whole + float(squares.sum())
-        removed[name] = (gone / whole) ** 0.5 if whole else 0.0
-    masks.apply(model)
-    return removed
+            gone[name] += float(squares[~kept].sum())
+            whole[name] += float(squares.sum())
+    gone, whole = sharding.total(tensors, gone), sharding.total(tensors, whole)
+    masks.apply(tensors)
+    return {name: (gone[name] / whole[name]) ** 0.5 if whole[name] else 0.0 for name in tensors}

@@ -301,6 +301,7 @@ def _zeroing(
 ) -> Callable[[], object] | None:
     """How one memory of a weight is zeroed where the weight is pruned; None if it is not one number a weight."""
     each = [n for n in tensor.shape if n != 1] in ([n for n in shape if n != 1], [shape.numel()])
+    tensor = bits.local(tensor) if bits.is_sharded(tensor) else tensor
     plain = type(tensor) in (Tensor, nn.Parameter) and not tensor.is_quantized and tensor.layout is torch.strided
     if plain and (tensor.is_floating_point() or tensor.is_complex()):
         return (lambda: zero(tensor, kept)) if each else None

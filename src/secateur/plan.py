@@ -6,10 +6,11 @@ so that a model and a checkpoint that is larger than memory go the same way (`st
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from fractions import Fraction
 from typing import Any, TypeVar
 
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur import allocation as allocations
-from secateur import patterns, scores, selection
+from secateur import patterns, scores, selection, sharding
 from secateur import scope as scopes
 from secateur.allocation import Allocation
 from secateur.errors import InputError, MaskError, PatternError, listed, warn
@@ -26,6 +27,7 @@ from secateur.patterns import Joined, Pattern, Picked, Slices
 from secateur.scope import Member, Scope
 from secateur.scores import Score
 from secateur.selection import Applied, Cut, Stream
+from secateur.sharding import Spread
 from secateur.sparsity import Count, Sparsity, explicit, fraction, half_up
 from secateur.support import bits
 from secateur.support.process_groups import ALONE, Total
@@ -168,9 +170,13 @@ def choose(
     """
     found: dict[str, _Result] = {}
     for each in budgets:
-        streams = [stream(name, told) for name, told in each.told.items()]
+        streams = selection.agreed(functools.partial(_streams, stream, each.told), total)
         found |= selection.together(streams, each.count, most, apply, total)
     return found
+
+
+def _streams(stream: Callable[[str, int], Stream], told: Mapping[str, int]) -> list[Stream]:
+    return [stream(name, count) for name, count in told.items()]
 
 
 @dataclass(frozen=True)
@@ -303,21 +309,27 @@ class Plan:
             InputError: NaN or inf in a weight, a score that cannot rank, a budget that cannot be met.
         """
         names = [name for share in self.shares for name in share.names]
+        spread = sharding.spread({name: self.scope[name] for name in names})
+        total = ALONE.total if spread is None else spread.grid.total
         global_magnitude = self.score is scores.magnitude and self.pattern is None and self.allocation.share is None
         if not global_magnitude:  # whose selection looks for NaN and inf as it goes, and so spares a pass
-            for name in names:
-                selection.require_finite(name, self.scope[name])
+            selection.agreed(lambda: self._require_finite(names), total)
         prepare = getattr(self.score, "prepare", None)
         if prepare is not None:
             prepare()
         found: dict[str, Tensor] = {}
         for share, count in zip(self.shares, counts, strict=True):
-            found |= self._kept(_sheets(self.scope, share.names, self.pattern), count, held)
-        masks = Masks.from_bits({name: found[name] for name in names}, {name: self.scope[name].shape for name in names})
+            found |= self._kept(_sheets(self.scope, share.names, self.pattern), count, held, spread)
+        shapes = {name: self.scope[name].shape for name in names}
+        masks = Masks.from_bits({name: found[name] for name in names}, shapes, spread)
         masks = masks if held is None else masks & held
         if not self.allocation.allow_empty:
             warn_of_collapse(masks.counts(), {name: masks.shape(name).numel() for name in masks})
         return masks
+
+    def _require_finite(self, names: Iterable[str]) -> None:
+        for name in names:
+            selection.require_finite(name, self.scope[name])
 
     def require_possible(self) -> None:
         """See that so many weights may go in the end.
@@ -335,7 +347,9 @@ class Plan:
         group = sheet.group(self.pattern)
         return most // group * group
 
-    def _kept(self, sheets: Mapping[str, _Sheet], count: int, held: Masks | None) -> dict[str, Tensor]:
+    def _kept(
+        self, sheets: Mapping[str, _Sheet], count: int, held: Masks | None, spread: Spread | None
+    ) -> dict[str, Tensor]:
         """Choose `count` weights of some sheets: for each tensor the bits of what it keeps."""
         pruned = held.counts() if held is not None else {}
         bounds, groups = {}, {}
@@ -345,12 +359,16 @@ class Plan:
             bounds[name] = least, self._most(sheet)
 
         def stream(name: str, told: int) -> Stream:
-            found = self._stream(sheets[name], told, held)
+            found = self._stream(sheets[name], told, held, spread)
             groups[name] = found.values.numel()
             return found
 
         budgets = budget(bounds, count, self.allocation, lambda name: sheets[name].weights(), pattern=self.pattern)
-        kept = choose(budgets, stream, {name: most for name, (_, most) in bounds.items()}, selection.keep_all)
+        limits = {name: most for name, (_, most) in bounds.items()}
+        if spread is None:
+            kept = choose(budgets, stream, limits, selection.keep_all)
+        else:
+            kept = choose(budgets, stream, limits, lambda *one: _keep_parts(spread, *one), spread.grid.total)
         if self.pattern is None:
             return kept
         found: dict[str, Tensor] = {}
@@ -361,17 +379,22 @@ class Plan:
                 found[part_of] = found[part_of] & packed if part_of in found else packed
         return found
 
-    def _stream(self, sheet: _Sheet, told: int, held: Masks | None) -> Stream:
+    def _stream(self, sheet: _Sheet, told: int, held: Masks | None, spread: Spread | None) -> Stream:
         if self.pattern is not None:
             values = self._reduced(sheet, self.pattern, told, held)
             return Stream(sheet.name, values, group=sheet.group(self.pattern))
         (member,) = sheet.members
-        name, weight = member.name, member.parameter.detach()
+        name, weight = member.name, bits.local(member.parameter)
         packed = held.packed(name).to(weight.device) if held is not None and name in held else None
+        place = spread.places[name] if spread is not None else None
+        found = Stream(
+            name, weight, self.score, packed, member.protected, here=place is None or place.counts, place=place
+        )
         if getattr(self.score, "elementwise", False):
-            return Stream(name, weight, self.score, packed, member.protected)
-        values = selection.zeros_first(scores.evaluate(self.score, name, weight), weight)
-        return Stream(name, values, None, packed, member.protected)
+            return found
+        return replace(
+            found, values=selection.zeros_first(scores.evaluate(self.score, name, weight), weight), score=None
+        )
 
     def _reduced(self, sheet: _Sheet, pattern: Pattern, told: int, held: Masks | None) -> Tensor:
         """The scores of groups: those pruned already come first, then those that are zero; +inf for what must stay."""
@@ -399,6 +422,13 @@ class Plan:
             whole = pattern.reduce((~flags).float(), told) == 0
             reduced = reduced.masked_fill(whole & (reduced < math.inf), value)
         return reduced
+
+
+def _keep_parts(spread: Spread, streams: Sequence[Stream], cut: Cut) -> Applied[Tensor]:
+    """As `selection.keep_all`, with the numbers of what is pruned in all parts."""
+    found = selection.keep_all(streams, cut)
+    lost = spread.total({name: pruned for name, (_, pruned) in found.items()})
+    return {name: (packed, lost[name]) for name, (packed, _) in found.items()}
 
 
 @dataclass(frozen=True)
@@ -436,6 +466,15 @@ def of(model: nn.Module, sparsity: Sparsity | Masks, **options: Any) -> Plan | F
     Raises:
         As `make`; InputError, MaskError, UnknownNameError: masks that do not fit, or other choices beside them.
     """
+    inner = scopes.unwrap(model)
+    return sharding.alike(inner, lambda: _of(model, sparsity, options), _told)
+
+
+def _told(made: Plan | FixedMasks) -> dict[str, Any]:
+    return made.settings() if isinstance(made, Plan) else {"masks": made.given.counts()}
+
+
+def _of(model: nn.Module, sparsity: Sparsity | Masks, options: Mapping[str, Any]) -> Plan | FixedMasks:
     masks: Any = sparsity
     if isinstance(masks, Mapping) and masks and all(isinstance(mask, Tensor) and mask.ndim for mask in masks.values()):
         masks = as_masks(masks)
@@ -452,7 +491,8 @@ def of(model: nn.Module, sparsity: Sparsity | Masks, **options: Any) -> Plan | F
     if twice:
         raise MaskError(f"{min(twice)} is a second name of a tied tensor that has a mask already: leave it out")
     packed = {name: masks.packed(found) for name, found in names.items()}
-    return FixedMasks(scope, Masks.from_bits(packed, {name: masks.shape(found) for name, found in names.items()}))
+    renamed = Masks.from_bits(packed, {name: masks.shape(found) for name, found in names.items()})
+    return FixedMasks(scope, renamed.on(sharding.spread(scope)))
 
 
 def make(
@@ -486,7 +526,34 @@ def make(
     found = shares(sparsity, sizes, shape, legal, aliases=aliases)
     for share in found:
         _sheets(chosen, share.names, shape)  # what cannot be laid out is refused now
-    return Plan(chosen, found, scores.resolve(score), shared, shape)
+    made = Plan(chosen, found, scores.resolve(score), shared, shape)
+    if any(map(bits.is_sharded, chosen.values())):
+        _require_spreadable(made)
+    return made
+
+
+def _require_spreadable(plan: Plan) -> None:
+    """See that parts of tensors can be ranked each by itself.
+
+    Raises:
+        PatternError, InputError: a pattern, score or allocation that looks at whole tensors.
+    """
+    remedy = "prune before sharding"
+    if plan.pattern is not None:
+        raise PatternError(f"the pattern {plan.pattern} looks at whole tensors, and these are sharded: {remedy}")
+    if not (getattr(plan.score, "elementwise", False) or isinstance(plan.score, scores.GradientScore)):
+        raise InputError(
+            f"the score {_name(plan.score)} looks at whole tensors, and these are sharded: {remedy}, or, if it looks at "
+            "each weight alone, mark it with @sc.scores.elementwise"
+        )
+    if plan.allocation.share is not None and not plan.allocation.shapes_only:
+        raise InputError(
+            f"the allocation {_name(plan.allocation.share)} looks at whole tensors, and these are sharded: {remedy}, or "
+            'use "global", "uniform" or "erk"'
+        )
+    padded = [name for name, member in plan.scope.members.items() if member.padding_row is not None]
+    if padded:
+        raise InputError(f"{listed(padded)} has a row for padding, and is sharded: {remedy}, or leave it out")
 
 
 def _picked_scope(model: nn.Module, scope: Mapping[str, nn.Parameter] | None, pattern: Picked) -> Scope:

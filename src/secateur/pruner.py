@@ -388,6 +388,8 @@ class Pruner:
 
     def state_dict(self) -> dict[str, Any]:
         """All that a bit-exact resume needs beside the model's and the optimizer's: plain tensors, numbers, strings."""
+        if any(map(bits.is_sharded, self._plan.scope.values())):
+            raise StateError("the weights are sharded, and the state of a Pruner of parts cannot be saved yet")
         state: dict[str, Any] = {
             "version": 1,
             "settings": states.settings(self._plan, self._schedule, self._regrow),

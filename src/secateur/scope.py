@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable, ItemsView, Iterable, Iterator, Mapping, Sequence, ValuesView
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -17,7 +18,7 @@ from secateur import anatomy
 from secateur.anatomy import Layout, family
 from secateur.computed_weights import computed, expression, own_names, package, require_values, set_apart, user_of
 from secateur.errors import InputError, InputTypeError, UnknownNameError, nearest, warn
-from secateur.support import checks
+from secateur.support import bits, checks
 from secateur.support.tables import Printed, Table, counted, number, percent
 from secateur.tying import Holder, holders, holds_twice, parameter_of, refuse_overlaps
 
@@ -246,8 +247,20 @@ def unwrap(model: nn.Module) -> nn.Module:
         place = next(filter(None, places), None)
         inner = model._modules.get(place) if place is not None else None
         if inner is None:
-            return model
+            return resharded(model)
         model = inner
+
+
+def resharded(model: nn.Module) -> nn.Module:
+    """The same model, whose modules under `fully_shard` hold their shards again.
+
+    After a forward without backward they may hold whole weights, copies that are thrown away at the next one.
+    """
+    if "torch.distributed.fsdp" in sys.modules:
+        for module in model.modules():
+            if isinstance(module, sys.modules["torch.distributed.fsdp"].FSDPModule):
+                module.reshard()
+    return model
 
 
 def _refuse_model(model: nn.Module) -> None:
@@ -402,10 +415,9 @@ def require_prunable(member: Member) -> None:
             "call torch.nn.utils.parametrize.remove_parametrizations on its module, or leave it out of the scope"
         )
     require_values(name, parameter)
-    if type(parameter.data) is not Tensor:
-        raise InputError(
-            f"{name} is {checks.kind(parameter.data)}, not a plain tensor: prune before sharding or quantizing"
-        )
+    plain = bits.local(parameter.data)
+    if type(plain) is not Tensor:
+        raise InputError(f"{name} is {checks.kind(plain)}, not a plain tensor: prune before sharding or quantizing")
     if parameter.layout is not torch.strided:
         layout = str(parameter.layout).removeprefix("torch.")
         raise InputError(

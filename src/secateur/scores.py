@@ -22,7 +22,7 @@ from torch import Tensor, distributed, nn
 from secateur import scope as scopes
 from secateur.errors import InputError, InputTypeError, NotFiniteError, StateError, UnknownNameError, nearest
 from secateur.scope import unwrap
-from secateur.support import checks
+from secateur.support import bits, checks
 from secateur.support.progress import progress_bar
 from secateur.support.registry import Registry
 
@@ -162,8 +162,8 @@ class GradientScore:
                 continue
             if gradient.is_sparse:
                 gradient = gradient.to_dense()
-            gradient = precise(gradient)
-            added = self._statistic(precise(weight.detach()), gradient)
+            gradient = precise(bits.local(gradient))
+            added = self._statistic(precise(bits.local(weight)), gradient)
             if name in self.sums:
                 self.sums[name] += added
             else:

@@ -352,6 +352,21 @@ def _summed(
     return array[:-1]
 
 
+def agreed(call: Callable[[], _Result], total: Total) -> _Result:
+    """What a function returns that each process calls; if it raises in one of them, each one raises.
+
+    Raises:
+        InputError: it raised in another process.
+    """
+    found: list[_Result] = []
+
+    def fill(_: object) -> None:
+        found.append(call())
+
+    _summed(total, 0, np.int64, fill)
+    return found[0]
+
+
 def _census(
     streams: Sequence[Stream], low: int, high: int, count: int, dtype: torch.dtype, total: Total
 ) -> tuple[int, tuple[int, int], int]:

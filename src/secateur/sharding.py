@@ -1,22 +1,25 @@
-"""Where the shard of a tensor that a process holds lies in the whole tensor."""
+"""How tensors are spread over processes (DTensor): where the part that is here lies in the whole, and sums over all."""
 
 from __future__ import annotations
 
+import json
 import math
-import sys
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from secateur.errors import InputError
+from secateur.support import bits
+from secateur.support.process_groups import Grid
 
+_N = TypeVar("_N", int, float)
+_Made = TypeVar("_Made")
 Indices = npt.NDArray[np.int64]
-
-_TENSORS = "torch.distributed.tensor"  # which takes long to import: a DTensor exists only where somebody has
 
 
 @dataclass(frozen=True)
@@ -29,11 +32,14 @@ class Place:
         shape: of the whole tensor.
         index: for each dimension the indices that are here.
         counts: whether this process counts the shard; of copies only one does.
+        mesh, placements: of the DTensor; of another tensor None.
     """
 
     shape: tuple[int, ...]
     index: tuple[Indices, ...]
     counts: bool = True
+    mesh: Any = None
+    placements: Any = None
 
     @property
     def numel(self) -> int:
@@ -60,20 +66,99 @@ class Place:
             local = local * len(index) + at
         return here, local[here]
 
+    def part(self, whole: Tensor) -> Tensor:
+        """What is here of a whole tensor, which lies on every process."""
+        for dimension, index in enumerate(self.index):
+            if len(index) < whole.shape[dimension]:
+                whole = whole.index_select(dimension, torch.from_numpy(index).to(whole.device))
+        return whole
+
+    def spread(self, part: Tensor) -> Tensor:
+        """A tensor spread as this one is, from the part that is here."""
+        if self.mesh is None:
+            return part
+        from torch.distributed.tensor import DTensor
+
+        shape, stride = torch.Size(self.shape), tuple(self._strides())
+        return DTensor.from_local(part, self.mesh, self.placements, run_check=False, shape=shape, stride=stride)
+
     def _strides(self) -> list[int]:
         return [math.prod(self.shape[d + 1 :]) for d in range(len(self.shape))]
 
 
-def is_sharded(tensor: Any) -> bool:
-    """Whether this is a DTensor."""
-    return _TENSORS in sys.modules and isinstance(tensor, sys.modules[_TENSORS].DTensor)
+@dataclass(frozen=True)
+class Spread:
+    """How some tensors are spread over processes that work together.
+
+    Attributes:
+        places: of each tensor, by its name, where the part that is here lies.
+        grid: the processes.
+    """
+
+    places: Mapping[str, Place]
+    grid: Grid
+
+    def total(self, found: Mapping[str, _N]) -> dict[str, _N]:
+        """Add up what each process found in its parts of some tensors, each part once; all processes call it."""
+        own = [number * self.places[name].counts for name, number in found.items()]
+        return dict(zip(found, self.grid.total(np.array(own)).tolist(), strict=True))
 
 
-def local(tensor: Tensor) -> Tensor:
-    """The part of a tensor that is here, detached, in the memory of the tensor; of one that is no DTensor all of it."""
-    found: Any = tensor.detach()
-    part: Tensor = found.to_local() if is_sharded(found) else found
-    return part
+def alike(model: nn.Module, make: Callable[[], _Made], tell: Callable[[_Made], Mapping[str, Any]]) -> _Made:
+    """What a function makes for a model; if that is spread over processes, all of them must make the same.
+
+    Args:
+        model: of which all processes have a part.
+        make: called once.
+        tell: what must be the same in all processes, of what was made, as plain data.
+
+    Raises:
+        InputError: another process made something else, or raised; the message says which and what.
+    """
+    where = spread(dict(model.named_parameters()))
+    if where is None:
+        return make()
+    made: list[_Made] = []
+    trouble: Exception | None = None
+    try:
+        made.append(make())
+        said = dict(tell(made[0]))
+    except Exception as error:  # told to the others first, which else would wait for this process
+        trouble, said = error, {"error": f"{type(error).__name__}: {error}"}
+    every = [json.loads(text) for text in where.grid.differ(json.dumps(said, sort_keys=True, default=str))]
+    if trouble is not None:
+        raise trouble
+    if every:
+        other = next(k for k, theirs in enumerate(every) if theirs != every[0])
+        one, two = every[0], every[other]
+        key = next(key for key in {**two, **one} if one.get(key) != two.get(key))
+        if "error" in {**one, **two}:
+            key = "error"
+        raise InputError(
+            f"the processes that prune together differ in {key}: process {other} of the mesh has "
+            f"{two.get(key, 'none')}, process 0 has {one.get(key, 'none')}; call it alike on all. Nothing was changed"
+        )
+    return made[0]
+
+
+def spread(tensors: Mapping[str, Any]) -> Spread | None:
+    """How some tensors are spread over processes; None if none of them is.
+
+    Raises:
+        InputError: as `place_of`; meshes that do not lie in one of them.
+    """
+    meshes = [tensor.device_mesh for tensor in tensors.values() if bits.is_sharded(tensor)]
+    if not meshes:
+        return None
+    widest = max(meshes, key=lambda mesh: mesh.size())
+    places = {name: place_of(name, tensor, widest) for name, tensor in tensors.items()}
+    return Spread({name: place for name, place in places.items() if place is not None}, Grid(widest))
+
+
+def total(tensors: Mapping[str, Any], found: Mapping[str, _N]) -> dict[str, _N]:
+    """What was found in tensors, or, where they are spread over processes, in all parts of them."""
+    where = spread(tensors)
+    return dict(found) if where is None else where.total(found)
 
 
 def place_of(name: str, tensor: Any, widest: Any = None) -> Place | None:
@@ -88,10 +173,10 @@ def place_of(name: str, tensor: Any, widest: Any = None) -> Place | None:
     Raises:
         InputError: sums that are not complete (Partial), a local part that is no plain tensor.
     """
-    if widest is None and not is_sharded(tensor):
+    if widest is None and not bits.is_sharded(tensor):
         return None
     shape = tuple(tensor.shape)
-    if not is_sharded(tensor):
+    if not bits.is_sharded(tensor):
         return Place(shape, tuple(np.arange(n) for n in shape), all(at == 0 for at in widest.get_coordinate()))
     mesh, placements = tensor.device_mesh, tensor.placements
     if any(placement.is_partial() for placement in placements):
@@ -103,7 +188,7 @@ def place_of(name: str, tensor: Any, widest: Any = None) -> Place | None:
     index = tuple(_here(size, mesh, [_along(p, d) for p in placements]) for d, size in enumerate(shape))
     copies = zip(mesh.get_coordinate() or (), placements, strict=True)
     counts = all(at == 0 for at, placement in copies if placement.is_replicate())
-    return Place(shape, index, counts and _first_of_copies(mesh, widest))
+    return Place(shape, index, counts and _first_of_copies(name, mesh, widest), mesh, placements)
 
 
 def _along(placement: Any, dimension: int) -> Any:
@@ -128,11 +213,17 @@ def _here(size: int, mesh: Any, placements: list[Any]) -> Indices:
     return found
 
 
-def _first_of_copies(mesh: Any, widest: Any) -> bool:
+def _first_of_copies(name: str, mesh: Any, widest: Any) -> bool:
     """Whether this process is the first along the dimensions of the widest mesh that a mesh lacks."""
     if widest is None or mesh == widest:
         return True
-    ranks = set(mesh.mesh.flatten().tolist())
-    where = torch.stack([(widest.mesh == rank).nonzero()[0] for rank in ranks])
-    lacking = [bool((column == column[0]).all()) for column in where.T]
+    where = [(widest.mesh == rank).nonzero() for rank in mesh.mesh.flatten().tolist()]
+    columns = torch.cat(where).T.tolist()
+    lacking = [len(set(column)) == 1 for column in columns]
+    wide = math.prod(size for size, lacks in zip(widest.shape, lacking, strict=True) if not lacks)
+    if not all(map(len, where)) or wide != mesh.size():
+        raise InputError(
+            f"{name} lies on {mesh}, which is no part of {widest}, on which others lie: prune them one by one, each with "
+            "a scope of its own, or before sharding"
+        )
     return all(at == 0 for at, lacks in zip(widest.get_coordinate(), lacking, strict=True) if lacks)

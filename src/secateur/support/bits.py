@@ -6,6 +6,7 @@ byte are 0. The bits live on the device of the weights. On a CPU numpy does the 
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -31,6 +32,21 @@ _KEPT = {
 """By bytes a weight, what a byte of mask keeps of eight weights: words of ones or zeros, which are ANDed with them."""
 
 
+_TENSORS = "torch.distributed.tensor"  # which takes long to import: a DTensor exists only where somebody has
+
+
+def is_sharded(tensor: Any) -> bool:
+    """Whether this is a DTensor, of which a process holds a part."""
+    return _TENSORS in sys.modules and isinstance(tensor, sys.modules[_TENSORS].DTensor)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The part of a tensor that is here, detached, in the memory of the tensor; of one that is no DTensor all of it."""
+    found: Any = tensor.detach()
+    part: Tensor = found.to_local() if is_sharded(found) else found
+    return part
+
+
 def on_cpu(tensor: Tensor) -> bool:
     """Whether numpy can do the work; torch gives the same results elsewhere, and on a CPU too, but slower."""
     return tensor.is_cpu
@@ -50,8 +66,11 @@ def plain(tensor: Tensor) -> Tensor:
 
 
 def chunks(tensor: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """Yield `(index of the first weight, flat piece)` in row-major order; the pieces are views where they can be."""
-    for start, piece in _slices(tensor):
+    """Yield `(index of the first weight, flat piece)` in row-major order; the pieces are views where they can be.
+
+    Of a DTensor only the part that is here.
+    """
+    for start, piece in _slices(local(tensor) if is_sharded(tensor) else tensor):
         yield start, piece.reshape(-1)
 
 
@@ -111,7 +130,7 @@ def subnormal(values: Tensor) -> Tensor:
 
 def lift_subnormals(values: Tensor) -> None:
     """Replace subnormal numbers, in place, by the smallest normal one of their sign: zeros stay as many as they are."""
-    values = torch.view_as_real(values.detach()) if values.is_complex() else values.detach()
+    values = torch.view_as_real(local(values)) if values.is_complex() else local(values)
     words, normal = _words(values)
     words.copy_(torch.where(subnormal(values), words & torch.iinfo(words.dtype).min | normal, words))
 
@@ -150,8 +169,9 @@ class Zeroer:
     def __call__(self, tensor: Tensor, bits: Tensor) -> None:
         """Zero the weights of `tensor` whose bit is 0; `tensor` may require grad, its version is raised.
 
-        The bits are never changed afterwards.
+        Of a DTensor only the part that is here. The bits are never changed afterwards.
         """
+        tensor = local(tensor) if is_sharded(tensor) else tensor
         key = id(bits), tensor.dtype
         ready = self._ready.get(key)
         if ready is None or ready.place != _place(tensor):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -73,6 +74,8 @@ class Grid:
     """
 
     def __init__(self, mesh: Any) -> None:
+        ranks = mesh.mesh.flatten().tolist()
+        self.rank, self.size = ranks.index(distributed.get_rank()), len(ranks)
         self._device = mesh.device_type
         self._groups = [mesh.get_group(dimension) for dimension in range(mesh.ndim) if mesh.size(dimension) > 1]
 
@@ -83,6 +86,20 @@ class Grid:
             distributed.all_reduce(sent, group=group)
             array[...] = sent.cpu().numpy()
         return array
+
+    def differ(self, text: str) -> list[str]:
+        """What each process says, by rank, if they do not say the same; else nothing."""
+        digest = np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint16).astype(np.int64)
+        sums, squares = self.total(np.stack([digest, digest**2]))
+        if (self.size * squares == sums**2).all():  # they vary nowhere
+            return []
+        encoded = np.frombuffer(text.encode(), np.uint8)
+        lengths = np.zeros(self.size, np.int64)
+        lengths[self.rank] = encoded.size
+        lengths = self.total(lengths)
+        box = np.zeros((self.size, lengths.max()), np.uint8)
+        box[self.rank, : encoded.size] = encoded
+        return [bytes(row[:n]).decode() for row, n in zip(self.total(box), lengths, strict=True)]
 
 
 ALONE: Processes = _Alone()
