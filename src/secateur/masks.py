@@ -275,7 +275,7 @@ class Masks(Mapping[str, Tensor]):
         checks.path("path", path)
         if self._spread is not None:
             raise InputError(
-                "these are masks of parts of tensors (DTensor): save them with torch.distributed.checkpoint"
+                "these are masks of parts of tensors (DTensor): take full_tensor() of each, and save Masks of those"
             )
         names = sorted(self._bits)
         shapes = json.dumps({name: list(self._shapes[name]) for name in names})

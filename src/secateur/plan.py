@@ -543,13 +543,13 @@ def _require_spreadable(plan: Plan) -> None:
         raise PatternError(f"the pattern {plan.pattern} looks at whole tensors, and these are sharded: {remedy}")
     if not (getattr(plan.score, "elementwise", False) or isinstance(plan.score, scores.GradientScore)):
         raise InputError(
-            f"the score {_name(plan.score)} looks at whole tensors, and these are sharded: {remedy}, or, if it looks at "
-            "each weight alone, mark it with @sc.scores.elementwise"
+            f"the score {_name(plan.score)} looks at whole tensors, and these are sharded: {remedy}, or, if it looks "
+            "at each weight alone, mark it with @sc.scores.elementwise"
         )
     if plan.allocation.share is not None and not plan.allocation.shapes_only:
         raise InputError(
-            f"the allocation {_name(plan.allocation.share)} looks at whole tensors, and these are sharded: {remedy}, or "
-            'use "global", "uniform" or "erk"'
+            f"the allocation {_name(plan.allocation.share)} looks at whole tensors, and these are sharded: {remedy}, "
+            'or use "global", "uniform" or "erk"'
         )
     padded = [name for name, member in plan.scope.members.items() if member.padding_row is not None]
     if padded:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -129,16 +129,22 @@ def alike(model: nn.Module, make: Callable[[], _Made], tell: Callable[[_Made], M
     if trouble is not None:
         raise trouble
     if every:
-        other = next(k for k, theirs in enumerate(every) if theirs != every[0])
-        one, two = every[0], every[other]
-        key = next(key for key in {**two, **one} if one.get(key) != two.get(key))
-        if "error" in {**one, **two}:
-            key = "error"
-        raise InputError(
-            f"the processes that prune together differ in {key}: process {other} of the mesh has "
-            f"{two.get(key, 'none')}, process 0 has {one.get(key, 'none')}; call it alike on all. Nothing was changed"
-        )
+        raise InputError(f"{_difference(every)}. Nothing was changed: call it alike in all processes of the mesh")
     return made[0]
+
+
+def _difference(said: Sequence[Mapping[str, Any]]) -> str:
+    """Name a process that differs from the first one, and in what."""
+    failed = next((k for k, one in enumerate(said) if "error" in one), None)
+    if failed is not None:
+        return f"process {failed} stopped with {said[failed]['error']}"
+    other = next(k for k, one in enumerate(said) if one != said[0])
+    key = next(key for key in {**said[other], **said[0]} if said[other].get(key) != said[0].get(key))
+    mine, theirs = said[0].get(key), said[other].get(key)
+    if isinstance(mine, Mapping) and isinstance(theirs, Mapping):
+        inner = next(name for name in {**theirs, **mine} if theirs.get(name) != mine.get(name))
+        key, mine, theirs = f"{key} of {inner}", mine.get(inner), theirs.get(inner)
+    return f"process {other} has {key} {theirs}, process 0 has {mine}"
 
 
 def spread(tensors: Mapping[str, Any]) -> Spread | None:
@@ -223,7 +229,7 @@ def _first_of_copies(name: str, mesh: Any, widest: Any) -> bool:
     wide = math.prod(size for size, lacks in zip(widest.shape, lacking, strict=True) if not lacks)
     if not all(map(len, where)) or wide != mesh.size():
         raise InputError(
-            f"{name} lies on {mesh}, which is no part of {widest}, on which others lie: prune them one by one, each with "
-            "a scope of its own, or before sharding"
+            f"{name} lies on {mesh}, which is no part of {widest}, on which others lie: prune them one by one, each "
+            "with a scope of its own, or before sharding"
         )
     return all(at == 0 for at, lacks in zip(widest.get_coordinate(), lacking, strict=True) if lacks)
