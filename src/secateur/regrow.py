@@ -215,7 +215,7 @@ def require_movable(given: Regrowth | Feedback | None, plan: Plan | FixedMasks) 
     if isinstance(plan, FixedMasks):
         raise InputError("given masks are held as they are: leave regrow out, or give a sparsity in their place")
     if any(map(bits.is_sharded, plan.scope.values())):
-        raise InputError(f"the weights are sharded, and masks of parts do not move yet: leave regrow out")
+        raise InputError("the weights are sharded, and masks of parts do not move yet: leave regrow out")
     soft = isinstance(given, Feedback) and given.soft
     if plan.pattern is not None and (soft or isinstance(given, Regrowth)):
         what = "one threshold for each tensor" if soft else "regrowth moves single weights, which"
