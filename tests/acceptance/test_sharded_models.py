@@ -1,0 +1,236 @@
+"""Rows A42 and B of sharded models: the masks of one process, bit for bit, wherever the weights lie."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+import secateur as sc
+from processes import in_a_group
+from secateur.errors import InputError, PatternError, SecateurError, StateError
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down, self.head = nn.Linear(20, 32), nn.Linear(32, 17), nn.Linear(17, 5)
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.down(torch.tanh(self.up(x)))))
+
+
+def net(dtype=torch.float32, kind="normal", seed=0):
+    torch.manual_seed(seed)
+    model = Net()
+    with torch.no_grad():
+        for weight in model.parameters():
+            if kind == "tied":
+                weight.copy_((weight * 30).round() / 30)
+            if kind == "constant":
+                weight.fill_(0.25)
+    return model.to(dtype)
+
+
+def rows(model, ranks):
+    mesh = init_device_mesh("cpu", (ranks,))
+    for layer in (model.up, model.down):
+        fully_shard(layer, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def columns(model, ranks):
+    mesh = init_device_mesh("cpu", (ranks,))
+    fully_shard(model.up, mesh=mesh, shard_placement_fn=lambda p: Shard(1) if p.ndim == 2 else None)
+    fully_shard(model.down, mesh=mesh, shard_placement_fn=lambda p: Shard(1) if p.ndim == 2 else None)
+    return model  # the head is plain
+
+
+def hybrid(model, ranks):
+    mesh = init_device_mesh("cpu", (2, ranks // 2), mesh_dim_names=("copies", "parts"))
+    fully_shard(model.down, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def tensors_in_parallel(model, ranks):
+    mesh = init_device_mesh("cpu", (2, ranks // 2), mesh_dim_names=("data", "tensor"))
+    plan = {"up": ColwiseParallel(), "down": RowwiseParallel()}
+    parallelize_module(model, mesh["tensor"], plan)
+    return fully_shard(model, mesh=mesh["data"])
+
+
+LAYOUTS = {2: (rows, columns), 3: (rows,), 4: (rows, columns, hybrid, tensors_in_parallel)}
+X = torch.randn(16, 20, generator=torch.Generator().manual_seed(1))
+
+
+def full(tensor):
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def alike(whole, sharded, masks, theirs):
+    assert theirs.counts() == masks.counts()
+    assert sc.check(sharded, theirs) == {}
+    for name, mask in masks.items():
+        assert torch.equal(full(theirs[name]), mask), name
+    mine = dict(sharded.named_parameters())
+    for name, weight in whole.named_parameters():
+        assert torch.equal(full(mine[name]).view(torch.uint8), weight.detach().view(torch.uint8)), name
+
+
+def one_shot(rank, ranks):
+    tried = 0
+    for layout in LAYOUTS[ranks]:
+        for dtype in (torch.float32, torch.bfloat16):
+            for kind in ("normal", "tied", "constant"):
+                for options in ({}, {"allocation": "uniform"}, {"allocation": "erk"}):
+                    for sparsity in (0.5, 0.9):
+                        whole, sharded = net(dtype, kind), layout(net(dtype, kind), ranks)
+                        masks = sc.prune(whole, sparsity, **options)
+                        alike(whole, sharded, masks, sc.prune(sharded, sparsity, **options))
+                        tried += 1
+    assert tried == 36 * len(LAYOUTS[ranks])
+
+
+@pytest.mark.parametrize("ranks", LAYOUTS)
+def test_a42_the_masks_are_those_of_the_whole_model(ranks):
+    in_a_group(ranks, one_shot, ranks)
+
+
+def gradually(rank, ranks):
+    """The same batch on each process, so that the averaged gradients are those of one."""
+    for layout in LAYOUTS[ranks]:
+        for score in ("magnitude", "taylor"):
+            if layout is tensors_in_parallel and score == "taylor":
+                continue  # its gradients are summed in another order
+            models = net(), layout(net(), ranks)
+            optimizers = [torch.optim.Adam(model.parameters(), lr=0.01) for model in models]
+            pruners = [sc.Pruner(m, 0.8, schedule=sc.cubic(0, 10, every=2), score=score) for m in models]
+            for pruner, optimizer in zip(pruners, optimizers, strict=True):
+                pruner.attach(optimizer)
+            for step in range(14):
+                for model, optimizer in zip(models, optimizers, strict=True):
+                    optimizer.zero_grad()
+                    model(X).square().mean().backward()
+                    optimizer.step()
+                assert pruners[0].masks.counts() == pruners[1].masks.counts()
+                if step == 9:  # the masks have changed just now
+                    moment = full(optimizers[1].state[models[1].up.weight]["exp_avg"])
+                    assert not moment[~full(pruners[1].masks["up.weight"])].any()
+                    assert moment.any()
+            masks, theirs = (pruner.finish() for pruner in pruners)
+            if layout is not tensors_in_parallel:
+                alike(*models, masks, theirs)
+            assert sc.remask(models[1], theirs) == dict.fromkeys(theirs, 0.0)
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_a_schedule_gives_them_too(ranks):
+    in_a_group(ranks, gradually, ranks)
+
+
+def seen_before(rank, ranks):
+    """The root keeps whole copies of its weights after a forward that no backward follows."""
+    whole, sharded = net(), rows(net(), ranks)
+    with torch.no_grad():
+        sharded(X)
+    alike(whole, sharded, sc.prune(whole, 0.7), sc.prune(sharded, 0.7))
+    with torch.no_grad():
+        assert torch.equal(sharded(X), whole(X))
+    model = rows(net(), ranks)
+    model.set_reshard_after_backward(False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    pruner = sc.Pruner(model, 0.5, schedule=sc.linear(0, 3))
+    pruner.attach(optimizer)
+    for _ in range(4):
+        model(X).square().mean().backward()
+        optimizer.step()
+    assert sc.check(model, pruner.finish()) == {}
+    weight = model.up.weight
+    with torch.no_grad():
+        model(X)
+    assert int((full(weight) == 0).sum()) == pruner.masks.counts()["up.weight"]
+
+
+def test_whole_copies_of_a_forward_are_not_what_is_pruned():
+    in_a_group(2, seen_before, 2)
+
+
+def made_before(rank, ranks):
+    """Masks of before the sharding."""
+    whole = net()
+    masks = sc.prune(whole, 0.6)
+    sharded = rows(copy.deepcopy(whole), ranks)
+    assert sc.check(sharded, masks) == {}
+    optimizer = torch.optim.SGD(sharded.parameters(), lr=0.1)
+    pruner = sc.Pruner(sharded, masks)
+    pruner.attach(optimizer)
+    for _ in range(3):
+        sharded(X).square().mean().backward()
+        optimizer.step()
+    assert sc.check(sharded, masks) == {}
+    assert pruner.finish().counts() == masks.counts()
+    fresh = rows(net(), ranks)
+    masks.apply(fresh)
+    assert sc.check(fresh, masks) == {}
+
+
+def test_masks_of_before_the_sharding_are_held():
+    in_a_group(2, made_before, 2)
+
+
+def refused(rank, ranks):
+    def untouched(match, call, kind=SecateurError):
+        before = [weight.to_local().clone() for weight in model.parameters()]
+        with pytest.raises(kind, match=match):
+            call()
+        assert all(
+            torch.equal(a, w.to_local()) or a.isnan().any() for a, w in zip(before, model.parameters(), strict=True)
+        )
+
+    model = rows(net(), ranks)
+    untouched(
+        "the pattern .* looks at whole tensors.*before sharding",
+        lambda: sc.prune(model, 0.5, pattern="rows"),
+        PatternError,
+    )
+    untouched("the score random looks at whole tensors", lambda: sc.prune(model, 0.5, score="random"), InputError)
+    untouched("the allocation .* looks at whole tensors", lambda: sc.prune(model, 0.5, allocation="lamp"), InputError)
+    untouched("masks of parts do not move yet: leave regrow out", lambda: sc.Pruner(model, 0.5, regrow="rigl"))
+    untouched("cannot be saved yet", lambda: sc.Pruner(model, 0.5).state_dict(), StateError)
+    untouched(
+        "process 1 has sparsity of up.weight 0.9, process 0 has 0.8.*call it alike",
+        lambda: sc.prune(model, 0.9 if rank else 0.8),
+    )
+    words = "outside 0 to 1" if rank else "process 1 stopped with InputError: sparsity is 1.5.*call it alike"
+    untouched(words, lambda: sc.prune(model, 1.5 if rank else 0.8))
+    untouched("process 1 has", lambda: sc.prune(model, 0.8, scope=sc.weights(model, skip=["head"]) if rank else None))
+    if rank == 1:
+        with torch.no_grad():
+            model.down.weight.to_local()[0, 0] = math.nan
+    for allocation in ("global", "uniform"):
+        words = "down.weight holds 1 NaN" if rank else "another of the processes"
+        untouched(words, lambda allocation=allocation: sc.prune(model, 0.8, allocation=allocation))
+
+
+def test_what_cannot_be_done_is_an_error_in_all_processes():
+    in_a_group(2, refused, 2)
+
+
+def sharded_late(rank, ranks):
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    pruner = sc.Pruner(model, 0.5, schedule=sc.linear(0, 3))
+    pruner.attach(optimizer)
+    rows(model, ranks)
+    model(X).square().mean().backward()
+    with pytest.raises(StateError, match=r"up\.weight was sharded since the Pruner was made: make the Pruner"):
+        optimizer.step()
+
+
+def test_sharding_after_attach_is_an_error_at_the_next_step():
+    in_a_group(2, sharded_late, 2)
