@@ -123,6 +123,14 @@ class Masks(Mapping[str, Tensor]):
         """Return the bits of one tensor, `uint8 [ceil(n / 8)]`: not a copy. Of a DTensor those of the part here."""
         return self._bits[name]
 
+    def rows(self, name: str) -> Tensor:
+        """Return the bits of one tensor row by row, `uint8 [rows, ceil(n / 8)]`, as a checkpoint keeps them.
+
+        Of a DTensor they are a DTensor whose rows lie where those of the weight do; all processes ask for it.
+        """
+        mask = self[name]
+        return bits.pack_rows(mask) if self._spread is None else self._spread.places[name].packed(mask)
+
     def shape(self, name: str) -> torch.Size:
         """Return the shape of one tensor, without unpacking its mask."""
         return self._shapes[name]

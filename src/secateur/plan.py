@@ -542,9 +542,10 @@ def _require_spreadable(plan: Plan) -> None:
     if plan.pattern is not None:
         raise PatternError(f"the pattern {plan.pattern} looks at whole tensors, and these are sharded: {remedy}")
     if not (getattr(plan.score, "elementwise", False) or isinstance(plan.score, scores.GradientScore)):
+        called = getattr(plan.score, "__name__", type(plan.score).__name__)
         raise InputError(
-            f"the score {_name(plan.score)} looks at whole tensors, and these are sharded: {remedy}, or, if it looks "
-            "at each weight alone, mark it with @sc.scores.elementwise"
+            f"the score {called} looks at whole tensors, and these are sharded: {remedy}, or, if it looks at each "
+            "weight alone, mark it with @sc.scores.elementwise"
         )
     if plan.allocation.share is not None and not plan.allocation.shapes_only:
         raise InputError(

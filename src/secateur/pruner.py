@@ -388,18 +388,16 @@ class Pruner:
 
     def state_dict(self) -> dict[str, Any]:
         """All that a bit-exact resume needs beside the model's and the optimizer's: plain tensors, numbers, strings."""
-        if any(map(bits.is_sharded, self._plan.scope.values())):
-            raise StateError("the weights are sharded, and the state of a Pruner of parts cannot be saved yet")
         state: dict[str, Any] = {
-            "version": 1,
+            "version": states.VERSION,
             "settings": states.settings(self._plan, self._schedule, self._regrow),
             "steps": self._steps,
             "counts": list(self._counts),
             "shapes": {name: list(weight.shape) for name, weight in self._plan.scope.items()},
-            "bits": {name: self._masks.packed(name).clone() for name in self._masks},
+            "bits": {name: self._masks.rows(name) for name in self._masks},
         }
         if self._gradient_score is not None:
-            state["sums"] = {name: total.clone() for name, total in self._gradient_score.sums.items()}
+            state |= states.sums(self._gradient_score, self._plan.scope)
         generator = getattr(self._plan.score, "generator", None)
         if generator is not None:
             state["generator"] = generator.get_state()
@@ -420,7 +418,7 @@ class Pruner:
         states.require_whole(state)
         states.require_shapes(state["shapes"], scope)
         states.require_settings(state["settings"], self._plan, self._schedule, self._regrow)
-        masks = states.read_masks(state["bits"], scope)
+        masks = states.read_masks(state, scope)
         counts = states.read_numbers(state, masks, self._asked, exact=self._plan.pattern is None)
         sums = states.read_sums(state, scope) if self._gradient_score is not None else {}
         generator = getattr(self._plan.score, "generator", None)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from secateur import sharding
 from secateur.errors import InputError, listed
 from secateur.feedback import STATE, Feedback
 from secateur.masks import Masks
@@ -15,8 +17,12 @@ from secateur.plan import FixedMasks, Plan
 from secateur.regrow import Regrowth
 from secateur.schedules import Function, Schedule
 from secateur.scope import Scope
-from secateur.scores import precise
-from secateur.support import checks
+from secateur.scores import GradientScore, precise
+from secateur.sharding import Place
+from secateur.support import bits, checks
+
+VERSION = 2
+"""Of the state of a Pruner. In version 1 bits run on from row to row."""
 
 _MOST_STEPS = 10**12
 """No training makes so many: at a thousand a second it would take 30 years."""
@@ -63,8 +69,8 @@ def require_whole(state: object) -> None:
     Raises:
         InputError: it is not.
     """
-    if not isinstance(state, Mapping) or type(state.get("version")) is not int or state["version"] != 1:
-        raise InputError("this is not a state_dict of a Pruner, version 1: give what Pruner.state_dict() gave")
+    if not isinstance(state, Mapping) or type(state.get("version")) is not int or state["version"] not in (1, VERSION):
+        raise InputError(f"this is not a state_dict of a Pruner, version {VERSION}: give what Pruner.state_dict() gave")
     for key in ("settings", "steps", "counts", "shapes", "bits"):
         if key not in state:
             raise InputError(
@@ -98,24 +104,46 @@ def require_settings(theirs: object, plan: Plan | FixedMasks, schedule: _When, r
         raise InputError(f"the saved pruner has other settings: {'; '.join(differ[:3])}; build this one with the same")
 
 
-def read_masks(packed: object, scope: Scope) -> Masks:
+def read_masks(state: Mapping[str, Any], scope: Scope) -> Masks:
     """Read the bits of the masks, to where the weights are now.
 
     Raises:
         InputError: they are damaged.
     """
+    packed, read = state["bits"], _flat if state["version"] == 1 else _rows
     if not isinstance(packed, Mapping) or set(packed) != set(scope):
         raise _damaged(f"its bits are {type(packed).__name__} of other names than those in scope")
-    found = {}
-    for name, weight in scope.items():
-        kept, (whole, spare) = packed[name], divmod(weight.numel(), 8)
+    for name in scope:
+        kept = packed[name]
         plain = isinstance(kept, Tensor) and kept.layout is torch.strided and not kept.is_meta
         if not plain or kept.dtype != torch.uint8:
             raise _damaged(f"the bits of {name} are {_told(kept)}, not uint8")
-        if kept.shape != (whole + bool(spare),) or (spare and int(kept[-1]) >> spare):
-            raise _damaged(f"the bits of {name} are {_told(kept)}, not those of {weight.numel():,} weights")
-        found[name] = kept.clone().to(weight.device)
-    return Masks.from_bits(found, {name: weight.shape for name, weight in scope.items()})
+    spread = sharding.spread(scope)
+    found = {}
+    for name, weight in scope.items():
+        place = Place.whole(weight.shape) if spread is None else spread.places[name]
+        found[name] = bits.pack(read(name, packed[name], place)).to(weight.device)
+    return Masks.from_bits(found, {name: weight.shape for name, weight in scope.items()}, spread)
+
+
+def _flat(name: str, kept: Tensor, place: Place) -> Tensor:
+    """The part that is here of a mask of version 1."""
+    whole, spare = divmod(place.numel, 8)
+    if kept.shape != (whole + bool(spare),) or (spare and int(kept[-1]) >> spare):
+        raise _damaged(f"the bits of {name} are {_told(kept)}, not those of {place.numel:,} weights")
+    return place.part(bits.unpack(kept, place.numel).view(place.shape))
+
+
+def _rows(name: str, kept: Tensor, place: Place) -> Tensor:
+    """The part that is here of a mask whose rows are packed by themselves."""
+    each = math.prod(place.shape[1:])
+    right = kept.shape == (place.shape[0], -(-each // 8))
+    here = bits.local(kept)
+    if not right or (each % 8 and here.numel() and int(here[:, -1].max()) >> each % 8):
+        raise _damaged(
+            f"the bits of {name} are {_told(kept)}, not those of {place.shape[0]:,} rows of {each:,} weights"
+        )
+    return place.unpacked(kept)
 
 
 def read_numbers(state: Mapping[str, Any], masks: Masks, most: Sequence[int], *, exact: bool) -> tuple[int, ...]:
@@ -136,6 +164,17 @@ def read_numbers(state: Mapping[str, Any], masks: Masks, most: Sequence[int], *,
     return tuple(counts)
 
 
+def sums(score: GradientScore, scope: Scope) -> dict[str, Any]:
+    """What a state keeps of a score that is made of gradients: of all tensors, as a checkpoint that is read in place
+    needs them from the first step on, and the names of those that were seen."""
+    none = {name: torch.zeros_like(precise(bits.local(weight))) for name, weight in scope.items()}
+    kept = {name: score.sums[name].clone() if name in score.sums else part for name, part in none.items()}
+    return {
+        "sums": {name: sharding.spread_like(part, scope[name]) for name, part in kept.items()},
+        "seen": [name for name in scope if name in score.sums],
+    }
+
+
 def read_sums(state: Mapping[str, Any], scope: Scope) -> dict[str, Tensor]:
     """Read the sums of a score that is made of gradients.
 
@@ -151,11 +190,16 @@ def read_sums(state: Mapping[str, Any], scope: Scope) -> dict[str, Tensor]:
             total.is_floating_point() or (total.is_complex() and weight.is_complex())
         )
         number = number and total.layout is torch.strided
-        if not number or total.is_meta or total.shape != weight.shape or not bool(total.isfinite().all()):
+        if not number or total.is_meta or total.shape != weight.shape or not bool(bits.local(total).isfinite().all()):
             raise _damaged(
                 f"its sum of gradients of {name} is {_told(total)}, not {tuple(weight.shape)} finite numbers"
             )
-    return {name: precise(total.clone()).to(scope[name].device) for name, total in sums.items()}
+    seen = state.get("seen", list(sums))
+    if not isinstance(seen, (list, tuple)) or not set(seen) <= set(sums):
+        raise _damaged(f"the names whose gradients were seen are {checks.told(seen)}, not among those of its sums")
+    sums = {name: total for name, total in sums.items() if name in seen}
+    parts = {name: sharding.part_like(total, scope[name]) for name, total in sums.items()}
+    return {name: precise(part.clone()).to(scope[name].device) for name, part in parts.items()}
 
 
 def require_generator(state: Mapping[str, Any], generator: torch.Generator) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -40,6 +40,11 @@ class Place:
     counts: bool = True
     mesh: Any = None
     placements: Any = None
+
+    @classmethod
+    def whole(cls, shape: Sequence[int]) -> Place:
+        """Of a tensor that is here as a whole."""
+        return cls(tuple(shape), tuple(np.arange(n) for n in shape))
 
     @property
     def numel(self) -> int:
@@ -81,6 +86,35 @@ class Place:
 
         shape, stride = torch.Size(self.shape), tuple(self._strides())
         return DTensor.from_local(part, self.mesh, self.placements, run_check=False, shape=shape, stride=stride)
+
+    def packed(self, mask: Tensor) -> Tensor:
+        """The bits of a mask that is spread as this tensor is, row by row; its rows stay where they are."""
+        if self.mesh is None:
+            return bits.pack_rows(mask)
+        whole: Any = mask
+        rows = bits.pack_rows(bits.local(whole.redistribute(placements=self._by_rows())))
+        return self._of_rows((self.shape[0], rows.shape[1])).spread(rows)
+
+    def unpacked(self, rows: Tensor) -> Tensor:
+        """The part that is here of the mask that was `packed`, by this process or others, or is whole here."""
+        found: Any = rows
+        if not bits.is_sharded(rows):
+            return self.part(bits.unpack_rows(rows, self.shape))
+        if self.mesh is None or (found.device_mesh, found.placements) != (self.mesh, self._by_rows()):
+            return self.part(bits.unpack_rows(found.full_tensor(), self.shape))
+        here = bits.local(rows)
+        return replace(self, index=(np.arange(len(here)), *self.index[1:])).part(
+            bits.unpack_rows(here, (len(here), *self.shape[1:]))
+        )
+
+    def _by_rows(self) -> tuple[Any, ...]:
+        """Placements by which rows lie where they do, and are whole."""
+        from torch.distributed.tensor import Replicate
+
+        return tuple(one if getattr(one, "dim", 0) == 0 else Replicate() for one in self.placements)
+
+    def _of_rows(self, shape: tuple[int, ...]) -> Place:
+        return replace(self, shape=shape, placements=self._by_rows())
 
     def _strides(self) -> list[int]:
         return [math.prod(self.shape[d + 1 :]) for d in range(len(self.shape))]
@@ -145,6 +179,22 @@ def _difference(said: Sequence[Mapping[str, Any]]) -> str:
         inner = next(name for name in {**theirs, **mine} if theirs.get(name) != mine.get(name))
         key, mine, theirs = f"{key} of {inner}", mine.get(inner), theirs.get(inner)
     return f"process {other} has {key} {theirs}, process 0 has {mine}"
+
+
+def spread_like(part: Tensor, weight: Tensor) -> Tensor:
+    """A tensor of the shape of a weight, spread as that is, from the part that is here."""
+    place = place_of("", weight)
+    return part if place is None else place.spread(part)
+
+
+def part_like(tensor: Any, weight: Any) -> Tensor:
+    """The part that is here of a tensor, spread or not, of the shape of a weight."""
+    place = place_of("", weight)
+    if bits.is_sharded(tensor):
+        if place is not None and (tensor.device_mesh, tensor.placements) == (place.mesh, place.placements):
+            return bits.local(tensor)
+        tensor = tensor.full_tensor()
+    return tensor if place is None else place.part(tensor)
 
 
 def spread(tensors: Mapping[str, Any]) -> Spread | None:

@@ -6,6 +6,9 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.stateful import Stateful
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard
@@ -201,9 +204,8 @@ def refused(rank, ranks):
     untouched("the score random looks at whole tensors", lambda: sc.prune(model, 0.5, score="random"), InputError)
     untouched("the allocation .* looks at whole tensors", lambda: sc.prune(model, 0.5, allocation="lamp"), InputError)
     untouched("masks of parts do not move yet: leave regrow out", lambda: sc.Pruner(model, 0.5, regrow="rigl"))
-    untouched("cannot be saved yet", lambda: sc.Pruner(model, 0.5).state_dict(), StateError)
     untouched(
-        "process 1 has sparsity of up.weight 0.9, process 0 has 0.8.*call it alike",
+        "process 1 has sparsity of down.weight 0.9, process 0 has 0.8.*call it alike",
         lambda: sc.prune(model, 0.9 if rank else 0.8),
     )
     words = "outside 0 to 1" if rank else "process 1 stopped with InputError: sparsity is 1.5.*call it alike"
@@ -234,3 +236,69 @@ def sharded_late(rank, ranks):
 
 def test_sharding_after_attach_is_an_error_at_the_next_step():
     in_a_group(2, sharded_late, 2)
+
+
+# ---- checkpoints -------------------------------------------------------------------------------------------------
+
+
+def begun(layout, ranks, score):
+    model = layout(net(), ranks)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    pruner = sc.Pruner(model, 0.8, schedule=sc.cubic(0, 10, every=2), score=score)
+    return model, optimizer, pruner
+
+
+def steps(model, optimizer, count):
+    for _ in range(count):
+        optimizer.zero_grad()
+        model(X).square().mean().backward()
+        optimizer.step()
+
+
+class App(Stateful):
+    def __init__(self, model, optimizer):
+        self.model, self.optimizer = model, optimizer
+
+    def state_dict(self):
+        model, optimizer = get_state_dict(self.model, self.optimizer)
+        return {"model": model, "optimizer": optimizer}
+
+    def load_state_dict(self, state):
+        set_state_dict(self.model, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+
+
+def left_off(rank, ranks, folder, score, layout):
+    model, optimizer, pruner = begun(layout, ranks, score)
+    pruner.attach(optimizer)
+    steps(model, optimizer, 5)
+    dcp.save({"app": App(model, optimizer), "pruner": pruner}, checkpoint_id=f"{folder}/middle")
+    steps(model, optimizer, 6)
+    masks = pruner.finish()
+    state = {name: full(weight).clone() for name, weight in model.state_dict().items()}
+    kept = {name: full(mask) for name, mask in masks.items()}
+    if rank == 0:
+        torch.save((state, kept), f"{folder}/end.pt")
+
+
+def gone_on(rank, ranks, folder, score, layout):
+    model, optimizer, pruner = begun(layout, ranks, score)
+    dcp.load({"app": App(model, optimizer), "pruner": pruner}, checkpoint_id=f"{folder}/middle")
+    pruner.attach(optimizer)
+    assert pruner.steps == 5
+    steps(model, optimizer, 6)
+    masks = pruner.finish()
+    state, kept = torch.load(f"{folder}/end.pt")
+    assert all(torch.equal(full(masks[name]), mask) for name, mask in kept.items())
+    assert all(torch.equal(full(weight), state[name]) for name, weight in model.state_dict().items())
+
+
+def plain(model, ranks):
+    return model
+
+
+@pytest.mark.parametrize("score", ["magnitude", "taylor"])
+@pytest.mark.parametrize("first", [rows, columns, hybrid])
+def test_a_checkpoint_goes_on_anywhere(tmp_path, score, first):
+    in_a_group(4, left_off, 4, str(tmp_path), score, first)
+    for ranks, layout in ((4, first), (2, rows), (2, columns), (1, plain), (4, hybrid)):
+        in_a_group(ranks, gone_on, ranks, str(tmp_path), score, layout)

@@ -6,9 +6,10 @@ byte are 0. The bits live on the device of the weights. On a CPU numpy does the 
 
 from __future__ import annotations
 
+import math
 import sys
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -103,6 +104,20 @@ def unpack(bits: Tensor, count: int, start: int = 0) -> Tensor:
         return torch.from_numpy(np.unpackbits(bits.numpy(), count=count, bitorder="little").view(np.bool_))
     shifts = torch.arange(8, dtype=torch.uint8, device=bits.device)
     return ((bits[:, None] >> shifts) & 1).view(-1)[:count].bool()
+
+
+def pack_rows(kept: Tensor) -> Tensor:
+    """Turn booleans into bits, `uint8 [rows, ceil(n / 8)]`: each row of n by itself, so that they can be dealt out."""
+    rows = kept.reshape(len(kept), math.prod(kept.shape[1:]))
+    padded = rows.new_zeros(len(rows), -(-rows.shape[1] // 8) * 8)
+    padded[:, : rows.shape[1]] = rows
+    return pack(padded).view(len(rows), padded.shape[1] // 8)
+
+
+def unpack_rows(bits: Tensor, shape: Sequence[int]) -> Tensor:
+    """Turn bits of rows back into booleans of this shape."""
+    found = unpack(bits.reshape(-1), bits.numel() * 8).view(len(bits), bits.shape[1] * 8)
+    return found[:, : math.prod(shape[1:])].reshape(shape)
 
 
 def count(bits: Tensor) -> int:
