@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from secateur import anatomy
 from secateur.computed_weights import effective, weights_as_used
+from secateur.errors import InputError
 from secateur.masks import as_masks
 from secateur.measurement.costs import file_bytes
 from secateur.scope import unwrap
@@ -117,7 +118,8 @@ def report(model: nn.Module, masks: Mapping[str, Tensor] | None = None) -> Repor
         masks: by default none: the report is of the weights that would be pruned by default.
 
     Raises:
-        UnknownNameError, MaskError: the masks are for another model. InputTypeError: no Masks.
+        UnknownNameError, MaskError: the masks are for another model. InputTypeError: no Masks. InputError: sharded
+            weights.
 
     >>> model = nn.Linear(8, 2)
     >>> import secateur as sc
@@ -129,6 +131,11 @@ def report(model: nn.Module, masks: Mapping[str, Tensor] | None = None) -> Repor
     """
     masks = None if masks is None else as_masks(masks)
     plain = unwrap(model)
+    if any(map(bits.is_sharded, plain.parameters())):
+        raise InputError(
+            "the weights are sharded, and a report reads whole ones: masks.counts() has what is pruned in all processes, "
+            "and sc.check(model, masks), called by all, whether it is zero"
+        )
     modules = dict(plain.named_modules(remove_duplicate=False))
     asked = {} if masks is None else masks.counts()
     lines = []
