@@ -133,8 +133,8 @@ def report(model: nn.Module, masks: Mapping[str, Tensor] | None = None) -> Repor
     plain = unwrap(model)
     if any(map(bits.is_sharded, plain.parameters())):
         raise InputError(
-            "the weights are sharded, and a report reads whole ones: masks.counts() has what is pruned in all processes, "
-            "and sc.check(model, masks), called by all, whether it is zero"
+            "the weights are sharded, and a report reads whole ones: masks.counts() has what is pruned in all "
+            "processes, and sc.check(model, masks), called by all, whether it is zero"
         )
     modules = dict(plain.named_modules(remove_duplicate=False))
     asked = {} if masks is None else masks.counts()
