@@ -99,7 +99,7 @@ def one_shot(rank, ranks):
     assert tried == 36 * len(LAYOUTS[ranks])
 
 
-@pytest.mark.parametrize("ranks", LAYOUTS)
+@pytest.mark.parametrize("ranks", [pytest.param(2, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow), 4])
 def test_a42_the_masks_are_those_of_the_whole_model(ranks):
     in_a_group(ranks, one_shot, ranks)
 
@@ -131,7 +131,7 @@ def gradually(rank, ranks):
             assert sc.remask(models[1], theirs) == dict.fromkeys(theirs, 0.0)
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_a_schedule_gives_them_too(ranks):
     in_a_group(ranks, gradually, ranks)
 
@@ -297,9 +297,19 @@ def plain(model, ranks):
     return model
 
 
+def kept_and_taken_up(folder, score, first, *others):
+    in_a_group(4, left_off, 4, folder, score, first)
+    for ranks, layout in others:
+        in_a_group(ranks, gone_on, ranks, folder, score, layout)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("score", ["magnitude", "taylor"])
 @pytest.mark.parametrize("first", [rows, columns, hybrid])
 def test_a_checkpoint_goes_on_anywhere(tmp_path, score, first):
-    in_a_group(4, left_off, 4, str(tmp_path), score, first)
-    for ranks, layout in ((4, first), (2, rows), (2, columns), (1, plain), (4, hybrid)):
-        in_a_group(ranks, gone_on, ranks, str(tmp_path), score, layout)
+    others = (4, first), (2, rows), (2, columns), (1, plain), (4, hybrid)
+    kept_and_taken_up(str(tmp_path), score, first, *others)
+
+
+def test_a_checkpoint_goes_on_with_other_processes(tmp_path):
+    kept_and_taken_up(str(tmp_path), "taylor", rows, (2, columns), (1, plain))
