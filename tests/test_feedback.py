@@ -1,7 +1,6 @@
 """secateur.feedback: the papers' steps, exact counts, and a model that is sparse at any moment."""
 
 import copy
-import io
 import math
 
 import pytest
@@ -14,7 +13,7 @@ from torch import nn
 import secateur as sc
 from models import k
 from secateur.errors import InputError, InputTypeError, PatternError, StateError
-from tiny import batch, net, same, train
+from tiny import batch, interrupted, net, same, train
 
 WAYS = {
     "dpf": {"regrow": sc.feedback.dpf(every=3)},
@@ -181,18 +180,7 @@ def test_the_model_is_sparse_after_each_step(way, kind):
 
 @pytest.mark.parametrize("way", WAYS)
 def test_a_resume_is_bit_exact(way):
-    model, optimizer, pruner = built(way)
-    pruner.attach(optimizer)
-    train(model, optimizer, range(7))
-    kept = io.BytesIO()
-    torch.save([model.state_dict(), optimizer.state_dict(), pruner.state_dict()], kept)
-    train(model, optimizer, range(7, 30))
-    again, other, more = built(way)
-    kept.seek(0)
-    for thing, state in zip((again, other, more), torch.load(kept, weights_only=True), strict=True):
-        thing.load_state_dict(state)
-    more.attach(other)
-    train(again, other, range(7, 30))
+    (model, _, pruner), (again, _, more) = interrupted(lambda: built(way), 7, 30)
     assert same(model, again)
     assert pruner.masks == more.masks
 

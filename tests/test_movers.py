@@ -1,13 +1,11 @@
 """secateur.movers: masks move until `stop`; from there on a pruner is one whose masks stay."""
 
-import io
-
 import pytest
 import torch
 
 import secateur as sc
 from secateur.errors import InputError, InputTypeError
-from tiny import net, same, train
+from tiny import interrupted, net, same, train
 
 METHODS = {
     "dpf": lambda stop: sc.feedback.dpf(every=2, stop=stop),
@@ -44,18 +42,7 @@ def test_masks_stay_from_there_on_and_nothing_is_withheld(kind):
 @pytest.mark.parametrize("kind", METHODS)
 @pytest.mark.parametrize("at", [14, 15, 16])
 def test_a_resume_around_it_is_bit_exact(kind, at):
-    model, optimizer, pruner = built(kind)
-    pruner.attach(optimizer)
-    train(model, optimizer, range(at))
-    kept = io.BytesIO()
-    torch.save([model.state_dict(), optimizer.state_dict(), pruner.state_dict()], kept)
-    train(model, optimizer, range(at, 25))
-    kept.seek(0)
-    again, other, more = built(kind)
-    for thing, state in zip((again, other, more), torch.load(kept, weights_only=True), strict=True):
-        thing.load_state_dict(state)
-    more.attach(other)
-    train(again, other, range(at, 25))
+    (model, _, pruner), (again, _, more) = interrupted(lambda: built(kind), at, 25)
     assert same(model, again)
     assert pruner.masks == more.masks
 

@@ -1,6 +1,5 @@
 """secateur.regrow: exact counts at every update, what grows begins at zero, all else as without it."""
 
-import io
 import math
 
 import pytest
@@ -14,7 +13,7 @@ import secateur as sc
 from models import k
 from processes import in_a_group
 from secateur.errors import InputError, InputTypeError, PatternError, SecateurWarning, StateError
-from tiny import batch, net, same, train
+from tiny import batch, interrupted, net, same, train
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*they grew where no gradient comes")  # the model is tiny
 
@@ -351,18 +350,7 @@ def test_a9_resume_is_bit_exact(kind, stop):
     model, optimizer, pruner = build()
     pruner.attach(optimizer)
     train(model, optimizer, range(20))
-    first, one, before = build()
-    before.attach(one)
-    train(first, one, range(stop))
-    file = io.BytesIO()
-    torch.save([first.state_dict(), one.state_dict(), before.state_dict()], file)
-    train(first, one, range(stop, 20))
-    file.seek(0)
-    second, two, after = build()
-    for thing, state in zip((second, two, after), torch.load(file, weights_only=True), strict=True):
-        thing.load_state_dict(state)
-    after.attach(two)
-    train(second, two, range(stop, 20))
+    (_, _, before), (second, two, after) = interrupted(build, stop, 20)
     assert after.finish() == pruner.finish() == before.finish()
     assert same(second, model)
     assert after.metrics() == pruner.metrics()

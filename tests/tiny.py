@@ -1,5 +1,7 @@
 """A tiny classifier, its data, and a loop, for tests of the Pruner."""
 
+import io
+
 import pytest
 import torch
 from torch import nn
@@ -22,6 +24,27 @@ def train(model, optimizer, steps, each=lambda step: None):
         nn.functional.cross_entropy(model(x), y).backward()
         optimizer.step()
         each(step)
+
+
+def interrupted(build, at, end):
+    """Train what `build` makes, to `at`, save it, and go on to the end: once without a break, once from what was saved.
+
+    Returns model, optimizer and pruner of both.
+    """
+    first, second = build(), build()
+    model, optimizer, pruner = first
+    pruner.attach(optimizer)
+    train(model, optimizer, range(at))
+    file = io.BytesIO()
+    torch.save([thing.state_dict() for thing in first], file)
+    train(model, optimizer, range(at, end))
+    file.seek(0)
+    for thing, state in zip(second, torch.load(file, weights_only=True), strict=True):
+        thing.load_state_dict(state)
+    model, optimizer, pruner = second
+    pruner.attach(optimizer)
+    train(model, optimizer, range(at, end))
+    return first, second
 
 
 def raw(model):

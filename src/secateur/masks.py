@@ -93,7 +93,7 @@ class Masks(Mapping[str, Tensor]):
         return cls({name: tensor.detach() != 0 for name, tensor in tensors.items()})
 
     def __getitem__(self, name: str) -> Tensor:
-        shape = self._part(name) if name in self._shapes else self._shapes[name]
+        shape = self._part(name)
         mask = bits.unpack(self._bits[name], math.prod(shape)).view(shape)
         return mask if self._spread is None else self._spread.places[name].spread(mask)
 

@@ -10,7 +10,7 @@ import functools
 import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from fractions import Fraction
 from typing import Any, TypeVar
 
@@ -365,10 +365,10 @@ class Plan:
 
         budgets = budget(bounds, count, self.allocation, lambda name: sheets[name].weights(), pattern=self.pattern)
         limits = {name: most for name, (_, most) in bounds.items()}
-        if spread is None:
-            kept = choose(budgets, stream, limits, selection.keep_all)
-        else:
-            kept = choose(budgets, stream, limits, lambda *one: _keep_parts(spread, *one), spread.grid.total)
+        apply, total = selection.keep_all, ALONE.total
+        if spread is not None:
+            apply, total = functools.partial(_keep_parts, spread), spread.grid.total
+        kept = choose(budgets, stream, limits, apply, total)
         if self.pattern is None:
             return kept
         found: dict[str, Tensor] = {}
@@ -387,14 +387,11 @@ class Plan:
         name, weight = member.name, bits.local(member.parameter)
         packed = held.packed(name).to(weight.device) if held is not None and name in held else None
         place = spread.places[name] if spread is not None else None
-        found = Stream(
-            name, weight, self.score, packed, member.protected, here=place is None or place.counts, place=place
-        )
+        here = place is None or place.counts
         if getattr(self.score, "elementwise", False):
-            return found
-        return replace(
-            found, values=selection.zeros_first(scores.evaluate(self.score, name, weight), weight), score=None
-        )
+            return Stream(name, weight, self.score, packed, member.protected, here=here, place=place)
+        values = selection.zeros_first(scores.evaluate(self.score, name, weight), weight)
+        return Stream(name, values, None, packed, member.protected, here=here, place=place)
 
     def _reduced(self, sheet: _Sheet, pattern: Pattern, told: int, held: Masks | None) -> Tensor:
         """The scores of groups: those pruned already come first, then those that are zero; +inf for what must stay."""

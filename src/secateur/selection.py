@@ -173,12 +173,11 @@ def threshold(streams: Sequence[Stream], count: int, *, total: Total = ALONE.tot
         InputError: so many are protected (a score of +inf, a padding row) that `count` cannot be met.
     """
     dtype = torch.float64 if any(_wide(stream) for stream in streams) else torch.float32
+    no_ties = dict.fromkeys((stream.name for stream in streams), 0)
     if count <= 0:
-        return Cut(-math.inf, dtype, dict.fromkeys((stream.name for stream in streams), 0))
-    if count == sum(stream.legal or 0 for stream in streams):
-        return Cut(
-            math.inf, dtype, dict.fromkeys((stream.name for stream in streams), 0)
-        )  # all that may go goes: there is nothing to rank
+        return Cut(-math.inf, dtype, no_ties)
+    if count == sum(stream.legal or 0 for stream in streams):  # all that may go goes: there is nothing to rank
+        return Cut(math.inf, dtype, no_ties)
     if any(stream.group > 1 for stream in streams):
         cut = _grouped(streams, count, dtype, total)
     else:

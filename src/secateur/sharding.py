@@ -93,28 +93,22 @@ class Place:
             return bits.pack_rows(mask)
         whole: Any = mask
         rows = bits.pack_rows(bits.local(whole.redistribute(placements=self._by_rows())))
-        return self._of_rows((self.shape[0], rows.shape[1])).spread(rows)
+        return replace(self, shape=(self.shape[0], rows.shape[1]), placements=self._by_rows()).spread(rows)
 
     def unpacked(self, rows: Tensor) -> Tensor:
         """The part that is here of the mask that was `packed`, by this process or others, or is whole here."""
         found: Any = rows
-        if not bits.is_sharded(rows):
-            return self.part(bits.unpack_rows(rows, self.shape))
-        if self.mesh is None or (found.device_mesh, found.placements) != (self.mesh, self._by_rows()):
-            return self.part(bits.unpack_rows(found.full_tensor(), self.shape))
-        here = bits.local(rows)
-        return replace(self, index=(np.arange(len(here)), *self.index[1:])).part(
-            bits.unpack_rows(here, (len(here), *self.shape[1:]))
-        )
+        if bits.is_sharded(rows):
+            if self.mesh is not None and (found.device_mesh, found.placements) == (self.mesh, self._by_rows()):
+                return self.part(bits.unpack_rows(bits.local(rows), (len(self.index[0]), *self.shape[1:])))
+            rows = found.full_tensor()
+        return self.part(bits.unpack_rows(rows, self.shape))
 
     def _by_rows(self) -> tuple[Any, ...]:
         """Placements by which rows lie where they do, and are whole."""
         from torch.distributed.tensor import Replicate
 
         return tuple(one if getattr(one, "dim", 0) == 0 else Replicate() for one in self.placements)
-
-    def _of_rows(self, shape: tuple[int, ...]) -> Place:
-        return replace(self, shape=shape, placements=self._by_rows())
 
     def _strides(self) -> list[int]:
         return [math.prod(self.shape[d + 1 :]) for d in range(len(self.shape))]
@@ -233,7 +227,7 @@ def place_of(name: str, tensor: Any, widest: Any = None) -> Place | None:
         return None
     shape = tuple(tensor.shape)
     if not bits.is_sharded(tensor):
-        return Place(shape, tuple(np.arange(n) for n in shape), all(at == 0 for at in widest.get_coordinate()))
+        return replace(Place.whole(shape), counts=all(at == 0 for at in widest.get_coordinate()))
     mesh, placements = tensor.device_mesh, tensor.placements
     if any(placement.is_partial() for placement in placements):
         raise InputError(f"{name} holds sums that are not complete ({placements}): redistribute it, or leave it out")

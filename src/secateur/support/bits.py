@@ -71,7 +71,7 @@ def chunks(tensor: Tensor) -> Iterator[tuple[int, Tensor]]:
 
     Of a DTensor only the part that is here.
     """
-    for start, piece in _slices(local(tensor) if is_sharded(tensor) else tensor):
+    for start, piece in _slices(local(tensor)):
         yield start, piece.reshape(-1)
 
 
