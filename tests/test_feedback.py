@@ -185,6 +185,21 @@ def test_a_resume_is_bit_exact(way):
     assert pruner.masks == more.masks
 
 
+def test_dense_weights_that_a_checkpoint_did_not_read_are_missed():
+    """torch.distributed.checkpoint fills what a state holds, and that of a new Pruner holds none."""
+    model, optimizer, pruner = built("dpf")
+    pruner.attach(optimizer)
+    train(model, optimizer, range(7))
+    state = pruner.state_dict()
+    again, _, other = built("dpf")
+    state["withheld"] = other.state_dict()["withheld"]
+    before = [weight.clone() for weight in again.parameters()]
+    with pytest.raises(InputError, match=r"dense weights of .* are not in the state.*keep its state with torch\.save"):
+        other.load_state_dict(state)
+    assert other.steps == 0
+    assert all(torch.equal(a, b) for a, b in zip(before, again.parameters(), strict=True))
+
+
 @pytest.mark.parametrize("way", ["dpf", "sr_ste"])  # for the others attach() clears the memory of the optimizer
 def test_a_loop_without_attach_makes_the_same_steps(way):
     model, optimizer, pruner = built(way)

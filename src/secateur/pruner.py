@@ -424,7 +424,11 @@ class Pruner:
         generator = getattr(self._plan.score, "generator", None)
         if generator is not None:
             states.require_generator(state, generator)
-        withheld = states.read_withheld(state, scope) if self._dense is not None else {}
+        withheld = {}
+        if self._dense is not None and self._regrow is not None:
+            ended = self._regrow.ended(state["steps"])
+            wanted = [name for name, count in masks.counts().items() if count and not ended]
+            withheld = states.read_withheld(state, scope, wanted)
         if self._regrow is not None:
             self._grown = states.read_grown(state.get("regrow"), self._generator)
             self._generator.set_state(state["regrow"]["generator"].cpu())

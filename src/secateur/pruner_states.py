@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -227,11 +227,17 @@ def read_grown(saved: object, generator: torch.Generator) -> int:
     return int(saved["grown"])
 
 
-def read_withheld(state: Mapping[str, Any], scope: Scope) -> dict[str, dict[str, Tensor]]:
+def read_withheld(state: Mapping[str, Any], scope: Scope, wanted: Iterable[str]) -> dict[str, dict[str, Tensor]]:
     """Read the dense weights that a feedback keeps beside the model, and what it learned.
 
+    Args:
+        state: of a Pruner.
+        scope: its tensors.
+        wanted: names of those that have dense weights.
+
     Raises:
-        InputError: they are damaged.
+        InputError: they are damaged, or missing: torch.distributed.checkpoint reads only what is in the state of the
+            Pruner that it reads into, which has none before its first masks.
     """
     saved = state.get("withheld")
     if not isinstance(saved, Mapping) or set(saved) != set(STATE):
@@ -247,6 +253,11 @@ def read_withheld(state: Mapping[str, Any], scope: Scope) -> dict[str, dict[str,
             if not plain or value.shape != shape or value.is_complex() > weight.is_complex():
                 raise _damaged(f"its {key} of {name} is {_told(value)}, not numbers of shape {tuple(shape)}")
         found[key] = {name: value.to(scope[name].device) for name, value in tensors.items()}
+    if lost := sorted(set(wanted) - set(found["hidden"])):
+        raise InputError(
+            f"the dense weights of {listed(lost)} are not in the state, which has masks of them: "
+            "torch.distributed.checkpoint does not read them into a new Pruner; keep its state with torch.save"
+        )
     return found
 
 
