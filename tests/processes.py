@@ -93,10 +93,16 @@ def as_torchrun(processes, work, *arguments):
 def in_a_group(processes, work, *arguments):
     """Call `work(rank, *arguments)` in each process of a gloo group; an error in one is raised here."""
     context = (work, processes, free_port(), arguments)
-    multiprocessing.start_processes(_joined, context, processes, start_method="forkserver")
+    multiprocessing.start_processes(_in_a_group, context, processes, start_method="forkserver")
 
 
-def _joined(rank, work, processes, port, arguments):
+def joined(work, *arguments):
+    """As `in_a_group`, in a process started `as_torchrun`: of these some may be lost."""
+    ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    _in_a_group(ranks[0], work, ranks[1], os.environ["MASTER_PORT"], arguments)
+
+
+def _in_a_group(rank, work, processes, port, arguments):
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     torch.set_num_threads(1)
     timeout = datetime.timedelta(seconds=30)

@@ -18,6 +18,7 @@ TREE = {
     "PatternError": ValueError,
     "StructureError": RuntimeError,
     "StateError": RuntimeError,
+    "GroupError": RuntimeError,
     "WriteError": OSError,
 }
 

@@ -10,6 +10,7 @@ SecateurError
 |- MaskError        (also a ValueError)    masks of another shape or for another model; zeros that came back
 |- PatternError     (also a ValueError)    a tensor to which a pattern of zeros cannot be applied
 |- StateError       (also a RuntimeError)  a call that comes too early, too late or twice
+|- GroupError       (also a RuntimeError)  processes that work together, of which one was lost or did not come
 |- StructureError   (also a RuntimeError)  a model from which no unit can be removed without changing its function
 '- WriteError       (also an OSError)      a file that could not be written; the old one is intact
 SecateurWarning     (a UserWarning)        something works, but not as one would hope
@@ -66,6 +67,10 @@ class PatternError(SecateurError, ValueError):
 
 class StateError(SecateurError, RuntimeError):
     """A call that comes too early, too late or twice."""
+
+
+class GroupError(SecateurError, RuntimeError):
+    """Processes that work together, of which one was lost or did not come."""
 
 
 class StructureError(SecateurError, RuntimeError):

@@ -23,6 +23,7 @@ from secateur import scope as scopes
 from secateur.errors import InputError, InputTypeError, NotFiniteError, StateError, UnknownNameError, nearest
 from secateur.scope import unwrap
 from secateur.support import bits, checks
+from secateur.support.process_groups import collective
 from secateur.support.progress import progress_bar
 from secateur.support.registry import Registry
 
@@ -321,7 +322,8 @@ class grasp:
 
     def _over_ranks(self, sums: Sequence[Tensor]) -> None:
         for total in sums if self._parallel else ():
-            distributed.all_reduce(total, group=self._group)
+            with collective():
+                distributed.all_reduce(total, group=self._group)
 
     def _gradients(
         self, batch: Any, weights: Mapping[str, Tensor], create_graph: bool = False
@@ -467,14 +469,16 @@ def _average(score: GradientScore, scope: Mapping[str, Tensor], seen: int, group
     """Replace the sums by their average over the ranks of a group; return the batches that all of them saw."""
     device = next(iter(scope.values())).device
     known = torch.tensor([seen, *(name in score.sums for name in scope)], device=device)
-    distributed.all_reduce(known, group=group)
+    with collective():
+        distributed.all_reduce(known, group=group)
     batches: int
     batches, *ranks = known.tolist()
     for (name, weight), count in zip(scope.items(), ranks, strict=True):
         if count:
             if name not in score.sums:
                 score.observe({name: weight}, {name: torch.zeros_like(weight)})
-            distributed.all_reduce(score.sums[name], group=group)
+            with collective():
+                distributed.all_reduce(score.sums[name], group=group)
             score.sums[name] /= distributed.get_world_size(group)
     return batches
 

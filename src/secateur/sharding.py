@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from secateur.errors import InputError
 from secateur.support import bits
-from secateur.support.process_groups import Grid
+from secateur.support.process_groups import Grid, collective
 
 _N = TypeVar("_N", int, float)
 _Made = TypeVar("_Made")
@@ -92,7 +92,8 @@ class Place:
         if self.mesh is None:
             return bits.pack_rows(mask)
         whole: Any = mask
-        rows = bits.pack_rows(bits.local(whole.redistribute(placements=self._by_rows())))
+        with collective():
+            rows = bits.pack_rows(bits.local(whole.redistribute(placements=self._by_rows())))
         return replace(self, shape=(self.shape[0], rows.shape[1]), placements=self._by_rows()).spread(rows)
 
     def unpacked(self, rows: Tensor) -> Tensor:
@@ -101,7 +102,7 @@ class Place:
         if bits.is_sharded(rows):
             if self.mesh is not None and (found.device_mesh, found.placements) == (self.mesh, self._by_rows()):
                 return self.part(bits.unpack_rows(bits.local(rows), (len(self.index[0]), *self.shape[1:])))
-            rows = found.full_tensor()
+            rows = _gathered(found)
         return self.part(bits.unpack_rows(rows, self.shape))
 
     def _by_rows(self) -> tuple[Any, ...]:
@@ -187,8 +188,15 @@ def part_like(tensor: Any, weight: Any) -> Tensor:
     if bits.is_sharded(tensor):
         if place is not None and (tensor.device_mesh, tensor.placements) == (place.mesh, place.placements):
             return bits.local(tensor)
-        tensor = tensor.full_tensor()
+        tensor = _gathered(tensor)
     return tensor if place is None else place.part(tensor)
+
+
+def _gathered(tensor: Any) -> Tensor:
+    """All of a DTensor, which has bits or, in a checkpoint of another layout, sums of gradients."""
+    with collective():
+        whole: Tensor = tensor.full_tensor()
+    return whole
 
 
 def spread(tensors: Mapping[str, Any]) -> Spread | None:

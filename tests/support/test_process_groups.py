@@ -1,16 +1,20 @@
 """secateur.support.process_groups: together arrays add up and text spreads; no verb looks for a group by itself."""
 
+import datetime
+import os
+import signal
 import time
 
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import secateur as sc
-from processes import in_a_group
-from secateur.support.process_groups import ALONE, Group
+from processes import as_torchrun, in_a_group, joined
+from secateur.errors import GroupError, StateError
+from secateur.support.process_groups import ALONE, Group, collective, during
 
 TEXTS = ["", "/a/place/.out.tmp", "grüße \u4f60\u597d", "x" * 4096]
 FAR = {
@@ -75,6 +79,36 @@ def adds_up(rank, folder):
 def test_two_processes(tmp_path):
     in_a_group(2, adds_up, str(tmp_path))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["0", "1"]
+
+
+def lost(rank, how):
+    group = Group(distributed.new_group(backend="gloo", timeout=datetime.timedelta(seconds=1)))
+    group.total(np.zeros(1))
+    if rank:
+        if how == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(3)
+        os._exit(0)
+    begun = time.perf_counter()
+    words = r"while a file was written: masks and .* start all processes again"
+    with pytest.raises(GroupError, match=words) as told, during("a file was written"):
+        group.total(np.zeros(1))
+    assert time.perf_counter() - begun < (1 if how == "killed" else 3)
+    assert type(told.value.__cause__).__module__ in ("builtins", "torch.distributed", "torch._C._distributed_c10d")
+    os._exit(0)  # the group cannot be left in good order
+
+
+@needs_groups
+@pytest.mark.parametrize("how", ["killed", "late"])
+def test_a_process_that_is_lost_or_late_is_told_of(how):
+    ranks = as_torchrun(2, joined, lost, how)
+    assert ranks[0].returncode == 0, ranks[0].stderr
+    assert ranks[1].returncode == (-signal.SIGKILL if how == "killed" else 0)
+
+
+def test_other_errors_stay():
+    with pytest.raises(StateError, match=r"^too early$"), during("a file was written"), collective():
+        raise StateError("too early")
 
 
 def prunes_alike(rank, alone):

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import distributed
+
+from secateur.errors import GroupError, SecateurError
 
 Array = npt.NDArray[Any]
 Total = Callable[[Array], Array]
@@ -18,8 +21,44 @@ Total = Callable[[Array], Array]
 _TEXT = 4096
 
 
+@contextmanager
+def collective() -> Iterator[None]:
+    """Around a call of torch.distributed that waits for other processes: say what its error means.
+
+    The timeout is that of the group; nothing is tried twice.
+
+    Raises:
+        GroupError: the call failed, most likely as another process has ended or did not come in time.
+    """
+    try:
+        yield
+    except SecateurError:
+        raise
+    except RuntimeError as error:
+        raise _lost("the processes waited for each other", error) from error
+
+
+@contextmanager
+def during(what: str) -> Iterator[None]:
+    """Say in a GroupError from inside what was going on: "masks were chosen at step 7"."""
+    try:
+        yield
+    except GroupError as error:
+        raise _lost(what, error.__cause__ or error) from error.__cause__
+
+
+def _lost(what: str, error: BaseException) -> GroupError:
+    return GroupError(
+        f"a process was lost, or did not come, while {what}: masks and weights here are as they were; start all "
+        f"processes again, a training from its last checkpoint ({str(error).partition(chr(10))[0]})"
+    )
+
+
 class Processes(Protocol):
-    """Some processes, of which this is one; each waits for the others in `total` and `from_first`."""
+    """Some processes, of which this is one; each waits for the others in `total` and `from_first`.
+
+    If another is lost, or does not come within the timeout of the group, these raise a GroupError.
+    """
 
     rank: int
     size: int
@@ -54,7 +93,8 @@ class Group:
 
     def total(self, array: Array) -> Array:
         """Add up the arrays of all ranks, in place."""
-        distributed.all_reduce(torch.from_numpy(array), group=self._group)
+        with collective():
+            distributed.all_reduce(torch.from_numpy(array), group=self._group)
         return array
 
     def from_first(self, text: str) -> str:
@@ -83,8 +123,9 @@ class Grid:
         """Add up the arrays of all processes of the mesh, in place."""
         for group in self._groups:
             sent = torch.from_numpy(array).to(self._device)  # a group of GPUs takes no tensor of the CPU
-            distributed.all_reduce(sent, group=group)
-            array[...] = sent.cpu().numpy()
+            with collective():
+                distributed.all_reduce(sent, group=group)
+                array[...] = sent.cpu().numpy()
         return array
 
     def differ(self, text: str) -> list[str]:
