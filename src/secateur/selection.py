@@ -101,14 +101,15 @@ class Stream:
                 first, last = self.ends(start, raw.numel())
                 if last < within.start or first >= within.stop:
                     continue
-            if self.score is magnitude and raw.dtype.to_real() == dtype:
+            if self.score is magnitude and not raw.is_complex():
                 room = room if room.numel() >= raw.numel() else room.new_empty(raw.numel())
-                scores = torch.abs(raw, out=room[: raw.numel()])
+                scores = room[: raw.numel()]
+                scores = torch.abs(raw, out=scores) if raw.dtype == dtype else scores.copy_(raw).abs_()
             else:
                 scores = self._scored(raw)
             if check and self.score is magnitude and not math.isfinite(_highest(scores)):
                 require_finite(self.name, self.values)
-            yield start, self._ranked(scores, start).to(dtype)
+            yield start, self._ranked(scores.to(dtype), start)
 
     def whole(self, indices: Indices) -> Indices:
         """The row-major indices in the whole tensor of some in `values`; both ascend."""
@@ -140,8 +141,7 @@ class Stream:
     def _ranked(self, scores: Tensor, start: int) -> Tensor:
         stop = start + scores.numel()
         if self.kept is not None:
-            kept = bits.unpack(self.kept, scores.numel(), start)
-            scores = scores.masked_fill(~kept, -math.inf)
+            scores = bits.floor(scores, self.kept, start)
         first, last = max(self.protected.start, start), min(self.protected.stop, stop)
         if first < last:
             scores = scores.clone()

@@ -25,6 +25,8 @@ SMALL = 1 << 16
 
 _BYTES = np.arange(256, dtype=np.uint8)[:, None]
 _ONES = np.unpackbits(_BYTES, axis=1, bitorder="little")  # [256, 8]: the bits of each byte
+_CAPS = np.where(_ONES, np.inf, -np.inf)
+"""For each byte of mask what the scores of eight weights are at most: those of pruned ones are -inf."""
 _WORD = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _KEPT = {
     **{size: -_ONES.astype(f"i{size}") for size in _WORD},
@@ -104,6 +106,16 @@ def unpack(bits: Tensor, count: int, start: int = 0) -> Tensor:
         return torch.from_numpy(np.unpackbits(bits.numpy(), count=count, bitorder="little").view(np.bool_))
     shifts = torch.arange(8, dtype=torch.uint8, device=bits.device)
     return ((bits[:, None] >> shifts) & 1).view(-1)[:count].bool()
+
+
+def floor(scores: Tensor, bits: Tensor, start: int = 0) -> Tensor:
+    """Return flat real scores, which begin at weight `start` (a multiple of 8), with -inf where the bit is 0."""
+    kept = bits[start // 8 : (start + scores.numel() + 7) // 8]
+    if not on_cpu(scores):
+        return scores.masked_fill(~unpack(kept, scores.numel()), -math.inf)
+    values = scores.numpy()
+    caps = _CAPS.astype(values.dtype).take(kept.numpy(), axis=0).reshape(-1)[: values.size]
+    return torch.from_numpy(np.minimum(values, caps, out=caps))
 
 
 def pack_rows(kept: Tensor) -> Tensor:
