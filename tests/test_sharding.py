@@ -47,6 +47,10 @@ def where_shards_lie(rank, ranks):
             found, local = place.locate(np.arange(numel))
             assert found.nonzero()[0].tolist() == here.tolist()
             assert local.tolist() == list(range(len(here)))
+            rows = here // math.prod(shape[1:])
+            for row in range(shape[0]):
+                assert [*place.row(row)] == (rows == row).nonzero()[0].tolist()
+            assert not place.row(None)
             counted = torch.zeros(numel, dtype=torch.int64)
             if place.counts:
                 counted[here] += 1

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from secateur import sharding
 from secateur.errors import InputError, StateError, listed
 from secateur.masks import Masks
 from secateur.movers import Mover
@@ -24,7 +25,8 @@ from secateur.support import bits, checks
 from secateur.support.registry import Registry
 
 STATE = ("hidden", "logs", "cuts")
-"""What a Pruner saves of it: tensors by the names of the weights; `hidden` of their shapes, the others numbers."""
+"""What a Pruner saves of it: tensors by the names of the weights; `hidden` of their shapes, the others numbers. And as
+`seen` the names of those that have dense weights."""
 
 _M = TypeVar("_M", bound=Callable[..., "Feedback"])
 
@@ -119,6 +121,8 @@ def str_(every: int = 1, learn: float = 0.02, stop: int | float | None = None) -
 class Withheld:
     """The dense weights less those that the model shows, of each tensor, and what a method learns.
 
+    Of a DTensor only the part that is here.
+
     Args:
         method: how they live on.
     """
@@ -152,8 +156,8 @@ class Withheld:
     def dense(self, scope: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The dense weights of some tensors."""
         return {
-            name: weight + self.hidden[name].to(weight.device) if name in self.hidden else weight.detach()
-            for name, weight in scope.items()
+            name: weight + self.hidden[name].to(weight.device) if name in self.hidden else weight
+            for name, weight in ((name, bits.local(weight)) for name, weight in scope.items())
         }
 
     def require_looked(self, step: int) -> None:
@@ -186,7 +190,8 @@ class Withheld:
                 if weight.grad.is_sparse:  # rows without a gradient rest
                     weight.grad = weight.grad.coalesce()
                     rest = rest.sparse_mask(weight.grad)
-                weight.grad.add_(rest, alpha=self.method.decay * scale)
+                gradient = bits.local(weight.grad) if bits.is_sharded(weight.grad) else weight.grad
+                gradient.add_(rest, alpha=self.method.decay * scale)
             if self.method.learn:
                 slope = (weight.grad * weight.sgn().conj()).real.float().sum() * self.cuts[name].to(weight.device)
                 old = self.logs.get(name, torch.zeros_like(slope))
@@ -199,7 +204,7 @@ class Withheld:
             if name in self.hidden:
                 if not self.method.straight:
                     zero(weight, masks.packed(name))
-                weight.add_(self.hidden.pop(name).to(weight.device))
+                bits.local(weight).add_(self.hidden.pop(name).to(weight.device))
 
     @torch.no_grad()
     def withhold(self, scope: Mapping[str, Tensor], masks: Masks, zero: bits.Zeroer, *, anew: bool = False) -> None:
@@ -211,8 +216,9 @@ class Withheld:
             zero: sets what is not shown to zero.
             anew: the masks were chosen just now, so that `soft` has other thresholds.
         """
-        for name, weight in scope.items():
-            whole, kept = weight.detach().clone(), masks.packed(name)
+        for name, tensor in scope.items():
+            weight, kept = bits.local(tensor), masks.packed(name)
+            whole = weight.clone()
             zero(weight, kept)
             if not self.method.soft:
                 zero(whole, ~kept)
@@ -231,9 +237,11 @@ class Withheld:
 
     @torch.no_grad()
     def moved(self, scope: Mapping[str, Tensor]) -> list[str]:
-        """The tensors that were changed since they were noted; the notes are forgotten."""
+        """The tensors that were changed, in any part, since they were noted; the notes are forgotten."""
         marks, self._marks = self._marks, {}
-        return [name for name, noted in marks.items() if name in scope and _sum(scope[name]) != noted]
+        noted = {name: scope[name] for name in marks if name in scope}
+        found = sharding.total(noted, {name: int(_sum(weight) != marks[name]) for name, weight in noted.items()})
+        return [name for name, changed in found.items() if changed]
 
     def require_own(self, scope: Mapping[str, Tensor]) -> None:
         """See that tensors that were noted are still those to which the rest belongs.
@@ -250,9 +258,19 @@ class Withheld:
                 "was saved with these weights, or make a new Pruner"
             )
 
-    def state_dict(self) -> dict[str, Any]:
-        """Copies of what is withheld and learned."""
-        return {key: {name: value.clone() for name, value in getattr(self, key).items()} for key in STATE}
+    def state_dict(self, scope: Mapping[str, Tensor]) -> dict[str, Any]:
+        """Copies of what is withheld and learned, of all tensors of a Pruner: a checkpoint that is read in place needs
+        them from the first step on."""
+        hidden, logs, cuts = {}, {}, {}
+        for name, weight in scope.items():
+            part, real = bits.local(weight), weight.dtype.to_real()
+            part = self.hidden[name].clone() if name in self.hidden else torch.zeros_like(part)
+            hidden[name] = sharding.spread_like(part, weight)
+            if self.method.soft:
+                learned = torch.promote_types(real, torch.float32)
+                logs[name] = self.logs.get(name, torch.zeros((), dtype=learned)).clone()
+                cuts[name] = self.cuts.get(name, torch.zeros((), dtype=real)).clone()
+        return {"hidden": hidden, "logs": logs, "cuts": cuts, "seen": [*self.hidden]}
 
     def load_state_dict(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Go on from there."""
@@ -267,4 +285,4 @@ class Withheld:
 
 
 def _sum(weight: Tensor) -> str:
-    return repr(weight.sum().item())  # as words a NaN is equal to itself
+    return repr(bits.local(weight).sum().item())  # as words a NaN is equal to itself

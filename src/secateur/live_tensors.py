@@ -191,9 +191,10 @@ def loose_zeros(scope: Scope, masks: Masks, names: Iterable[str]) -> int:
     pruned, zeros = masks.counts(), {}
     for name in names:
         member = scope.members[name]
-        weight, row = bits.local(member.parameter), member.padding_row
-        padding = weight[row].numel() - int(weight[row].count_nonzero()) if row is not None else 0
-        zeros[name] = weight.numel() - int(weight.count_nonzero()) - padding
+        weight, place = bits.local(member.parameter), sharding.place_of(name, member.parameter)
+        row = member.protected if place is None else place.row(member.padding_row)
+        padding = weight.reshape(-1)[row.start : row.stop]
+        zeros[name] = weight.numel() - len(padding) - int(weight.count_nonzero()) + int(padding.count_nonzero())
     found = sharding.total({name: scope[name] for name in zeros}, zeros)
     free = {name: scope.members[name].free for name in found}
     total = sum(count - pruned[name] for name, count in found.items() if count < free[name])

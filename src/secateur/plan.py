@@ -235,6 +235,8 @@ class _Sheet:
             return self.lay({member.name: member.parameter.detach() for member in self.members})
         (member,) = self.members
         weight, row = member.parameter.detach(), member.padding_row
+        if bits.is_sharded(weight):  # of which an allocation sees the shape alone
+            weight = torch.empty(weight.shape, device="meta")
         return weight if row is None else torch.cat([weight[:row], weight[row + 1 :]])
 
 
@@ -388,10 +390,11 @@ class Plan:
         packed = held.packed(name).to(weight.device) if held is not None and name in held else None
         place = spread.places[name] if spread is not None else None
         here = place is None or place.counts
+        protected = member.protected if place is None else place.row(member.padding_row)
         if getattr(self.score, "elementwise", False):
-            return Stream(name, weight, self.score, packed, member.protected, here=here, place=place)
+            return Stream(name, weight, self.score, packed, protected, here=here, place=place)
         values = selection.zeros_first(scores.evaluate(self.score, name, weight), weight)
-        return Stream(name, values, None, packed, member.protected, here=here, place=place)
+        return Stream(name, values, None, packed, protected, here=here, place=place)
 
     def _reduced(self, sheet: _Sheet, pattern: Pattern, told: int, held: Masks | None) -> Tensor:
         """The scores of groups: those pruned already come first, then those that are zero; +inf for what must stay."""
@@ -549,9 +552,6 @@ def _require_spreadable(plan: Plan) -> None:
             f"the allocation {_name(plan.allocation.share)} looks at whole tensors, and these are sharded: {remedy}, "
             'or use "global", "uniform" or "erk"'
         )
-    padded = [name for name, member in plan.scope.members.items() if member.padding_row is not None]
-    if padded:
-        raise InputError(f"{listed(padded)} has a row for padding, and is sharded: {remedy}, or leave it out")
 
 
 def _picked_scope(model: nn.Module, scope: Mapping[str, nn.Parameter] | None, pattern: Picked) -> Scope:

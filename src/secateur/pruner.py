@@ -404,7 +404,7 @@ class Pruner:
         if self._regrow is not None:
             state["regrow"] = {"generator": self._generator.get_state(), "grown": self._grown}
         if self._dense is not None:
-            state["withheld"] = self._dense.state_dict()
+            state["withheld"] = self._dense.state_dict(self._plan.scope)
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -518,7 +518,7 @@ class Pruner:
                 self._settle()
             raise
         self._grown += always.pruned - masks.pruned
-        changed = masks != self._masks
+        changed = len({masks.pruned, always.pruned, self._masks.pruned}) > 1  # in any part
         self._masks, self._counts = masks, counts
         self._settle(masks=always, chosen=masks)
         for forget in forgetting:

@@ -194,11 +194,8 @@ def read_sums(state: Mapping[str, Any], scope: Scope) -> dict[str, Tensor]:
             raise _damaged(
                 f"its sum of gradients of {name} is {_told(total)}, not {tuple(weight.shape)} finite numbers"
             )
-    seen = state.get("seen", list(sums))
-    if not isinstance(seen, (list, tuple)) or not set(seen) <= set(sums):
-        raise _damaged(f"the names whose gradients were seen are {checks.told(seen)}, not among those of its sums")
-    sums = {name: total for name, total in sums.items() if name in seen}
-    parts = {name: sharding.part_like(total, scope[name]) for name, total in sums.items()}
+    seen = _seen("gradients", state.get("seen", list(sums)), sums)
+    parts = {name: sharding.part_like(sums[name], scope[name]) for name in seen}
     return {name: precise(part.clone()).to(scope[name].device) for name, part in parts.items()}
 
 
@@ -236,29 +233,34 @@ def read_withheld(state: Mapping[str, Any], scope: Scope, wanted: Iterable[str])
         wanted: names of those that have dense weights.
 
     Raises:
-        InputError: they are damaged, or missing: torch.distributed.checkpoint reads only what is in the state of the
-            Pruner that it reads into, which has none before its first masks.
+        InputError: they are damaged, or missing.
     """
     saved = state.get("withheld")
-    if not isinstance(saved, Mapping) or set(saved) != set(STATE):
+    if not isinstance(saved, Mapping) or set(saved) - {"seen"} != set(STATE):
         raise _damaged(f"its dense weights are {checks.kind(saved) if saved is not None else 'missing'}")
-    found: dict[str, dict[str, Tensor]] = {}
-    for key, tensors in saved.items():
+    found: dict[str, dict[str, Tensor]] = {key: {} for key in STATE}
+    for key, tensors in ((key, saved[key]) for key in STATE):
         if not isinstance(tensors, Mapping) or not set(tensors) <= set(scope):
             raise _damaged(f"its {key} are of other names than those in scope")
         for name, value in tensors.items():
             weight = scope[name]
-            shape = weight.shape if key == "hidden" else torch.Size()
+            like = weight if key == "hidden" else torch.empty(())
             plain = isinstance(value, Tensor) and value.layout is torch.strided and not value.is_meta
-            if not plain or value.shape != shape or value.is_complex() > weight.is_complex():
-                raise _damaged(f"its {key} of {name} is {_told(value)}, not numbers of shape {tuple(shape)}")
-        found[key] = {name: value.to(scope[name].device) for name, value in tensors.items()}
-    if lost := sorted(set(wanted) - set(found["hidden"])):
-        raise InputError(
-            f"the dense weights of {listed(lost)} are not in the state, which has masks of them: "
-            "torch.distributed.checkpoint does not read them into a new Pruner; keep its state with torch.save"
-        )
+            if not plain or value.shape != like.shape or value.is_complex() > weight.is_complex():
+                raise _damaged(f"its {key} of {name} is {_told(value)}, not numbers of shape {tuple(like.shape)}")
+            found[key][name] = sharding.part_like(value, like).to(weight.device)
+    seen = _seen("dense weights", saved.get("seen", list(found["hidden"])), found["hidden"])
+    found["hidden"] = {name: found["hidden"][name] for name in seen}
+    if lost := sorted(set(wanted) - set(seen)):
+        raise _damaged(f"it has masks of {listed(lost)}, but no dense weights")
     return found
+
+
+def _seen(what: str, names: object, known: Mapping[str, object]) -> list[str]:
+    """The names whose numbers say something, among those that a checkpoint keeps of all tensors."""
+    if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) and name in known for name in names):
+        raise _damaged(f"the names whose {what} were seen are {checks.told(names)}, not among those it keeps")
+    return [*names]
 
 
 def _told(thing: object) -> str:

@@ -214,9 +214,9 @@ def require_movable(given: Regrowth | Feedback | None, plan: Plan | FixedMasks) 
         return
     if isinstance(plan, FixedMasks):
         raise InputError("given masks are held as they are: leave regrow out, or give a sparsity in their place")
-    if any(map(bits.is_sharded, plan.scope.values())):
-        raise InputError("the weights are sharded, and masks of parts do not move yet: leave regrow out")
     soft = isinstance(given, Feedback) and given.soft
+    if any(map(bits.is_sharded, plan.scope.values())) and (soft or isinstance(given, Regrowth)):
+        raise InputError(f"the weights are sharded, and {given} looks at whole ones: leave regrow out")
     if plan.pattern is not None and (soft or isinstance(given, Regrowth)):
         what = "one threshold for each tensor" if soft else "regrowth moves single weights, which"
         raise PatternError(f"{what} would break the pattern {plan.pattern}: leave regrow out, or the pattern")

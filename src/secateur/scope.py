@@ -58,7 +58,7 @@ class Member:
         """Row-major indices that are never pruned."""
         if self.padding_row is None:
             return range(0)
-        row = self.parameter[0].numel()
+        row = self.parameter.shape[1:].numel()
         return range(self.padding_row * row, (self.padding_row + 1) * row)
 
     @property

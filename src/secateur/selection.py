@@ -61,7 +61,7 @@ class Stream:
         values: the scores, or the weights if `score` is given.
         score: an elementwise score of the weights, called on flat pieces.
         kept: bits of the weights kept so far; those pruned already rank below all others.
-        protected: row-major indices that are never pruned; they rank above all others.
+        protected: row-major indices of `values` that are never pruned; they rank above all others.
         group: weights that stand behind each score (more than 1 where a pattern prunes them together).
         here: whether this process counts it; False only where processes work together, and another one does.
         legal: scores that are not +inf, where that is known without looking.

@@ -51,6 +51,12 @@ class Place:
         """Numbers in the whole tensor."""
         return math.prod(self.shape)
 
+    def row(self, row: int | None) -> range:
+        """Where the row of the whole tensor lies in the shard, row-major; an empty range if it is not here."""
+        at = np.flatnonzero(self.index[0] == row)
+        size = math.prod(map(len, self.index[1:]))
+        return range(int(at[0]) * size, (int(at[0]) + 1) * size) if at.size else range(0)
+
     def to_whole(self, flat: Indices) -> Indices:
         """Row-major indices in the whole tensor of some in the shard; both ascend."""
         found = np.zeros_like(flat)

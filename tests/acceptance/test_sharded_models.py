@@ -5,84 +5,12 @@ import math
 
 import pytest
 import torch
-from torch import nn
 from torch.distributed import checkpoint as dcp
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-from torch.distributed.checkpoint.stateful import Stateful
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Shard
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import secateur as sc
 from processes import in_a_group
 from secateur.errors import InputError, PatternError, SecateurError, StateError
-
-
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.up, self.down, self.head = nn.Linear(20, 32), nn.Linear(32, 17), nn.Linear(17, 5)
-
-    def forward(self, x):
-        return self.head(torch.tanh(self.down(torch.tanh(self.up(x)))))
-
-
-def net(dtype=torch.float32, kind="normal", seed=0):
-    torch.manual_seed(seed)
-    model = Net()
-    with torch.no_grad():
-        for weight in model.parameters():
-            if kind == "tied":
-                weight.copy_((weight * 30).round() / 30)
-            if kind == "constant":
-                weight.fill_(0.25)
-    return model.to(dtype)
-
-
-def rows(model, ranks):
-    mesh = init_device_mesh("cpu", (ranks,))
-    for layer in (model.up, model.down):
-        fully_shard(layer, mesh=mesh)
-    return fully_shard(model, mesh=mesh)
-
-
-def columns(model, ranks):
-    mesh = init_device_mesh("cpu", (ranks,))
-    fully_shard(model.up, mesh=mesh, shard_placement_fn=lambda p: Shard(1) if p.ndim == 2 else None)
-    fully_shard(model.down, mesh=mesh, shard_placement_fn=lambda p: Shard(1) if p.ndim == 2 else None)
-    return model  # the head is plain
-
-
-def hybrid(model, ranks):
-    mesh = init_device_mesh("cpu", (2, ranks // 2), mesh_dim_names=("copies", "parts"))
-    fully_shard(model.down, mesh=mesh)
-    return fully_shard(model, mesh=mesh)
-
-
-def tensors_in_parallel(model, ranks):
-    mesh = init_device_mesh("cpu", (2, ranks // 2), mesh_dim_names=("data", "tensor"))
-    plan = {"up": ColwiseParallel(), "down": RowwiseParallel()}
-    parallelize_module(model, mesh["tensor"], plan)
-    return fully_shard(model, mesh=mesh["data"])
-
-
-LAYOUTS = {2: (rows, columns), 3: (rows,), 4: (rows, columns, hybrid, tensors_in_parallel)}
-X = torch.randn(16, 20, generator=torch.Generator().manual_seed(1))
-
-
-def full(tensor):
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def alike(whole, sharded, masks, theirs):
-    assert theirs.counts() == masks.counts()
-    assert sc.check(sharded, theirs) == {}
-    for name, mask in masks.items():
-        assert torch.equal(full(theirs[name]), mask), name
-    mine = dict(sharded.named_parameters())
-    for name, weight in whole.named_parameters():
-        assert torch.equal(full(mine[name]).view(torch.uint8), weight.detach().view(torch.uint8)), name
+from sharded_models import LAYOUTS, App, X, alike, columns, full, hybrid, net, plain, rows, steps, tensors_in_parallel
 
 
 def one_shot(rank, ranks):
@@ -203,7 +131,7 @@ def refused(rank, ranks):
     )
     untouched("the score random looks at whole tensors", lambda: sc.prune(model, 0.5, score="random"), InputError)
     untouched("the allocation .* looks at whole tensors", lambda: sc.prune(model, 0.5, allocation="lamp"), InputError)
-    untouched("masks of parts do not move yet: leave regrow out", lambda: sc.Pruner(model, 0.5, regrow="rigl"))
+    untouched("looks at whole ones: leave regrow out", lambda: sc.Pruner(model, 0.5, regrow="rigl"))
     untouched("the weights are sharded, and a report reads whole ones", lambda: sc.report(model), InputError)
     untouched(
         "process 1 has sparsity of down.weight 0.9, process 0 has 0.8.*call it alike",
@@ -242,34 +170,15 @@ def test_sharding_after_attach_is_an_error_at_the_next_step():
 # ---- checkpoints -------------------------------------------------------------------------------------------------
 
 
-def begun(layout, ranks, score):
+def begun(layout, ranks, options):
     model = layout(net(), ranks)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
-    pruner = sc.Pruner(model, 0.8, schedule=sc.cubic(0, 10, every=2), score=score)
+    pruner = sc.Pruner(model, 0.8, schedule=sc.cubic(0, 10, every=2), **options)
     return model, optimizer, pruner
 
 
-def steps(model, optimizer, count):
-    for _ in range(count):
-        optimizer.zero_grad()
-        model(X).square().mean().backward()
-        optimizer.step()
-
-
-class App(Stateful):
-    def __init__(self, model, optimizer):
-        self.model, self.optimizer = model, optimizer
-
-    def state_dict(self):
-        model, optimizer = get_state_dict(self.model, self.optimizer)
-        return {"model": model, "optimizer": optimizer}
-
-    def load_state_dict(self, state):
-        set_state_dict(self.model, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
-
-
-def left_off(rank, ranks, folder, score, layout):
-    model, optimizer, pruner = begun(layout, ranks, score)
+def left_off(rank, ranks, folder, options, layout):
+    model, optimizer, pruner = begun(layout, ranks, options)
     pruner.attach(optimizer)
     steps(model, optimizer, 5)
     dcp.save({"app": App(model, optimizer), "pruner": pruner}, checkpoint_id=f"{folder}/middle")
@@ -281,8 +190,8 @@ def left_off(rank, ranks, folder, score, layout):
         torch.save((state, kept), f"{folder}/end.pt")
 
 
-def gone_on(rank, ranks, folder, score, layout):
-    model, optimizer, pruner = begun(layout, ranks, score)
+def gone_on(rank, ranks, folder, options, layout):
+    model, optimizer, pruner = begun(layout, ranks, options)
     dcp.load({"app": App(model, optimizer), "pruner": pruner}, checkpoint_id=f"{folder}/middle")
     pruner.attach(optimizer)
     assert pruner.steps == 5
@@ -293,23 +202,22 @@ def gone_on(rank, ranks, folder, score, layout):
     assert all(torch.equal(full(weight), state[name]) for name, weight in model.state_dict().items())
 
 
-def plain(model, ranks):
-    return model
-
-
-def kept_and_taken_up(folder, score, first, *others):
-    in_a_group(4, left_off, 4, folder, score, first)
+def kept_and_taken_up(folder, options, first, *others):
+    in_a_group(4, left_off, 4, folder, options, first)
     for ranks, layout in others:
-        in_a_group(ranks, gone_on, ranks, folder, score, layout)
+        in_a_group(ranks, gone_on, ranks, folder, options, layout)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("score", ["magnitude", "taylor"])
 @pytest.mark.parametrize("first", [rows, columns, hybrid])
-def test_a_checkpoint_goes_on_anywhere(tmp_path, score, first):
+@pytest.mark.parametrize(
+    "options", [{}, {"score": "taylor"}, *({"regrow": way} for way in ("soft_movement", "dpf"))], ids=str
+)
+def test_a_checkpoint_goes_on_anywhere(tmp_path, options, first):
     others = (4, first), (2, rows), (2, columns), (1, plain), (4, hybrid)
-    kept_and_taken_up(str(tmp_path), score, first, *others)
+    kept_and_taken_up(str(tmp_path), options, first, *others)
 
 
-def test_a_checkpoint_goes_on_with_other_processes(tmp_path):
-    kept_and_taken_up(str(tmp_path), "taylor", rows, (2, columns), (1, plain))
+@pytest.mark.parametrize("options", [{"score": "taylor"}, {"regrow": "soft_movement"}], ids=str)
+def test_a_checkpoint_goes_on_with_other_processes(tmp_path, options):
+    kept_and_taken_up(str(tmp_path), options, rows, (2, columns), (1, plain))

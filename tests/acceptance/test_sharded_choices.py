@@ -1,0 +1,159 @@
+"""Row A42, for all that may be asked of a pruning: on sharded models it chooses as on whole ones, or is refused."""
+
+import random
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Shard
+
+import secateur as sc
+from processes import in_a_group
+from secateur.errors import SecateurError, StateError
+from sharded_models import LAYOUTS, X, alike, net, tensors_in_parallel
+
+
+class Words(nn.Module):
+    """A padding row, a tied weight, a frozen one."""
+
+    def __init__(self):
+        super().__init__()
+        self.words = nn.Embedding(13, 8, padding_idx=5)
+        self.up, self.down, self.out = nn.Linear(8, 24), nn.Linear(24, 8), nn.Linear(8, 13)
+        self.out.weight = self.words.weight
+        self.side = nn.Linear(8, 12)
+        self.side.weight.requires_grad_(False)
+
+    def forward(self, x):
+        x = self.down(torch.tanh(self.up(self.words(x))))
+        return self.out(x) + self.side(x).sum(-1, keepdim=True)
+
+
+def words(dtype, kind):
+    torch.manual_seed(0)
+    model = Words()
+    with torch.no_grad():
+        for weight in (model.words.weight, model.up.weight, model.down.weight, model.side.weight):
+            if kind == "tied":
+                weight.copy_((weight * 20).round() / 20)
+            if kind == "constant":
+                weight.fill_(0.25)
+    return model.to(dtype)
+
+
+def sharded(model, mesh, dim):
+    """Tied weights must be in one group."""
+    return fully_shard(model, mesh=mesh, shard_placement_fn=lambda p: Shard(dim) if p.ndim == 2 else None)
+
+
+def drawn(dice):
+    """What is asked for, as a function of the model: a scope is of one model."""
+    sparsity = dice.choice(
+        [
+            round(dice.random() * 0.98, 2),
+            sc.Count(dice.randrange(500)),
+            {"up": round(dice.random(), 1) * 0.9, "*down*": 0.5, "out.weight": 0.75},
+            {"words": 0.4},
+        ]
+    )
+    least = dice.choice([{}, {"min_keep": dice.randrange(1, 60)}, {"min_keep": 0.2}, {"allow_empty": True}])
+    allocation = dice.choice([sc.allocation.global_, sc.allocation.uniform, sc.allocation.erk])(**least)
+    only = dice.choice([["words", "up", "down", "side"], ["words", "up"], ["*"], ["up", "side"]])
+    return sparsity, {"allocation": allocation}, {"only": only}
+
+
+def tried(prune, model, sparsity, options, scope):
+    try:
+        return prune(model, sparsity, scope=sc.weights(model, **scope), **options)
+    except SecateurError as error:
+        return error
+
+
+def choices(rank, ranks, cases):
+    mesh = init_device_mesh("cpu", (ranks,))
+    meshes = (
+        [mesh, init_device_mesh("cpu", (2, ranks // 2), mesh_dim_names=("copies", "parts"))] if ranks > 2 else [mesh]
+    )
+    dice = random.Random(0)
+    done = 0
+    for _ in range(cases):
+        dtype = dice.choice([torch.float32, torch.bfloat16])
+        kind = dice.choice(["normal", "tied", "constant"])
+        one, other = words(dtype, kind), sharded(words(dtype, kind), dice.choice(meshes), dice.randrange(2))
+        asked = drawn(dice)
+        masks, theirs = tried(sc.prune, one, *asked), tried(sc.prune, other, *asked)
+        if isinstance(masks, Exception) or isinstance(theirs, Exception):
+            assert (type(masks), str(masks)) == (type(theirs), str(theirs)), asked
+        else:
+            alike(one, other, masks, theirs)
+            done += 1
+    assert done > cases // 2
+
+
+@pytest.mark.parametrize(
+    ("ranks", "cases"),
+    [(2, 40), pytest.param(2, 400, marks=pytest.mark.slow), pytest.param(4, 300, marks=pytest.mark.slow)],
+)
+def test_a42_whatever_is_asked_is_chosen_as_on_the_whole_model(ranks, cases):
+    in_a_group(ranks, choices, ranks, cases)
+
+
+# ---- masks that move -----------------------------------------------------------------------------------------------
+
+MOVING = {
+    "soft_movement": {"regrow": "soft_movement"},
+    "dpf": {"regrow": sc.feedback.dpf(every=3)},
+    "decay": {"regrow": sc.feedback.sr_ste(decay=0.01, stop=9)},
+}
+
+
+def moving(rank, ranks, options):
+    """The same batch on each process, so that the averaged gradients are those of one."""
+    for layout in LAYOUTS[ranks]:
+        models = net(), layout(net(), ranks)
+        optimizers = [torch.optim.Adam(model.parameters(), lr=0.01) for model in models]
+        pruners = [sc.Pruner(m, 0.8, schedule=sc.cubic(0, 8, every=2), **options) for m in models]
+        for pruner, optimizer in zip(pruners, optimizers, strict=True):
+            pruner.attach(optimizer)
+        for _ in range(12):
+            for model, optimizer in zip(models, optimizers, strict=True):
+                optimizer.zero_grad()
+                model(X).square().mean().backward()
+                optimizer.step()
+            masks, theirs = (pruner.masks for pruner in pruners)
+            assert masks.counts() == theirs.counts() or layout is tensors_in_parallel
+            if layout is not tensors_in_parallel:  # whose gradients are summed in another order
+                alike(*models, masks, theirs)
+        assert pruners[0].metrics()["pruning/grown"] > 0
+        grown = [pruner.metrics()["pruning/grown"] for pruner in pruners]
+        assert grown[0] == grown[1] or layout is tensors_in_parallel
+        assert pruners[1].finish().pruned == pruners[0].finish().pruned
+
+
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("way", MOVING)
+def test_masks_move_as_those_of_the_whole_model(ranks, way):
+    in_a_group(ranks, moving, ranks, MOVING[way])
+
+
+def put_back(rank, ranks):
+    """Dense weights are noted on `detach`, and a change in one process is seen by all of them."""
+    model = LAYOUTS[ranks][0](net(), ranks)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    pruner = sc.Pruner(model, 0.5, regrow="dpf")
+    for _ in range(2):
+        pruner.attach(optimizer)
+        for _ in range(3):
+            model(X).square().mean().backward()
+            optimizer.step()
+        pruner.detach()
+    if rank == 1:
+        model.up.weight.detach().to_local()[0] += 1
+    with pytest.raises(StateError, match=r"up\.weight changed while this pruner was detached.*load the pruner's state"):
+        pruner.attach(optimizer)
+
+
+def test_a_change_beside_the_pruner_is_an_error_in_all_processes():
+    in_a_group(2, put_back, 2)
