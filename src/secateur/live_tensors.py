@@ -48,6 +48,11 @@ def troubles(model: nn.Module, scope: Scope, masks: Masks) -> Iterator[str]:
                 f"{name} was {what} since the Pruner was made: make the Pruner, and the optimizer, of the model as it "
                 "is now; masks of before can be given to it"
             )
+        if not masks.lies_as(name, weight):
+            raise StateError(
+                f"{name} is spread over the processes in another way than when the Pruner was made: make the Pruner, "
+                "and the optimizer, of the model as it is now"
+            )
         if weight.shape != masks.shape(name):
             raise StateError(
                 f"{name} has shape {tuple(weight.shape)} now, and its mask {tuple(masks.shape(name))}: make "
@@ -186,8 +191,10 @@ def warn_of_newcomers(model: nn.Module, scope: Scope) -> None:
 
 
 def loose_zeros(scope: Scope, masks: Masks, names: Iterable[str]) -> int:
-    """Count the weights that are zero though the masks keep them. Tensors that are all zeros are taken as initialised
-    so."""
+    """Count the weights that are zero though the masks keep them, once the others are zero.
+
+    Tensors that are all zeros are taken as initialised so.
+    """
     pruned, zeros = masks.counts(), {}
     for name in names:
         member = scope.members[name]
@@ -195,6 +202,7 @@ def loose_zeros(scope: Scope, masks: Masks, names: Iterable[str]) -> int:
         row = member.protected if place is None else place.row(member.padding_row)
         padding = weight.reshape(-1)[row.start : row.stop]
         zeros[name] = weight.numel() - len(padding) - int(weight.count_nonzero()) + int(padding.count_nonzero())
+        zeros[name] += bits.alive(weight, masks.packed(name).to(weight.device)) if pruned[name] else 0
     found = sharding.total({name: scope[name] for name in zeros}, zeros)
     free = {name: scope.members[name].free for name in found}
     total = sum(count - pruned[name] for name, count in found.items() if count < free[name])

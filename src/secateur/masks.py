@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 import os
+import zlib
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -71,11 +73,15 @@ class Masks(Mapping[str, Tensor]):
     def _hold(self, packed: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], spread: Spread | None) -> None:
         self._bits, self._shapes, self._spread = dict(packed), dict(shapes), spread
         # counted now, so that later one process may ask by itself
-        self._pruned = spread.total(self._pruned_here()) if spread is not None else None
+        self._pruned = None if spread is None else spread.counted(self._pruned_here(), self._marks())
 
     def _pruned_here(self) -> dict[str, int]:
         sizes = {name: math.prod(self._part(name)) for name in self._bits}
         return {name: sizes[name] - bits.count(packed) for name, packed in self._bits.items()}
+
+    def _marks(self) -> dict[str, int]:
+        """Checksums, by which copies that differ are found."""
+        return {name: zlib.crc32(packed.cpu().numpy().data) for name, packed in self._bits.items()}
 
     def _part(self, name: str) -> tuple[int, ...]:
         """The shape of the part that is here."""
@@ -139,6 +145,10 @@ class Masks(Mapping[str, Tensor]):
         """Whether these are masks of the part of a DTensor."""
         return self._spread is not None and self._spread.places[name].mesh is not None
 
+    def lies_as(self, name: str, weight: Tensor) -> bool:
+        """Whether the mask of a tensor is spread over the processes as the weight is, so that parts fit parts."""
+        return (None if self._spread is None else self._spread.places[name].layout) == sharding.layout(weight)
+
     @property
     def size(self) -> int:
         """Weights under the masks, pruned or kept."""
@@ -182,8 +192,30 @@ class Masks(Mapping[str, Tensor]):
             joined[name] = join(self._bits[name], other._bits[name].to(self._bits[name].device))
         return Masks.from_bits(joined, {**other._shapes, **self._shapes}, self._spread)
 
+    def named(self, names: Mapping[str, str]) -> Masks:
+        """The same masks under other names: `{new: old}`."""
+        masks = Masks.from_bits(
+            {name: self._bits[old] for name, old in names.items()},
+            {name: self._shapes[old] for name, old in names.items()},
+        )
+        if self._spread is not None and self._pruned is not None:
+            masks._spread = replace(self._spread, places={n: self._spread.places[old] for n, old in names.items()})
+            masks._pruned = {name: self._pruned[old] for name, old in names.items()}
+        return masks
+
     def on(self, spread: Spread | None) -> Masks:
-        """The same masks of tensors that are spread over processes; those that are spread already stay."""
+        """The same masks of tensors that are spread over processes.
+
+        Raises:
+            MaskError: these are masks of parts, and the tensors are spread in another way.
+        """
+        for name, mine in self._spread.places.items() if self._spread is not None else ():
+            theirs = None if spread is None or name not in spread.places else spread.places[name].layout
+            if name in self._bits and theirs != mine.layout:
+                raise MaskError(
+                    f"the mask of {name} is of parts that lie otherwise than those of the weight: give Masks of the "
+                    "full_tensor() of each mask"
+                )
         if spread is None or self._spread is not None:
             return self
         packed = {name: bits.pack(spread.places[name].part(self[name])) for name in self}
@@ -191,8 +223,9 @@ class Masks(Mapping[str, Tensor]):
 
     def to(self, device: torch.device | str) -> Masks:
         """Return the same masks with their bits on `device`."""
-        moved = {name: packed.to(device) for name, packed in self._bits.items()}
-        return Masks.from_bits(moved, self._shapes, self._spread)
+        masks = self.named({name: name for name in self})
+        masks._bits = {name: packed.to(device) for name, packed in self._bits.items()}
+        return masks
 
     def apply(self, model: nn.Module | Mapping[str, Tensor]) -> None:
         """Set the pruned weights of a model, or of a state_dict, to +0.0 in place (inf and NaN too).

@@ -318,13 +318,18 @@ class Plan:
             selection.agreed(lambda: self._require_finite(names), total)
         prepare = getattr(self.score, "prepare", None)
         if prepare is not None:
-            prepare()
+            selection.agreed(prepare, total)
         found: dict[str, Tensor] = {}
         for share, count in zip(self.shares, counts, strict=True):
             found |= self._kept(_sheets(self.scope, share.names, self.pattern), count, held, spread)
         shapes = {name: self.scope[name].shape for name in names}
         masks = Masks.from_bits({name: found[name] for name in names}, shapes, spread)
         masks = masks if held is None else masks & held
+        if spread is not None and self.pattern is None and masks.pruned != sum(counts):
+            raise InputError(
+                f"{masks.pruned:,} weights would go in place of {sum(counts):,}: a score that changes from call to "
+                "call, or weights that something else changes meanwhile; leave them still"
+            )
         if not self.allocation.allow_empty:
             warn_of_collapse(masks.counts(), {name: masks.shape(name).numel() for name in masks})
         return masks
@@ -450,10 +455,12 @@ class FixedMasks:
 
     def masks(self, counts: Sequence[int], held: Masks | None = None) -> Masks:
         """The masks."""
-        return self.given
+        return self.given.on(sharding.spread(self.scope))
 
     def settings(self) -> dict[str, Any]:
-        """What two runs must have in common: the same masks."""
+        """What two runs must have in common: the same masks. Of masks of parts only their counts are told."""
+        if any(map(self.given.is_spread, self.scope)):
+            return {"masks": self.given.counts()}
         kept = hashlib.sha256()
         for name in self.scope:
             kept.update(self.given.packed(name).cpu().numpy().tobytes())
@@ -461,17 +468,14 @@ class FixedMasks:
 
 
 def of(model: nn.Module, sparsity: Sparsity | Masks, **options: Any) -> Plan | FixedMasks:
-    """A plan, or, where masks are given in place of a sparsity, those.
+    """A plan, or, where masks are given in place of a sparsity, those. No process waits for another here.
 
     Raises:
         As `make`; InputError, MaskError, UnknownNameError: masks that do not fit, or other choices beside them.
     """
-    inner = scopes.unwrap(model)
-    return sharding.alike(inner, lambda: _of(model, sparsity, options), _told)
-
-
-def _told(made: Plan | FixedMasks) -> dict[str, Any]:
-    return made.settings() if isinstance(made, Plan) else {"masks": made.given.counts()}
+    made = _of(model, sparsity, options)
+    sharding.spread(made.scope)  # what cannot be pruned as it is spread is refused now
+    return made
 
 
 def _of(model: nn.Module, sparsity: Sparsity | Masks, options: Mapping[str, Any]) -> Plan | FixedMasks:
@@ -490,9 +494,7 @@ def _of(model: nn.Module, sparsity: Sparsity | Masks, options: Mapping[str, Any]
     twice = set(masks) - set(names.values())
     if twice:
         raise MaskError(f"{min(twice)} is a second name of a tied tensor that has a mask already: leave it out")
-    packed = {name: masks.packed(found) for name, found in names.items()}
-    renamed = Masks.from_bits(packed, {name: masks.shape(found) for name, found in names.items()})
-    return FixedMasks(scope, renamed.on(sharding.spread(scope)))
+    return FixedMasks(scope, masks.named(names))
 
 
 def make(

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from secateur import live_tensors, plan, schedules
+from secateur import live_tensors, plan, schedules, sharding
 from secateur import optimizers as following
 from secateur import pruner_states as states
 from secateur import regrow as regrowth
@@ -25,8 +25,10 @@ from secateur.scope import Scope, unwrap
 from secateur.scores import GradientScore, Score
 from secateur.sparsity import Sparsity
 from secateur.support import bits, checks
+from secateur.support.process_groups import during
 from secateur.support.tables import counted
 
+_Made = TypeVar("_Made")
 _FEW = 0.1
 """Share of the weights in scope: `prune` warns of more zeros than that beyond those asked for."""
 
@@ -71,16 +73,23 @@ def prune(
     >>> masks.pruned, masks.size
     (90, 100)
     """
-    chosen = plan.of(model, sparsity, score=score, allocation=allocation, pattern=pattern, scope=scope)
-    several = isinstance(optimizer, Iterable) and not isinstance(optimizer, str)
-    found = following.resolve([*optimizer] if several else [optimizer], chosen.scope)
-    _require_alone(found, chosen.scope)
-    masks = chosen.masks(chosen.counts())
+
+    def checked() -> tuple[plan.Plan | plan.FixedMasks, list[Any]]:
+        chosen = plan.of(model, sparsity, score=score, allocation=allocation, pattern=pattern, scope=scope)
+        several = isinstance(optimizer, Iterable) and not isinstance(optimizer, str)
+        found = following.resolve([*optimizer] if several else [optimizer], chosen.scope)
+        _require_alone(found, chosen.scope)
+        return chosen, found
+
+    chosen, found = sharding.alike(unwrap(model), checked, lambda made: made[0].settings())
+    with during("masks were chosen"):
+        masks = chosen.masks(chosen.counts())
+        pruned = [name for name, count in masks.counts().items() if count]
+        loose = live_tensors.loose_zeros(chosen.scope, masks, pruned)
     forgetting = following.forgetting(found, chosen.scope, masks, bits.Zeroer())
     masks.apply(chosen.scope)
     for forget in forgetting:
         forget()
-    loose = live_tensors.loose_zeros(chosen.scope, masks, [name for name, count in masks.counts().items() if count])
     if loose > _FEW * chosen.scope.size:
         fixed = chosen.pattern is not None and chosen.pattern.sparsity is not None
         further = "" if fixed else "; to prune further, ask for a higher sparsity"
@@ -136,15 +145,23 @@ class Pruner:
         regrow: str | Regrowth | Feedback | None = None,
     ) -> None:
         self._model = unwrap(model)
-        self._regrow = regrowth.resolve(regrow)
-        self._dense = Withheld(self._regrow) if isinstance(self._regrow, Feedback) else None
-        if self._dense is not None:
-            score = self._dense.ranking(score)
-        self._plan = plan.of(model, sparsity, score=score, allocation=allocation, pattern=pattern, scope=scope)
-        self._plan.require_possible()
-        self._schedule = _schedule(schedule, self._plan)
+
+        moves, dense = None, None
+
+        def checked() -> tuple[plan.Plan | plan.FixedMasks, Schedule | schedules.Function]:
+            nonlocal moves, dense
+            moves = regrowth.resolve(regrow)
+            dense = Withheld(moves) if isinstance(moves, Feedback) else None
+            by = score if dense is None else dense.ranking(score)
+            chosen = plan.of(model, sparsity, score=by, allocation=allocation, pattern=pattern, scope=scope)
+            chosen.require_possible()
+            when = _schedule(schedule, chosen)
+            regrowth.require_movable(moves, chosen)
+            return chosen, when
+
+        made = sharding.alike(self._model, checked, lambda made: states.settings(*made, moves))
+        (self._plan, self._schedule), self._regrow, self._dense = made, moves, dense
         self._gradient_score = self._plan.score if isinstance(self._plan.score, GradientScore) else None
-        regrowth.require_movable(self._regrow, self._plan)
         self._generator = self._regrow.generator() if isinstance(self._regrow, Regrowth) else torch.Generator()
         self._gradients: dict[str, Tensor] = {}  # of this step, if it is one at which the masks move
         self._grown = 0
@@ -228,11 +245,20 @@ class Pruner:
         Args:
             total_steps: steps of the optimizer, in all.
         """
-        self._schedule = self._schedule.over(total_steps)
-        if self._regrow is not None:
-            self._regrow = self._regrow.over(total_steps)
+        before = self._schedule, self._regrow
+
+        def change() -> None:
+            self._schedule = self._schedule.over(total_steps)
+            if self._regrow is not None:
+                self._regrow = self._regrow.over(total_steps)
+
+        try:
+            self._alike(change)
+        except BaseException:
+            self._schedule, self._regrow = before
+            raise
         if self._beginning:
-            self._beginning["settings"] = states.settings(self._plan, self._schedule, self._regrow)
+            self._beginning["settings"] = self._settings()
 
     def attach(self, *optimizers: Any) -> None:
         """Follow these optimizers: after each of their steps pruned weights are zero again and the schedule advances.
@@ -248,6 +274,16 @@ class Pruner:
                 optimizer state in an encoding whose zero is not known.
             StateError: attached already; another Pruner follows these weights.
         """
+        first = self._alike(lambda: self._checked(optimizers))
+        self._round, self._ways = first, None
+        if not self._steps:  # in a run that goes on, the masks of this step were chosen then
+            self._update()
+        self._found = 0 if self._steps else None
+        self._around = set()
+        self._hooks = following.Hooks(first.given, self, self._before_step, self._after_step, self._after_wrapper)
+
+    def _checked(self, optimizers: Sequence[object]) -> Round:
+        """Some optimizers that may be attached."""
         if self._hooks is not None:
             raise StateError("this pruner is attached already: give all optimizers in one call, or detach() first")
         scope = self._live()
@@ -257,12 +293,7 @@ class Pruner:
         self._require_still(first.given)
         if self._withheld is not None:
             self._withheld.require_own(scope)
-        self._round, self._ways = first, None
-        if not self._steps:  # in a run that goes on, the masks of this step were chosen then
-            self._update()
-        self._found = 0 if self._steps else None
-        self._around = set()
-        self._hooks = following.Hooks(first.given, self, self._before_step, self._after_step, self._after_wrapper)
+        return first
 
     def detach(self) -> None:
         """Stop following the optimizers."""
@@ -330,14 +361,7 @@ class Pruner:
             MaskError: pruned weights of the model are not zero.
         """
         checks.flag("lift_denormals", lift_denormals)
-        scope = self._live()
-        if not self.done:
-            raise StateError(self._unfinished())
-        if isinstance(self._regrow, Regrowth) and not self._grown:
-            raise StateError(
-                f"after {self._steps} steps no weight has grown: {self._regrow} came to no update; train longer, "
-                "give a smaller every or a larger drop, or leave regrow out"
-            )
+        scope = self._alike(self._ended)
         back = check(scope, self._masks)
         if back:
             named = ", ".join(f"{name} ({count:,})" for name, count in back.items())
@@ -360,6 +384,18 @@ class Pruner:
                 bits.lift_subnormals(weight)
         self.detach()
         return self._masks
+
+    def _ended(self) -> Scope:
+        """The tensors in scope, seen to be the model's still; the pruning has come to its end."""
+        scope = self._live()
+        if not self.done:
+            raise StateError(self._unfinished())
+        if isinstance(self._regrow, Regrowth) and not self._grown:
+            raise StateError(
+                f"after {self._steps} steps no weight has grown: {self._regrow} came to no update; train longer, "
+                "give a smaller every or a larger drop, or leave regrow out"
+            )
+        return scope
 
     def snapshot(self) -> None:
         """Keep a copy of the weights in scope, so that `undo` can bring them back (their size in memory once more).
@@ -390,7 +426,7 @@ class Pruner:
         """All that a bit-exact resume needs beside the model's and the optimizer's: plain tensors, numbers, strings."""
         state: dict[str, Any] = {
             "version": states.VERSION,
-            "settings": states.settings(self._plan, self._schedule, self._regrow),
+            "settings": self._settings(),
             "steps": self._steps,
             "counts": list(self._counts),
             "shapes": {name: list(weight.shape) for name, weight in self._plan.scope.items()},
@@ -414,23 +450,25 @@ class Pruner:
             InputError: no state of a Pruner, a damaged one, or one of another scope, sparsity, schedule, score,
                 allocation, pattern or regrowth; nothing was changed.
         """
-        scope = self._live()
-        states.require_whole(state)
-        states.require_shapes(state["shapes"], scope)
-        states.require_settings(state["settings"], self._plan, self._schedule, self._regrow)
-        masks = states.read_masks(state, scope)
-        counts = states.read_numbers(state, masks, self._asked, exact=self._plan.pattern is None)
-        sums = states.read_sums(state, scope) if self._gradient_score is not None else {}
+        scope = self._alike(lambda: self._readable(state))
+        with during("the state of the Pruner was read"):
+            masks = states.read_masks(state, scope)
+            sums = states.read_sums(state, scope) if self._gradient_score is not None else {}
+            given = self._plan.masks(()) if isinstance(self._plan, plan.FixedMasks) else None
+            withheld = states.read_withheld(state, scope) if self._dense is not None else {}
+
+        def fit() -> tuple[int, ...]:
+            counts = states.read_numbers(state, masks, self._asked, exact=self._plan.pattern is None)
+            if given is not None:
+                states.require_same(masks, given)
+            if self._regrow is not None and withheld and not self._regrow.ended(state["steps"]):
+                states.require_dense([name for name, count in masks.counts().items() if count], withheld)
+            return counts
+
+        counts = self._alike(fit, **{"steps saved": state["steps"], "weights pruned": state["counts"]})
         generator = getattr(self._plan.score, "generator", None)
-        if generator is not None:
-            states.require_generator(state, generator)
-        withheld = {}
-        if self._dense is not None and self._regrow is not None:
-            ended = self._regrow.ended(state["steps"])
-            wanted = [name for name, count in masks.counts().items() if count and not ended]
-            withheld = states.read_withheld(state, scope, wanted)
         if self._regrow is not None:
-            self._grown = states.read_grown(state.get("regrow"), self._generator)
+            self._grown = state["regrow"]["grown"]
             self._generator.set_state(state["regrow"]["generator"].cpu())
         if generator is not None:
             generator.set_state(state["generator"].cpu())
@@ -441,6 +479,42 @@ class Pruner:
         self._masks, self._steps, self._counts = masks, state["steps"], counts
         self._round.begin()
         self._found = 0
+
+    def _readable(self, state: Mapping[str, Any]) -> Scope:
+        """See that this process may go on from a state, as far as it can tell by itself; the tensors in scope."""
+        scope = self._live()
+        states.require_whole(state)
+        states.require_shapes(state["shapes"], scope)
+        states.require_settings(state["settings"], self._plan, self._schedule, self._regrow)
+        states.require_bits(state, scope)
+        if self._gradient_score is not None:
+            states.require_sums(state, scope)
+        generator = getattr(self._plan.score, "generator", None)
+        if generator is not None:
+            states.require_generator(state, generator)
+        if self._regrow is not None:
+            states.require_grown(state.get("regrow"), self._generator)
+        if self._dense is not None:
+            states.require_withheld(state, scope)
+        return scope
+
+    # ---- processes that have parts of the model ----------------------------------------------------------------------
+
+    def _settings(self) -> dict[str, Any]:
+        """What two runs must have in common to go on with each other."""
+        return states.settings(self._plan, self._schedule, self._regrow)
+
+    def _alike(self, call: Callable[[], _Made], **more: Any) -> _Made:
+        """Call a function that waits for no other process. If parts of the model are in others, they must do alike.
+
+        Args:
+            call: the function.
+            more: what must be the same beside the settings and the steps, by its name in a message.
+
+        Raises:
+            InputError: others did something else, or stopped with an error.
+        """
+        return sharding.alike(self._model, call, lambda _: {**self._settings(), "steps made": self._steps, **more})
 
     # ---- the model that is there -------------------------------------------------------------------------------------
 
@@ -506,10 +580,13 @@ class Pruner:
         """Choose new masks if the schedule wants another number of zeros, or they are to move; say whether it did."""
         counts = self._counts_now()
         try:
-            masks = self._masks_now(counts, advanced=advanced)
-            if masks is self._masks:
-                return False
-            always = masks & self._masks  # what grows begins at zero, in the optimizer too: dense gradients filled both
+            with during(f"masks were chosen at step {self._steps}"):
+                masks = self._masks_now(counts, advanced=advanced)
+                if masks is self._masks:
+                    return False
+                always = (
+                    masks & self._masks
+                )  # what grows begins at zero, in the optimizer too: dense gradients filled both
             straight = self._withheld is not None and self._withheld.method.straight
             every = [] if straight else self._round.optimizers
             forgetting = following.forgetting(every, self._plan.scope, always, self._zero)
@@ -525,9 +602,19 @@ class Pruner:
             forget()
         if self._gradient_score is not None and self._gradient_score.forget:
             self._gradient_score.clear()
-        for call in self._listeners if changed else ():
-            call(self.metrics())
+        if changed:
+            self._tell()
         return True
+
+    def _tell(self) -> None:
+        """Tell the listeners; if one of them raises, all processes raise."""
+
+        def tell() -> None:
+            for call in self._listeners:
+                call(self.metrics())
+
+        words = f"The masks were changed in all processes, at step {self._steps}; a function given to on_update raised"
+        sharding.alike(self._model, tell, lambda _: {}, remedy=words)
 
     def _counts_now(self) -> tuple[int, ...]:
         """How many weights of each share are to be pruned at this step.
@@ -556,6 +643,7 @@ class Pruner:
         moves, masks = self._moves(self._steps) and advanced, self._masks
         if counts != self._counts or (moves and any(counts) and self._withheld is not None):
             held: Masks | None = masks
+            self._alike(lambda: None, **{"weights to prune": counts})
             if self._withheld is not None:  # chosen among all the dense weights
                 self._withheld.recall(self._plan.scope, masks, self._zero)
                 held = None

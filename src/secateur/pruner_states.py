@@ -99,51 +99,61 @@ def require_settings(theirs: object, plan: Plan | FixedMasks, schedule: _When, r
         InputError: it was not; the message says what differs.
     """
     tell = _words if isinstance(theirs, str) else settings
-    differ = list(_differences("", theirs, tell(plan, schedule, regrow)))
+    mine: Any = tell(plan, schedule, regrow)
+    saved = theirs.get("masks") if isinstance(theirs, Mapping) and isinstance(plan, FixedMasks) else None
+    if saved is not None and type(saved) is not type(mine["masks"]):  # one told of the whole, the other of parts
+        mine = {**mine, "masks": saved}  # `require_same` compares the bits
+    differ = list(_differences("", theirs, mine))
     if differ:
         raise InputError(f"the saved pruner has other settings: {'; '.join(differ[:3])}; build this one with the same")
 
 
-def read_masks(state: Mapping[str, Any], scope: Scope) -> Masks:
-    """Read the bits of the masks, to where the weights are now.
+def require_bits(state: Mapping[str, Any], scope: Scope) -> None:
+    """See that the bits of the masks are those of these tensors, as far as they are here.
 
     Raises:
         InputError: they are damaged.
     """
-    packed, read = state["bits"], _flat if state["version"] == 1 else _rows
+    packed, flat = state["bits"], state["version"] == 1
     if not isinstance(packed, Mapping) or set(packed) != set(scope):
         raise _damaged(f"its bits are {type(packed).__name__} of other names than those in scope")
-    for name in scope:
-        kept = packed[name]
+    for name, weight in scope.items():
+        kept, size = packed[name], weight.numel()
         plain = isinstance(kept, Tensor) and kept.layout is torch.strided and not kept.is_meta
         if not plain or kept.dtype != torch.uint8:
             raise _damaged(f"the bits of {name} are {_told(kept)}, not uint8")
+        if flat and (kept.shape != (-(-size // 8),) or (size % 8 and int(kept[-1]) >> size % 8)):
+            raise _damaged(f"the bits of {name} are {_told(kept)}, not those of {size:,} weights")
+        rows, each, here = weight.shape[0], math.prod(weight.shape[1:]), bits.local(kept)
+        if flat:
+            continue
+        if kept.shape != (rows, -(-each // 8)) or (each % 8 and here.numel() and int(here[:, -1].max()) >> each % 8):
+            raise _damaged(f"the bits of {name} are {_told(kept)}, not those of {rows:,} rows of {each:,} weights")
+
+
+def read_masks(state: Mapping[str, Any], scope: Scope) -> Masks:
+    """Read the bits of the masks, seen to be right, to where the weights are now. All processes do it together."""
     spread = sharding.spread(scope)
     found = {}
     for name, weight in scope.items():
-        place = Place.whole(weight.shape) if spread is None else spread.places[name]
-        found[name] = bits.pack(read(name, packed[name], place)).to(weight.device)
+        place, kept = Place.whole(weight.shape) if spread is None else spread.places[name], state["bits"][name]
+        flat = state["version"] == 1
+        part = place.part(bits.unpack(kept, place.numel).view(place.shape)) if flat else place.unpacked(kept)
+        found[name] = bits.pack(part).to(weight.device)
     return Masks.from_bits(found, {name: weight.shape for name, weight in scope.items()}, spread)
 
 
-def _flat(name: str, kept: Tensor, place: Place) -> Tensor:
-    """The part that is here of a mask of version 1."""
-    whole, spare = divmod(place.numel, 8)
-    if kept.shape != (whole + bool(spare),) or (spare and int(kept[-1]) >> spare):
-        raise _damaged(f"the bits of {name} are {_told(kept)}, not those of {place.numel:,} weights")
-    return place.part(bits.unpack(kept, place.numel).view(place.shape))
+def require_same(theirs: Masks, mine: Masks) -> None:
+    """See that the masks of a state are those that a Pruner was given to hold.
 
-
-def _rows(name: str, kept: Tensor, place: Place) -> Tensor:
-    """The part that is here of a mask whose rows are packed by themselves."""
-    each = math.prod(place.shape[1:])
-    right = kept.shape == (place.shape[0], -(-each // 8))
-    here = bits.local(kept)
-    if not right or (each % 8 and here.numel() and int(here[:, -1].max()) >> each % 8):
-        raise _damaged(
-            f"the bits of {name} are {_told(kept)}, not those of {place.shape[0]:,} rows of {each:,} weights"
-        )
-    return place.unpacked(kept)
+    Raises:
+        InputError: they are others.
+    """
+    differ = [
+        name for name in mine if theirs.counts()[name] and not torch.equal(theirs.packed(name), mine.packed(name))
+    ]
+    if differ:
+        raise InputError(f"the saved pruner holds other masks of {listed(differ)}: build this one with the same")
 
 
 def read_numbers(state: Mapping[str, Any], masks: Masks, most: Sequence[int], *, exact: bool) -> tuple[int, ...]:
@@ -175,8 +185,8 @@ def sums(score: GradientScore, scope: Scope) -> dict[str, Any]:
     }
 
 
-def read_sums(state: Mapping[str, Any], scope: Scope) -> dict[str, Tensor]:
-    """Read the sums of a score that is made of gradients.
+def require_sums(state: Mapping[str, Any], scope: Scope) -> None:
+    """See that the sums of a score that is made of gradients are those of these tensors, as far as they are here.
 
     Raises:
         InputError: they are damaged.
@@ -194,8 +204,13 @@ def read_sums(state: Mapping[str, Any], scope: Scope) -> dict[str, Tensor]:
             raise _damaged(
                 f"its sum of gradients of {name} is {_told(total)}, not {tuple(weight.shape)} finite numbers"
             )
-    seen = _seen("gradients", state.get("seen", list(sums)), sums)
-    parts = {name: sharding.part_like(sums[name], scope[name]) for name in seen}
+    _seen("gradients", state.get("seen", list(sums)), sums)
+
+
+def read_sums(state: Mapping[str, Any], scope: Scope) -> dict[str, Tensor]:
+    """Read the sums of a score that is made of gradients, seen to be right. All processes do it together."""
+    sums = state["sums"]
+    parts = {name: sharding.part_like(sums[name], scope[name]) for name in state.get("seen", list(sums))}
     return {name: precise(part.clone()).to(scope[name].device) for name, part in parts.items()}
 
 
@@ -212,55 +227,69 @@ def require_generator(state: Mapping[str, Any], generator: torch.Generator) -> N
         raise _damaged(f"its generator is {_told(saved)}, not the state of one") from error
 
 
-def read_grown(saved: object, generator: torch.Generator) -> int:
-    """Read how many weights grew, and see that the state of the generator of a regrowth was saved.
+def require_grown(saved: object, generator: torch.Generator) -> None:
+    """See that the number of weights that grew was saved, and the state of the generator of a regrowth.
 
     Raises:
-        InputError: it was not, or is damaged.
+        InputError: they were not, or are damaged.
     """
     if not isinstance(saved, Mapping) or type(saved.get("grown")) is not int or saved["grown"] < 0:
         raise _damaged(f"its regrowth is {checks.told(saved)}, not a number of weights and the state of a generator")
     require_generator(saved, generator)
-    return int(saved["grown"])
 
 
-def read_withheld(state: Mapping[str, Any], scope: Scope, wanted: Iterable[str]) -> dict[str, dict[str, Tensor]]:
-    """Read the dense weights that a feedback keeps beside the model, and what it learned.
-
-    Args:
-        state: of a Pruner.
-        scope: its tensors.
-        wanted: names of those that have dense weights.
+def require_withheld(state: Mapping[str, Any], scope: Scope) -> None:
+    """See that a state has what a feedback keeps beside the model, of these tensors, as far as they are here.
 
     Raises:
-        InputError: they are damaged, or missing.
+        InputError: it is damaged, or missing.
     """
     saved = state.get("withheld")
     if not isinstance(saved, Mapping) or set(saved) - {"seen"} != set(STATE):
         raise _damaged(f"its dense weights are {checks.kind(saved) if saved is not None else 'missing'}")
-    found: dict[str, dict[str, Tensor]] = {key: {} for key in STATE}
     for key, tensors in ((key, saved[key]) for key in STATE):
         if not isinstance(tensors, Mapping) or not set(tensors) <= set(scope):
             raise _damaged(f"its {key} are of other names than those in scope")
         for name, value in tensors.items():
-            weight = scope[name]
-            like = weight if key == "hidden" else torch.empty(())
+            shape = scope[name].shape if key == "hidden" else torch.Size()
             plain = isinstance(value, Tensor) and value.layout is torch.strided and not value.is_meta
-            if not plain or value.shape != like.shape or value.is_complex() > weight.is_complex():
-                raise _damaged(f"its {key} of {name} is {_told(value)}, not numbers of shape {tuple(like.shape)}")
-            found[key][name] = sharding.part_like(value, like).to(weight.device)
-    seen = _seen("dense weights", saved.get("seen", list(found["hidden"])), found["hidden"])
-    found["hidden"] = {name: found["hidden"][name] for name in seen}
-    if lost := sorted(set(wanted) - set(seen)):
+            if not plain or value.shape != shape or value.is_complex() > scope[name].is_complex():
+                raise _damaged(f"its {key} of {name} is {_told(value)}, not numbers of shape {tuple(shape)}")
+    _seen("dense weights", saved.get("seen", list(saved["hidden"])), saved["hidden"])
+
+
+def read_withheld(state: Mapping[str, Any], scope: Scope) -> dict[str, dict[str, Tensor]]:
+    """Read the dense weights that a feedback keeps beside the model, and what it learned, seen to be right.
+
+    All processes do it together.
+    """
+    saved = state["withheld"]
+    number, seen = torch.empty(()), saved.get("seen", list(saved["hidden"]))
+    return {
+        key: {
+            name: sharding.part_like(saved[key][name], scope[name] if key == "hidden" else number).to(
+                scope[name].device
+            )
+            for name in (seen if key == "hidden" else saved[key])
+        }
+        for key in STATE
+    }
+
+
+def require_dense(names: Iterable[str], withheld: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """See that the dense weights of some tensors were read.
+
+    Raises:
+        InputError: they were not.
+    """
+    if lost := sorted(set(names) - set(withheld["hidden"])):
         raise _damaged(f"it has masks of {listed(lost)}, but no dense weights")
-    return found
 
 
-def _seen(what: str, names: object, known: Mapping[str, object]) -> list[str]:
-    """The names whose numbers say something, among those that a checkpoint keeps of all tensors."""
+def _seen(what: str, names: object, known: Mapping[str, object]) -> None:
+    """See that these are names whose numbers say something, among those that a checkpoint keeps of all tensors."""
     if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) and name in known for name in names):
         raise _damaged(f"the names whose {what} were seen are {checks.told(names)}, not among those it keeps")
-    return [*names]
 
 
 def _told(thing: object) -> str:

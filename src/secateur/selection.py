@@ -30,6 +30,7 @@ from secateur.support.process_groups import ALONE, Total
 _SAMPLE = 1 << 14
 _BINS, _FEW_BINS = 1 << 20, 1 << 16  # of a histogram: for few weights the smaller one is quicker
 _TIE_BITS = 10  # of an index, looked at in one round to find where the ties that go end
+_TEXT = 4096  # bytes of the words of an error
 _SIGMAS = 4.0  # half-width of the bracket in standard deviations of the sample's rank: it seldom misses
 
 _Floats = npt.NDArray[Any]
@@ -334,21 +335,32 @@ def _summed(
     """Add up what `fill` writes into zeros, over the processes; if it raises in one of them, each one raises.
 
     Raises:
-        InputError: it raised in another process.
+        InputError, NotFiniteError: it raised in another process.
     """
-    array = np.zeros(size + 1, dtype)
+    array = np.zeros(size + 2, dtype)
     trouble: Exception | None = None
     try:
-        fill(array[:-1])
+        fill(array[:-2])
     except Exception as error:  # told to the others first, which else would wait for this process
         array[:], trouble = 0, error
-        array[-1] = 1
+        array[-2:] = 1, isinstance(error, NotFiniteError)
     array = total(array)
-    if trouble is not None:
+    failed, not_finite = array[-2:].tolist()
+    if not failed:
+        return array[:-2]
+    words = _said(trouble, total) if failed == 1 else "see their errors"
+    kind = NotFiniteError if failed == not_finite else InputError  # a Pruner goes on after the former: all must
+    if trouble is not None and isinstance(trouble, NotFiniteError) <= (kind is NotFiniteError):
         raise trouble
-    if array[-1]:
-        raise InputError("another of the processes that prune together has stopped: see its error; nothing is changed")
-    return array[:-1]
+    raise kind(f"another of the processes that prune together has stopped ({words}); nothing is changed") from trouble
+
+
+def _said(trouble: Exception | None, total: Total) -> str:
+    """What the error of one process says, in all of them."""
+    said = f"{type(trouble).__name__}: {trouble}".encode()[:_TEXT] if trouble is not None else b""
+    box = np.zeros(_TEXT, np.uint8)
+    box[: len(said)] = np.frombuffer(said, np.uint8)
+    return bytes(total(box)).rstrip(b"\0").decode(errors="replace")
 
 
 def agreed(call: Callable[[], _Result], total: Total) -> _Result:

@@ -13,9 +13,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from secateur.errors import InputError
+from secateur.errors import GroupError, InputError, listed
 from secateur.support import bits
-from secateur.support.process_groups import Grid, collective
+from secateur.support.process_groups import Grid, collective, during
 
 _N = TypeVar("_N", int, float)
 _Made = TypeVar("_Made")
@@ -56,6 +56,18 @@ class Place:
         at = np.flatnonzero(self.index[0] == row)
         size = math.prod(map(len, self.index[1:]))
         return range(int(at[0]) * size, (int(at[0]) + 1) * size) if at.size else range(0)
+
+    @property
+    def parts(self) -> int:
+        """Of how many the tensor is made up."""
+        if self.mesh is None:
+            return 1
+        return math.prod(self.mesh.size(d) for d, placed in enumerate(self.placements) if not placed.is_replicate())
+
+    @property
+    def layout(self) -> tuple[Any, Any] | None:
+        """How the tensor is spread, as `layout` says it."""
+        return None if self.mesh is None else (self.mesh, self.placements)
 
     def to_whole(self, flat: Indices) -> Indices:
         """Row-major indices in the whole tensor of some in the shard; both ascend."""
@@ -138,19 +150,49 @@ class Spread:
         own = [number * self.places[name].counts for name, number in found.items()]
         return dict(zip(found, self.grid.total(np.array(own)).tolist(), strict=True))
 
+    def counted(self, found: Mapping[str, int], marks: Mapping[str, int]) -> dict[str, int]:
+        """As `total`; and see that the copies of each part are alike.
 
-def alike(model: nn.Module, make: Callable[[], _Made], tell: Callable[[_Made], Mapping[str, Any]]) -> _Made:
+        Args:
+            found: in the part of each tensor.
+            marks: the checksum of what the found was found in.
+
+        Raises:
+            InputError: copies differ.
+        """
+        copies = {name: self.grid.size // self.places[name].parts for name in found}
+        several = [name for name in found if copies[name] > 1]
+        own = [number * self.places[name].counts for name, number in found.items()]
+        own += [marks[name] * (copies[name] * self.places[name].counts - 1) for name in several]
+        sums = self.grid.total(np.array(own, np.int64)).tolist()
+        differ = [name for name, rest in zip(several, sums[len(found) :], strict=True) if rest]
+        if differ:
+            raise InputError(
+                f"the copies of {listed(differ)} in several processes differ, and so would their masks: make them the "
+                "same again, from a checkpoint that all processes load"
+            )
+        return dict(zip(found, sums, strict=False))
+
+
+def alike(
+    model: nn.Module,
+    make: Callable[[], _Made],
+    tell: Callable[[_Made], Mapping[str, Any]],
+    *,
+    remedy: str = "Nothing was changed: call it alike in all processes of the mesh",
+) -> _Made:
     """What a function makes for a model; if that is spread over processes, all of them must make the same.
 
     Args:
         model: of which all processes have a part.
-        make: called once.
+        make: called once; it must not wait for other processes.
         tell: what must be the same in all processes, of what was made, as plain data.
+        remedy: the end of the message.
 
     Raises:
         InputError: another process made something else, or raised; the message says which and what.
     """
-    where = spread(dict(model.named_parameters()))
+    where = grid_of(dict(model.named_parameters()))
     if where is None:
         return make()
     made: list[_Made] = []
@@ -158,13 +200,16 @@ def alike(model: nn.Module, make: Callable[[], _Made], tell: Callable[[_Made], M
     try:
         made.append(make())
         said = dict(tell(made[0]))
+    except GroupError:
+        raise
     except Exception as error:  # told to the others first, which else would wait for this process
         trouble, said = error, {"error": f"{type(error).__name__}: {error}"}
-    every = [json.loads(text) for text in where.grid.differ(json.dumps(said, sort_keys=True, default=str))]
+    with during("what each of them is to do was compared"):
+        every = [json.loads(text) for text in where.differ(json.dumps(said, sort_keys=True, default=str))]
     if trouble is not None:
         raise trouble
     if every:
-        raise InputError(f"{_difference(every)}. Nothing was changed: call it alike in all processes of the mesh")
+        raise InputError(f"{_difference(every)}. {remedy}")
     return made[0]
 
 
@@ -182,6 +227,11 @@ def _difference(said: Sequence[Mapping[str, Any]]) -> str:
     return f"process {other} has {key} {theirs}, process 0 has {mine}"
 
 
+def layout(tensor: Any) -> tuple[Any, Any] | None:
+    """The mesh and the placements of a DTensor; None of another tensor."""
+    return (tensor.device_mesh, tensor.placements) if bits.is_sharded(tensor) else None
+
+
 def spread_like(part: Tensor, weight: Tensor) -> Tensor:
     """A tensor of the shape of a weight, spread as that is, from the part that is here."""
     place = place_of("", weight)
@@ -192,7 +242,7 @@ def part_like(tensor: Any, weight: Any) -> Tensor:
     """The part that is here of a tensor, spread or not, of the shape of a weight."""
     place = place_of("", weight)
     if bits.is_sharded(tensor):
-        if place is not None and (tensor.device_mesh, tensor.placements) == (place.mesh, place.placements):
+        if layout(tensor) == layout(weight):
             return bits.local(tensor)
         tensor = _gathered(tensor)
     return tensor if place is None else place.part(tensor)
@@ -205,16 +255,40 @@ def _gathered(tensor: Any) -> Tensor:
     return whole
 
 
+def grid_of(tensors: Mapping[str, Any]) -> Grid | None:
+    """The processes over which some tensors are spread; None if none of them is.
+
+    Raises:
+        InputError: meshes that do not lie in one of them; this process is on none.
+    """
+    widest = _widest(tensors)
+    return None if widest is None else Grid(widest)
+
+
+def _widest(tensors: Mapping[str, Any]) -> Any:
+    """The largest mesh of some tensors, in which the others lie; None if there is none."""
+    meshes = {tensor.device_mesh: name for name, tensor in tensors.items() if bits.is_sharded(tensor)}
+    if not meshes:
+        return None
+    widest = max(meshes, key=lambda mesh: mesh.size())
+    for mesh, name in meshes.items():
+        _lacking(name, mesh, widest)
+    if widest.get_coordinate() is None:
+        raise InputError(
+            f"this process is not on {widest}, where {meshes[widest]} lies: call this on its processes only"
+        )
+    return widest
+
+
 def spread(tensors: Mapping[str, Any]) -> Spread | None:
     """How some tensors are spread over processes; None if none of them is.
 
     Raises:
-        InputError: as `place_of`; meshes that do not lie in one of them.
+        InputError: as `place_of` and `grid_of`.
     """
-    meshes = [tensor.device_mesh for tensor in tensors.values() if bits.is_sharded(tensor)]
-    if not meshes:
+    widest = _widest(tensors)
+    if widest is None:
         return None
-    widest = max(meshes, key=lambda mesh: mesh.size())
     places = {name: place_of(name, tensor, widest) for name, tensor in tensors.items()}
     return Spread({name: place for name, place in places.items() if place is not None}, Grid(widest))
 
@@ -249,8 +323,10 @@ def place_of(name: str, tensor: Any, widest: Any = None) -> Place | None:
         raise InputError(
             f"{name} holds {type(tensor.to_local()).__name__}, no plain numbers: leave it out of the scope"
         )
+    if mesh.get_coordinate() is None:
+        raise InputError(f"{name} lies on {mesh}, of which this process is no part: leave it out of the scope here")
     index = tuple(_here(size, mesh, [_along(p, d) for p in placements]) for d, size in enumerate(shape))
-    copies = zip(mesh.get_coordinate() or (), placements, strict=True)
+    copies = zip(mesh.get_coordinate(), placements, strict=True)
     counts = all(at == 0 for at, placement in copies if placement.is_replicate())
     return Place(shape, index, counts and _first_of_copies(name, mesh, widest), mesh, placements)
 
@@ -279,15 +355,26 @@ def _here(size: int, mesh: Any, placements: list[Any]) -> Indices:
 
 def _first_of_copies(name: str, mesh: Any, widest: Any) -> bool:
     """Whether this process is the first along the dimensions of the widest mesh that a mesh lacks."""
-    if widest is None or mesh == widest:
+    if widest is None:
         return True
+    at = widest.get_coordinate()
+    return all(at[dimension] == 0 for dimension in _lacking(name, mesh, widest))
+
+
+def _lacking(name: str, mesh: Any, widest: Any) -> list[int]:
+    """The dimensions of the widest mesh that a mesh lacks.
+
+    Raises:
+        InputError: it is no part of the widest one.
+    """
+    if mesh == widest:
+        return []
     where = [(widest.mesh == rank).nonzero() for rank in mesh.mesh.flatten().tolist()]
-    columns = torch.cat(where).T.tolist()
-    lacking = [len(set(column)) == 1 for column in columns]
-    wide = math.prod(size for size, lacks in zip(widest.shape, lacking, strict=True) if not lacks)
+    lacking = [dimension for dimension, at in enumerate(torch.cat(where).T.tolist()) if len(set(at)) == 1]
+    wide = math.prod(size for dimension, size in enumerate(widest.shape) if dimension not in lacking)
     if not all(map(len, where)) or wide != mesh.size():
         raise InputError(
             f"{name} lies on {mesh}, which is no part of {widest}, on which others lie: prune them one by one, each "
             "with a scope of its own, or before sharding"
         )
-    return all(at == 0 for at, lacks in zip(widest.get_coordinate(), lacking, strict=True) if lacks)
+    return lacking
