@@ -51,6 +51,8 @@ def where_shards_lie(rank, ranks):
             for row in range(shape[0]):
                 assert [*place.row(row)] == (rows == row).nonzero()[0].tolist()
             assert not place.row(None)
+            before = [int((here < index).sum()) for index in range(numel + 1)]
+            assert [place.before(index) for index in range(numel + 1)] == before
             counted = torch.zeros(numel, dtype=torch.int64)
             if place.counts:
                 counted[here] += 1

@@ -89,6 +89,19 @@ class Place:
             local = local * len(index) + at
         return here, local[here]
 
+    def before(self, whole: int) -> int:
+        """How many numbers of the shard come before a row-major index of the whole tensor."""
+        found, sizes = 0, [len(index) for index in self.index]
+        if whole >= self.numel:
+            return math.prod(sizes)
+        for d, (index, stride, size) in enumerate(zip(self.index, self._strides(), self.shape, strict=True)):
+            wanted = whole // stride % size
+            at = int(np.searchsorted(index, wanted))
+            found += at * math.prod(sizes[d + 1 :])
+            if at == len(index) or index[at] != wanted:
+                break
+        return found
+
     def part(self, whole: Tensor) -> Tensor:
         """What is here of a whole tensor, which lies on every process."""
         for dimension, index in enumerate(self.index):
@@ -175,7 +188,7 @@ class Spread:
 
 
 def alike(
-    model: nn.Module,
+    model: nn.Module | Mapping[str, Any],
     make: Callable[[], _Made],
     tell: Callable[[_Made], Mapping[str, Any]],
     *,
@@ -184,7 +197,7 @@ def alike(
     """What a function makes for a model; if that is spread over processes, all of them must make the same.
 
     Args:
-        model: of which all processes have a part.
+        model: of which all processes have a part; or its tensors by name.
         make: called once; it must not wait for other processes.
         tell: what must be the same in all processes, of what was made, as plain data.
         remedy: the end of the message.
@@ -192,7 +205,7 @@ def alike(
     Raises:
         InputError: another process made something else, or raised; the message says which and what.
     """
-    where = grid_of(dict(model.named_parameters()))
+    where = grid_of(dict(model.named_parameters()) if isinstance(model, nn.Module) else model)
     if where is None:
         return make()
     made: list[_Made] = []

@@ -1,20 +1,23 @@
 """secateur.support.process_groups: together arrays add up and text spreads; no verb looks for a group by itself."""
 
+import contextlib
 import datetime
 import os
 import signal
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch import distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
 import secateur as sc
 from processes import as_torchrun, in_a_group, joined
-from secateur.errors import GroupError, StateError
-from secateur.support.process_groups import ALONE, Group, collective, during
+from secateur.errors import GroupError, InputError, StateError, WriteError
+from secateur.support.process_groups import ALONE, Grid, Group, collective, during, everyone, shared, together
 
 TEXTS = ["", "/a/place/.out.tmp", "grüße \u4f60\u597d", "x" * 4096]
 FAR = {
@@ -56,7 +59,7 @@ def test_alone():
     assert (ALONE.rank, ALONE.size) == (0, 1)
     assert ALONE.total(array) is array
     assert array.tolist() == [0, 1, 2]
-    assert [ALONE.from_first(text) for text in TEXTS] == TEXTS
+    assert [everyone(ALONE, text) for text in TEXTS] == [[text] for text in TEXTS]
 
 
 def adds_up(rank, folder):
@@ -70,9 +73,76 @@ def adds_up(rank, folder):
     many = np.full(1 << 20, 2**40 + rank)
     assert (group.total(many) == 2**41 + 1).all()
     for text in TEXTS:
-        assert group.from_first(text if rank == 0 else "of no account") == text
+        assert everyone(group, text if rank == 0 else "other") == [text, "other"]
     with open(f"{folder}/{rank}", "w") as file:
         file.write("done")
+
+
+def swaps(rank):
+    for shape in ((4,), (2, 2), (4, 1), (1, 4)):
+        grid = Grid(init_device_mesh("cpu", shape))
+        for most in (0, 5):
+
+            def bytes_of(source, target, most=most):
+                return np.arange(
+                    10 * source + target, 10 * source + target + (source * target) % (most + 1), dtype=np.uint8
+                )
+
+            found = grid.swap([bytes_of(rank, target) for target in range(4)])
+            assert [part.tolist() for part in found] == [bytes_of(source, rank).tolist() for source in range(4)]
+
+
+@needs_groups
+def test_each_process_gives_each_one_some_bytes():
+    in_a_group(4, swaps)
+
+
+@contextlib.contextmanager
+def a_place(path, log, breaks=""):
+    if breaks == "before":
+        raise WriteError("no room: make some")
+    log.append("in")
+    try:
+        yield path
+        if breaks == "after":
+            raise OSError("no room")
+    finally:
+        log.append("out")
+
+
+def one_place(rank, folder):
+    group, log = Group(), []
+    with shared(a_place(Path(folder, "x"), log), group, seen=True) as path:
+        assert path == Path(folder, "x")
+    assert log == ([] if rank else ["in", "out"])
+
+    def refused(words, place, trouble=None, seen=False):
+        with pytest.raises(Exception, match=words):
+            enter(place, trouble, seen)
+
+    def enter(place, trouble, seen):
+        with shared(place, group, seen=seen):
+            if trouble is not None:
+                raise trouble
+
+    stopped = "process 0 of 2 stopped with "
+    for breaks, words in (("before", "no room: make some"), ("after", "no room")):
+        refused(f"{stopped}.*{words}" if rank else f"^{words}", a_place(Path(folder, "x"), log, breaks))
+    assert log == ([] if rank else ["in", "out"] * 2)
+    for wrong in range(2):
+        words = "wrong: do right" if rank == wrong else f"process {wrong} of 2 stopped with InputError: wrong: do right"
+        refused(f"^{words}", a_place(Path(folder, "x"), log), InputError("wrong: do right") if rank == wrong else None)
+    assert log == ([] if rank else ["in", "out"] * 4)
+    lost = Path(folder, "x") if rank else Path(folder, "not there", "x")  # the first one's path counts
+    refused(
+        "which process 0 made, is not there for process .: give a path on a file system", a_place(lost, log), seen=True
+    )
+    assert together(group, lambda: rank) == rank
+
+
+@needs_groups
+def test_a_place_that_processes_enter_and_leave_together(tmp_path):
+    in_a_group(2, one_place, str(tmp_path))
 
 
 @needs_groups

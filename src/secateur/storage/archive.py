@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import os
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,20 +15,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from secateur import sharding
 from secateur.errors import InputError, InputTypeError, UnknownNameError, listed, nearest, warn
+from secateur.exchange import Exchange, part_of
 from secateur.masks import FORMAT
 from secateur.scope import unwrap
-from secateur.storage.checkpoints import Checkpoint, opened
-from secateur.storage.coding import BLOCK, Decoder, effort_of, level_of
-from secateur.storage.contents import Contents, notes
+from secateur.storage.checkpoints import INDEX, Checkpoint, Shard, opened
+from secateur.storage.coding import BLOCK, Decoder, Level, effort_of, level_of
+from secateur.storage.contents import Contents, TensorInfo, notes
 from secateur.storage.dtypes import kind_of
 from secateur.storage.reading import SUFFIX
+from secateur.storage.sharing import mine, stored_apart
 from secateur.storage.state_hash import StateHash
 from secateur.storage.stored import Alias, Stored, stored_of
 from secateur.storage.writing import write_packed
-from secateur.support import checks
-from secateur.support.files import StrPath, replacing
+from secateur.support import bits, checks
+from secateur.support.files import StrPath, refusals, replacing, replacing_folder, require_covered
 from secateur.support.machine import free_memory
+from secateur.support.process_groups import ALONE, Processes, during, everyone, shared, together
 from secateur.support.tables import counted, size
 
 
@@ -39,6 +46,7 @@ class _Filled(dict[str, Tensor]):
         return OrderedDict, (), None, None, iter(self.items())
 
 
+_INDEX = f"model.packed{INDEX}"
 _WORTH_THREADS = 1 << 22  # elements: for fewer, starting threads and passing Python's lock around costs more
 
 
@@ -49,28 +57,37 @@ def save(
     level: str = "lossless",
     step: float | None = None,
     effort: str = "normal",
+    max_file_bytes: int | None = None,
 ) -> Contents:
-    """Write a model's state to a packed `.safetensors` file, near the entropy of its weights.
+    """Write a model's state to a packed `.safetensors` file, or a folder of them, near the entropy of its weights.
 
     Every tensor comes back bit for bit, unless a lossy level is asked for. Then zeros stay zero, non-zero weights stay
     non-zero, and numbers that the level cannot hold are stored exactly. Tied tensors are stored once. An old file stays
     as it is until the new one is whole.
 
+    A model of DTensors is saved by all processes of its mesh, which call this alike. They write the bytes that one
+    process with the whole model would, each file by one of them, block by block: no tensor is gathered. Of what each
+    process has by itself (buffers), the first one's is saved.
+
     Args:
         model: a module (wrappers are looked through) or a state_dict, on any device.
-        path: ends in `.safetensors`.
+        path: ends in `.safetensors`; with `max_file_bytes` a folder. Several processes need one file system for that.
         level: "lossless"; "fp16" or "bf16" (float32 and float64 tensors keep that many bits); "near", "small" or
             "tiny": weights, floating-point tensors of two or more dimensions, become whole steps of 1/64, 1/16 or
             1/4 of the root mean square of the non-zero weights.
         step: a step of your own, relative to that root mean square, instead of a level.
         effort: "fast", "normal" or "best": how hard to look for a small file. Reading takes the same time.
+        max_file_bytes: begin another file where the tensors of one would take more bytes in memory; a larger tensor
+            has a file for itself. The names are those that `pack` gives to the files of transformers.
 
     Returns:
         What was written, tensor by tensor: bytes, ratio to dense, relative L2 error where something was lost.
 
     Raises:
-        InputError: an unknown level or effort, or the wrong suffix. InputTypeError: something that is no plain tensor.
-        WriteError: the system refuses to write.
+        InputError: an unknown level or effort, or the wrong suffix; processes that do not call it alike.
+        InputTypeError: something that is no plain tensor. WriteError: the system refuses to write; a folder that holds
+            other files; one that not all processes see. Of several processes what one raises, all raise.
+        GroupError: a process was lost; what was there is intact.
 
     >>> import tempfile
     >>> model = nn.Linear(256, 256)
@@ -81,12 +98,89 @@ def save(
     >>> written.ratio < 0.12, torch.equal(back["weight"], model.weight)
     (True, True)
     """
-    chosen, coder = level_of(level, step), effort_of(effort)
-    target = packed_name(path)
-    tensors = _tensors_of(model)
-    with replacing(target) as temporary:
-        written = write_packed(temporary, tensors, level=chosen, effort=coder, metadata={"format": "pt"})
-    return Contents(str(path), tuple(written), target.stat().st_size, notes([tensor.name for tensor in tensors]))
+    state = _state_of(model)
+    numbers = {name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
+
+    def make() -> tuple[Level, int, Path, list[Stored]]:
+        target = packed_name(path) if max_file_bytes is None else _folder_name(path, max_file_bytes)
+        return level_of(level, step), effort_of(effort), target, _tensors_of(state)
+
+    def tell(made: tuple[Level, int, Path, list[Stored]]) -> dict[str, Any]:
+        asked = {"path": os.path.abspath(made[2]), "level": str(made[0]), "effort": effort, "names": list(state)}
+        forms = {name: f"{tensor.dtype} {tuple(tensor.shape)}" for name, tensor in state.items()}
+        return {**asked, "max_file_bytes": max_file_bytes, "tensors": forms}
+
+    with during("the model was saved"):
+        chosen, coder, target, tensors = sharding.alike(numbers, make, tell)
+        spread = sharding.spread(state)
+        processes: Processes = ALONE if spread is None else spread.grid
+        exchange = None
+        if spread is not None:
+            exchange = Exchange({name: part_of(tensor) for name, tensor in state.items()}, spread)
+            tensors = stored_apart(state, tensors, spread, exchange)
+        files = _files(tensors, target, max_file_bytes)
+
+        def see() -> None:
+            if max_file_bytes is not None and processes.rank == 0:
+                require_covered(target, [*(file.file for file in files.shards), Path(_INDEX)])
+
+        def write(file: Shard) -> tuple[int, list[dict[str, Any]]]:
+            path = temporary / file.file
+            found = write_packed(path, file.tensors, level=chosen, effort=coder, metadata=file.metadata)
+            return path.stat().st_size, [asdict(info) for info in found]
+
+        def write_all() -> str:
+            with refusals(target):
+                return json.dumps([write(file) for file in mine(files, processes)])
+
+        together(processes, see)
+        place = replacing(target) if max_file_bytes is None else replacing_folder(target)
+        with shared(place, processes, seen=max_file_bytes is not None) as temporary:
+            written = write_all() if exchange is None else exchange.run(write_all)
+            if len(files.shards) > 1 and processes.rank == 0:
+                _write_index(files, temporary)
+        told = [file for text in everyone(processes, written) for file in json.loads(text)]
+    infos = {info["name"]: TensorInfo(**{**info, "shape": tuple(info["shape"])}) for _, found in told for info in found}
+    return Contents(str(path), tuple(infos[name] for name in state), sum(size for size, _ in told), notes([*state]))
+
+
+def _folder_name(path: StrPath, max_file_bytes: int) -> Path:
+    target = checks.path("path", path)
+    if isinstance(max_file_bytes, bool) or not isinstance(max_file_bytes, int) or max_file_bytes < 1:
+        raise InputError(f"max_file_bytes={max_file_bytes!r}: give a whole number of bytes, such as 5_000_000_000")
+    if target.suffix == ".safetensors":
+        raise InputError(f"{target}: several files go into a folder, so give its name, or leave max_file_bytes out")
+    return target
+
+
+def _files(tensors: Sequence[Stored], target: Path, most: int | None) -> Checkpoint:
+    """Which tensors go to which file; a tied one to that of the first."""
+    files: list[list[Stored]] = [[]]
+    held: dict[str, list[Stored]] = {}
+    size = 0
+    for tensor in tensors:
+        if isinstance(tensor, Alias):
+            held[tensor.of.name].append(tensor)
+            continue
+        if most is not None and files[-1] and size + tensor.nbytes > most:
+            files.append([])
+            size = 0
+        size += tensor.nbytes
+        files[-1].append(tensor)
+        held[tensor.name] = files[-1]
+    count = len(files)
+    names = [f"model-{k:05d}-of-{count:05d}.packed.safetensors" for k in range(1, count + 1)]
+    if most is None or count == 1:
+        names = ["" if most is None else "model.packed.safetensors"]
+    shards = tuple(Shard(Path(name), tuple(file), {"format": "pt"}) for name, file in zip(names, files, strict=True))
+    return Checkpoint(target, shards, {tensor.name: tensor for tensor in tensors})
+
+
+def _write_index(files: Checkpoint, folder: Path) -> None:
+    found = {tensor.name: str(shard.file) for shard in files.shards for tensor in shard.tensors}
+    size = sum(tensor.nbytes for shard in files.shards for tensor in shard.tensors if not isinstance(tensor, Alias))
+    index = {"metadata": {"total_size": size}, "weight_map": {name: found[name] for name in files.tensors}}
+    (folder / _INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def load(
@@ -194,7 +288,7 @@ def refuse_names(names: Iterable[str]) -> None:
             raise InputError(f"no .safetensors file holds a tensor named {name!r}: rename it")
 
 
-def _tensors_of(model: nn.Module | Mapping[str, Tensor]) -> list[Stored]:
+def _state_of(model: nn.Module | Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     state = unwrap(model).state_dict() if isinstance(model, nn.Module) else model
     if isinstance(model, nn.Module):
         left = [name for name in model.state_dict() if not any(end in state for end in _ends(name))]
@@ -205,7 +299,12 @@ def _tensors_of(model: nn.Module | Mapping[str, Tensor]) -> list[Stored]:
             )
     if not isinstance(state, Mapping):
         raise InputTypeError(f"save takes a module or a state_dict, not {checks.kind(state)}")
-    for name, tensor in state.items():
+    return state
+
+
+def _tensors_of(state: Mapping[str, Tensor]) -> list[Stored]:
+    here = {name: bits.local(tensor) if bits.is_sharded(tensor) else tensor for name, tensor in state.items()}
+    for name, tensor in here.items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor):
             raise InputTypeError(
                 f"{name} is {checks.kind(tensor)}: a .safetensors file holds tensors by name; save it elsewhere"
@@ -214,7 +313,7 @@ def _tensors_of(model: nn.Module | Mapping[str, Tensor]) -> list[Stored]:
     refuse_names(state)
     if not state:
         raise InputError("there is nothing to save: the state holds no tensor")
-    return stored_of(state)
+    return stored_of(here)
 
 
 def _ends(name: str) -> Iterator[str]:

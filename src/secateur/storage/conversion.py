@@ -18,14 +18,14 @@ from secateur.storage.coding import effort_of, level_of
 from secateur.storage.container import Slot, Writer, file_form, room_for
 from secateur.storage.contents import Contents, TensorInfo, info
 from secateur.storage.dtypes import name_of, words_of
-from secateur.storage.sharing import mine, shared_folder, wait
+from secateur.storage.sharing import mine, shared_folder
 from secateur.storage.state_hash import StateHash
 from secateur.storage.stored import Stored
 from secateur.storage.torch_files import SUFFIXES
 from secateur.storage.writing import Progress, write_packed
 from secateur.support import bits, checks
 from secateur.support.files import StrPath, narrow, replacing, require_covered, require_place
-from secateur.support.process_groups import ALONE, Processes
+from secateur.support.process_groups import ALONE, Processes, shared
 from secateur.support.progress import progress_bar
 
 _ENDING, _PACKED_ENDING = ".safetensors", ".packed.safetensors"
@@ -229,10 +229,9 @@ def rewrite(
     target, folder = found.path, found.folder
     if folder is None:
         written: Sequence[TensorInfo] = ()
-        if processes.rank == 0:
-            with replacing(target, like=checkpoint.shards[0].file) as temporary:
+        with shared(replacing(target, like=checkpoint.shards[0].file), processes) as temporary:
+            if processes.rank == 0:
                 written = write(temporary, checkpoint.shards[0])
-        wait(processes)
         return _contents(checkpoint, dst, written, target.stat().st_size)
     infos: dict[str, TensorInfo] = {}
     with shared_folder(target, processes) as temporary:

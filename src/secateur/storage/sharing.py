@@ -1,16 +1,22 @@
-"""How several processes share a checkpoint: which files are whose, and one folder into which all of them write."""
+"""How several processes share a checkpoint: which files are whose, one folder for all, tensors that lie in parts."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
+from secateur.exchange import BLOCK, Exchange
+from secateur.sharding import Spread
 from secateur.storage.checkpoints import Checkpoint, Shard
+from secateur.storage.stored import Alias, Stored, parts
 from secateur.support.files import replacing_folder
-from secateur.support.process_groups import Processes
+from secateur.support.process_groups import Processes, shared
 
 
 def mine(checkpoint: Checkpoint, processes: Processes) -> list[Shard]:
@@ -25,24 +31,54 @@ def mine(checkpoint: Checkpoint, processes: Processes) -> list[Shard]:
     return own
 
 
-def wait(processes: Processes) -> None:
-    """Return when all processes have come here."""
-    processes.total(np.zeros(1))
-
-
 @contextmanager
 def shared_folder(target: Path, processes: Processes) -> Iterator[Path]:
-    """As `replacing_folder`, for all processes together: the first one makes the folder, and gives it its name.
+    """As `replacing_folder`, for all processes together.
 
     Raises:
-        WriteError: as `replacing_folder`.
+        WriteError: as `replacing_folder`; a process does not see the folder that the first one makes.
     """
-    if processes.rank == 0:
-        with replacing_folder(target) as temporary:
-            processes.from_first(str(temporary))
-            yield temporary
-            wait(processes)
-    else:
-        yield Path(processes.from_first(""))
-        wait(processes)
-    wait(processes)
+    with shared(replacing_folder(target), processes, seen=True) as temporary:
+        yield temporary
+
+
+class Apart(Stored):
+    """A tensor of which several processes hold parts, read inside of `Exchange.run`."""
+
+    def __init__(self, name: str, dtype: torch.dtype, shape: torch.Size, exchange: Exchange) -> None:
+        super().__init__(name, dtype, shape)
+        self._exchange = exchange
+
+    def pieces(self, count: int) -> Iterator[Tensor]:
+        step = max(count, BLOCK)
+        for first in range(0, self.numel(), step):
+            yield from parts(self._exchange.block(self.name, first, min(first + step, self.numel())), count)
+
+
+def stored_apart(
+    state: Mapping[str, Tensor], here: Sequence[Stored], spread: Spread, exchange: Exchange
+) -> list[Stored]:
+    """The tensors of a state_dict that is spread over processes; tied ones as aliases of the first.
+
+    Args:
+        state: with DTensors; the same names in all processes.
+        here: what `stored_of` says of the parts that are here, in the order of the state.
+        spread: of the state.
+        exchange: of the same tensors.
+    """
+    numbers = {name: number for number, name in enumerate(state)}
+    found: list[Stored] = []
+    # a process that holds nothing of a tensor cannot tell whether it is tied: the others say so
+    firsts = [numbers[one.of.name if isinstance(one, Alias) else one.name] if one.numel() else None for one in here]
+    said = [(first, first**2, 1) if first is not None else (0, 0, 0) for first in firsts]
+    for (name, tensor), (sums, squares, many) in zip(state.items(), spread.grid.total(np.array(said)), strict=True):
+        agreed = sums < many * len(found) and sums**2 == many * squares
+        first = found[sums // many] if agreed and _alike(state[found[sums // many].name], tensor) else None
+        found.append(Apart(name, tensor.dtype, tensor.shape, exchange) if first is None else Alias(name, first))
+    return found
+
+
+def _alike(one: Any, other: Any) -> bool:
+    """Whether two tensors of which the parts here are the same numbers are the same as a whole."""
+    placed = [getattr(tensor, "placements", None) for tensor in (one, other)]
+    return one.shape == other.shape and placed[0] == placed[1]

@@ -81,7 +81,7 @@ def replacing(path: StrPath, like: StrPath | None = None) -> Iterator[Path]:
     Raises:
         WriteError: `path` is a folder, a pipe or a device, or the system refuses to write.
     """
-    with _refusals(path), _work_folder(path) as (target, work):
+    with refusals(path), _work_folder(path) as (target, work):
         if target.is_dir():
             raise WriteError(f"{path} is a folder: give the name of a file in it")
         if target.exists() and not target.is_file():
@@ -108,7 +108,7 @@ def replacing_folder(path: StrPath) -> Iterator[Path]:
     Raises:
         WriteError: `path` is a file, or holds what the new folder does not, or the system refuses to write.
     """
-    with _refusals(path), _work_folder(path) as (target, work):
+    with refusals(path), _work_folder(path) as (target, work):
         if target.exists() and not target.is_dir():
             raise WriteError(f"{path} is a file: give the name of a folder")
         new = work / _NEW
@@ -152,7 +152,7 @@ def require_place(path: Path) -> None:
     Raises:
         WriteError: there is none, or it may not.
     """
-    with _refusals(path):
+    with refusals(path):
         folder = Path(os.path.realpath(path)).parent
         os.stat(folder)
         if not os.access(folder, os.W_OK):
@@ -301,7 +301,12 @@ def _flush(path: Path) -> None:
 
 
 @contextmanager
-def _refusals(path: StrPath) -> Iterator[None]:
+def refusals(path: StrPath) -> Iterator[None]:
+    """Say in an error of the system from inside that this path was not written, and what to do.
+
+    Raises:
+        WriteError: in its place.
+    """
     try:
         yield
     except OSError as error:

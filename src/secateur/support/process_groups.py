@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import distributed
 
-from secateur.errors import GroupError, SecateurError
+from secateur import errors
+from secateur.errors import GroupError, SecateurError, StateError, WriteError
 
+_Made = TypeVar("_Made")
 Array = npt.NDArray[Any]
 Total = Callable[[Array], Array]
 """Adds up the arrays of one shape and dtype that several processes hold, in place, and returns the sum."""
-
-_TEXT = 4096
 
 
 @contextmanager
@@ -55,9 +56,9 @@ def _lost(what: str, error: BaseException) -> GroupError:
 
 
 class Processes(Protocol):
-    """Some processes, of which this is one; each waits for the others in `total` and `from_first`.
+    """Some processes, of which this is one; each waits for the others in `total`.
 
-    If another is lost, or does not come within the timeout of the group, these raise a GroupError.
+    If another is lost, or does not come within the timeout of the group, it raises a GroupError.
     """
 
     rank: int
@@ -65,9 +66,6 @@ class Processes(Protocol):
 
     def total(self, array: Array) -> Array:
         """Add up the arrays (of one shape and dtype) of all processes, in place."""
-
-    def from_first(self, text: str) -> str:
-        """Return the text (at most 4,096 bytes) that the process of rank 0 holds."""
 
 
 class _Alone:
@@ -78,9 +76,6 @@ class _Alone:
 
     def total(self, array: Array) -> Array:
         return array
-
-    def from_first(self, text: str) -> str:
-        return text
 
 
 class Group:
@@ -97,14 +92,6 @@ class Group:
             distributed.all_reduce(torch.from_numpy(array), group=self._group)
         return array
 
-    def from_first(self, text: str) -> str:
-        """Return the text that rank 0 holds."""
-        box = np.zeros(_TEXT, np.uint8)
-        if self.rank == 0:
-            encoded = np.frombuffer(text.encode(), np.uint8)
-            box[: encoded.size] = encoded
-        return bytes(self.total(box)).rstrip(b"\0").decode()
-
 
 class Grid:
     """The processes of a DeviceMesh, dimension by dimension, so that no group is made and no other process waits.
@@ -116,12 +103,12 @@ class Grid:
     def __init__(self, mesh: Any) -> None:
         ranks = mesh.mesh.flatten().tolist()
         self.rank, self.size = ranks.index(distributed.get_rank()), len(ranks)
-        self._device = mesh.device_type
-        self._groups = [mesh.get_group(dimension) for dimension in range(mesh.ndim) if mesh.size(dimension) > 1]
+        self._device, self._shape = mesh.device_type, tuple(mesh.shape)
+        self._groups = {along: mesh.get_group(along) for along, size in enumerate(self._shape) if size > 1}
 
     def total(self, array: Array) -> Array:
         """Add up the arrays of all processes of the mesh, in place."""
-        for group in self._groups:
+        for group in self._groups.values():
             sent = torch.from_numpy(array).to(self._device)  # a group of GPUs takes no tensor of the CPU
             with collective():
                 distributed.all_reduce(sent, group=group)
@@ -134,13 +121,106 @@ class Grid:
         sums, squares = self.total(np.stack([digest, digest**2]))
         if (self.size * squares == sums**2).all():  # they vary nowhere
             return []
-        encoded = np.frombuffer(text.encode(), np.uint8)
-        lengths = np.zeros(self.size, np.int64)
-        lengths[self.rank] = encoded.size
-        lengths = self.total(lengths)
-        box = np.zeros((self.size, lengths.max()), np.uint8)
-        box[self.rank, : encoded.size] = encoded
-        return [bytes(row[:n]).decode() for row, n in zip(self.total(box), lengths, strict=True)]
+        return everyone(self, text)
+
+    def swap(self, given: Sequence[Array]) -> list[Array]:
+        """Give each process of the mesh some bytes, by rank, and return what each gave to this one.
+
+        They go along one dimension of the mesh after the other, over its own groups.
+        """
+        data = np.empty(len(given), object)
+        data[:] = list(given)
+        data = data.reshape(self._shape)
+        for along, group in self._groups.items():  # from here on this dimension says from whom, and no more to whom
+            rows = np.moveaxis(data, along, 0).reshape(self._shape[along], -1)
+            sizes = np.array([[part.size for part in row] for row in rows])
+            theirs = self._exchange(group, sizes.ravel()).reshape(sizes.shape)
+            sent = np.concatenate([part for row in rows for part in row])
+            got = self._exchange(group, sent, theirs.sum(1).tolist(), sizes.sum(1).tolist())
+            parts = np.empty(theirs.size, object)
+            parts[:] = np.split(got, theirs.cumsum()[:-1])
+            rest = [size for other, size in enumerate(self._shape) if other != along]
+            data = np.moveaxis(parts.reshape(self._shape[along], *rest), 0, along)
+        return list(data.ravel())
+
+    def _exchange(self, group: Any, array: Array, theirs: Sequence[int] = (), mine: Sequence[int] = ()) -> Array:
+        """Deal out an array among the processes of a group: equal parts, or parts of these lengths."""
+        sent = torch.from_numpy(array).to(self._device)
+        got = sent.new_empty(sum(theirs) if theirs else len(sent))
+        with collective():
+            distributed.all_to_all_single(got, sent, list(theirs) or None, list(mine) or None, group=group)
+            found: Array = got.cpu().numpy()
+        return found
+
+
+def everyone(processes: Processes, text: str) -> list[str]:
+    """What each process says, by rank."""
+    encoded = np.frombuffer(text.encode(), np.uint8)
+    lengths = np.zeros(processes.size, np.int64)
+    lengths[processes.rank] = encoded.size
+    lengths = processes.total(lengths)
+    if not lengths.any():
+        return [""] * processes.size
+    box = np.zeros((processes.size, lengths.max()), np.uint8)
+    box[processes.rank, : encoded.size] = encoded
+    return [bytes(row[:n]).decode() for row, n in zip(processes.total(box), lengths, strict=True)]
+
+
+def settle(processes: Processes, trouble: Exception | None) -> None:
+    """Return when all processes have come here; what one of them brings as trouble, each one raises."""
+    said = everyone(processes, "" if trouble is None else f"{type(trouble).__name__}: {trouble}")
+    if trouble is not None:
+        raise trouble
+    for rank, words in enumerate(said):
+        if words:
+            kind: type[Exception] = getattr(errors, words.partition(":")[0], StateError)
+            raise kind(f"process {rank} of {processes.size} stopped with {words}")
+
+
+def together(processes: Processes, work: Callable[[], _Made]) -> _Made:
+    """Do work that waits for no other process, and return when all have done theirs; what one raises, all raise."""
+    trouble: Exception | None = None
+    made: list[_Made] = []
+    try:
+        made.append(work())
+    except Exception as error:  # told to the others first, which else would wait for this process
+        trouble = error
+    settle(processes, trouble)
+    return made[0]
+
+
+@contextmanager
+def shared(place: AbstractContextManager[Path], processes: Processes, *, seen: bool = False) -> Iterator[Path]:
+    """Enter `replacing(path)` or its like in the first process, for all: they leave it together.
+
+    Args:
+        place: gives a path that is to be written, and puts what is there into its place at the end.
+        processes: that write; each gets the path. Errors in one of them, before or after, are raised in all.
+        seen: whether all of them write there, and not the first one only.
+
+    Raises:
+        WriteError: another process does not see the path.
+    """
+    with ExitStack() as stack:
+        first = processes.rank == 0
+        text = together(processes, lambda: str(stack.enter_context(place)) if first else "")
+        temporary = Path(everyone(processes, text)[0])
+        lost: Exception | None = None
+        if seen and not temporary.parent.is_dir():
+            lost = WriteError(
+                f"{temporary.parent}, which process 0 made, is not there for process {processes.rank}: give a path on "
+                "a file system that all processes share"
+            )
+        settle(processes, lost)
+        trouble: Exception | None = None
+        try:
+            yield temporary
+        except GroupError:
+            raise
+        except Exception as error:
+            trouble = error
+        settle(processes, trouble)
+        together(processes, stack.close)
 
 
 ALONE: Processes = _Alone()
