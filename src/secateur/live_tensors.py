@@ -48,7 +48,7 @@ def troubles(model: nn.Module, scope: Scope, masks: Masks) -> Iterator[str]:
                 f"{name} was {what} since the Pruner was made: make the Pruner, and the optimizer, of the model as it "
                 "is now; masks of before can be given to it"
             )
-        if not masks.lies_as(name, weight):
+        if not masks.lies_as(name, sharding.layout(weight)):
             raise StateError(
                 f"{name} is spread over the processes in another way than when the Pruner was made: make the Pruner, "
                 "and the optimizer, of the model as it is now"

@@ -145,9 +145,9 @@ class Masks(Mapping[str, Tensor]):
         """Whether these are masks of the part of a DTensor."""
         return self._spread is not None and self._spread.places[name].mesh is not None
 
-    def lies_as(self, name: str, weight: Tensor) -> bool:
-        """Whether the mask of a tensor is spread over the processes as the weight is, so that parts fit parts."""
-        return (None if self._spread is None else self._spread.places[name].layout) == sharding.layout(weight)
+    def lies_as(self, name: str, layout: tuple[Any, Any] | None) -> bool:
+        """Whether the mask of a tensor is spread as a weight of this `sharding.layout` is, so that parts fit parts."""
+        return (None if self._spread is None else self._spread.places[name].layout) == layout
 
     @property
     def size(self) -> int:
@@ -181,7 +181,9 @@ class Masks(Mapping[str, Tensor]):
         return self._combine(other, torch.bitwise_or)
 
     def _combine(self, other: Masks, join: Callable[[Tensor, Tensor], Tensor]) -> Masks:
-        other = other.on(self._spread)
+        if other._spread is not None and self._spread is None:
+            return other._combine(self, join)
+        other = other.on(self._spread) if other._spread is None else other
         joined = {**other._bits, **self._bits}
         for name in self._bits.keys() & other._bits.keys():
             if self._shapes[name] != other._shapes[name]:
@@ -189,8 +191,13 @@ class Masks(Mapping[str, Tensor]):
                     f"{name}: masks of shape {tuple(self._shapes[name])} and {tuple(other._shapes[name])} "
                     "cannot be combined: they are of different models"
                 )
+            other._require_layout(name, self._spread)
             joined[name] = join(self._bits[name], other._bits[name].to(self._bits[name].device))
-        return Masks.from_bits(joined, {**other._shapes, **self._shapes}, self._spread)
+        spread = self._spread
+        if spread is not None and other._spread is not None:
+            wider = max(spread.grid, other._spread.grid, key=lambda grid: grid.size)
+            spread = Spread({**other._spread.places, **spread.places}, wider)
+        return Masks.from_bits(joined, {**other._shapes, **self._shapes}, spread)
 
     def named(self, names: Mapping[str, str]) -> Masks:
         """The same masks under other names: `{new: old}`."""
@@ -207,19 +214,29 @@ class Masks(Mapping[str, Tensor]):
         """The same masks of tensors that are spread over processes.
 
         Raises:
-            MaskError: these are masks of parts, and the tensors are spread in another way.
+            MaskError: as `require_on`.
         """
-        for name, mine in self._spread.places.items() if self._spread is not None else ():
-            theirs = None if spread is None or name not in spread.places else spread.places[name].layout
-            if name in self._bits and theirs != mine.layout:
-                raise MaskError(
-                    f"the mask of {name} is of parts that lie otherwise than those of the weight: give Masks of the "
-                    "full_tensor() of each mask"
-                )
+        self.require_on(spread)
         if spread is None or self._spread is not None:
             return self
         packed = {name: bits.pack(spread.places[name].part(self[name])) for name in self}
         return Masks.from_bits(packed, self._shapes, spread)
+
+    def require_on(self, spread: Spread | None) -> None:
+        """See that these are no masks of parts, or that the tensors are spread as they are.
+
+        Raises:
+            MaskError: the tensors are spread in another way.
+        """
+        for name in self if self._spread is not None else ():
+            self._require_layout(name, spread)
+
+    def _require_layout(self, name: str, spread: Spread | None) -> None:
+        if not self.lies_as(name, None if spread is None else spread.places[name].layout):
+            raise MaskError(
+                f"the mask of {name} is of parts that lie otherwise than those it is to be used with: give Masks of "
+                "the full_tensor() of each mask"
+            )
 
     def to(self, device: torch.device | str) -> Masks:
         """Return the same masks with their bits on `device`."""

@@ -474,7 +474,9 @@ def of(model: nn.Module, sparsity: Sparsity | Masks, **options: Any) -> Plan | F
         As `make`; InputError, MaskError, UnknownNameError: masks that do not fit, or other choices beside them.
     """
     made = _of(model, sparsity, options)
-    sharding.spread(made.scope)  # what cannot be pruned as it is spread is refused now
+    spread = sharding.spread(made.scope)  # what cannot be pruned as it is spread is refused now
+    if isinstance(made, FixedMasks):
+        made.given.require_on(spread)
     return made
 
 

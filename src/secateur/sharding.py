@@ -233,10 +233,11 @@ def _difference(said: Sequence[Mapping[str, Any]]) -> str:
         return f"process {failed} stopped with {said[failed]['error']}"
     other = next(k for k, one in enumerate(said) if one != said[0])
     key = next(key for key in {**said[other], **said[0]} if said[other].get(key) != said[0].get(key))
-    mine, theirs = said[0].get(key), said[other].get(key)
+    mine, theirs = said[0].get(key, "none"), said[other].get(key, "none")
     if isinstance(mine, Mapping) and isinstance(theirs, Mapping):
         inner = next(name for name in {**theirs, **mine} if theirs.get(name) != mine.get(name))
-        key, mine, theirs = f"{key} of {inner}", mine.get(inner), theirs.get(inner)
+        named = f"{key} of {inner}" if key in ("sparsity", "masks") else f"{inner} of {key}"
+        key, mine, theirs = named, mine.get(inner, "none"), theirs.get(inner, "none")
     return f"process {other} has {key} {theirs}, process 0 has {mine}"
 
 
