@@ -68,6 +68,14 @@ class Layout:
         moved = split.permute(order).flatten(0, lead - 1)
         return moved.flatten(1, inputs) if inputs > 1 else moved
 
+    def output_dims(self, ndim: int) -> tuple[int, ...]:
+        """The stored dimensions on whose indices it depends to which output a number belongs; all of them whole.
+
+        So sums over the other dimensions, which stay there with size 1, are rearranged as the tensor is.
+        """
+        letters = self.dims.ljust(ndim + bool(self.groups), "k")[bool(self.groups) :]
+        return tuple(d for d in range(ndim) if letters[d] in "go" or (self.groups and d == 0))
+
     def as_stored(self, rearranged: Tensor, shape: Sequence[int]) -> Tensor:
         """Undo `outputs_first` for a tensor that is stored with this shape."""
         if self.identity:

@@ -8,6 +8,7 @@ import os
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,10 +18,12 @@ from torch import Tensor, nn
 from secateur import sharding
 from secateur.computed_weights import effective, require_values, why_computed
 from secateur.errors import InputError, InputTypeError, MaskError, UnknownNameError, nearest
+from secateur.exchange import BLOCK, Exchange, Part
 from secateur.scope import unwrap, weights
 from secateur.sharding import Spread
 from secateur.support import bits, checks
-from secateur.support.files import replacing, require_file
+from secateur.support.files import refusals, replacing, require_file
+from secateur.support.process_groups import ALONE, during, shared
 from secateur.support.tables import counted
 
 FORMAT = "secateur.masks"
@@ -325,32 +328,64 @@ class Masks(Mapping[str, Tensor]):
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a `.safetensors` file of one bit a weight; an old file stays until the new one is whole.
 
-        The same masks give the same bytes, in whatever order they were made.
+        The same masks give the same bytes, in whatever order they were made. Those of sharded weights are saved by all
+        processes of the mesh, which call this alike; the first one writes them, as those of the whole weights.
 
         Raises:
-            InputError: a name that no file can hold. WriteError: the system refuses to write.
+            InputError: a name that no file can hold; processes that do not call it alike. WriteError: the system
+                refuses to write. Of several processes what one raises, all raise. GroupError: a process was lost.
         """
+        grid = None if self._spread is None else self._spread.grid
+        with during("masks were saved"):
+            told = {"masks": {name: list(shape) for name, shape in self._shapes.items()}}
+            header = sharding.agree(grid, lambda: self._header(path), lambda _: {"path": os.path.abspath(path), **told})
+            exchange = None
+            if self._spread is not None:
+                parts = {name: Part(torch.bool, partial(self._some, name)) for name in self}
+                exchange = Exchange(parts, self._spread)
+
+            def write() -> None:
+                with refusals(path), open(temporary, "wb") as file:
+                    file.write(header)
+                    for name in sorted(self):
+                        for piece in self._pieces(name, exchange):
+                            file.write(piece.cpu().contiguous().numpy().data)
+
+            with shared(replacing(path), grid or ALONE) as temporary:
+                if exchange is None:
+                    write()
+                else:
+                    exchange.run(write if exchange.grid.rank == 0 else lambda: None)
+
+    def _header(self, path: str | os.PathLike[str]) -> bytes:
         checks.path("path", path)
-        if self._spread is not None:
-            raise InputError(
-                "these are masks of parts of tensors (DTensor): take full_tensor() of each, and save Masks of those"
-            )
-        names = sorted(self._bits)
+        names = sorted(self)
         shapes = json.dumps({name: list(self._shapes[name]) for name in names})
         header: dict[str, Any] = {"__metadata__": {"format": FORMAT, "version": "1", "shapes": shapes}}
         stop = 0
         for name in names:
-            start, stop = stop, stop + self._bits[name].numel()
+            start, stop = stop, stop + -(-self._shapes[name].numel() // 8)
             header[name] = {"dtype": "U8", "shape": [stop - start], "data_offsets": [start, stop]}
         try:
             text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
         except UnicodeEncodeError as error:
             raise InputError(f"no file holds a mask whose name has {error.object[error.start]!r}: rename it") from error
         text = text.ljust(-(-len(text) // 8) * 8)
-        with replacing(path) as temporary, open(temporary, "wb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
-            for name in names:
-                file.write(self._bits[name].cpu().contiguous().numpy().data)
+        return len(text).to_bytes(8, "little") + text
+
+    def _pieces(self, name: str, exchange: Exchange | None) -> Iterator[Tensor]:
+        """The bits of a whole tensor, of which the part here may hold only some."""
+        if exchange is None:
+            yield self._bits[name]
+            return
+        size = self._shapes[name].numel()
+        for first in range(0, size, BLOCK):
+            yield bits.pack(exchange.block(name, first, min(first + BLOCK, size)))
+
+    def _some(self, name: str, start: int, stop: int) -> Tensor:
+        """Part of the mask that is here, flat."""
+        first = start // 8 * 8
+        return bits.unpack(self._bits[name], stop - first, first)[start - first :].cpu()
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Masks:

@@ -205,7 +205,16 @@ def alike(
     Raises:
         InputError: another process made something else, or raised; the message says which and what.
     """
-    where = grid_of(dict(model.named_parameters()) if isinstance(model, nn.Module) else model)
+    return agree(grid_of(dict(model.named_parameters()) if isinstance(model, nn.Module) else model), make, tell, remedy)
+
+
+def agree(
+    where: Grid | None,
+    make: Callable[[], _Made],
+    tell: Callable[[_Made], Mapping[str, Any]],
+    remedy: str = "Nothing was changed: call it alike in all processes of the mesh",
+) -> _Made:
+    """As `alike`, of these processes; None is this one alone."""
     if where is None:
         return make()
     made: list[_Made] = []

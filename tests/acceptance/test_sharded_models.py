@@ -132,7 +132,6 @@ def refused(rank, ranks):
     untouched("the score random looks at whole tensors", lambda: sc.prune(model, 0.5, score="random"), InputError)
     untouched("the allocation .* looks at whole tensors", lambda: sc.prune(model, 0.5, allocation="lamp"), InputError)
     untouched("looks at whole ones: leave regrow out", lambda: sc.Pruner(model, 0.5, regrow="rigl"))
-    untouched("the weights are sharded, and a report reads whole ones", lambda: sc.report(model), InputError)
     untouched(
         "process 1 has sparsity of down.weight 0.9, process 0 has 0.8.*call it alike",
         lambda: sc.prune(model, 0.9 if rank else 0.8),

@@ -9,15 +9,14 @@ import pytest
 import torch
 from torch import distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import secateur as sc
 from processes import as_torchrun, in_a_group, joined
 from secateur.errors import GroupError, SecateurError, WriteError
 from secateur.storage import archive, coding, reading, sharing, writing
 from secateur.storage.dtypes import KINDS
+from sharded_models import LAYOUTS, rows
 
 LEVELS = ({}, {"effort": "fast", "level": "bf16"}, {"step": 0.1})
 
@@ -43,35 +42,6 @@ def net(dtype=torch.float32):
     model = Net().to(dtype)
     sc.prune(model, 0.8)
     return model
-
-
-def rows(model, ranks):
-    mesh = init_device_mesh("cpu", (ranks,))
-    for layer in (model.up, model.down):
-        fully_shard(layer, mesh=mesh)
-    return fully_shard(model, mesh=mesh)
-
-
-def columns(model, ranks):
-    mesh = init_device_mesh("cpu", (ranks,))
-    for layer in (model.up, model.down):  # the rest is plain
-        fully_shard(layer, mesh=mesh, shard_placement_fn=lambda p: Shard(1) if p.ndim == 2 else None)
-    return model
-
-
-def hybrid(model, ranks):
-    mesh = init_device_mesh("cpu", (2, ranks // 2), mesh_dim_names=("copies", "parts"))
-    fully_shard(model.down, mesh=mesh)
-    return fully_shard(model, mesh=mesh)
-
-
-def tensors_in_parallel(model, ranks):
-    mesh = init_device_mesh("cpu", (2, ranks // 2), mesh_dim_names=("data", "tensor"))
-    parallelize_module(model, mesh["tensor"], {"up": ColwiseParallel(), "down": RowwiseParallel()})
-    return fully_shard(model, mesh=mesh["data"])
-
-
-LAYOUTS = {2: (rows, columns), 4: (rows, columns, hybrid, tensors_in_parallel)}
 
 
 def same_files(one, other):

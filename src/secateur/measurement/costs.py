@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from collections.abc import Iterator
@@ -44,7 +45,7 @@ def weight_facts(model: nn.Module) -> dict[str, Any]:
 
 def hides_weights(model: nn.Module) -> bool:
     """Whether some weights are not plain tensors: quantized, sparse, packed by a library, or constants of a script."""
-    entries = [*model.state_dict().values(), *model.parameters()]
+    entries = [bits.local(t) if bits.is_sharded(t) else t for t in (*model.state_dict().values(), *model.parameters())]
     beside = tree_leaves([entry for entry in entries if not isinstance(entry, Tensor)])
     return (
         not all(is_plain(entry) for entry in entries if isinstance(entry, Tensor))
@@ -155,7 +156,7 @@ def _storage(tensor: Tensor) -> int:
 
 
 def file_bytes(model: nn.Module) -> int | None:
-    """Size of the state_dict as a dense .safetensors file, tied tensors once; it is built in memory to be counted.
+    """Size of the state_dict as a dense .safetensors file, tied tensors once; of a DTensor that of the whole.
 
     None if the model `hides_weights`, as such a file cannot hold them. Other entries that are no tensors are left out.
     """
@@ -164,11 +165,26 @@ def file_bytes(model: nn.Module) -> int | None:
     if hides_weights(model):
         return None
     tensors: dict[Any, tuple[str, Tensor]] = {}
-    for name, tensor in model.state_dict().items():
+    for name, tensor in model.state_dict(keep_vars=True).items():
         if isinstance(tensor, Tensor):  # an `_extra_state` need not be one
-            same = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
-            tensors.setdefault(same if tensor.numel() else name, (name, tensor.contiguous()))
-    return len(save(dict(tensors.values())))
+            sharded = bits.is_sharded(tensor)  # of which a process may hold nothing, in no memory
+            same = id(tensor) if sharded else (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+            tensors.setdefault(same if sharded or tensor.numel() else name, (name, tensor))
+    dtypes = {str(number): dtype for number, dtype in enumerate({tensor.dtype for _, tensor in tensors.values()})}
+    order = _header(save({number: torch.zeros(1, dtype=dtype) for number, dtype in dtypes.items()}))
+    codes = {dtypes[number]: (at, entry["dtype"]) for at, (number, entry) in enumerate(order.items())}
+    entries, end = {}, 0
+    for name, tensor in sorted(tensors.values(), key=lambda item: (codes[item[1].dtype][0], item[0].encode())):
+        start, end = end, end + tensor.numel() * tensor.itemsize
+        entries[name] = {"dtype": codes[tensor.dtype][1], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    header = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
+    return 8 + -(-len(header) // 8) * 8 + end
+
+
+def _header(file: bytes) -> dict[str, Any]:
+    """What a .safetensors file says of its tensors, in the order of their bytes."""
+    found: dict[str, Any] = json.loads(file[8 : 8 + int.from_bytes(file[:8], "little")])
+    return found
 
 
 def peak_bytes(model: nn.Module, call: Arguments) -> int | None:

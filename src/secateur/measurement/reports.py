@@ -7,17 +7,18 @@ from dataclasses import asdict, dataclass
 from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from secateur import anatomy
+from secateur import anatomy, sharding
 from secateur.computed_weights import effective, weights_as_used
-from secateur.errors import InputError
 from secateur.masks import as_masks
 from secateur.measurement.costs import file_bytes
 from secateur.scope import unwrap
 from secateur.sparsity import half_up
 from secateur.support import bits
+from secateur.support.process_groups import during
 from secateur.support.tables import Printed, Table, number, percent, size
 from secateur.tying import distinct
 
@@ -111,15 +112,15 @@ def report(model: nn.Module, masks: Mapping[str, Tensor] | None = None) -> Repor
 
     More zeros than asked for were there before pruning. Fewer mean that zeros came back: `sc.check` says where,
     `sc.remask` repairs it. Weights under masks of `torch.nn.utils.prune` and quantized weights count as the model
-    computes with them.
+    computes with them. A report of sharded weights is one of the whole model; all processes of the mesh call it.
 
     Args:
         model: only read.
         masks: by default none: the report is of the weights that would be pruned by default.
 
     Raises:
-        UnknownNameError, MaskError: the masks are for another model. InputTypeError: no Masks. InputError: sharded
-            weights.
+        UnknownNameError, MaskError: the masks are for another model. InputTypeError: no Masks. InputError: processes
+            that do not call it alike. GroupError: one of them was lost.
 
     >>> model = nn.Linear(8, 2)
     >>> import secateur as sc
@@ -129,22 +130,27 @@ def report(model: nn.Module, masks: Mapping[str, Tensor] | None = None) -> Repor
     >>> report(model).got
     0.5
     """
-    masks = None if masks is None else as_masks(masks)
     plain = unwrap(model)
-    if any(map(bits.is_sharded, plain.parameters())):
-        raise InputError(
-            "the weights are sharded, and a report reads whole ones: masks.counts() has what is pruned in all "
-            "processes, and sc.check(model, masks), called by all, whether it is zero"
-        )
-    modules = dict(plain.named_modules(remove_duplicate=False))
-    asked = {} if masks is None else masks.counts()
-    lines = []
-    for name, tensor in (weights_as_used(plain) if masks is None else masks.read(plain)).items():
-        place, _, attribute = name.rpartition(".")
-        layout = anatomy.layout(modules[place], attribute, tensor)
-        lines.append(_line(name, tensor.detach(), asked.get(name), layout.outputs_first(tensor.detach())))
-    everything = distinct(effective(plain))
-    return Report(tuple(lines), sum(t.numel() for t in everything.values()), _alive(everything), file_bytes(model))
+
+    def make() -> tuple[dict[str, int], dict[str, Tensor], dict[str, Tensor]]:
+        held = None if masks is None else as_masks(masks)
+        listed = weights_as_used(plain) if held is None else held.read(plain)
+        return {} if held is None else held.counts(), listed, distinct(effective(plain))
+
+    def tell(made: tuple[dict[str, int], dict[str, Tensor], dict[str, Tensor]]) -> dict[str, Any]:
+        return {"masks": made[0], "tensors": [*made[1]]}
+
+    with during("the model was reported"):
+        asked, tensors, everything = sharding.alike(plain, make, tell)
+        modules = dict(plain.named_modules(remove_duplicate=False))
+        layouts = {}
+        for name, tensor in tensors.items():
+            place, _, attribute = name.rpartition(".")
+            layouts[name] = anatomy.layout(modules[place], attribute, tensor)
+        nonzero = _nonzero(tensors, {name: layouts[name].output_dims(tensor.ndim) for name, tensor in tensors.items()})
+        alive = sum(int(found.sum()) for found in _nonzero(everything, dict.fromkeys(everything, ())).values())
+    lines = [_line(name, t, asked.get(name), layouts[name].outputs_first(nonzero[name])) for name, t in tensors.items()]
+    return Report(tuple(lines), sum(t.numel() for t in everything.values()), alive, file_bytes(model))
 
 
 def _as_asked(count: int, size: int) -> float:
@@ -159,14 +165,43 @@ def _as_asked(count: int, size: int) -> float:
 
 def _line(name: str, tensor: Tensor, asked: int | None, by_output: Tensor) -> Line:
     outputs = len(by_output) if tensor.ndim > 1 else 0
-    used = sum(int((by_output[i : i + 1024] != 0).flatten(1).any(1).sum()) for i in range(0, outputs, 1024))
-    return Line(name, tensor.numel(), asked, tensor.numel() - _alive({name: tensor}), outputs, outputs - used)
+    dead = outputs - int(by_output.flatten(1).any(1).sum()) if outputs else 0
+    return Line(name, tensor.numel(), asked, tensor.numel() - int(by_output.sum()), outputs, dead)
 
 
-def _alive(tensors: Mapping[str, Tensor]) -> int:
-    return sum(
-        int(torch.count_nonzero(piece)) for tensor in tensors.values() for _, piece in bits.chunks(tensor.detach())
-    )
+def _nonzero(tensors: Mapping[str, Tensor], dims: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    """Of each tensor how many numbers are not zero along some dimensions; the others have size 1.
+
+    Those of DTensors are counted where they are, and added up.
+    """
+    spread = sharding.spread(tensors)
+    found = {name: _along(bits.local(tensor), dims[name]) for name, tensor in tensors.items()}
+    if spread is None:
+        return found
+    whole = {}
+    for name, part in found.items():
+        place = spread.places[name]
+        whole[name] = np.zeros([n if d in dims[name] else 1 for d, n in enumerate(place.shape)], np.int64)
+        if place.counts:
+            at = [index if d in dims[name] else [0] for d, index in enumerate(place.index)]
+            whole[name][np.ix_(*at)] = part.cpu().numpy()
+    sums = spread.grid.total(np.concatenate([one.ravel() for one in whole.values()]))
+    ends = np.cumsum([one.size for one in whole.values()])[:-1]
+    return {
+        name: torch.from_numpy(sum_.reshape(whole[name].shape))
+        for name, sum_ in zip(whole, np.split(sums, ends), strict=True)
+    }
+
+
+def _along(tensor: Tensor, dims: tuple[int, ...]) -> Tensor:
+    if not dims:
+        alive = sum(int(torch.count_nonzero(piece)) for _, piece in bits.chunks(tensor))
+        return torch.full([1] * tensor.ndim, alive)
+    others = [d for d in range(tensor.ndim) if d not in dims]
+    step = max(bits.CHUNK // max(tensor[:1].numel(), 1), 1)
+    pieces = [tensor[first : first + step] != 0 for first in range(0, max(len(tensor), 1), step)]
+    rows = [piece.sum(others, keepdim=True) if others else piece.long() for piece in pieces]
+    return torch.cat(rows) if 0 in dims else torch.stack(rows).sum(0)
 
 
 def _row(name: str, weights: int, asked: int | None, got: int, dead: int) -> list[str]:
