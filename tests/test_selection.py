@@ -49,6 +49,16 @@ def by_selection(streams, count):
     return found
 
 
+def bracket(low, high):
+    """In the place of the one that the sample gives."""
+
+    def ends(streams, count, dtype, digit):
+        yield from ()
+        return selection._key(low, dtype), selection._key(high, dtype)
+
+    return ends
+
+
 def require_same(streams, *counts):
     for count, want in zip(counts, by_sort(streams, *counts), strict=True):
         got = by_selection(streams, count)
@@ -83,14 +93,24 @@ def streams_and_count(draw):
     return streams, draw(st.integers(0, most))
 
 
-@given(streams_and_count(), st.sampled_from([8, 16, 1 << 18]), st.sampled_from([2, 3, 7, 1 << 16]))
+@given(
+    streams_and_count(),
+    st.sampled_from([8, 16, 1 << 18]),
+    st.sampled_from([2, 3, 7, 1 << 16]),
+    st.sampled_from([1, 4, 10]),
+    st.sampled_from([1 << 12, 1 << 20]),
+    st.sampled_from([0, 9, 1 << 20]),
+)
 @settings(deadline=None, max_examples=300)
-def test_like_a_stable_sort(case, chunk, sample):
+def test_like_a_stable_sort(case, chunk, sample, digit, cells, few):
     streams, count = case
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(bits, "CHUNK", chunk)
         patch.setattr(selection, "_SAMPLE", sample)  # a few samples: the bracket is used, and often wrong
         patch.setattr(selection, "_SIGMAS", 0.5)
+        patch.setattr(selection, "WIDE", digit)
+        patch.setattr(selection, "_CELLS", cells)
+        patch.setattr(selection, "_FEW", few)
         require_same(streams, count)
 
 
@@ -102,7 +122,7 @@ def test_exact_whatever_the_bracket(case, data):
     low = data.draw(ends)
     high = data.draw(ends.filter(lambda value: value >= low))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(selection, "_bracket", lambda *_: (low, high))
+        patch.setattr(selection, "_bracket", bracket(low, high))
         require_same(streams, count)
 
 
@@ -155,20 +175,22 @@ def test_ties_at_the_ends_of_the_bracket(monkeypatch, end):
     values = torch.zeros(BIG)
     values[: BIG // 3], values[-BIG // 3 :] = -1.0, 1.0
     values = values[torch.randperm(BIG, generator=torch.Generator().manual_seed(2))]
-    monkeypatch.setattr(selection, "_bracket", lambda *_: (0.0, 0.5) if end == "low" else (-0.5, 0.0))
+    monkeypatch.setattr(selection, "_bracket", bracket(0.0, 0.5) if end == "low" else bracket(-0.5, 0.0))
     require_same([Stream("t", values)], BIG // 2)
 
 
-@pytest.mark.parametrize("bracket", [(-9.0, -8.0), (8.0, 9.0), (0.1, 0.1), (-math.inf, -7.0), (7.0, math.inf)])
-def test_a_misleading_sample_costs_time_and_nothing_else(monkeypatch, bracket):
+@pytest.mark.parametrize("ends", [(-9.0, -8.0), (8.0, 9.0), (0.1, 0.1), (-math.inf, -7.0), (7.0, math.inf)])
+def test_a_misleading_sample_costs_time_and_nothing_else(monkeypatch, ends):
     values = torch.randn(BIG, generator=torch.Generator().manual_seed(3))
-    monkeypatch.setattr(selection, "_bracket", lambda *_: bracket)
+    monkeypatch.setattr(selection, "_bracket", bracket(*ends))
     require_same([Stream("t", values)], BIG // 2)
 
 
-def test_the_bracket_really_holds_the_cut_and_little_else():
+@pytest.mark.parametrize("digit", [selection.NARROW, selection.WIDE])
+def test_the_bracket_really_holds_the_cut_and_little_else(digit):
     values = torch.randn(BIG, generator=torch.Generator().manual_seed(4))
-    low, high = selection._bracket([Stream("t", values)], BIG // 2, torch.float32, ALONE.total)
+    finding = selection._bracket([Stream("t", values)], BIG // 2, torch.float32, digit)
+    low, high = (selection._float(key, torch.float32) for key in selection.run([finding], ALONE.total)[0])
     inside = int(((values > low) & (values < high)).sum())
     assert low < float(values.sort().values[BIG // 2 - 1]) < high
     assert 0 < inside < 0.06 * BIG

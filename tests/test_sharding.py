@@ -6,11 +6,13 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
-from torch import distributed
+from torch import distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.placement_types import Partial, _StridedShard
 
+import secateur as sc
 from processes import in_a_group
 from secateur import selection, sharding
 from secateur.errors import InputError
@@ -81,7 +83,7 @@ def drawn(generator, shape, kind, dtype):
 def same_as_the_whole(rank, ranks, cases):
     meshes = [init_device_mesh("cpu", (ranks,)), *([init_device_mesh("cpu", (2, 2))] if ranks == 4 else [])]
     widest = meshes[-1]
-    selection._SAMPLE, selection._TIE_BITS = 64, 3  # so that the bracket and the digits are at work
+    selection._SAMPLE, selection.WIDE = 64, 3  # so that the bracket and the digits are at work
     bits.CHUNK = 64
     generator = torch.Generator().manual_seed(0)
     tried = 0
@@ -136,12 +138,38 @@ def bytes_of_a_selection(rank, ranks, million):
         cut = selection.threshold([stream], million * 900_000, total=counting)
         lost = total(np.array([selection.keep(stream, cut)[1]]))
         assert lost.tolist() == [million * 900_000]
-        assert sum(sent) < 110_000, sent
+        assert sum(sent) < 70_000, sent
 
 
 def test_the_bytes_that_are_sent_do_not_grow_with_the_weights():
     in_a_group(2, bytes_of_a_selection, 2, 1)
     in_a_group(2, bytes_of_a_selection, 2, 8)
+
+
+def bytes_of_an_update(rank, ranks):
+    """Of a hundred tensors, all that is added up, whatever asks for it."""
+    mesh = init_device_mesh("cpu", (ranks,))
+    sent, add_up = [], distributed.all_reduce
+
+    def counting(tensor, **options):
+        sent.append(tensor.nbytes)
+        return add_up(tensor, **options)
+
+    model = nn.Sequential(*(nn.Linear(64, 48, bias=False) for _ in range(100)))
+    for layer in model:
+        fully_shard(layer, mesh=mesh)
+    distributed.all_reduce = counting
+    for dtype in (torch.float32, torch.bfloat16):
+        for allocation in ("global", "uniform", "erk"):
+            sent.clear()
+            sc.prune(model.to(dtype), 0.7, allocation=allocation)
+            assert 10_000 < sum(sent) < 256 * 1024, (allocation, sum(sent))
+            assert len(sent) < 40, (allocation, len(sent))
+    distributed.all_reduce = add_up
+
+
+def test_what_an_update_of_a_hundred_tensors_sends():
+    in_a_group(2, bytes_of_an_update, 2)
 
 
 def all_stop(rank, ranks):

@@ -26,7 +26,7 @@ from secateur.masks import Masks, as_masks
 from secateur.patterns import Joined, Pattern, Picked, Slices
 from secateur.scope import Member, Scope
 from secateur.scores import Score
-from secateur.selection import Applied, Cut, Stream
+from secateur.selection import Cut, Stream
 from secateur.sharding import Spread
 from secateur.sparsity import Count, Sparsity, explicit, fraction, half_up
 from secateur.support import bits
@@ -153,25 +153,33 @@ def choose(
     budgets: Sequence[Budget],
     stream: Callable[[str, int], Stream],
     most: Mapping[str, int],
-    apply: Callable[[Sequence[Stream], Cut], Applied[_Result]],
+    apply: Callable[[Stream, Cut], tuple[_Result, int, int]],
     total: Total = ALONE.total,
-) -> dict[str, _Result]:
+    *,
+    at_once: bool = False,
+) -> dict[str, tuple[_Result, int, int]]:
     """Say which weights go: the lowest of each budget.
 
     Args:
         budgets: from `budget`.
         stream: the scores of a tensor, by its name and what its budget tells of it.
         most: weights that each tensor may lose.
-        apply: how to apply a cut to some streams.
+        apply: applies a cut to a stream: what comes of it, the scores that it loses here, and another number.
         total: how processes that each read some of the streams add up; by default this one works alone.
+        at_once: all budgets, so that processes seldom wait for each other; for weights in memory.
 
     Returns:
-        What `apply` gives for each tensor.
+        For each tensor what came of it, and the sums of the two numbers over all processes.
     """
-    found: dict[str, _Result] = {}
-    for each in budgets:
-        streams = selection.agreed(functools.partial(_streams, stream, each.told), total)
-        found |= selection.together(streams, each.count, most, apply, total)
+    found: dict[str, tuple[_Result, int, int]] = {}
+    many = len(budgets) if at_once else 1
+    for start in range(0, len(budgets), max(many, 1)):
+        several = budgets[start : start + many]
+        digit = selection.NARROW if len(several) > 1 else selection.WIDE
+        streams = [functools.partial(_streams, stream, each.told) for each in several]
+        jobs = [selection.together(s, each.count, most, apply, digit) for s, each in zip(streams, several, strict=True)]
+        for each in selection.run(jobs, total):
+            found |= each
     return found
 
 
@@ -372,10 +380,9 @@ class Plan:
 
         budgets = budget(bounds, count, self.allocation, lambda name: sheets[name].weights(), pattern=self.pattern)
         limits = {name: most for name, (_, most) in bounds.items()}
-        apply, total = selection.keep_all, ALONE.total
-        if spread is not None:
-            apply, total = functools.partial(_keep_parts, spread), spread.grid.total
-        kept = choose(budgets, stream, limits, apply, total)
+        total = ALONE.total if spread is None else spread.grid.total
+        chosen = choose(budgets, stream, limits, _keep, total, at_once=spread is not None)
+        kept = {name: packed for name, (packed, _, _) in chosen.items()}
         if self.pattern is None:
             return kept
         found: dict[str, Tensor] = {}
@@ -429,11 +436,8 @@ class Plan:
         return reduced
 
 
-def _keep_parts(spread: Spread, streams: Sequence[Stream], cut: Cut) -> Applied[Tensor]:
-    """As `selection.keep_all`, with the numbers of what is pruned in all parts."""
-    found = selection.keep_all(streams, cut)
-    lost = spread.total({name: pruned for name, (_, pruned) in found.items()})
-    return {name: (packed, lost[name]) for name, (packed, _) in found.items()}
+def _keep(stream: Stream, cut: Cut) -> tuple[Tensor, int, int]:
+    return *selection.keep(stream, cut), 0
 
 
 @dataclass(frozen=True)

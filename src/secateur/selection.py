@@ -4,16 +4,19 @@ A sample of the scores gives a bracket around the k-th lowest. One pass counts t
 histogram of those inside it (about 1 %), over the bits of the scores. A bin usually holds a single value; if it holds
 more, another pass divides it. Ties at the threshold are broken by (tensor, row-major index). The result is that of a
 stable sort of all scores, whatever the chunks, the sample or the threads. Where several processes each read a part of
-the streams, or a shard of each, the caller passes how they add up their counts (`total`): about 80 KB a selection,
-whatever its size. By default this process works alone, also within a process group.
+the streams, or a shard of each, the caller passes how they add up their counts (`total`): about 40 KB a selection,
+whatever its size, or 2 KB each where many are made at once (`run`). By default this process works alone, also within a
+process group.
 """
 
 from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import accumulate, pairwise
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -28,8 +31,10 @@ from secateur.support import bits
 from secateur.support.process_groups import ALONE, Total
 
 _SAMPLE = 1 << 14
-_BINS, _FEW_BINS = 1 << 20, 1 << 16  # of a histogram: for few weights the smaller one is quicker
-_TIE_BITS = 10  # of an index, looked at in one round to find where the ties that go end
+_CELLS, _SAMPLE_CELLS = 1 << 20, 1 << 18  # of equally many keys, in which scores are counted
+_FEW = 1 << 20  # keys that are held one by one, and not counted by cells
+WIDE, NARROW = 10, 4
+"""Bits of a number that are found in one round, by counts of 2^10 or 2^4 parts: of one selection, of many at once."""
 _TEXT = 4096  # bytes of the words of an error
 _SIGMAS = 4.0  # half-width of the bracket in standard deviations of the sample's rank: it seldom misses
 
@@ -173,6 +178,65 @@ def threshold(streams: Sequence[Stream], count: int, *, total: Total = ALONE.tot
     Raises:
         InputError: so many are protected (a score of +inf, a padding row) that `count` cannot be met.
     """
+    return run([_threshold(streams, count, WIDE)], total)[0]
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Numbers that a selection wants to have added up over the processes.
+
+    Attributes:
+        size: how many.
+        fill: writes those of this process into zeros.
+    """
+
+    size: int
+    fill: Callable[[Indices], object]
+
+
+Steps = Generator[Wanted, Indices, _Result]
+"""A selection that stops wherever it wants numbers added up, and goes on with the sums."""
+
+
+def run(selections: Sequence[Steps[_Result]], total: Total) -> list[_Result]:
+    """Make selections side by side: what all of them want added up is added up at once.
+
+    Args:
+        selections: each process has them in the same order.
+        total: as for `threshold`.
+
+    Raises:
+        InputError: reading raised in another process.
+    """
+    found: dict[int, _Result] = {}
+    sums: dict[int, Any] = dict.fromkeys(range(len(selections)))
+    while sums:
+        wanted: dict[int, Wanted] = {}
+        for at, given in sums.items():
+            try:
+                wanted[at] = selections[at].send(given)
+            except StopIteration as end:
+                found[at] = end.value
+        sums = dict(zip(wanted, _added([*wanted.values()], total), strict=True))
+    return [found[at] for at in range(len(selections))]
+
+
+def _added(wanted: Sequence[Wanted], total: Total) -> list[Indices]:
+    """Add up what is wanted over the processes, all of it at once."""
+    if not wanted:
+        return []
+    ends = [*accumulate((one.size for one in wanted), initial=0)]
+    spans = [slice(*ends_of) for ends_of in pairwise(ends)]
+
+    def fill(sums: Indices) -> None:
+        for one, span in zip(wanted, spans, strict=True):
+            one.fill(sums[span])
+
+    sums = _summed(total, ends[-1], np.int64, fill)
+    return [sums[span] for span in spans]
+
+
+def _threshold(streams: Sequence[Stream], count: int, digit: int) -> Steps[Cut]:
     dtype = torch.float64 if any(_wide(stream) for stream in streams) else torch.float32
     no_ties = dict.fromkeys((stream.name for stream in streams), 0)
     if count <= 0:
@@ -180,9 +244,9 @@ def threshold(streams: Sequence[Stream], count: int, *, total: Total = ALONE.tot
     if count == sum(stream.legal or 0 for stream in streams):  # all that may go goes: there is nothing to rank
         return Cut(math.inf, dtype, no_ties)
     if any(stream.group > 1 for stream in streams):
-        cut = _grouped(streams, count, dtype, total)
+        cut = yield from _grouped(streams, count, dtype)
     else:
-        cut = _exact(streams, count, dtype, total)
+        cut = yield from _exact(streams, count, dtype, digit)
     if cut.value == math.inf:
         raise InputError(
             f"{count:,} weights of {listed([stream.name for stream in streams])} were to be pruned, but too many of "
@@ -227,41 +291,55 @@ def tally(stream: Stream, cut: Cut) -> tuple[int, int]:
     return pruned, zero
 
 
-Applied = dict[str, tuple[_Result, int]]
-"""For each stream what came of applying a cut to it, and the scores that it loses."""
-
-
 def together(
-    streams: Sequence[Stream],
+    streams: Callable[[], Sequence[Stream]],
     count: int,
     most: Mapping[str, int],
-    apply: Callable[[Sequence[Stream], Cut], Applied[_Result]],
-    total: Total = ALONE.total,
-) -> dict[str, _Result]:
+    apply: Callable[[Stream, Cut], tuple[_Result, int, int]],
+    digit: int,
+) -> Steps[dict[str, tuple[_Result, int, int]]]:
     """Rank all streams together; where one would lose more than it may, it loses that, and the others the rest.
 
     Args:
-        streams: in the order in which ties go.
+        streams: makes them, in the order in which ties go.
         count: weights to prune in all.
         most: weights that each stream may lose.
-        apply: how to apply a cut to some streams.
-        total: as for `threshold`.
+        apply: applies a cut to a stream: what comes of it, the scores that it loses here, and another number.
+        digit: `WIDE`, or `NARROW` if many selections are made at once.
+
+    Returns:
+        For each stream what came of it, and the sums of the two numbers over all processes.
     """
-    done: dict[str, _Result] = {}
-    while rest := [stream for stream in streams if stream.name not in done]:
-        found = apply(rest, threshold(rest, count, total=total))
+    rest: list[Stream] = []
+    yield Wanted(0, lambda _: rest.extend(streams()))
+    done: dict[str, tuple[_Result, int, int]] = {}
+    while rest:
+        found = yield from _applied(rest, (yield from _threshold(rest, count, digit)), apply)
         full = [stream for stream in rest if found[stream.name][1] * stream.group > most[stream.name]]
         if not full:
-            return {**done, **{name: result for name, (result, _) in found.items()}}
+            return {**done, **found}
         for stream in full:
-            ((done[stream.name], lost),) = apply([stream], threshold([stream], most[stream.name], total=total)).values()
-            count -= lost * stream.group
+            cut = yield from _threshold([stream], most[stream.name], digit)
+            done |= yield from _applied([stream], cut, apply)
+            count -= done[stream.name][1] * stream.group
+        rest = [stream for stream in rest if stream.name not in done]
     return done
 
 
-def keep_all(streams: Sequence[Stream], cut: Cut) -> Applied[Tensor]:
-    """Apply a cut to streams: the bits of what each keeps."""
-    return {stream.name: keep(stream, cut) for stream in streams}
+def _applied(
+    streams: Sequence[Stream], cut: Cut, apply: Callable[[Stream, Cut], tuple[_Result, int, int]]
+) -> Steps[dict[str, tuple[_Result, int, int]]]:
+    found: list[_Result] = []
+
+    def fill(sums: Indices) -> None:
+        for stream, row in zip(streams, sums.reshape(-1, 2), strict=True):
+            result, *numbers = apply(stream, cut)
+            found.append(result)
+            row[:] = numbers if stream.here else 0
+
+    sums = yield Wanted(2 * len(streams), fill)
+    rows = zip(streams, found, sums.reshape(-1, 2).tolist(), strict=True)
+    return {stream.name: (result, lost, other) for stream, result, (lost, other) in rows}
 
 
 def zeros_first(scores: Tensor, weights: Tensor) -> Tensor:
@@ -287,46 +365,99 @@ def require_finite(name: str, weight: Tensor | Source) -> None:
             return
 
 
-def _exact(streams: Sequence[Stream], count: int, dtype: torch.dtype, total: Total) -> Cut:
+def _exact(streams: Sequence[Stream], count: int, dtype: torch.dtype, digit: int) -> Steps[Cut]:
     bottom, top = _key(-math.inf, dtype), _key(math.inf, dtype)
-    low, high = (_key(end, dtype) for end in _bracket(streams, count, dtype, total))
+    low, high = yield from _bracket(streams, count, dtype, digit)
+    low = max(low, bottom + 1)  # what is pruned already lies at the bottom, and may be much
+    known: list[_Keys] = []
     for _ in range(9):  # one pass nearly always, six at the very most
-        before, (low, high), inside = _census(streams, low, high, count, dtype, total)
-        if count <= before:  # the sample has misled us: look beyond the bracket
+        shift = 0
+        while (last := (high - low >> shift) + 2) >= _CELLS:  # the first cell lies below, and the last one above
+            shift += 1
+        read = partial(_census, streams, low, high, shift, dtype, known)
+        ((before, cell, inside),) = yield from _fall(read, last + 1, [count], digit)
+        if cell == 0:  # the sample has misled us: look beyond the bracket
             low, high = bottom, low - 1
-        elif count > before + inside:
+        elif cell >= last:
             low, high = high + 1, top
-        elif low == high:
-            value, ties = _float(low, dtype), count - before
-            return Cut(value, dtype, _until(streams, value, ties, dtype, total) if ties < inside else {})
+        else:
+            low += cell - 1 << shift
+            high = min(high, low + (1 << shift) - 1)
+            if low == high:
+                value, ties, until = _float(low, dtype), count - before, dict[str, int]()
+                if ties < inside:
+                    until = yield from _until(streams, value, ties, dtype, digit)
+                return Cut(value, dtype, until)
     raise InputError(f"the score of {streams[0].name} changes from call to call: an elementwise one must not")
 
 
-def _bracket(streams: Sequence[Stream], count: int, dtype: torch.dtype, total: Total) -> tuple[float, float]:
-    """Two scores between which the k-th lowest lies, by a random sample (one index in each of 16,384 strata)."""
+def _fall(
+    read: Callable[[], tuple[Indices, Indices]], cells: int, counts: Sequence[int], digit: int
+) -> Steps[list[tuple[int, int, int]]]:
+    """Find the cells in which some counts fall: the number of each one is found digit by digit.
+
+    Args:
+        read: the cells in which this process found scores, ascending, and the scores in those up to each; 0 first.
+        cells: how many there are.
+        counts: of the scores of all processes, 1 or more.
+        digit: bits.
+
+    Returns:
+        For each count the scores in the cells before its own, the cell, and the scores in it.
+    """
+    mine: list[Indices] = []
+    found = [(0, 0, 0) for _ in counts]
+    left = (cells - 1).bit_length()
+    while left > 0:
+        taken, left = min(digit, left), max(left - digit, 0)
+        edges = [first + (np.arange((1 << taken) + 1) << left) for _, first, _ in found]
+
+        def fill(sums: Indices, edges: Sequence[Indices] = edges) -> None:
+            mine[:] = mine or read()
+            at, ends = mine
+            for row, each in zip(sums.reshape(len(counts), -1), edges, strict=True):
+                row[:] = np.diff(ends[at.searchsorted(each)])
+
+        sums = yield Wanted(len(counts) << taken, fill)
+        for at, (row, count) in enumerate(zip(sums.reshape(len(counts), -1), counts, strict=True)):
+            before, first, _ = found[at]
+            ends = before + row.cumsum()
+            part = min(int(ends.searchsorted(count)), len(row) - 1)
+            found[at] = int(ends[part] - row[part]), first + (part << left), int(row[part])
+    return found
+
+
+def _bracket(streams: Sequence[Stream], count: int, dtype: torch.dtype, digit: int) -> Steps[tuple[int, int]]:
+    """Two keys between which the k-th lowest score lies, by a random sample (one index in each of 16,384 strata)."""
+    bottom, top = _key(-math.inf, torch.float32), _key(math.inf, torch.float32)
     ends = np.cumsum([stream.size for stream in streams])
     size = int(ends[-1])
     if size <= 4 * _SAMPLE:
-        return -math.inf, math.inf
+        return _key(-math.inf, dtype), _key(math.inf, dtype)
     strata = np.arange(_SAMPLE) + np.random.default_rng(0).random(_SAMPLE)
     indices = (strata * (size / _SAMPLE)).astype(np.int64).clip(max=size - 1)
     cuts = np.searchsorted(indices, [0, *ends])
+    shift = (top - bottom).bit_length() - _SAMPLE_CELLS.bit_length() + 1
 
-    def fill(sample: _Floats) -> None:
+    def read() -> tuple[Indices, Indices]:
+        found = [np.zeros(0, np.float32)]
         for stream, first, last, start in zip(streams, cuts, cuts[1:], [0, *ends], strict=False):
             if stream.here and first < last:
                 wanted = indices[first:last] - start
-                here, local = (slice(None), wanted) if stream.place is None else stream.place.locate(wanted)
-                sample[first:last][here] = stream.sample(local, dtype).numpy()
+                local = wanted if stream.place is None else stream.place.locate(wanted)[1]
+                found.append(stream.sample(local, torch.float32).numpy())
+        keys = _keys(np.concatenate(found)) - np.uint64(bottom % 2**64) >> np.uint64(shift)
+        return np.sort(keys.astype(np.int64)), np.arange(len(keys) + 1)
 
-    # single precision suffices for a bracket that is a step wider
-    sample = np.sort(_summed(total, _SAMPLE, np.float32, fill))
     chance = count / size
     middle, margin = chance * _SAMPLE, _SIGMAS * math.sqrt(_SAMPLE * chance * (1 - chance)) + _SIGMAS
     first, last = math.floor(middle - margin), math.ceil(middle + margin)
-    low = float(np.nextafter(sample[first], np.float32(-math.inf))) if first >= 0 else -math.inf
-    high = float(np.nextafter(sample[last], np.float32(math.inf))) if last < _SAMPLE else math.inf
-    return low, high
+    ranks = [max(first, 0) + 1, min(last, _SAMPLE - 1) + 1]
+    (_, lowest, _), (_, highest, _) = yield from _fall(read, _SAMPLE_CELLS, ranks, digit)
+    # of the numbers of single precision, a step wider
+    low = max(bottom + (lowest << shift) - 1, bottom) if first >= 0 else bottom
+    high = min(bottom + (highest + 1 << shift), top) if last < _SAMPLE else top
+    return _key(_float(low, torch.float32), dtype), _key(_float(high, torch.float32), dtype)
 
 
 def _summed(
@@ -378,82 +509,114 @@ def agreed(call: Callable[[], _Result], total: Total) -> _Result:
     return found[0]
 
 
+@dataclass(frozen=True)
+class _Keys:
+    """The keys of scores of this process from `low` to `high`, ascending, less `low`; how many scores lie around."""
+
+    low: int
+    high: int
+    below: int
+    keys: npt.NDArray[np.uint64]
+    above: int
+
+    def part(self, low: int, high: int) -> _Keys:
+        """Those from another `low` to another `high`, between these."""
+        first, last = np.searchsorted(self.keys, np.array([low - self.low, high - self.low + 1], np.uint64)).tolist()
+        keys = self.keys[first:last] - np.uint64(low - self.low)
+        return _Keys(low, high, self.below + first, keys, self.above + len(self.keys) - last)
+
+    def cells(self, shift: int) -> tuple[Indices, Indices]:
+        """As `_fall` reads them: a cell for what lies below, one for each 2^shift keys, and one for what lies above."""
+        cells = (self.keys >> np.uint64(shift)).astype(np.int64) + 1
+        ends = np.arange(len(cells) + 1) + self.below
+        last = (self.high - self.low >> shift) + 2
+        return np.concatenate([[0], cells, [last]]), np.concatenate([[0], ends, [ends[-1] + self.above]])
+
+
 def _census(
-    streams: Sequence[Stream], low: int, high: int, count: int, dtype: torch.dtype, total: Total
-) -> tuple[int, tuple[int, int], int]:
-    """Find where, among the keys from `low` to `high`, the count falls.
+    streams: Sequence[Stream], low: int, high: int, shift: int, dtype: torch.dtype, known: list[_Keys]
+) -> tuple[Indices, Indices]:
+    """Read all scores of this process, and say in which cells they lie: as `_Keys.cells`.
 
-    Bins of equally many keys are filled here, and their sums are added up over the processes: those of blocks of bins
-    first, then of the bins of one block.
-
-    Returns:
-        The scores below some keys, these keys (a bin, or all from `low` to `high` if the count lies outside them), and
-        the scores in there.
+    Args:
+        known: takes the keys if they are few, so that they are not read again.
     """
-    size = _BINS if sum(stream.size for stream in streams) > _BINS else _FEW_BINS
-    blocks = 1 << (size.bit_length() // 2)
-    shift = max(0, (high - low).bit_length() - size.bit_length() + 1)
+    if known and known[0].low <= low and high <= known[0].high:
+        return known[0].part(low, high).cells(shift)
+    known.clear()
     least, most = _float(low, dtype), _float(high, dtype)
-    bins = np.zeros((blocks, size // blocks), np.int64)
+    keys: list[npt.NDArray[np.uint64]] = [np.zeros(0, np.uint64)]
+    bins: Indices | None = None
+    under = over = held = 0
+    for stream in streams:
+        for _, piece in stream.pieces(dtype, check=True) if stream.here else ():
+            below, found = _between(piece, least, most)
+            under += below
+            over += piece.numel() - below - len(found)
+            keys.append(_keys(found) - np.uint64(low % 2**64))
+            held += len(found)
+            if held > _FEW:
+                bins = np.zeros((high - low >> shift) + 3, np.int64) if bins is None else bins
+                _count_keys(keys, bins, shift)
+                held = 0
+    if bins is None:
+        known.append(_Keys(low, high, under, np.sort(np.concatenate(keys)), over))
+        return known[0].cells(shift)
+    _count_keys(keys, bins, shift)
+    bins[0], bins[-1] = under, over
+    at = np.flatnonzero(bins)
+    return at, np.concatenate([[0], bins[at].cumsum()])
 
-    def fill(sums: npt.NDArray[np.int64]) -> None:
-        for stream in streams:
-            for _, piece in stream.pieces(dtype, check=True) if stream.here else ():
-                below, found = _between(piece, least, most)
-                sums[-1] += below
-                np.add.at(bins.reshape(-1), _keys(found) - np.uint64(low % 2**64) >> np.uint64(shift), 1)
-        sums[:-1] = bins.sum(1)
 
-    *sums, below = _summed(total, blocks + 1, np.int64, fill).tolist()
-    ends = below + np.cumsum(sums)
-    if not below < count <= ends[-1]:
-        return below, (low, high), int(ends[-1]) - below
-    block = int(np.searchsorted(ends, count))
-    inside = total(bins[block].copy())
-    ends = int(ends[block]) - sums[block] + inside.cumsum()
-    found = int(np.searchsorted(ends, count))
-    first = low + (block * bins.shape[1] + found << shift)
-    return int(ends[found] - inside[found]), (first, min(high, first + (1 << shift) - 1)), int(inside[found])
+def _count_keys(keys: list[npt.NDArray[np.uint64]], bins: Indices, shift: int) -> None:
+    """Count keys by their cells, and let them go."""
+    for some in keys:
+        np.add.at(bins[1:], some >> np.uint64(shift), 1)
+    keys[1:] = []
 
 
-def _until(streams: Sequence[Stream], value: float, ties: int, dtype: torch.dtype, total: Total) -> dict[str, int]:
+def _until(streams: Sequence[Stream], value: float, ties: int, dtype: torch.dtype, digit: int) -> Steps[dict[str, int]]:
     """Say for each stream up to which index its scores equal to `value` go, where of all of them `ties` go.
 
     Streams in their order: of the first ones all go, and are left out; of one some, found digit by digit of the index.
     """
-    spans = [range(stream.size) for stream in streams]
-    counts = [_ties(stream, value, span, dtype) for stream, span in zip(streams, spans, strict=True)]
-    equal = total(np.array([int(each.sum()) for each in counts]))
+    counts = [np.zeros(1 << digit, np.int64) for _ in streams]
+
+    def first(sums: Indices) -> None:
+        for stream, each in zip(streams, counts, strict=True):
+            _ties(stream, value, range(stream.size), dtype, each)
+        sums[:] = [each.sum() for each in counts]
+
+    equal = yield Wanted(len(streams), first)
     ends = equal.cumsum()
     split = int(np.searchsorted(ends, ties))
     found = dict.fromkeys((stream.name for stream in streams[split + 1 :]), 0)
     left = ties - int(ends[split] - equal[split])
     if left == equal[split]:
         return found
-    span, digit = spans[split], total(counts[split])
+    stream, span = streams[split], range(streams[split].size)
+    parts = yield Wanted(1 << digit, lambda sums: np.copyto(sums, counts[split]))
     while True:
-        ends = digit.cumsum()
+        ends = parts.cumsum()
         at = int(np.searchsorted(ends, left))
-        left -= int(ends[at] - digit[at])
-        step = 1 << _shift(span)
+        left -= int(ends[at] - parts[at])
+        step = 1 << _shift(span, len(parts))
         span = range(span.start + at * step, min(span.stop, span.start + (at + 1) * step))
-        if left == digit[at] or step == 1:
-            return {**found, streams[split].name: span.stop}
-        digit = total(_ties(streams[split], value, span, dtype))
+        if left == parts[at] or step == 1:
+            return {**found, stream.name: span.stop}
+        parts = yield Wanted(len(parts), partial(_ties, stream, value, span, dtype))
 
 
-def _ties(stream: Stream, value: float, span: range, dtype: torch.dtype) -> Indices:
+def _ties(stream: Stream, value: float, span: range, dtype: torch.dtype, counts: Indices) -> None:
     """Count the scores equal to `value` in equal parts of a span of the whole tensor, those of this process."""
-    counts = np.zeros(1 << _TIE_BITS, np.int64)
     for start, piece in stream.pieces(dtype, within=span) if stream.here else ():
         found = stream.whole(_positions(_compare(operator.eq, piece, value)).cpu().numpy() + start)
         inside = found[np.searchsorted(found, span.start) : np.searchsorted(found, span.stop)] - span.start
-        counts += np.bincount(inside >> _shift(span), minlength=len(counts))
-    return counts
+        counts += np.bincount(inside >> _shift(span, len(counts)), minlength=len(counts))
 
 
-def _shift(span: range) -> int:
-    return max(0, (len(span) - 1).bit_length() - _TIE_BITS)
+def _shift(span: range, parts: int) -> int:
+    return max(0, (len(span) - 1).bit_length() - parts.bit_length() + 1)
 
 
 def _keys(scores: _Floats) -> npt.NDArray[np.uint64]:
@@ -464,18 +627,24 @@ def _keys(scores: _Floats) -> npt.NDArray[np.uint64]:
 
 
 def _key(score: float, dtype: torch.dtype) -> int:
-    return int(_keys(np.array([score], _NUMPY[dtype])).view(np.int64)[0])
+    word = int(np.array(score + 0.0, _NUMPY[dtype]).view(_WORD[dtype]))
+    return word ^ np.iinfo(_WORD[dtype]).max if word < 0 else word
 
 
 def _float(key: int, dtype: torch.dtype) -> float:
-    signed = np.array([key], np.int32 if dtype is torch.float32 else np.int64)
-    return float(np.where(signed < 0, signed ^ np.iinfo(signed.dtype).max, signed).view(_NUMPY[dtype])[0])
+    word = key ^ np.iinfo(_WORD[dtype]).max if key < 0 else key
+    return float(np.array(word, _WORD[dtype]).view(_NUMPY[dtype]))
 
 
-def _grouped(streams: Sequence[Stream], count: int, dtype: torch.dtype, total: Total) -> Cut:
+def _grouped(streams: Sequence[Stream], count: int, dtype: torch.dtype) -> Steps[Cut]:
     """Take whole groups, the lowest first, as long as that brings the weights pruned nearer to `count`."""
-    parts = [piece.cpu() if s.here else torch.zeros_like(piece) for s in streams for _, piece in s.pieces(dtype)]
-    scores = torch.from_numpy(total(torch.cat(parts).numpy()))
+
+    def fill(sums: Indices) -> None:  # with the words of numbers of double precision, each of one process
+        parts = [piece.cpu() if s.here else torch.zeros_like(piece) for s in streams for _, piece in s.pieces(dtype)]
+        sums[:] = torch.cat(parts).double().numpy().view(np.int64)
+
+    words = yield Wanted(sum(stream.size for stream in streams), fill)
+    scores = torch.from_numpy(words.view(np.float64).copy()).to(dtype)
     groups = torch.cat([torch.full((s.values.numel(),), s.group, dtype=torch.int64) for s in streams])
     scores, order = scores.sort(stable=True)
     weights = groups[order].cumsum(0)
@@ -488,7 +657,8 @@ def _grouped(streams: Sequence[Stream], count: int, dtype: torch.dtype, total: T
     return Cut(value, dtype, {s.name: max(end - at, 0) for s, at in zip(streams, starts, strict=True)})
 
 
-_NUMPY = {torch.float32: np.float32, torch.float64: np.float64}
+_NUMPY: dict[torch.dtype, Any] = {torch.float32: np.float32, torch.float64: np.float64}
+_WORD: dict[torch.dtype, Any] = {torch.float32: np.int32, torch.float64: np.int64}
 
 
 def _chunks(values: Tensor | Source) -> Iterator[tuple[int, Tensor]]:

@@ -57,6 +57,17 @@ def some(count, seed=1, density=0.4):
     return torch.rand(count, generator=torch.Generator().manual_seed(seed)) < density
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("start", [0, 16])
+def test_the_scores_of_pruned_weights_are_floored(dtype, start):
+    kept = some(37)
+    scores = torch.randn(37 - start, dtype=dtype)
+    before = scores.clone()
+    want = torch.where(kept[start:], scores, -math.inf)
+    assert torch.equal(bits.floor(scores, bits.pack(kept), start), want)
+    assert torch.equal(scores, before)
+
+
 @given(st.lists(st.booleans(), max_size=70))
 @settings(deadline=None, max_examples=60)
 def test_pack_unpack_count(flags):

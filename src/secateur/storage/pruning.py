@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -22,7 +21,7 @@ from secateur.errors import InputError, InputTypeError, UnknownNameError, listed
 from secateur.patterns import Pattern
 from secateur.scope import PRUNABLE, matches
 from secateur.scores import magnitude
-from secateur.selection import Applied, Cut, Stream
+from secateur.selection import Cut, Stream
 from secateur.sparsity import Sparsity, explicit
 from secateur.storage.checkpoints import Checkpoint, Shard, opened
 from secateur.storage.coding import effort_of, level_of
@@ -235,15 +234,17 @@ def _pruned(
             selection.require_finite(name, chosen[name])
         return Stream(name, scores, group=group[name], here=mine)
 
-    tally = partial(_tally, processes=processes)
-    cuts = plan.choose(budgets, stream, most, tally, processes.total)
+    tallied = plan.choose(budgets, stream, most, _tally, processes.total)
     told = {name: n for each in budgets for name, n in each.told.items()}
     if pattern is None:
-        found: dict[str, _Pruned] = {name: _Ranked(tensor, *cuts[name]) for name, tensor in chosen.items()}
+        found: dict[str, _Pruned] = {
+            tensor.name: _Ranked(tensor, lost, max(lost, zero), cut)
+            for tensor, (cut, lost, zero) in ((chosen[name], tallied[name]) for name in chosen)
+        }
     else:
         laid = {
-            name: _Patterned(tensor, cuts[name][0] * group[name], 0, _Laid(pattern, told[name]), cuts[name][2])
-            for name, tensor in chosen.items()
+            name: _Patterned(chosen[name], lost * group[name], 0, _Laid(pattern, told[name]), cut)
+            for name, (cut, lost, _) in ((name, tallied[name]) for name in chosen)
         }
         zeros = np.array([_watched(t, progress).zeros() if n in here else 0 for n, t in laid.items()], np.int64)
         for tensor, left in zip(laid.values(), processes.total(zeros).tolist(), strict=True):
@@ -254,16 +255,13 @@ def _pruned(
     return found
 
 
-def _tally(streams: Sequence[Stream], cut: Cut, *, processes: Processes) -> Applied[tuple[int, int, Cut]]:
-    """Apply a cut to streams: what each loses, what is zero then, and its cut."""
-    counts = np.zeros((len(streams), 2), np.int64)
-    for row, stream in zip(counts, streams, strict=True):
-        if stream.here and cut.value == math.inf and stream.legal is not None:
-            row[0] = stream.legal
-        elif stream.here:
-            row[:] = selection.tally(stream, cut)
-    told = zip(streams, processes.total(counts).tolist(), strict=True)
-    return {stream.name: ((lost, max(lost, zero), cut), lost) for stream, (lost, zero) in told}
+def _tally(stream: Stream, cut: Cut) -> tuple[Cut, int, int]:
+    """Apply a cut to a stream: the cut, what goes of it, and what is zero."""
+    if not stream.here:
+        return cut, 0, 0
+    if cut.value == math.inf and stream.legal is not None:
+        return cut, stream.legal, 0
+    return cut, *selection.tally(stream, cut)
 
 
 def _without(tensor: Stored, pruned: Mapping[str, _Pruned]) -> Stored:
