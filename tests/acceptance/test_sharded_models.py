@@ -131,6 +131,14 @@ def refused(rank, ranks):
     )
     untouched("the score random looks at whole tensors", lambda: sc.prune(model, 0.5, score="random"), InputError)
     untouched("the allocation .* looks at whole tensors", lambda: sc.prune(model, 0.5, allocation="lamp"), InputError)
+    whole = "up.weight.* is sharded.*: sc.save the model, and .* it where it is whole, after sc.load"
+    untouched(whole, lambda: sc.accelerate(model, X), InputError)
+    untouched(whole, lambda: sc.compare({"a": model}, X), InputError)
+    untouched(
+        "up.weight is sharded: shrink the whole model on one process", lambda: sc.shrink(model, X, 0.5), InputError
+    )
+    model.save_pretrained = None
+    untouched("write them with sc.save", lambda: sc.save_pretrained(model, "none"), InputError)
     untouched("looks at whole ones: leave regrow out", lambda: sc.Pruner(model, 0.5, regrow="rigl"))
     untouched(
         "process 1 has sparsity of down.weight 0.9, process 0 has 0.8.*call it alike",

@@ -16,7 +16,7 @@ from torch import nn
 
 import secateur as sc
 from models import LanguageModel, Mlp, Net, Tagger, build, example, same
-from secateur.errors import InputError
+from secateur.errors import InputError, WriteError
 from secateur.storage.checkpoints import inspect
 from secateur.storage.coding import BLOCK
 from secateur.storage.dtypes import KINDS
@@ -365,3 +365,44 @@ def test_what_was_filled_prints_in_a_line_and_is_saved_as_plain(tmp_path):
     torch.save(filled, tmp_path / "m.pt")
     assert list(torch.load(tmp_path / "m.pt", weights_only=True)) == ["weight", "bias"]
     assert type(sc.load(tmp_path / "m.safetensors")) is dict
+
+
+# ---- several files ------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_of_several_files(tmp_path):
+    model = build(Shared)
+    state = model.state_dict()
+    written = sc.save(model, tmp_path / "set", max_file_bytes=1700)  # the embedding is larger
+    files = sorted(path.name for path in (tmp_path / "set").iterdir())
+    assert files[:2] == [f"model-0000{k}-of-00003.packed.safetensors" for k in (1, 2)]
+    assert files[3:] == ["model.packed.safetensors.index.json"]
+    assert written.file_bytes == sum((tmp_path / "set" / name).stat().st_size for name in files[:3])
+    assert [tensor.name for tensor in written.tensors] == list(state)
+    found = sc.load(tmp_path / "set", verify=True)
+    assert list(found) == list(state)
+    assert same(found, state)
+    assert found["decoder.weight"] is found["embed.weight"]
+    sc.unpack(tmp_path / "set", tmp_path / "plain")
+    plain = sorted(path.name for path in (tmp_path / "plain").iterdir())
+    assert plain == [*(f"model-0000{k}-of-00003.safetensors" for k in (1, 2, 3)), "model.safetensors.index.json"]
+    sc.save(model, tmp_path / "one", max_file_bytes=10**9)
+    assert [path.name for path in (tmp_path / "one").iterdir()] == ["model.packed.safetensors"]
+    assert same(sc.load(tmp_path / "one"), state)
+
+
+def test_a_folder_is_asked_for_and_stays_whole(tmp_path):
+    model = build(Shared)
+    sc.save(model, tmp_path / "set", max_file_bytes=4000)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "set").iterdir()}
+    for path, most, told in (
+        ("set", 10**9, "which would be lost: give a new folder"),
+        ("m.safetensors", 4000, "so give its name, or leave max_file_bytes out"),
+        ("set", 0, "max_file_bytes=0: give a whole number of bytes"),
+        ("set", True, "max_file_bytes=True: give a whole number of bytes"),
+        ("set", None, "give a name that ends in it"),
+    ):
+        with pytest.raises((InputError, WriteError), match=told):
+            sc.save(model, tmp_path / path, max_file_bytes=most)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "set").iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["set"]

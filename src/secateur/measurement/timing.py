@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from secateur.errors import InputError, InputTypeError
 from secateur.measurement.costs import devices, file_bytes, is_plain, join, macs, peak_bytes, weight_facts
-from secateur.support import checks
+from secateur.support import bits, checks
 from secateur.support.inputs import Arguments, arguments
 from secateur.support.tables import Printed, Table, number, percent, size
 
@@ -234,8 +234,8 @@ def compare(
 
     Raises:
         InputTypeError: something is no module, or `inputs` is of another type.
-        InputError: no models; a model without data (meta or lazy parameters); inputs on another device than
-            a model; `seconds` not above 0; `threads` below 1.
+        InputError: no models; a model without data (meta or lazy parameters) or with sharded weights; inputs on another
+            device than a model; `seconds` not above 0; `threads` below 1.
         Exception: whatever a model or the metric raises, with a note that names the model.
 
     Example:
@@ -292,6 +292,11 @@ def _check(
                 raise InputError(
                     f"{key!r} of model {name!r} has no data (it is lazy or on the meta device), so the model "
                     "cannot run. Call it once, or use `to_empty` and `load_state_dict`, before you measure."
+                )
+            if bits.is_sharded(tensor):
+                raise InputError(
+                    f"{key!r} of model {name!r} is sharded, and one process is measured: sc.save the model, and "
+                    "measure it where it is whole, after sc.load. sc.report(model) counts the weights as they are."
                 )
         if given and (there := devices(model)) and given.isdisjoint(there):
             raise InputError(

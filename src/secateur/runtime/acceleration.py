@@ -18,7 +18,7 @@ from secateur.runtime.kernel_plans import KernelPlan
 from secateur.runtime.swapping import Sparse, Swapped
 from secateur.runtime.tuner import Tuning
 from secateur.scope import unwrap
-from secateur.support import checks
+from secateur.support import bits, checks
 from secateur.support.inputs import Arguments, arguments
 from secateur.support.progress import progress_bar
 
@@ -76,7 +76,7 @@ def accelerate(
     Raises:
         InputTypeError: no module, or inputs of another type.
         InputError: `threads` below 1; no example; a lazy or meta parameter; a plan for something else; `values`
-            neither float32 nor float16.
+            neither float32 nor float16; sharded weights.
         StateError: the model is accelerated already.
 
     >>> model = nn.Sequential(nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 8))
@@ -220,6 +220,11 @@ def _check(model: nn.Module, calls: Sequence[Arguments], threads: int | None, va
             raise InputError(
                 f"{name!r} has no data (it is lazy or on the meta device), so the model cannot run. "
                 "Call it once, or use `to_empty` and `load_state_dict`, before you accelerate."
+            )
+        if bits.is_sharded(tensor):
+            raise InputError(
+                f"{name} is sharded, and a layer runs sparse on one process: sc.save the model, and accelerate it "
+                "where it is whole, after sc.load"
             )
     if _accelerated(model):
         raise StateError("the model is accelerated already. To tune it again: sc.accelerate(sc.dense(model), ...)")

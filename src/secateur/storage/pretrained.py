@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
-from secateur.errors import InputTypeError
+from secateur.errors import InputError, InputTypeError
 from secateur.storage.archive import load
 from secateur.storage.contents import Contents
 from secateur.storage.conversion import pack
-from secateur.support import checks
+from secateur.support import bits, checks
 from secateur.support.files import StrPath, scratch_folder
 
 
@@ -34,11 +34,16 @@ def save_pretrained(
         What was written, tensor by tensor.
 
     Raises:
-        InputTypeError: not a model of transformers. WriteError: the system refuses to write, or the folder holds
-            other weights.
+        InputTypeError: not a model of transformers. InputError: sharded weights. WriteError: the system refuses to
+            write, or the folder holds other weights.
     """
     if not hasattr(model, "save_pretrained"):
         raise InputTypeError(f"{type(model).__name__} is not a model of transformers: use secateur.save for it")
+    if isinstance(model, torch.nn.Module) and any(map(bits.is_sharded, model.parameters())):
+        raise InputError(
+            "the weights are sharded: write them with sc.save(model, folder, max_file_bytes=...) in all processes, and "
+            "the configuration with model.config.save_pretrained(folder) in one"
+        )
     target = checks.path("folder", folder)
     with scratch_folder(folder) as plain:
         if target.is_dir():  # a tokenizer may be there already
