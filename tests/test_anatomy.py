@@ -2,6 +2,7 @@
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -37,6 +38,20 @@ def test_outputs_first_and_back(kind):
     assert moved.shape == layout.shape(stored) == want
     assert torch.equal(layout.as_stored(moved, stored), tensor)
     assert torch.equal(layout.as_stored(moved.contiguous(), torch.Size(stored)), tensor)
+
+
+@pytest.mark.parametrize("kind", LAYOUTS)
+def test_the_part_of_a_tensor_is_a_part_of_the_rearranged_one(kind):
+    layout, stored, _ = LAYOUTS[kind]
+    tensor = torch.arange(torch.Size(stored).numel()).view(stored)
+    for cut in range(len(stored)):
+        index = [np.arange(1, n) if d == cut else np.arange(n) for d, n in enumerate(stored)]
+        part = tensor[np.ix_(*index)]
+        found = layout.indices(index, stored)
+        if layout.groups and cut == 0:  # its first dimension is none of the rearranged ones
+            assert found is None
+            continue
+        assert torch.equal(layout.outputs_first(tensor)[np.ix_(*found)], layout.outputs_first(part))
 
 
 LAYERS = {

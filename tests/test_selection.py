@@ -257,6 +257,17 @@ def test_an_elementwise_score_that_cannot_rank(bad):
         selection.threshold([Stream("fc.weight", torch.arange(6.0), score)], 2)
 
 
+@pytest.mark.parametrize("count", range(25))
+def test_groups_of_one_size_are_ranked_as_groups_of_several_are(count):
+    one, other = torch.tensor([1.0, 2.0, 2.0]), torch.tensor([2.0, 0.5, 3.0, 2.0])
+    streams = [Stream("a", one, group=3), Stream("b", other, group=3)]
+    cut = selection.threshold(streams, min(count, 21))
+    mixed = selection.threshold([*streams, Stream("c", torch.tensor([9.0]), group=2)], min(count, 21))
+    kept, same = ([selection.keep(stream, each) for stream in streams] for each in (cut, mixed))
+    assert [packed.tolist() for packed, _ in kept] == [packed.tolist() for packed, _ in same]
+    assert sum(pruned for _, pruned in kept) == (2 * min(count, 21) + 3) // 6
+
+
 def test_groups_go_whole_to_the_nearest_count():
     streams = [Stream("a", torch.tensor([1.0, 5.0]), group=3), Stream("b", torch.tensor([2.0, 3.0]), group=4)]
     for count, want in ((1, []), (2, [1]), (3, [1]), (5, [1, 2]), (7, [1, 2]), (8, [1, 2]), (9, [1, 2, 3])):

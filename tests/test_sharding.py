@@ -203,6 +203,17 @@ def test_sums_that_are_not_complete_are_refused():
     in_a_group(2, refused, 2)
 
 
+def test_cells_that_no_shard_cuts_have_a_place_among_all():
+    place = sharding.Place((10, 7), (np.array([4, 5, 6, 7, 8, 9]), np.arange(7)))
+    cells = place.cells((4, 3))
+    assert cells.shape == (2, 2)
+    assert [index.tolist() for index in cells.index] == [[1], [0, 1]]
+    assert cells.to_whole(np.arange(2)).tolist() == [2, 3]
+    assert sharding.Place((10, 7), (np.array([4, 5, 6, 8, 9]), np.arange(7))).cells((4, 3)) is None
+    assert sharding.Place((10, 7), (np.array([2, 3, 4, 5]), np.arange(7))).cells((4, 3)) is None
+    assert sharding.Place((10, 7), (np.array([8, 9]), np.arange(7))).cells((4, 3)).index[0].tolist() == []
+
+
 def test_a_plain_tensor_has_no_place():
     assert sharding.place_of("t", torch.rand(3)) is None
     assert not bits.is_sharded(torch.rand(3))

@@ -14,9 +14,13 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Literal
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+
+Indices = npt.NDArray[np.int64]
 
 Family = Literal[
     "linear",  # [..., inputs] to [..., outputs], as nn.Linear
@@ -90,12 +94,40 @@ class Layout:
         """The shape [outputs, inputs, *kernel] of a tensor that is stored with this one."""
         return self.outputs_first(torch.empty(tuple(stored), device="meta")).shape
 
+    def indices(self, stored: Sequence[Indices], shape: Sequence[int]) -> list[Indices] | None:
+        """Of each dimension of [outputs, inputs, *kernel] the indices that a part of a tensor holds, if it can be
+        rearranged by itself.
+
+        Args:
+            stored: of each dimension, as stored, the indices that are here, ascending.
+            shape: of the whole tensor, as stored.
+        """
+        if self.identity:
+            return [*stored]
+        if self.groups:
+            if len(stored[0]) < shape[0]:
+                return None
+            each = shape[0] // max(self.groups, 1)
+            stored, shape = [np.arange(self.groups), np.arange(each), *stored[1:]], [self.groups, each, *shape[1:]]
+        order, lead = self._order(len(shape)), max(sum(self.dims.count(letter) for letter in "go"), 1)
+        last = lead + max(self.dims.count("i"), 1)
+        joined = [order[:lead], order[lead:last], *([d] for d in order[last:])]
+        return [_joined([stored[d] for d in dims], [shape[d] for d in dims]) for dims in joined if dims]
+
     def _split(self, tensor: Tensor) -> Tensor:
         return tensor.view(self.groups, -1, *tensor.shape[1:]) if self.groups else tensor
 
     def _order(self, ndim: int) -> list[int]:
         letters = self.dims.ljust(ndim, "k")
         return sorted(range(ndim), key=lambda d: "goik".index(letters[d]))
+
+
+def _joined(indices: Sequence[Indices], sizes: Sequence[int]) -> Indices:
+    """The indices in one dimension in the place of several, of those that are here of each."""
+    found = np.zeros(1, np.int64)
+    for index, size in zip(indices, sizes, strict=True):
+        found = (found[:, None] * size + index).reshape(-1)
+    return found
 
 
 @dataclass(frozen=True)

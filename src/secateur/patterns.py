@@ -29,9 +29,10 @@ _C = TypeVar("_C", bound=Callable[..., Any])
 class Pattern(Protocol):
     """What every pattern can do. Each shape and tensor is [outputs, inputs, *kernel].
 
-    Two things more are read where a pattern has them. `rowwise`, a bool: each group lies within one output, so that
-    some outputs may be looked at without the others, which is how files are pruned. `joined`, a method (see `Joined`):
-    groups that span several tensors.
+    More is read where a pattern has it. `rowwise`, a bool: each group lies within one output, so that some outputs may
+    be looked at without the others, which is how files are pruned. `cells(shape)`, a method: how far a group reaches
+    along each dimension, from multiples of that on, so that parts of a tensor that cut none may be looked at one by
+    one, which is how sharded models are pruned. `joined`, a method (see `Joined`): groups that span several tensors.
     """
 
     @property
@@ -169,6 +170,10 @@ class n_m:
         """Weights are pruned one by one."""
         return 1
 
+    def cells(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """m inputs."""
+        return (1, self.m, *(1 for _ in shape[2:]))
+
     def reduce(self, scores: Tensor, count: int) -> Tensor:
         """The scores, +inf for the n highest of each group (of equals, the later ones stay) and for the tail."""
         reduced = torch.full_like(scores, math.inf)
@@ -239,12 +244,16 @@ class blocks:
         """height x width."""
         return self.height * self.width
 
+    def cells(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """height outputs by width inputs."""
+        return (self.height, self.width, *(1 for _ in shape[2:]))
+
     def reduce(self, scores: Tensor, count: int) -> Tensor:
         """The mean of each whole block, shape [rows of blocks, columns of blocks, ...]."""
         high, wide = scores.shape[0] // self.height, scores.shape[1] // self.width
         whole = scores[: high * self.height, : wide * self.width]
         grid = whole.reshape(high, self.height, wide, self.width, *scores.shape[2:])
-        return grid.mean((1, 3))
+        return _sum(_sum(grid, 1), 2) / (self.height * self.width)
 
     def expand(self, kept: Tensor, shape: torch.Size) -> Tensor:
         """Each block repeated over its weights; the tails stay."""
@@ -296,6 +305,10 @@ class lines:
     def group(self, shape: torch.Size) -> int:
         """Weights in a slice."""
         return max(shape.numel() // max(shape[self.along], 1), 1)
+
+    def cells(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """A whole slice."""
+        return tuple(1 if d == self.along else max(n, 1) for d, n in enumerate(shape))
 
     def reduce(self, scores: Tensor, count: int) -> Tensor:
         """The mean of each slice, shape [slices]."""
@@ -353,6 +366,15 @@ def _read(text: str, where: str, fits: Callable[[Any], bool]) -> Pattern | None:
             pattern: Pattern | None = made(*map(int, numbers)) if isinstance(made, type) else made
             return pattern
     raise PATTERNS.unknown(text, where, fits)
+
+
+def _sum(values: Tensor, dimension: int) -> Tensor:
+    """Add up along a dimension, one after another: the same bits whatever lies beside them."""
+    first, *others = values.unbind(dimension)
+    total = first.clone()
+    for other in others:
+        total += other
+    return total
 
 
 def _check_tail(tail: str) -> None:

@@ -10,7 +10,7 @@ import functools
 import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from fractions import Fraction
 from typing import Any, TypeVar
 
@@ -27,7 +27,7 @@ from secateur.patterns import Joined, Pattern, Picked, Slices
 from secateur.scope import Member, Scope
 from secateur.scores import Score
 from secateur.selection import Cut, Stream
-from secateur.sharding import Spread
+from secateur.sharding import Place, Spread
 from secateur.sparsity import Count, Sparsity, explicit, fraction, half_up
 from secateur.support import bits
 from secateur.support.process_groups import ALONE, Total
@@ -213,11 +213,39 @@ class _Sheet:
             return laid[0]
         return torch.cat([one.movedim(d, 0).flatten(1) for one, d in zip(laid, self.along, strict=True)], 1)
 
+    @property
+    def here(self) -> torch.Size:
+        """The shape of the part that is here."""
+        return self.lay({m.name: torch.empty(_part(m).shape, device="meta") for m in self.members}).shape
+
+    def place(self, pattern: Pattern, places: Mapping[str, Place]) -> Place:
+        """Where the groups that are here lie among all those of the pattern.
+
+        Raises:
+            PatternError: it looks at whole tensors, or a shard cuts its groups.
+        """
+        (member, *more), cells = self.members, getattr(pattern, "cells", None)
+        if more or cells is None or isinstance(self, _Picks):
+            raise PatternError(
+                f"the pattern {pattern} looks at whole tensors, and {self.name} is sharded: prune before sharding"
+            )
+        place, sizes = places[member.name], cells(self.shape)
+        index = member.layout.indices(place.index, place.shape)
+        laid = None if index is None else replace(place, shape=tuple(self.shape), index=tuple(index))
+        groups = None if laid is None else laid.cells(sizes)
+        if laid is None or groups is None:
+            along = sorted({one.dim for one in place.placements if hasattr(one, "dim")})
+            raise PatternError(
+                f"the shards of {member.name} along dim {listed(list(map(str, along)))} cut groups of the pattern "
+                f"{pattern}: shard it along another dimension, or by multiples of the groups, or prune before sharding"
+            )
+        return laid if self.group(pattern) == 1 else groups
+
     def unlay(self, laid: Tensor) -> Iterator[tuple[str, Tensor]]:
         """Undo `lay`: each tensor by its name, as it is stored."""
         if len(self.members) == 1:
             (member,) = self.members
-            yield member.name, member.layout.as_stored(laid, member.parameter.shape)
+            yield member.name, member.layout.as_stored(laid, _part(member).shape)
             return
         shapes = [member.layout.shape(member.parameter.shape) for member in self.members]
         widths = [shape.numel() // max(shape[d], 1) for shape, d in zip(shapes, self.along, strict=True)]
@@ -387,7 +415,7 @@ class Plan:
             return kept
         found: dict[str, Tensor] = {}
         for name, sheet in sheets.items():
-            mask = self.pattern.expand(bits.unpack(kept[name], groups[name]), sheet.shape)
+            mask = self.pattern.expand(bits.unpack(kept[name], groups[name]), sheet.here)
             for part_of, part in sheet.unlay(mask):
                 packed = bits.pack(part)
                 found[part_of] = found[part_of] & packed if part_of in found else packed
@@ -395,32 +423,35 @@ class Plan:
 
     def _stream(self, sheet: _Sheet, told: int, held: Masks | None, spread: Spread | None) -> Stream:
         if self.pattern is not None:
-            values = self._reduced(sheet, self.pattern, told, held)
-            return Stream(sheet.name, values, group=sheet.group(self.pattern))
+            values = self._reduced(sheet, self.pattern, told, held, spread)
+            place = None if spread is None else sheet.place(self.pattern, spread.places)
+            here = place is None or place.counts
+            return Stream(sheet.name, values, group=sheet.group(self.pattern), here=here, place=place)
         (member,) = sheet.members
-        name, weight = member.name, bits.local(member.parameter)
+        name, weight = member.name, _part(member)
         packed = held.packed(name).to(weight.device) if held is not None and name in held else None
         place = spread.places[name] if spread is not None else None
-        here = place is None or place.counts
-        protected = member.protected if place is None else place.row(member.padding_row)
+        here, protected = place is None or place.counts, _protected(member, place)
         if getattr(self.score, "elementwise", False):
             return Stream(name, weight, self.score, packed, protected, here=here, place=place)
         values = selection.zeros_first(scores.evaluate(self.score, name, weight), weight)
         return Stream(name, values, None, packed, protected, here=here, place=place)
 
-    def _reduced(self, sheet: _Sheet, pattern: Pattern, told: int, held: Masks | None) -> Tensor:
+    def _reduced(self, sheet: _Sheet, pattern: Pattern, told: int, held: Masks | None, spread: Spread | None) -> Tensor:
         """The scores of groups: those pruned already come first, then those that are zero; +inf for what must stay."""
         values, zero, gone = {}, {}, {}
         for member in sheet.members:
-            name, weight = member.name, member.parameter.detach()
+            name, weight = member.name, _part(member)
             found = scores.evaluate(self.score, name, weight)
             values[name] = found = found.float() if found.itemsize < 4 else found
             zero[name] = weight == 0
             if held is not None:
-                gone[name] = ~held[name].to(weight.device) if name in held else torch.zeros_like(zero[name])
-            if member.padding_row is not None:
-                values[name] = found = found.clone()
-                found[member.padding_row] = math.inf
+                kept = bits.local(held[name]).to(weight.device) if name in held else None
+                gone[name] = ~kept if kept is not None else torch.zeros_like(zero[name])
+            row = _protected(member, None if spread is None else spread.places[name])
+            if row:
+                values[name] = found = found.clone(memory_format=torch.contiguous_format)
+                found.view(-1)[row.start : row.stop] = math.inf
         laid = sheet.lay(values)
         ranks = [(sheet.lay(gone), -math.inf)] if held is not None else []
         if self.score is not scores.magnitude:  # by which zeros come first in any case
@@ -434,6 +465,16 @@ class Plan:
             whole = pattern.reduce((~flags).float(), told) == 0
             reduced = reduced.masked_fill(whole & (reduced < math.inf), value)
         return reduced
+
+
+def _part(member: Member) -> Tensor:
+    """The weights that are here: of a sharded tensor a part."""
+    return bits.local(member.parameter)
+
+
+def _protected(member: Member, place: Place | None) -> range:
+    """Row-major indices, among the weights that are here, that are never pruned."""
+    return member.protected if place is None else place.row(member.padding_row)
 
 
 def _keep(stream: Stream, cut: Cut) -> tuple[Tensor, int, int]:
@@ -548,7 +589,12 @@ def _require_spreadable(plan: Plan) -> None:
     """
     remedy = "prune before sharding"
     if plan.pattern is not None:
-        raise PatternError(f"the pattern {plan.pattern} looks at whole tensors, and these are sharded: {remedy}")
+        places = {
+            name: sharding.place_of(name, tensor) or Place.whole(tensor.shape) for name, tensor in plan.scope.items()
+        }
+        for share in plan.shares:
+            for sheet in _sheets(plan.scope, share.names, plan.pattern).values():
+                sheet.place(plan.pattern, places)
     if not (getattr(plan.score, "elementwise", False) or isinstance(plan.score, scores.GradientScore)):
         called = getattr(plan.score, "__name__", type(plan.score).__name__)
         raise InputError(

@@ -243,10 +243,12 @@ def _threshold(streams: Sequence[Stream], count: int, digit: int) -> Steps[Cut]:
         return Cut(-math.inf, dtype, no_ties)
     if count == sum(stream.legal or 0 for stream in streams):  # all that may go goes: there is nothing to rank
         return Cut(math.inf, dtype, no_ties)
-    if any(stream.group > 1 for stream in streams):
+    sizes = {stream.group for stream in streams}
+    if len(sizes) > 1:
         cut = yield from _grouped(streams, count, dtype)
-    else:
-        cut = yield from _exact(streams, count, dtype, digit)
+    else:  # of groups of one size it is a number of groups, to the nearest
+        nearest = (2 * count + (size := sizes.pop())) // (2 * size)
+        cut = (yield from _exact(streams, nearest, dtype, digit)) if nearest else Cut(-math.inf, dtype, no_ties)
     if cut.value == math.inf:
         raise InputError(
             f"{count:,} weights of {listed([stream.name for stream in streams])} were to be pruned, but too many of "
@@ -638,14 +640,17 @@ def _float(key: int, dtype: torch.dtype) -> float:
 
 def _grouped(streams: Sequence[Stream], count: int, dtype: torch.dtype) -> Steps[Cut]:
     """Take whole groups, the lowest first, as long as that brings the weights pruned nearer to `count`."""
+    starts = np.cumsum([0, *(stream.size for stream in streams)])
 
     def fill(sums: Indices) -> None:  # with the words of numbers of double precision, each of one process
-        parts = [piece.cpu() if s.here else torch.zeros_like(piece) for s in streams for _, piece in s.pieces(dtype)]
-        sums[:] = torch.cat(parts).double().numpy().view(np.int64)
+        for stream, first in zip(streams, starts, strict=False):
+            for start, piece in stream.pieces(dtype) if stream.here else ():
+                at = first + stream.whole(np.arange(start, start + piece.numel()))
+                sums.view(np.float64)[at] = piece.cpu().numpy()
 
-    words = yield Wanted(sum(stream.size for stream in streams), fill)
+    words = yield Wanted(int(starts[-1]), fill)
     scores = torch.from_numpy(words.view(np.float64).copy()).to(dtype)
-    groups = torch.cat([torch.full((s.values.numel(),), s.group, dtype=torch.int64) for s in streams])
+    groups = torch.cat([torch.full((s.size,), s.group, dtype=torch.int64) for s in streams])
     scores, order = scores.sort(stable=True)
     weights = groups[order].cumsum(0)
     taken = int(torch.searchsorted(weights, count))  # groups that together stay below `count`
@@ -653,8 +658,8 @@ def _grouped(streams: Sequence[Stream], count: int, dtype: torch.dtype) -> Steps
     if taken < len(weights) and int(weights[taken]) - count <= count - before:
         taken += 1
     value, end = (float(scores[taken - 1]), int(order[taken - 1]) + 1) if taken else (-math.inf, 0)
-    starts = np.cumsum([0, *(stream.size for stream in streams[:-1])]).tolist()  # equals go in their order, up to `end`
-    return Cut(value, dtype, {s.name: max(end - at, 0) for s, at in zip(streams, starts, strict=True)})
+    until = zip(streams, starts.tolist(), strict=False)  # equals go in their order, up to `end`
+    return Cut(value, dtype, {stream.name: max(end - first, 0) for stream, first in until})
 
 
 _NUMPY: dict[torch.dtype, Any] = {torch.float32: np.float32, torch.float64: np.float64}

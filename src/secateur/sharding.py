@@ -69,6 +69,22 @@ class Place:
         """How the tensor is spread, as `layout` says it."""
         return None if self.mesh is None else (self.mesh, self.placements)
 
+    def cells(self, sizes: Sequence[int]) -> Place | None:
+        """Where whole cells of a tensor that is cut into such lie in the tensor of all of them; None if some are cut.
+
+        Args:
+            sizes: of a cell along each dimension; what is left over at an end belongs to none.
+        """
+        found = []
+        for index, size, length in zip(self.index, sizes, self.shape, strict=True):
+            inside = index[: np.searchsorted(index, length // size * size)]
+            first = inside[::size] // size
+            if not np.array_equal(inside, (first[:, None] * size + np.arange(size)).reshape(-1)):
+                return None
+            found.append(first)
+        shape = tuple(length // size for length, size in zip(self.shape, sizes, strict=True))
+        return replace(self, shape=shape, index=tuple(found))
+
     def to_whole(self, flat: Indices) -> Indices:
         """Row-major indices in the whole tensor of some in the shard; both ascend."""
         found = np.zeros_like(flat)

@@ -125,8 +125,8 @@ def refused(rank, ranks):
 
     model = rows(net(), ranks)
     untouched(
-        "the pattern .* looks at whole tensors.*before sharding",
-        lambda: sc.prune(model, 0.5, pattern="rows"),
+        "up.weight along dim 0 cut groups of the pattern lines.*along another dimension.*before sharding",
+        lambda: sc.prune(model, 0.5, pattern="columns"),
         PatternError,
     )
     untouched("the score random looks at whole tensors", lambda: sc.prune(model, 0.5, score="random"), InputError)
