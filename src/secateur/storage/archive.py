@@ -198,7 +198,8 @@ def load(
 
     Args:
         path: a file of `save` or `pack`, or whatever else `secateur inspect` reads.
-        into: a module to fill in place; its parameters stay the objects they are, on their device, in their dtype.
+        into: a module to fill in place; its parameters stay the objects they are, on their device, in their dtype. Of
+            a sharded one each process that calls this fills its part, tensor by tensor, and waits for no other.
         strict: whether names that only the file or only the module has are an error.
         verify: decode twice, the first time to compare with the SHA-256 of what was saved. Checksums of the stored
             bytes are compared in any case.
@@ -345,7 +346,8 @@ def _targets(model: nn.Module, tensors: Mapping[str, Stored], path: Path, strict
                 f"{name} is computed by the model and cannot be filled in place: "
                 "model.load_state_dict(sc.load(path)) instead"
             )
-        kind_of(name, place)
+        kind_of(name, bits.local(place) if bits.is_sharded(place) else place)
+        sharding.place_of(name, place)
         if any(step == 0 and size > 1 for step, size in zip(place.stride(), place.shape, strict=True)):
             raise InputTypeError(f"{name} is expanded, so its elements share memory: copy it with .clone() first")
         if place.shape != tensor.shape:
@@ -371,12 +373,18 @@ def _fill(targets: Mapping[str, Sequence[Tensor]], tensors: Mapping[str, Stored]
         if name in direct and not direct[name].is_inference():  # those have no version
             torch.autograd.graph.increment_version(direct[name])
         value = direct[name] if name in direct else tensors[name].tensor()
-        for place in places[name in direct :]:
-            place.copy_(value)
+        for target in places[name in direct :]:
+            place = sharding.place_of(name, target)
+            bits.local(target).copy_(value if place is None else place.part(value))
 
 
 def _fits(place: Tensor, tensor: Stored) -> bool:
-    return place.device.type == "cpu" and place.dtype == tensor.dtype and place.is_contiguous()
+    return (
+        not bits.is_sharded(place)
+        and place.device.type == "cpu"
+        and place.dtype == tensor.dtype
+        and place.is_contiguous()
+    )
 
 
 def _check(tensor: Stored, _: Decoder) -> None:
