@@ -584,9 +584,8 @@ class Pruner:
                 masks = self._masks_now(counts, advanced=advanced)
                 if masks is self._masks:
                     return False
-                always = (
-                    masks & self._masks
-                )  # what grows begins at zero, in the optimizer too: dense gradients filled both
+                # what grows begins at zero, in the optimizer too: dense gradients filled both
+                always = masks & self._masks
             straight = self._withheld is not None and self._withheld.method.straight
             every = [] if straight else self._round.optimizers
             forgetting = following.forgetting(every, self._plan.scope, always, self._zero)
