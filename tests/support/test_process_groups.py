@@ -181,6 +181,35 @@ def test_other_errors_stay():
         raise StateError("too early")
 
 
+class OfGPUs:
+    """A DeviceMesh whose group takes tensors of GPUs alone, as one of NCCL does."""
+
+    mesh, shape, device_type = np.array([0, 1]), (2,), "cuda"
+    get_group = staticmethod(lambda _: "nccl")
+
+
+def test_a_group_of_gpus_gets_no_tensor_of_the_cpu(monkeypatch):
+    there = []
+
+    class Array:
+        def __init__(self, array):
+            self.array = array
+
+        def to(self, device):
+            there.append((device, self))
+            return self
+
+        cpu, numpy = (lambda self: self), (lambda self: self.array)
+
+    monkeypatch.setattr(torch, "from_numpy", Array)
+    monkeypatch.setattr(distributed, "get_rank", lambda: 0)
+    monkeypatch.setattr(distributed, "all_reduce", lambda sent, group: there.append((group, sent)))
+    assert Grid(OfGPUs).total(np.arange(3)).tolist() == [0, 1, 2]
+    (device, moved), (group, sent) = there
+    assert (device, group) == ("cuda", "nccl")
+    assert moved is sent
+
+
 def prunes_alike(rank, alone):
     for name, (sparsity, options) in FAR.items():
         for model in (net(), DistributedDataParallel(net())):
