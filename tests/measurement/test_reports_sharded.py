@@ -57,8 +57,8 @@ def same_numbers(rank, ranks):
         result = sc.report(sharded, theirs)
         assert result.asked == want.asked
         if rank == 0:  # alone: it waits for nobody
-            told = str(result), str(theirs), theirs.counts(), theirs.sparsity, result.to_dict()
-            assert all(told)
+            told = str(result), str(theirs), theirs.counts(), theirs.sparsity, result.to_dict(), theirs["up.weight"]
+            assert all(map(str, (*told, sc.weights(sharded), [*theirs.items()], theirs.shape("up.weight"))))
         distributed.barrier()
         with torch.no_grad():
             (mine,) = (p for n, p in sharded.named_parameters() if n == "up.bias")

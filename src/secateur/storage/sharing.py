@@ -15,7 +15,7 @@ from secateur.exchange import BLOCK, Exchange
 from secateur.sharding import Spread
 from secateur.storage.checkpoints import Checkpoint, Shard
 from secateur.storage.stored import Alias, Stored, parts
-from secateur.support.files import replacing_folder
+from secateur.support.files import refusals, replacing_folder
 from secateur.support.process_groups import Processes, shared
 
 
@@ -38,12 +38,16 @@ def shared_folder(target: Path, processes: Processes) -> Iterator[Path]:
     Raises:
         WriteError: as `replacing_folder`; a process does not see the folder that the first one makes.
     """
-    with shared(replacing_folder(target), processes, seen=True) as temporary:
+    with shared(replacing_folder(target), processes, seen=True) as temporary, refusals(target):
         yield temporary
 
 
 class Apart(Stored):
-    """A tensor of which several processes hold parts, read inside of `Exchange.run`."""
+    """A tensor of which several processes hold parts, read inside of `Exchange.run`.
+
+    Each number goes to the process that writes it once; twice in a tensor of several blocks that packing does not make
+    smaller, as the writer reads that one again.
+    """
 
     def __init__(self, name: str, dtype: torch.dtype, shape: torch.Size, exchange: Exchange) -> None:
         super().__init__(name, dtype, shape)
