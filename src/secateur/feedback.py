@@ -20,7 +20,7 @@ from secateur import sharding
 from secateur.errors import InputError, StateError, listed
 from secateur.masks import Masks
 from secateur.movers import Mover
-from secateur.scores import SCORES, Score
+from secateur.scores import SCORES, Score, elementwise
 from secateur.support import bits, checks
 from secateur.support.registry import Registry
 
@@ -148,6 +148,7 @@ class Withheld:
             raise InputError(f"{self.method} ranks the weights itself: leave score out")
         return own or given
 
+    @elementwise
     def _over_threshold(self, name: str, weight: Tensor) -> Tensor:
         """abs(w) over the threshold of its tensor."""
         return weight.abs() / self.logs[name].to(weight.device).exp() if name in self.logs else weight.abs()

@@ -352,6 +352,9 @@ class Plan:
         global_magnitude = self.score is scores.magnitude and self.pattern is None and self.allocation.share is None
         if not global_magnitude:  # whose selection looks for NaN and inf as it goes, and so spares a pass
             selection.agreed(lambda: self._require_finite(names), total)
+        generator = getattr(self.score, "generator", None)
+        if spread is not None and generator is not None:
+            _require_one_state(generator, spread)
         prepare = getattr(self.score, "prepare", None)
         if prepare is not None:
             selection.agreed(prepare, total)
@@ -431,24 +434,31 @@ class Plan:
         name, weight = member.name, _part(member)
         packed = held.packed(name).to(weight.device) if held is not None and name in held else None
         place = spread.places[name] if spread is not None else None
-        here, protected = place is None or place.counts, _protected(member, place)
+        here, protected = place is None or place.counts, protected_here(member, place)
         if getattr(self.score, "elementwise", False):
             return Stream(name, weight, self.score, packed, protected, here=here, place=place)
-        values = selection.zeros_first(scores.evaluate(self.score, name, weight), weight)
+        values = selection.zeros_first(self._scores(member), weight)
         return Stream(name, values, None, packed, protected, here=here, place=place)
+
+    def _scores(self, member: Member) -> Tensor:
+        """The scores of the weights that are here."""
+        score = self.score
+        if getattr(score, "by_shape", False) and bits.is_sharded(member.parameter):
+            score = lambda name, _: sharding.by_shape(functools.partial(self.score, name), name, member.parameter)  # noqa: E731
+        return scores.evaluate(score, member.name, _part(member))
 
     def _reduced(self, sheet: _Sheet, pattern: Pattern, told: int, held: Masks | None, spread: Spread | None) -> Tensor:
         """The scores of groups: those pruned already come first, then those that are zero; +inf for what must stay."""
         values, zero, gone = {}, {}, {}
         for member in sheet.members:
             name, weight = member.name, _part(member)
-            found = scores.evaluate(self.score, name, weight)
+            found = self._scores(member)
             values[name] = found = found.float() if found.itemsize < 4 else found
             zero[name] = weight == 0
             if held is not None:
                 kept = bits.local(held[name]).to(weight.device) if name in held else None
                 gone[name] = ~kept if kept is not None else torch.zeros_like(zero[name])
-            row = _protected(member, None if spread is None else spread.places[name])
+            row = protected_here(member, None if spread is None else spread.places[name])
             if row:
                 values[name] = found = found.clone(memory_format=torch.contiguous_format)
                 found.view(-1)[row.start : row.stop] = math.inf
@@ -467,12 +477,25 @@ class Plan:
         return reduced
 
 
+def _require_one_state(generator: torch.Generator, spread: Spread) -> None:
+    """See that all processes will draw the same numbers.
+
+    Raises:
+        InputError: they will not.
+    """
+    if spread.grid.differ(hashlib.sha256(generator.get_state().cpu().numpy().tobytes()).hexdigest()):
+        raise InputError(
+            "the generator of the score is not in the same state in all processes: give it one seed in all of them, as "
+            "sc.scores.random(seed=0) does"
+        )
+
+
 def _part(member: Member) -> Tensor:
     """The weights that are here: of a sharded tensor a part."""
     return bits.local(member.parameter)
 
 
-def _protected(member: Member, place: Place | None) -> range:
+def protected_here(member: Member, place: Place | None) -> range:
     """Row-major indices, among the weights that are here, that are never pruned."""
     return member.protected if place is None else place.row(member.padding_row)
 
@@ -595,7 +618,8 @@ def _require_spreadable(plan: Plan) -> None:
         for share in plan.shares:
             for sheet in _sheets(plan.scope, share.names, plan.pattern).values():
                 sheet.place(plan.pattern, places)
-    if not (getattr(plan.score, "elementwise", False) or isinstance(plan.score, scores.GradientScore)):
+    of_parts = any(getattr(plan.score, mark, False) for mark in ("elementwise", "by_shape"))
+    if not (of_parts or isinstance(plan.score, scores.GradientScore)):
         called = getattr(plan.score, "__name__", type(plan.score).__name__)
         raise InputError(
             f"the score {called} looks at whole tensors, and these are sharded: {remedy}, or, if it looks at each "

@@ -6,23 +6,27 @@ function `(name, weight, gradient, generator) -> Tensor` of the weight's shape t
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from secateur import scores, selection
+from secateur import scores, selection, sharding
 from secateur.errors import InputError, PatternError, StateError
 from secateur.feedback import FEEDBACKS, Feedback
 from secateur.masks import Masks
 from secateur.movers import Mover
-from secateur.plan import FixedMasks, Plan
-from secateur.scope import Scope
+from secateur.plan import FixedMasks, Plan, protected_here
+from secateur.scope import Member, Scope
 from secateur.selection import Stream
+from secateur.sharding import Place
 from secateur.support import bits, checks
+from secateur.support.process_groups import ALONE, Total
 from secateur.support.registry import Registry, called
 
 Growth = Callable[[str, Tensor, Tensor, torch.Generator], Tensor]
@@ -104,41 +108,73 @@ class Regrowth(Mover):
         """
         pruned = masks.counts()
         moving = [name for name, weight in scope.items() if pruned[name] and weight.requires_grad]
-        seen = [name for name in moving if name in gradients]
+        spread = sharding.spread(scope)
+        total, processes = (ALONE.total, 1) if spread is None else (spread.grid.total, spread.grid.size)
+        there = total(np.array([name in gradients for name in moving], np.int64)).tolist()
+        seen = [name for name, count in zip(moving, there, strict=True) if count == processes]
         if moving and not seen:
             raise StateError(
                 f"no gradient was seen at step {step}, at which the masks move: without attach() call "
                 "pruner.observe() after backward, and zero the gradients after the step"
             )
-        for name in seen:
-            selection.require_finite(name, scope[name])
-            selection.require_finite(f"the gradient of {name}", gradients[name])
+
+        def require_finite() -> None:
+            for name in seen:
+                selection.require_finite(name, scope[name])
+                selection.require_finite(f"the gradient of {name}", gradients[name])
+
+        selection.agreed(require_finite, total)
         packed = {name: masks.packed(name) for name in masks}
         for name in seen:
-            packed[name] = self._moved(scope, name, packed[name], gradients[name], generator, step)
-        return Masks.from_bits(packed, {name: masks.shape(name) for name in masks})
+            count = int((scope.members[name].free - pruned[name]) * self.share(step))
+            if count:
+                kept, place = packed[name].to(gradients[name].device), None if spread is None else spread.places[name]
+                growth = functools.partial(self._growth, name, scope[name].detach(), gradients[name], generator)
+                packed[name] = _moved(scope.members[name], kept, (pruned[name], count), growth, place, total)
+        return Masks.from_bits(packed, {name: masks.shape(name) for name in masks}, spread)
 
-    def _moved(
-        self, scope: Scope, name: str, kept: Tensor, gradient: Tensor, generator: torch.Generator, step: int
-    ) -> Tensor:
-        """The bits of one tensor after an update."""
-        weight, member = scope[name].detach(), scope.members[name]
-        kept = kept.to(weight.device)
-        pruned = weight.numel() - bits.count(kept)
-        active = weight.numel() - pruned - len(member.protected)
-        count = int(active * self.share(step))
-        if not count:
-            return kept
-        drop = Stream(name, weight, scores.magnitude, kept, member.protected)
-        still, _ = selection.keep(drop, selection.threshold([drop], pruned + count))
-        found = scores.evaluate(lambda *_: REGROWTHS[self.kind].value(name, weight, gradient, generator), name, weight)
-        stays = bits.unpack(still, weight.numel()).view(weight.shape)
-        grow = Stream(name, (-found).masked_fill(stays, math.inf))  # the lowest of these grow
-        rest, _ = selection.keep(grow, selection.threshold([grow], count))
-        return still | bits.pack(~bits.unpack(rest, weight.numel()))
+    def _growth(self, name: str, weight: Tensor, gradient: Tensor, generator: torch.Generator) -> Tensor:
+        """What says which of the weights that are here grow."""
+        growth, part = REGROWTHS[self.kind].value, bits.local(weight)
+
+        def call(weight: Tensor) -> Tensor:
+            return growth(name, weight, bits.local(gradient), generator)
+
+        if getattr(growth, "by_shape", False):
+            return scores.evaluate(lambda *_: sharding.by_shape(call, name, weight), name, part)
+        return scores.evaluate(lambda *_: call(part), name, part)
 
     def __str__(self) -> str:
         return f"{self.kind}(every={self.every}, drop={self.drop}, stop={self.stop})"
+
+
+def _moved(
+    member: Member,
+    kept: Tensor,
+    counts: tuple[int, int],
+    growth: Callable[[], Tensor],
+    place: Place | None,
+    total: Total,
+) -> Tensor:
+    """The bits of one tensor after an update.
+
+    Args:
+        member: the tensor.
+        kept: its bits before.
+        counts: weights that are pruned, and that are dropped and grow.
+        growth: says which of the weights that are here grow.
+        place: where these lie, if the tensor is spread over processes.
+        total: adds up what these count.
+    """
+    name, weight, (pruned, count) = member.name, bits.local(member.parameter), counts
+    here = place is None or place.counts
+    drop = Stream(name, weight, scores.magnitude, kept, protected_here(member, place), here=here, place=place)
+    still, _ = selection.keep(drop, selection.threshold([drop], pruned + count, total=total))
+    stays = bits.unpack(still, weight.numel()).view(weight.shape)
+    lowest = (-selection.agreed(growth, total)).masked_fill(stays, math.inf)  # of these grow
+    grow = Stream(name, lowest, here=here, place=place)
+    rest, _ = selection.keep(grow, selection.threshold([grow], count, total=total))
+    return still | bits.pack(~bits.unpack(rest, weight.numel()))
 
 
 class _MakesRegrowth(Protocol):
@@ -180,12 +216,14 @@ def regrowth(name: str, *, source: str = "") -> Callable[[Growth], _MakesRegrowt
 
 
 @regrowth("set", source='Mocanu et al. 2018, "Scalable Training of Artificial Neural Networks", SET')
+@scores.by_shape
 def set_(name: str, weight: Tensor, gradient: Tensor, generator: torch.Generator) -> Tensor:
     """At random, from a generator of its own."""
     return torch.rand(weight.shape, generator=generator, device=generator.device).to(weight.device)
 
 
 @regrowth("rigl", source='Evci et al. 2020, "RigL", algorithm 1')
+@scores.elementwise
 def rigl(name: str, weight: Tensor, gradient: Tensor, generator: torch.Generator) -> Tensor:
     """abs(g): where the dense gradient is largest; it is looked at on update steps only."""
     return gradient.abs()
@@ -215,8 +253,11 @@ def require_movable(given: Regrowth | Feedback | None, plan: Plan | FixedMasks) 
     if isinstance(plan, FixedMasks):
         raise InputError("given masks are held as they are: leave regrow out, or give a sparsity in their place")
     soft = isinstance(given, Feedback) and given.soft
-    if any(map(bits.is_sharded, plan.scope.values())) and (soft or isinstance(given, Regrowth)):
-        raise InputError(f"the weights are sharded, and {given} looks at whole ones: leave regrow out")
+    growth = REGROWTHS[given.kind].value if isinstance(given, Regrowth) else None
+    of_parts = growth is None or any(getattr(growth, mark, False) for mark in ("elementwise", "by_shape"))
+    if any(map(bits.is_sharded, plan.scope.values())) and (soft or not of_parts):
+        mark = "" if soft else ", or, if its function looks at each weight alone, mark it with @sc.scores.elementwise"
+        raise InputError(f"the weights are sharded, and {given} looks at whole ones: leave regrow out{mark}")
     if plan.pattern is not None and (soft or isinstance(given, Regrowth)):
         what = "one threshold for each tensor" if soft else "regrowth moves single weights, which"
         raise PatternError(f"{what} would break the pattern {plan.pattern}: leave regrow out, or the pattern")

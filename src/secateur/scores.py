@@ -28,7 +28,7 @@ from secateur.support.progress import progress_bar
 from secateur.support.registry import Registry
 
 Score = Callable[[str, Tensor], Tensor]
-_F = TypeVar("_F", bound=Score)
+_F = TypeVar("_F", bound=Callable[..., Tensor])
 _G = TypeVar("_G", bound=Callable[..., Any])
 
 SCORES: Registry[Callable[..., Any]] = Registry("score", "a function (name, weight), or a dict of tensors")
@@ -71,6 +71,13 @@ def elementwise(score: _F) -> _F:
     return score
 
 
+def by_shape(score: _F) -> _F:
+    """Mark a score that looks at the name and the shape of a weight alone: of a sharded one it is given the whole
+    shape, and a stand-in for the values."""
+    score.by_shape = True  # type: ignore[attr-defined]
+    return score
+
+
 @score("magnitude", source='Han et al. 2015, "Learning both Weights and Connections"')
 @elementwise
 def magnitude(name: str, weight: Tensor) -> Tensor:
@@ -95,6 +102,7 @@ def random(seed: int = 0, *, generator: torch.Generator | None = None) -> Score:
         raise InputError(f"seed is {seed}: give a whole number of 64 bits")
     source = generator if generator is not None else torch.Generator().manual_seed(seed)
 
+    @by_shape
     def score(name: str, weight: Tensor) -> Tensor:
         return torch.rand(weight.shape, generator=source, device=source.device).to(weight.device)
 
@@ -104,10 +112,14 @@ def random(seed: int = 0, *, generator: torch.Generator | None = None) -> Score:
 
 
 def given(table: Mapping[str, Tensor]) -> Score:
-    """Scores computed beforehand: a tensor of the weight's shape for each name in scope."""
+    """Scores computed beforehand: a tensor of the weight's shape for each name in scope.
+
+    Of a sharded weight it is the whole one, or one that is sharded in the same way.
+    """
     if not isinstance(table, Mapping):
         raise checks.wrong("table", table, "a dict of tensors, one for each name in scope")
 
+    @by_shape
     def score(name: str, weight: Tensor) -> Tensor:
         if name not in table:
             raise UnknownNameError(

@@ -319,6 +319,19 @@ def _widest(tensors: Mapping[str, Any]) -> Any:
     return widest
 
 
+def by_shape(call: Callable[[Tensor], Any], name: str, weight: Tensor) -> Any:
+    """The part that is here of what a function gives for a weight, of which it looks at the shape alone.
+
+    Raises:
+        InputError: a DTensor that is not spread as the weight is.
+    """
+    part = bits.local(weight)
+    found = call(torch.empty((), dtype=part.dtype, device=part.device).expand(weight.shape))
+    if bits.is_sharded(found) and layout(found) != layout(weight):
+        raise InputError(f"the numbers given for {name} are sharded in another way than it is: redistribute them")
+    return part_like(found, weight) if isinstance(found, Tensor) and found.shape == weight.shape else found
+
+
 def spread(tensors: Mapping[str, Any]) -> Spread | None:
     """How some tensors are spread over processes; None if none of them is.
 

@@ -78,12 +78,18 @@ def drawn(dice):
     pattern = sc.patterns.resolve(dice.choice(PATTERNS))
     if pattern is not None and pattern.sparsity is not None:
         sparsity = float(pattern.sparsity)
-    return sparsity, {"allocation": allocation, "pattern": pattern}, {"only": only}
+    score = dice.choice(["magnitude", "magnitude", "table", "random"])
+    return sparsity, {"allocation": allocation, "pattern": pattern, "score": score}, {"only": only}
 
 
 def tried(prune, model, sparsity, options, scope):
+    scope = sc.weights(model, **scope)
+    if options["score"] == "table":
+        generator = torch.Generator().manual_seed(3)
+        table = {name: torch.rand(weight.shape, generator=generator) for name, weight in scope.items()}
+        options = {**options, "score": table}
     try:
-        return prune(model, sparsity, scope=sc.weights(model, **scope), **options)
+        return prune(model, sparsity, scope=scope, **options)
     except SecateurError as error:
         return error
 
@@ -108,7 +114,7 @@ def choices(rank, ranks, cases):
         else:
             alike(one, other, masks, theirs)
             done["free" if asked[1]["pattern"] is None else "pattern"] += 1
-    assert min(done.values()) > cases // 20, done
+    assert min(done.values()) >= cases // 40, done
 
 
 @pytest.mark.parametrize(
@@ -126,6 +132,9 @@ MOVING = {
     "dpf": {"regrow": sc.feedback.dpf(every=3)},
     "decay": {"regrow": sc.feedback.sr_ste(decay=0.01, stop=9)},
     "2:4": {"regrow": "sr_ste", "pattern": sc.n_m(2, 4, tail="keep"), "schedule": "one_shot"},
+    "rigl": {"regrow": sc.regrow.rigl(every=3, stop=11)},
+    "set": {"regrow": sc.regrow.set_(every=3, stop=11), "allocation": "erk"},
+    "random": {"score": "random"},
     "blocks": {"pattern": sc.blocks(1, 4, tail="keep")},
 }
 

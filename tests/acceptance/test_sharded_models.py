@@ -129,7 +129,10 @@ def refused(rank, ranks):
         lambda: sc.prune(model, 0.5, pattern="columns"),
         PatternError,
     )
-    untouched("the score random looks at whole tensors", lambda: sc.prune(model, 0.5, score="random"), InputError)
+    user = lambda name, weight: weight / weight.abs().sum()  # noqa: E731
+    untouched("the score .* looks at whole tensors.*elementwise", lambda: sc.prune(model, 0.5, score=user), InputError)
+    drawn = sc.scores.random(rank)
+    untouched("generator of the score is not in the same state.*one seed", lambda: sc.prune(model, 0.5, score=drawn))
     untouched("the allocation .* looks at whole tensors", lambda: sc.prune(model, 0.5, allocation="lamp"), InputError)
     whole = "up.weight.* is sharded.*: sc.save the model, and .* it where it is whole, after sc.load"
     untouched(whole, lambda: sc.accelerate(model, X), InputError)
@@ -139,7 +142,7 @@ def refused(rank, ranks):
     )
     model.save_pretrained = None
     untouched("write them with sc.save", lambda: sc.save_pretrained(model, "none"), InputError)
-    untouched("looks at whole ones: leave regrow out", lambda: sc.Pruner(model, 0.5, regrow="rigl"))
+    untouched("looks at whole ones: leave regrow out", lambda: sc.Pruner(model, 0.5, regrow="str"))
     untouched(
         "process 1 has sparsity of down.weight 0.9, process 0 has 0.8.*call it alike",
         lambda: sc.prune(model, 0.9 if rank else 0.8),
