@@ -438,10 +438,27 @@ def check(model: nn.Module | Mapping[str, Tensor], masks: Mapping[str, Tensor]) 
         InputTypeError: no masks.
     """
     masks = as_masks(masks)
-    tensors = masks.read(model)
-    masks = masks.on(sharding.spread(tensors))
-    found = {name: bits.alive(tensor, masks.packed(name).to(tensor.device)) for name, tensor in tensors.items()}
-    return {name: count for name, count in sharding.total(tensors, found).items() if count}
+    with during("zeros were looked at, which all processes do together"):
+        tensors = _agreed(model, masks, masks.read)
+        masks = masks.on(sharding.spread(tensors))
+        found = {name: bits.alive(tensor, masks.packed(name).to(tensor.device)) for name, tensor in tensors.items()}
+        return {name: count for name, count in sharding.total(tensors, found).items() if count}
+
+
+def _agreed(
+    model: nn.Module | Mapping[str, Tensor],
+    masks: Masks,
+    find: Callable[[nn.Module | Mapping[str, Tensor]], dict[str, Tensor]],
+) -> dict[str, Tensor]:
+    """The masked tensors of a model, as `find` finds them; what one process cannot do with its part, none does."""
+    where = unwrap(model) if isinstance(model, nn.Module) else model if isinstance(model, Mapping) else {}
+
+    def found() -> dict[str, Tensor]:
+        tensors = find(model)
+        masks.require_on(sharding.spread(tensors))
+        return tensors
+
+    return sharding.alike(where, found, lambda tensors: {"masks of": [*tensors]})
 
 
 def remask(model: nn.Module | Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> dict[str, float]:
@@ -455,7 +472,7 @@ def remask(model: nn.Module | Mapping[str, Tensor], masks: Mapping[str, Tensor])
         InputTypeError: no masks. In each case nothing was changed.
     """
     masks = as_masks(masks)
-    tensors = masks.writable(model)
+    tensors = _agreed(model, masks, masks.writable)
     masks = masks.on(sharding.spread(tensors))
     gone, whole = dict.fromkeys(tensors, 0.0), dict.fromkeys(tensors, 0.0)
     for name, tensor in tensors.items():

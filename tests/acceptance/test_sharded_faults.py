@@ -68,6 +68,10 @@ def disagree(rank, ranks):
     fails("choose", lambda: pruner(schedule="cubicle" if other else CURVE), InputError)
     fails("sc.regrow.rigl", lambda: pruner(regrow=3 if other else None), InputTypeError)
     fails("give the optimizer it wraps", lambda: sc.prune(model, 0.8, optimizer=[3] if other else ()), InputTypeError)
+    masks = Masks({"up.weight": torch.rand(32, 20) < 0.5})
+    wrong = Masks({"up.weight": torch.rand(5, 20) < 0.5})
+    for call in (sc.check, sc.remask):
+        fails("up.weight has shape", lambda call=call: call(model, wrong if other else masks), MaskError)
     fails("beyond the end|outside 0 to 1", lambda: sc.Pruner(model, 1.8 if other else 0.8))
     assert unchanged(model, before)
 

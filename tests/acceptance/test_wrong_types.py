@@ -203,7 +203,11 @@ CASES = {
         {key: {None} for key in OPTIMIZER},
     ),
     "report": (sc.report, lambda: {"model": net(), "masks": MASKS}, {"masks": {None}}),
-    "save": (sc.save, lambda: {"model": net(), "path": "s.safetensors", **LEVELS}, STEP),
+    "save": (
+        sc.save,
+        lambda: {"model": net(), "path": "s", "max_file_bytes": 10_000_000, **LEVELS},
+        {**STEP, "path": {"text"}, "max_file_bytes": {3, None}},
+    ),
     "save_pretrained": (
         sc.save_pretrained,
         lambda: {"model": Pretrained(), "folder": "f", **LEVELS},
