@@ -6,8 +6,11 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_module, distribute_tensor
 
 import secateur as sc
+from processes import in_a_group
 from secateur import scores
 from secateur.errors import InputError, InputTypeError, StateError, UnknownNameError
 
@@ -492,3 +495,20 @@ def test_saved_sums_of_half_precision_go_on_in_full():
     state["sums"] = {name: total.bfloat16() for name, total in state["sums"].items()}
     pruner.load_state_dict(state)
     assert pruner.state_dict()["sums"]["weight"].dtype is torch.float32
+
+
+def incomplete(rank):
+    """The gradient of a replicated weight whose batch is sharded is a sum that is not complete."""
+    mesh = init_device_mesh("cpu", (2,))
+    torch.manual_seed(0)
+    model = distribute_module(nn.Linear(6, 8), mesh)
+    model(distribute_tensor(torch.randn(4, 6), mesh, [Shard(0)])).square().sum().backward()
+    score = scores.movement()
+    score.observe({"w": model.weight})
+    assert model.weight.grad.placements[0].is_partial()
+    weight, gradient = model.weight.full_tensor(), model.weight.grad.full_tensor()
+    assert torch.equal(score.sums["w"], -(weight * gradient))
+
+
+def test_sums_of_gradients_that_are_not_complete_are_added_up():
+    in_a_group(2, incomplete)

@@ -22,6 +22,7 @@ from secateur.masks import Masks
 from secateur.movers import Mover
 from secateur.scores import SCORES, Score, elementwise
 from secateur.support import bits, checks
+from secateur.support.process_groups import placed_as
 from secateur.support.registry import Registry
 
 STATE = ("hidden", "logs", "cuts")
@@ -187,6 +188,7 @@ class Withheld:
             if weight.grad is None or name not in self.hidden:
                 continue
             if self.method.decay:
+                weight.grad = placed_as(weight.grad, weight)
                 rest = self.hidden[name].to(weight.device, weight.grad.dtype)
                 if weight.grad.is_sparse:  # rows without a gradient rest
                     weight.grad = weight.grad.coalesce()

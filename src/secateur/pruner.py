@@ -25,7 +25,7 @@ from secateur.scope import Scope, unwrap
 from secateur.scores import GradientScore, Score
 from secateur.sparsity import Sparsity
 from secateur.support import bits, checks
-from secateur.support.process_groups import during
+from secateur.support.process_groups import during, placed_as
 from secateur.support.tables import counted
 
 _Made = TypeVar("_Made")
@@ -671,7 +671,7 @@ class Pruner:
         """
         if self._gradient_score is not None:
             dense = seen if self._withheld is None else self._withheld.dense(seen)
-            gradients = {name: weight.grad for name, weight in seen.items() if weight.grad is not None}
+            gradients = {name: placed_as(w.grad, w) for name, w in seen.items() if w.grad is not None}
             self._gradient_score.observe(dense, {name: g if scale == 1 else g / scale for name, g in gradients.items()})
         if self._withheld is not None:
             self._withheld.look(seen, scale)
