@@ -72,15 +72,17 @@ class Ways:
     parameters: Collection[tuple[nn.Module, str, nn.Parameter, torch.Size]]
 
     def stand(self) -> bool:
-        """Whether each module and each Parameter is where it was, and each Parameter is plain and of its shape."""
+        """Whether each module and Parameter is where it was, and each Parameter plain or sharded, and of its shape."""
         return all(module._modules.get(name) is inside for module, name, inside in self.modules) and all(
-            module._parameters.get(name) is parameter and type(parameter) is nn.Parameter and parameter.shape == shape
+            module._parameters.get(name) is parameter
+            and (type(parameter) is nn.Parameter or bits.is_sharded(parameter))
+            and parameter.shape == shape
             for module, name, parameter, shape in self.parameters
         )
 
 
 def ways(model: nn.Module, scope: Scope) -> Ways | None:
-    """How a model comes to its tensors in scope now; None if not by modules inside modules to plain Parameters."""
+    """How a model comes to its tensors in scope now; None if not by modules in modules to such Parameters."""
     modules: dict[tuple[int, str], tuple[nn.Module, str, nn.Module]] = {}
     parameters: dict[tuple[int, str], tuple[nn.Module, str, nn.Parameter, torch.Size]] = {}
     for name, parameter in here(scope).items():
