@@ -169,7 +169,9 @@ class Masks(Mapping[str, Tensor]):
 
     def counts(self) -> dict[str, int]:
         """Weights pruned, tensor by tensor."""
-        return self._pruned_here() if self._pruned is None else dict(self._pruned)
+        if self._pruned is None:
+            self._pruned = self._pruned_here()
+        return dict(self._pruned)
 
     def __and__(self, other: Masks) -> Masks:
         """Keep what both keep; a name that only one of them holds stays as it is there."""
