@@ -201,7 +201,7 @@ def loose_zeros(scope: Scope, masks: Masks, names: Iterable[str]) -> int:
     for name in names:
         member = scope.members[name]
         weight, place = bits.local(member.parameter), sharding.place_of(name, member.parameter)
-        row = member.protected if place is None else place.row(member.padding_row)
+        row = sharding.protected(member, place)
         padding = weight.reshape(-1)[row.start : row.stop]
         zeros[name] = weight.numel() - len(padding) - int(weight.count_nonzero()) + int(padding.count_nonzero())
         zeros[name] += bits.alive(weight, masks.packed(name).to(weight.device)) if pruned[name] else 0

@@ -9,8 +9,8 @@ from __future__ import annotations
 import functools
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from fractions import Fraction
 from typing import Any, TypeVar
 
@@ -21,13 +21,14 @@ from secateur import allocation as allocations
 from secateur import patterns, scores, selection, sharding
 from secateur import scope as scopes
 from secateur.allocation import Allocation
-from secateur.errors import InputError, MaskError, PatternError, listed, warn
+from secateur.errors import InputError, MaskError, listed, warn
 from secateur.masks import Masks, as_masks
-from secateur.patterns import Joined, Pattern, Picked, Slices
+from secateur.patterns import Pattern, Picked
 from secateur.scope import Member, Scope
 from secateur.scores import Score
 from secateur.selection import Cut, Stream
 from secateur.sharding import Place, Spread
+from secateur.sheets import Picks, Sheet, picked_scope, picked_sizes, sheets_of
 from secateur.sparsity import Count, Sparsity, explicit, fraction, half_up
 from secateur.support import bits
 from secateur.support.process_groups import ALONE, Total
@@ -188,129 +189,6 @@ def _streams(stream: Callable[[str, int], Stream], told: Mapping[str, int]) -> l
 
 
 @dataclass(frozen=True)
-class _Sheet:
-    """What a pattern sees as one tensor [outputs, inputs, *kernel]: a single one, or several laid side by side.
-
-    Attributes:
-        along: for several, the dimension of each that counts the groups.
-    """
-
-    members: tuple[Member, ...]
-    along: tuple[int, ...]
-
-    @property
-    def name(self) -> str:
-        return " + ".join(member.name for member in self.members)
-
-    @property
-    def shape(self) -> torch.Size:
-        return self.lay({m.name: torch.empty(m.parameter.shape, device="meta") for m in self.members}).shape
-
-    def lay(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """Rearrange tensors that have the shapes of the members."""
-        laid = [member.layout.outputs_first(tensors[member.name]) for member in self.members]
-        if len(laid) == 1:
-            return laid[0]
-        return torch.cat([one.movedim(d, 0).flatten(1) for one, d in zip(laid, self.along, strict=True)], 1)
-
-    @property
-    def here(self) -> torch.Size:
-        """The shape of the part that is here."""
-        return self.lay({m.name: torch.empty(_part(m).shape, device="meta") for m in self.members}).shape
-
-    def place(self, pattern: Pattern, places: Mapping[str, Place]) -> Place:
-        """Where the groups that are here lie among all those of the pattern.
-
-        Raises:
-            PatternError: it looks at whole tensors, or a shard cuts its groups.
-        """
-        (member, *more), cells = self.members, getattr(pattern, "cells", None)
-        if more or cells is None or isinstance(self, _Picks):
-            raise PatternError(
-                f"the pattern {pattern} looks at whole tensors, and {self.name} is sharded: prune before sharding"
-            )
-        place, sizes = places[member.name], cells(self.shape)
-        index = member.layout.indices(place.index, place.shape)
-        laid = None if index is None else replace(place, shape=tuple(self.shape), index=tuple(index))
-        groups = None if laid is None else laid.cells(sizes)
-        if laid is None or groups is None:
-            along = sorted({one.dim for one in place.placements if hasattr(one, "dim")})
-            raise PatternError(
-                f"the shards of {member.name} along dim {listed(list(map(str, along)))} cut groups of the pattern "
-                f"{pattern}: shard it along another dimension, or by multiples of the groups, or prune before sharding"
-            )
-        return laid if self.group(pattern) == 1 else groups
-
-    def unlay(self, laid: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """Undo `lay`: each tensor by its name, as it is stored."""
-        if len(self.members) == 1:
-            (member,) = self.members
-            yield member.name, member.layout.as_stored(laid, _part(member).shape)
-            return
-        shapes = [member.layout.shape(member.parameter.shape) for member in self.members]
-        widths = [shape.numel() // max(shape[d], 1) for shape, d in zip(shapes, self.along, strict=True)]
-        for member, shape, d, part in zip(self.members, shapes, self.along, torch.split(laid, widths, 1), strict=True):
-            back = part.reshape(shape[d], *shape[:d], *shape[d + 1 :]).movedim(0, d)
-            yield member.name, member.layout.as_stored(back, member.parameter.shape)
-
-    def legal(self, pattern: Pattern | None) -> int:
-        """The most weights that may go."""
-        if pattern is None:
-            return sum(member.free for member in self.members)
-        rows, *rest = self.shape
-        padding = len(self.members) == 1 and self.members[0].padding_row is not None
-        return pattern.legal((rows - padding, *rest))
-
-    def group(self, pattern: Pattern | None) -> int:
-        """Weights in a group."""
-        return 1 if pattern is None else pattern.group(self.shape)
-
-    def weights(self) -> Tensor:
-        """The weights that count: all but a padding row."""
-        if len(self.members) > 1:
-            return self.lay({member.name: member.parameter.detach() for member in self.members})
-        (member,) = self.members
-        weight, row = member.parameter.detach(), member.padding_row
-        if bits.is_sharded(weight):  # of which an allocation sees the shape alone
-            weight = torch.empty(weight.shape, device="meta")
-        return weight if row is None else torch.cat([weight[:row], weight[row + 1 :]])
-
-
-@dataclass(frozen=True)
-class _Picks(_Sheet):
-    """Slices of several tensors laid side by side: [groups, all weights of each]."""
-
-    slices: tuple[Slices, ...]
-
-    @property
-    def name(self) -> str:
-        return " + ".join(f"{one.name}[{one.dim}: {one.at[0][0]}...]" for one in self.slices)
-
-    def lay(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """Rearrange tensors that have the shapes of the members."""
-        laid = [tensors[one.name].movedim(one.dim, 0)[torch.tensor(one.at)].flatten(1) for one in self.slices]
-        return torch.cat(laid, 1)
-
-    def unlay(self, laid: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """The mask of each tensor, from the mask of what was laid; all else stays."""
-        for one, member in zip(self.slices, self.members, strict=True):
-            mask = torch.ones(member.parameter.shape, dtype=torch.bool, device=laid.device)
-            rows = mask.movedim(one.dim, 0)
-            shape = len(one.at), len(one.at[0]), *rows.shape[1:]
-            part, laid = laid[:, : math.prod(shape[1:])], laid[:, math.prod(shape[1:]) :]
-            rows[torch.tensor(one.at)] = part.reshape(shape)
-            yield one.name, mask
-
-    def weights(self) -> Tensor:
-        """The weights of the groups."""
-        return self.lay({member.name: member.parameter.detach() for member in self.members})
-
-    def gone(self, held: Masks) -> int:
-        """How many of the weights are pruned already."""
-        return int((~self.lay({member.name: held[member.name] for member in self.members})).sum())
-
-
-@dataclass(frozen=True)
 class Plan:
     """The choices of one pruning, checked against the model."""
 
@@ -360,7 +238,7 @@ class Plan:
             selection.agreed(prepare, total)
         found: dict[str, Tensor] = {}
         for share, count in zip(self.shares, counts, strict=True):
-            found |= self._kept(_sheets(self.scope, share.names, self.pattern), count, held, spread)
+            found |= self._kept(sheets_of(self.scope, share.names, self.pattern), count, held, spread)
         shapes = {name: self.scope[name].shape for name in names}
         masks = Masks.from_bits({name: found[name] for name in names}, shapes, spread)
         masks = masks if held is None else masks & held
@@ -384,24 +262,24 @@ class Plan:
             InputError: they may not.
         """
         for share, count in zip(self.shares, self.counts(), strict=True):
-            sheets = _sheets(self.scope, share.names, self.pattern).values()
+            sheets = sheets_of(self.scope, share.names, self.pattern).values()
             _require_possible(sum(map(self._most, sheets)), count, self.allocation, self.pattern)
 
-    def _most(self, sheet: _Sheet) -> int:
+    def _most(self, sheet: Sheet) -> int:
         """The most weights of a sheet that may go, in whole groups."""
         most = min(sum(self.allocation.most(member.free) for member in sheet.members), sheet.legal(self.pattern))
         group = sheet.group(self.pattern)
         return most // group * group
 
     def _kept(
-        self, sheets: Mapping[str, _Sheet], count: int, held: Masks | None, spread: Spread | None
+        self, sheets: Mapping[str, Sheet], count: int, held: Masks | None, spread: Spread | None
     ) -> dict[str, Tensor]:
         """Choose `count` weights of some sheets: for each tensor the bits of what it keeps."""
         pruned = held.counts() if held is not None else {}
         bounds, groups = {}, {}
         for name, sheet in sheets.items():
             least = sum(pruned.get(member.name, 0) for member in sheet.members)
-            least = sheet.gone(held) if isinstance(sheet, _Picks) and held is not None else least
+            least = sheet.gone(held) if isinstance(sheet, Picks) and held is not None else least
             bounds[name] = least, self._most(sheet)
 
         def stream(name: str, told: int) -> Stream:
@@ -424,17 +302,17 @@ class Plan:
                 found[part_of] = found[part_of] & packed if part_of in found else packed
         return found
 
-    def _stream(self, sheet: _Sheet, told: int, held: Masks | None, spread: Spread | None) -> Stream:
+    def _stream(self, sheet: Sheet, told: int, held: Masks | None, spread: Spread | None) -> Stream:
         if self.pattern is not None:
             values = self._reduced(sheet, self.pattern, told, held, spread)
             place = None if spread is None else sheet.place(self.pattern, spread.places)
             here = place is None or place.counts
             return Stream(sheet.name, values, group=sheet.group(self.pattern), here=here, place=place)
         (member,) = sheet.members
-        name, weight = member.name, _part(member)
+        name, weight = member.name, bits.local(member.parameter)
         packed = held.packed(name).to(weight.device) if held is not None and name in held else None
         place = spread.places[name] if spread is not None else None
-        here, protected = place is None or place.counts, protected_here(member, place)
+        here, protected = place is None or place.counts, sharding.protected(member, place)
         if getattr(self.score, "elementwise", False):
             return Stream(name, weight, self.score, packed, protected, here=here, place=place)
         values = selection.zeros_first(self._scores(member), weight)
@@ -445,20 +323,20 @@ class Plan:
         score = self.score
         if getattr(score, "by_shape", False) and bits.is_sharded(member.parameter):
             score = lambda name, _: sharding.by_shape(functools.partial(self.score, name), name, member.parameter)  # noqa: E731
-        return scores.evaluate(score, member.name, _part(member))
+        return scores.evaluate(score, member.name, bits.local(member.parameter))
 
-    def _reduced(self, sheet: _Sheet, pattern: Pattern, told: int, held: Masks | None, spread: Spread | None) -> Tensor:
+    def _reduced(self, sheet: Sheet, pattern: Pattern, told: int, held: Masks | None, spread: Spread | None) -> Tensor:
         """The scores of groups: those pruned already come first, then those that are zero; +inf for what must stay."""
         values, zero, gone = {}, {}, {}
         for member in sheet.members:
-            name, weight = member.name, _part(member)
+            name, weight = member.name, bits.local(member.parameter)
             found = self._scores(member)
             values[name] = found = found.float() if found.itemsize < 4 else found
             zero[name] = weight == 0
             if held is not None:
                 kept = bits.local(held[name]).to(weight.device) if name in held else None
                 gone[name] = ~kept if kept is not None else torch.zeros_like(zero[name])
-            row = protected_here(member, None if spread is None else spread.places[name])
+            row = sharding.protected(member, None if spread is None else spread.places[name])
             if row:
                 values[name] = found = found.clone(memory_format=torch.contiguous_format)
                 found.view(-1)[row.start : row.stop] = math.inf
@@ -488,16 +366,6 @@ def _require_one_state(generator: torch.Generator, spread: Spread) -> None:
             "the generator of the score is not in the same state in all processes: give it one seed in all of them, as "
             "sc.scores.random(seed=0) does"
         )
-
-
-def _part(member: Member) -> Tensor:
-    """The weights that are here: of a sharded tensor a part."""
-    return bits.local(member.parameter)
-
-
-def protected_here(member: Member, place: Place | None) -> range:
-    """Row-major indices, among the weights that are here, that are never pruned."""
-    return member.protected if place is None else place.row(member.padding_row)
 
 
 def _keep(stream: Stream, cut: Cut) -> tuple[Tensor, int, int]:
@@ -582,22 +450,22 @@ def make(
         InputError, InputTypeError, UnknownNameError, PatternError: as `prune` says.
     """
     shape = patterns.resolve(pattern)
-    chosen = scopes.resolve(model, scope) if not isinstance(shape, Picked) else _picked_scope(model, scope, shape)
+    chosen = scopes.resolve(model, scope) if not isinstance(shape, Picked) else picked_scope(model, scope, shape)
     shared = allocations.resolve(allocation)
 
     def legal(names: Sequence[str]) -> int:
-        return sum(sheet.legal(shape) for sheet in _sheets(chosen, names, shape).values())
+        return sum(sheet.legal(shape) for sheet in sheets_of(chosen, names, shape).values())
 
     if shape is not None:
         for name in chosen:
             shape.check(name, chosen.members[name].layout.shape(chosen[name].shape))
     sizes = {name: member.free for name, member in chosen.members.items()}
     if isinstance(shape, Picked):
-        sizes = _picked_sizes(chosen, shape)
+        sizes = picked_sizes(chosen, shape)
     aliases = {name: member.aliases for name, member in chosen.members.items()}
     found = shares(sparsity, sizes, shape, legal, aliases=aliases)
     for share in found:
-        _sheets(chosen, share.names, shape)  # what cannot be laid out is refused now
+        sheets_of(chosen, share.names, shape)  # what cannot be laid out is refused now
     made = Plan(chosen, found, scores.resolve(score), shared, shape)
     if any(map(bits.is_sharded, chosen.values())):
         _require_spreadable(made)
@@ -616,7 +484,7 @@ def _require_spreadable(plan: Plan) -> None:
             name: sharding.place_of(name, tensor) or Place.whole(tensor.shape) for name, tensor in plan.scope.items()
         }
         for share in plan.shares:
-            for sheet in _sheets(plan.scope, share.names, plan.pattern).values():
+            for sheet in sheets_of(plan.scope, share.names, plan.pattern).values():
                 sheet.place(plan.pattern, places)
     of_parts = any(getattr(plan.score, mark, False) for mark in ("elementwise", "by_shape"))
     if not (of_parts or isinstance(plan.score, scores.GradientScore)):
@@ -630,54 +498,6 @@ def _require_spreadable(plan: Plan) -> None:
             f"the allocation {_name(plan.allocation.share)} looks at whole tensors, and these are sharded: {remedy}, "
             'or use "global", "uniform" or "erk"'
         )
-
-
-def _picked_scope(model: nn.Module, scope: Mapping[str, nn.Parameter] | None, pattern: Picked) -> Scope:
-    names = list(dict.fromkeys(one.name for group in pattern.picked() for one in group))
-    if scope is not None:
-        raise PatternError("the pattern names its tensors itself: leave the scope out")
-    return scopes.weights(model, only=names)
-
-
-def _picked_sizes(scope: Scope, pattern: Picked) -> dict[str, int]:
-    """How many weights of each tensor lie in groups."""
-    sizes = dict.fromkeys(scope, 0)
-    for one in (one for group in pattern.picked() for one in group):
-        shape = scope[one.name].shape
-        if one.dim >= len(shape) or max(max(at) for at in one.at) >= shape[one.dim]:
-            raise PatternError(f"the pattern was made for another model, whose {one.name} is larger: make it anew")
-        sizes[one.name] += len(one.at) * len(one.at[0]) * (shape.numel() // shape[one.dim])
-    return sizes
-
-
-def _sheets(scope: Scope, names: Sequence[str], pattern: Pattern | None) -> dict[str, _Sheet]:
-    """What the pattern sees of some tensors, by name; those that it does not join stand alone."""
-    if isinstance(pattern, Picked):
-        picks = [tuple(group) for group in pattern.picked()]
-        missing = [one.name for group in picks for one in group if one.name not in names]
-        if missing:
-            raise PatternError(f"units span tensors, {missing[0]} among them: give one sparsity for all of them")
-        sheets = [_Picks(tuple(scope.members[one.name] for one in group), (), group) for group in picks]
-        return {sheet.name: sheet for sheet in sheets}
-    joined: Sequence[Mapping[str, int]] = pattern.joined(names) if isinstance(pattern, Joined) else ()
-    found: dict[str, _Sheet] = {}
-    left = list(names)
-    for together in joined:
-        sizes = set()
-        for name, along in together.items():
-            if name not in left:
-                raise PatternError(
-                    f"the pattern {pattern} joins {name!r}, which is not in this budget or was joined already: "
-                    "take it into the scope, and give all joined tensors one sparsity"
-                )
-            left.remove(name)
-            sizes.add(scope.members[name].layout.shape(scope[name].shape)[along])
-        sheet = _Sheet(tuple(scope.members[name] for name in together), tuple(together.values()))
-        if len(sizes) > 1:
-            raise PatternError(f"the pattern {pattern} joins {sheet.name}, of {sorted(sizes)} slices: join equal ones")
-        found[sheet.name] = sheet
-    found |= {name: _Sheet((scope.members[name],), (0,)) for name in left}
-    return found
 
 
 def _name(choice: object) -> str:

@@ -21,7 +21,7 @@ from secateur.errors import InputError, PatternError, StateError
 from secateur.feedback import FEEDBACKS, Feedback
 from secateur.masks import Masks
 from secateur.movers import Mover
-from secateur.plan import FixedMasks, Plan, protected_here
+from secateur.plan import FixedMasks, Plan
 from secateur.scope import Member, Scope
 from secateur.selection import Stream
 from secateur.sharding import Place
@@ -168,7 +168,7 @@ def _moved(
     """
     name, weight, (pruned, count) = member.name, bits.local(member.parameter), counts
     here = place is None or place.counts
-    drop = Stream(name, weight, scores.magnitude, kept, protected_here(member, place), here=here, place=place)
+    drop = Stream(name, weight, scores.magnitude, kept, sharding.protected(member, place), here=here, place=place)
     still, _ = selection.keep(drop, selection.threshold([drop], pruned + count, total=total))
     stays = bits.unpack(still, weight.numel()).view(weight.shape)
     lowest = (-selection.agreed(growth, total)).masked_fill(stays, math.inf)  # of these grow

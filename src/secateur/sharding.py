@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.errors import GroupError, InputError, listed
+from secateur.scope import Member
 from secateur.support import bits
 from secateur.support.process_groups import Grid, collective, during
 
@@ -343,6 +344,11 @@ def spread(tensors: Mapping[str, Any]) -> Spread | None:
         return None
     places = {name: place_of(name, tensor, widest) for name, tensor in tensors.items()}
     return Spread({name: place for name, place in places.items() if place is not None}, Grid(widest))
+
+
+def protected(member: Member, place: Place | None) -> range:
+    """Row-major indices, among the weights of a tensor that are here, that are never pruned."""
+    return member.protected if place is None else place.row(member.padding_row)
 
 
 def total(tensors: Mapping[str, Any], found: Mapping[str, _N]) -> dict[str, _N]:
