@@ -1,16 +1,22 @@
-"""secateur.masks of sharded models: files of the bytes that masks of the whole weights give."""
+"""secateur.masks of sharded models: what masks of the whole weights give, files too."""
 
+import copy
+import pickle
 from pathlib import Path
 
 import pytest
 import torch
-from torch import distributed
+from torch import distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 import secateur as sc
 from processes import in_a_group
 from secateur import masks
-from secateur.errors import InputError, WriteError
-from sharded_models import LAYOUTS, net, rows
+from secateur.errors import InputError, MaskError, SecateurError, StateError, WriteError
+from sharded_models import LAYOUTS, full, net, rows
+
+ONE = [Shard(0), Shard(1)]
 
 
 def same_bytes(rank, ranks, folder):
@@ -64,3 +70,58 @@ def full_disk(_):
 
 def test_what_one_process_raises_all_raise(tmp_path):
     in_a_group(2, troubles, str(tmp_path))
+
+
+def on_meshes(model):
+    """Each layer on another mesh: a dimension of it, the other one, both."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b"))
+    for name, where, placed in (("up", mesh["a"], [Shard(0)]), ("down", mesh["b"], [Shard(0)]), ("head", mesh, ONE)):
+        weight = model.get_parameter(f"{name}.weight").detach()
+        spread = distribute_tensor(weight, where, placed, src_data_rank=None)
+        model.get_submodule(name).weight = nn.Parameter(spread)
+    return model
+
+
+def algebra(rank):
+    held, model = sc.prune(net(), 0.5), on_meshes(net())
+    theirs = sc.prune(model, 0.5)
+    assert theirs.counts() == held.counts()
+    up, down, head = (sc.Masks({name: theirs[name]}) for name in theirs)
+    for both in (up & head, head & up, up & sc.Masks({"head.weight": held["head.weight"]})):
+        assert both.counts() == {name: held.counts()[name] for name in both}
+    with pytest.raises(InputError, match="prune them one by one"):
+        up & down
+    pruner = sc.Pruner(on_meshes(net()), {"up.weight": 0.5}, schedule=sc.linear(start=0, stop=2))
+    for _ in range(2):
+        pruner.step()
+    assert pruner.finish().counts() == {"up.weight": 320, "down.weight": 0, "head.weight": 0}
+
+    assert copy.deepcopy(theirs) == copy.copy(theirs) == theirs.to("cpu") == theirs
+    other = {name: full(theirs[name]) for name in theirs}
+    other["up.weight"][0, 0] ^= True  # in the part of two processes
+    layouts = {name: (theirs[name].device_mesh, theirs[name].placements) for name in theirs}
+    spread = {name: distribute_tensor(other[name], *layouts[name], src_data_rank=None) for name in other}
+    assert theirs != sc.Masks(spread)
+    with pytest.raises(MaskError, match="full_tensor"):
+        assert theirs == held
+    with pytest.raises(StateError, match=r"masks.save\(path\) in all"):
+        pickle.dumps(theirs)
+
+
+def test_masks_of_several_meshes_are_counted_once_and_equal_in_all_processes_or_in_none():
+    in_a_group(4, algebra)
+
+
+def another_name(rank):
+    model = rows(net(), 2)
+    held, before = sc.prune(net(), 0.5), full(model.up.weight)
+    wrong = held if rank else held.named({"none.weight": "up.weight"})
+    with pytest.raises(SecateurError, match=r"it has no none\.weight"):
+        wrong.apply(model)
+    assert torch.equal(full(model.up.weight), before)
+    held.apply(model)
+    assert sc.check(model, held) == {}
+
+
+def test_masks_that_one_process_cannot_apply_none_applies():
+    in_a_group(2, another_name)

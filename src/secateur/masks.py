@@ -7,6 +7,7 @@ import math
 import os
 import zlib
 from collections.abc import Callable, Iterator, Mapping
+from copy import copy
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from secateur import sharding
 from secateur.computed_weights import effective, require_values, why_computed
-from secateur.errors import InputError, InputTypeError, MaskError, UnknownNameError, nearest
+from secateur.errors import InputError, InputTypeError, MaskError, StateError, UnknownNameError, nearest
 from secateur.exchange import BLOCK, Exchange, Part
 from secateur.scope import unwrap, weights
 from secateur.sharding import Spread
@@ -76,7 +77,10 @@ class Masks(Mapping[str, Tensor]):
     def _hold(self, packed: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], spread: Spread | None) -> None:
         self._bits, self._shapes, self._spread = dict(packed), dict(shapes), spread
         # counted now, so that later one process may ask by itself
-        self._pruned = None if spread is None else spread.counted(self._pruned_here(), self._marks())
+        self._pruned: dict[str, int] | None = None
+        self._sums: dict[str, int] = {}
+        if spread is not None:
+            self._pruned, self._sums = spread.counted(self._pruned_here(), self._marks())
 
     def _pruned_here(self) -> dict[str, int]:
         sizes = {name: math.prod(self._part(name)) for name in self._bits}
@@ -116,14 +120,38 @@ class Masks(Mapping[str, Tensor]):
         return name in self._bits
 
     def __eq__(self, other: object) -> bool:
-        """Same names, shapes and bits, wherever they live."""
+        """Same names, shapes and bits, wherever they live; of sharded weights in all processes.
+
+        Raises:
+            MaskError: the parts lie otherwise than those of the other.
+        """
         if not isinstance(other, Masks):
             return NotImplemented
-        return self._shapes == other._shapes and all(
+        if self._shapes != other._shapes:
+            return False
+        for name in self:
+            other._require_layout(name, self._spread)
+        return self._sums == other._sums and all(
             torch.equal(mine.cpu(), other._bits[name].cpu()) for name, mine in self._bits.items()
         )
 
     __hash__ = None  # type: ignore[assignment]
+
+    def __copy__(self) -> Masks:
+        return self.named({name: name for name in self})
+
+    def __deepcopy__(self, memo: object) -> Masks:
+        masks = copy(self)
+        masks._bits = {name: packed.clone() for name, packed in self._bits.items()}
+        return masks
+
+    def __getstate__(self) -> object:
+        if self._spread is not None:
+            raise StateError(
+                "these masks are of parts, which mean nothing to another process: write them with masks.save(path) in "
+                "all processes, or give Masks of the full_tensor() of each mask"
+            )
+        return vars(self)
 
     def __repr__(self) -> str:
         return f"Masks({counted(len(self), 'tensor')}, {self.pruned:,} of {counted(self.size, 'weight')} pruned)"
@@ -200,8 +228,7 @@ class Masks(Mapping[str, Tensor]):
             joined[name] = join(self._bits[name], other._bits[name].to(self._bits[name].device))
         spread = self._spread
         if spread is not None and other._spread is not None:
-            wider = max(spread.grid, other._spread.grid, key=lambda grid: grid.size)
-            spread = Spread({**other._spread.places, **spread.places}, wider)
+            spread = spread.beside(other._spread)
         return Masks.from_bits(joined, {**other._shapes, **self._shapes}, spread)
 
     def named(self, names: Mapping[str, str]) -> Masks:
@@ -213,6 +240,7 @@ class Masks(Mapping[str, Tensor]):
         if self._spread is not None and self._pruned is not None:
             masks._spread = replace(self._spread, places={n: self._spread.places[old] for n, old in names.items()})
             masks._pruned = {name: self._pruned[old] for name, old in names.items()}
+            masks._sums = {name: self._sums[old] for name, old in names.items()}
         return masks
 
     def on(self, spread: Spread | None) -> Masks:
@@ -224,6 +252,7 @@ class Masks(Mapping[str, Tensor]):
         self.require_on(spread)
         if spread is None or self._spread is not None:
             return self
+        spread = spread.with_whole(self._shapes)
         packed = {name: bits.pack(spread.places[name].part(self[name])) for name in self}
         return Masks.from_bits(packed, self._shapes, spread)
 
@@ -245,7 +274,7 @@ class Masks(Mapping[str, Tensor]):
 
     def to(self, device: torch.device | str) -> Masks:
         """Return the same masks with their bits on `device`."""
-        masks = self.named({name: name for name in self})
+        masks = copy(self)
         masks._bits = {name: packed.to(device) for name, packed in self._bits.items()}
         return masks
 
@@ -255,7 +284,7 @@ class Masks(Mapping[str, Tensor]):
         Raises:
             UnknownNameError, MaskError: the masks are for another model; nothing was changed.
         """
-        zero, tensors = bits.Zeroer(), self.writable(model)
+        zero, tensors = bits.Zeroer(), _agreed(model, self, self.writable)
         here = self.on(sharding.spread(tensors))
         for name, tensor in tensors.items():
             zero(tensor, here.packed(name))

@@ -66,6 +66,14 @@ class Place:
         return math.prod(self.mesh.size(d) for d, placed in enumerate(self.placements) if not placed.is_replicate())
 
     @property
+    def number(self) -> int:
+        """Of this process among those of the mesh, from 1."""
+        found = 0
+        for size, at in zip(self.mesh.shape, self.mesh.get_coordinate(), strict=True) if self.mesh is not None else ():
+            found = found * size + at
+        return found + 1
+
+    @property
     def layout(self) -> tuple[Any, Any] | None:
         """How the tensor is spread, as `layout` says it."""
         return None if self.mesh is None else (self.mesh, self.placements)
@@ -180,12 +188,31 @@ class Spread:
         own = [number * self.places[name].counts for name, number in found.items()]
         return dict(zip(found, self.grid.total(np.array(own)).tolist(), strict=True))
 
-    def counted(self, found: Mapping[str, int], marks: Mapping[str, int]) -> dict[str, int]:
+    def beside(self, other: Spread) -> Spread:
+        """Of the tensors of both; where both have a name, it is that of this one.
+
+        Raises:
+            InputError: neither's processes are among those of the other.
+        """
+        widest = _widest({one.grid.mesh: next(iter(one.places), "") for one in (other, self)})
+        places = {**other.places, **self.places}
+        counted = {name: replace(place, counts=_counts(name, place, widest)) for name, place in places.items()}
+        return Spread(counted, Grid(widest))
+
+    def with_whole(self, shapes: Mapping[str, Sequence[int]]) -> Spread:
+        """The same, and tensors of these shapes that are whole in each process, unless their names are there."""
+        whole = {name: replace(Place.whole(shape), counts=self.grid.rank == 0) for name, shape in shapes.items()}
+        return replace(self, places={**whole, **self.places})
+
+    def counted(self, found: Mapping[str, int], marks: Mapping[str, int]) -> tuple[dict[str, int], dict[str, int]]:
         """As `total`; and see that the copies of each part are alike.
 
         Args:
             found: in the part of each tensor.
             marks: the checksum of what the found was found in.
+
+        Returns:
+            The sums; and of each tensor a checksum over all processes.
 
         Raises:
             InputError: copies differ.
@@ -193,15 +220,16 @@ class Spread:
         copies = {name: self.grid.size // self.places[name].parts for name in found}
         several = [name for name in found if copies[name] > 1]
         own = [number * self.places[name].counts for name, number in found.items()]
+        own += [marks[name] * self.places[name].number * self.places[name].counts for name in found]
         own += [marks[name] * (copies[name] * self.places[name].counts - 1) for name in several]
         sums = self.grid.total(np.array(own, np.int64)).tolist()
-        differ = [name for name, rest in zip(several, sums[len(found) :], strict=True) if rest]
+        differ = [name for name, rest in zip(several, sums[2 * len(found) :], strict=True) if rest]
         if differ:
             raise InputError(
                 f"the copies of {listed(differ)} in several processes differ, and so would their masks: make them the "
                 "same again, from a checkpoint that all processes load"
             )
-        return dict(zip(found, sums, strict=False))
+        return dict(zip(found, sums, strict=False)), dict(zip(found, sums[len(found) :], strict=False))
 
 
 def alike(
@@ -301,13 +329,17 @@ def grid_of(tensors: Mapping[str, Any]) -> Grid | None:
     Raises:
         InputError: meshes that do not lie in one of them; this process is on none.
     """
-    widest = _widest(tensors)
+    widest = _widest(_meshes(tensors))
     return None if widest is None else Grid(widest)
 
 
-def _widest(tensors: Mapping[str, Any]) -> Any:
-    """The largest mesh of some tensors, in which the others lie; None if there is none."""
-    meshes = {tensor.device_mesh: name for name, tensor in tensors.items() if bits.is_sharded(tensor)}
+def _meshes(tensors: Mapping[str, Any]) -> dict[Any, str]:
+    """Each mesh on which some tensors lie, and the name of one of them."""
+    return {tensor.device_mesh: name for name, tensor in tensors.items() if bits.is_sharded(tensor)}
+
+
+def _widest(meshes: Mapping[Any, str]) -> Any:
+    """The largest mesh of some, in which the others lie; None if there is none."""
     if not meshes:
         return None
     widest = max(meshes, key=lambda mesh: mesh.size())
@@ -339,7 +371,7 @@ def spread(tensors: Mapping[str, Any]) -> Spread | None:
     Raises:
         InputError: as `place_of` and `grid_of`.
     """
-    widest = _widest(tensors)
+    widest = _widest(_meshes(tensors))
     if widest is None:
         return None
     places = {name: place_of(name, tensor, widest) for name, tensor in tensors.items()}
@@ -373,7 +405,8 @@ def place_of(name: str, tensor: Any, widest: Any = None) -> Place | None:
         return None
     shape = tuple(tensor.shape)
     if not bits.is_sharded(tensor):
-        return replace(Place.whole(shape), counts=all(at == 0 for at in widest.get_coordinate()))
+        place = Place.whole(shape)
+        return replace(place, counts=_counts(name, place, widest))
     mesh, placements = tensor.device_mesh, tensor.placements
     if any(placement.is_partial() for placement in placements):
         raise InputError(f"{name} holds sums that are not complete ({placements}): redistribute it, or leave it out")
@@ -384,9 +417,8 @@ def place_of(name: str, tensor: Any, widest: Any = None) -> Place | None:
     if mesh.get_coordinate() is None:
         raise InputError(f"{name} lies on {mesh}, of which this process is no part: leave it out of the scope here")
     index = tuple(_here(size, mesh, [_along(p, d) for p in placements]) for d, size in enumerate(shape))
-    copies = zip(mesh.get_coordinate(), placements, strict=True)
-    counts = all(at == 0 for at, placement in copies if placement.is_replicate())
-    return Place(shape, index, counts and _first_of_copies(name, mesh, widest), mesh, placements)
+    place = Place(shape, index, True, mesh, placements)
+    return replace(place, counts=_counts(name, place, widest))
 
 
 def _along(placement: Any, dimension: int) -> Any:
@@ -411,12 +443,16 @@ def _here(size: int, mesh: Any, placements: list[Any]) -> Indices:
     return found
 
 
-def _first_of_copies(name: str, mesh: Any, widest: Any) -> bool:
-    """Whether this process is the first along the dimensions of the widest mesh that a mesh lacks."""
+def _counts(name: str, place: Place, widest: Any) -> bool:
+    """Whether this process is the first of those that have the same part, on the widest mesh."""
+    if place.mesh is None:
+        return all(at == 0 for at in widest.get_coordinate())
+    copies = zip(place.mesh.get_coordinate(), place.placements, strict=True)
+    first = all(at == 0 for at, placement in copies if placement.is_replicate())
     if widest is None:
-        return True
+        return first
     at = widest.get_coordinate()
-    return all(at[dimension] == 0 for dimension in _lacking(name, mesh, widest))
+    return first and all(at[dimension] == 0 for dimension in _lacking(name, place.mesh, widest))
 
 
 def _lacking(name: str, mesh: Any, widest: Any) -> list[int]:

@@ -113,6 +113,7 @@ class Grid:
     """
 
     def __init__(self, mesh: Any) -> None:
+        self.mesh = mesh
         ranks = mesh.mesh.flatten().tolist()
         self.rank, self.size = ranks.index(distributed.get_rank()), len(ranks)
         self._device, self._shape = mesh.device_type, tuple(mesh.shape)
