@@ -31,7 +31,7 @@ from secateur.sharding import Place, Spread
 from secateur.sheets import Picks, Sheet, picked_scope, picked_sizes, sheets_of
 from secateur.sparsity import Count, Sparsity, explicit, fraction, half_up
 from secateur.support import bits
-from secateur.support.process_groups import ALONE, Total
+from secateur.support.process_groups import ALONE, Processes, together
 
 _Result = TypeVar("_Result")
 
@@ -155,7 +155,7 @@ def choose(
     stream: Callable[[str, int], Stream],
     most: Mapping[str, int],
     apply: Callable[[Stream, Cut], tuple[_Result, int, int]],
-    total: Total = ALONE.total,
+    processes: Processes = ALONE,
     *,
     at_once: bool = False,
 ) -> dict[str, tuple[_Result, int, int]]:
@@ -166,7 +166,7 @@ def choose(
         stream: the scores of a tensor, by its name and what its budget tells of it.
         most: weights that each tensor may lose.
         apply: applies a cut to a stream: what comes of it, the scores that it loses here, and another number.
-        total: how processes that each read some of the streams add up; by default this one works alone.
+        processes: that each read some of the streams; by default this one works alone.
         at_once: all budgets, so that processes seldom wait for each other; for weights in memory.
 
     Returns:
@@ -179,7 +179,7 @@ def choose(
         digit = selection.NARROW if len(several) > 1 else selection.WIDE
         streams = [functools.partial(_streams, stream, each.told) for each in several]
         jobs = [selection.together(s, each.count, most, apply, digit) for s, each in zip(streams, several, strict=True)]
-        for each in selection.run(jobs, total):
+        for each in selection.run(jobs, processes):
             found |= each
     return found
 
@@ -226,16 +226,16 @@ class Plan:
         """
         names = [name for share in self.shares for name in share.names]
         spread = sharding.spread({name: self.scope[name] for name in names})
-        total = ALONE.total if spread is None else spread.grid.total
+        processes = ALONE if spread is None else spread.grid
         global_magnitude = self.score is scores.magnitude and self.pattern is None and self.allocation.share is None
         if not global_magnitude:  # whose selection looks for NaN and inf as it goes, and so spares a pass
-            selection.agreed(lambda: self._require_finite(names), total)
+            together(processes, lambda: self._require_finite(names))
         generator = getattr(self.score, "generator", None)
         if spread is not None and generator is not None:
             _require_one_state(generator, spread)
         prepare = getattr(self.score, "prepare", None)
         if prepare is not None:
-            selection.agreed(prepare, total)
+            together(processes, prepare)
         found: dict[str, Tensor] = {}
         for share, count in zip(self.shares, counts, strict=True):
             found |= self._kept(sheets_of(self.scope, share.names, self.pattern), count, held, spread)
@@ -289,8 +289,8 @@ class Plan:
 
         budgets = budget(bounds, count, self.allocation, lambda name: sheets[name].weights(), pattern=self.pattern)
         limits = {name: most for name, (_, most) in bounds.items()}
-        total = ALONE.total if spread is None else spread.grid.total
-        chosen = choose(budgets, stream, limits, _keep, total, at_once=spread is not None)
+        processes = ALONE if spread is None else spread.grid
+        chosen = choose(budgets, stream, limits, _keep, processes, at_once=spread is not None)
         kept = {name: packed for name, (packed, _, _) in chosen.items()}
         if self.pattern is None:
             return kept

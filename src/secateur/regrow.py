@@ -26,7 +26,7 @@ from secateur.scope import Member, Scope
 from secateur.selection import Stream
 from secateur.sharding import Place
 from secateur.support import bits, checks
-from secateur.support.process_groups import ALONE, Total, placed_as
+from secateur.support.process_groups import ALONE, Processes, placed_as, together
 from secateur.support.registry import Registry, called
 
 Growth = Callable[[str, Tensor, Tensor, torch.Generator], Tensor]
@@ -109,9 +109,9 @@ class Regrowth(Mover):
         pruned = masks.counts()
         moving = [name for name, weight in scope.items() if pruned[name] and weight.requires_grad]
         spread = sharding.spread(scope)
-        total, processes = (ALONE.total, 1) if spread is None else (spread.grid.total, spread.grid.size)
-        there = total(np.array([name in gradients for name in moving], np.int64)).tolist()
-        seen = [name for name, count in zip(moving, there, strict=True) if count == processes]
+        processes = ALONE if spread is None else spread.grid
+        there = processes.total(np.array([name in gradients for name in moving], np.int64)).tolist()
+        seen = [name for name, count in zip(moving, there, strict=True) if count == processes.size]
         if moving and not seen:
             raise StateError(
                 f"no gradient was seen at step {step}, at which the masks move: without attach() call "
@@ -123,14 +123,14 @@ class Regrowth(Mover):
                 selection.require_finite(name, scope[name])
                 selection.require_finite(f"the gradient of {name}", gradients[name])
 
-        selection.agreed(require_finite, total)
+        together(processes, require_finite)
         packed = {name: masks.packed(name) for name in masks}
         for name in seen:
             count = int((scope.members[name].free - pruned[name]) * self.share(step))
             if count:
                 kept, place = packed[name].to(gradients[name].device), None if spread is None else spread.places[name]
                 growth = functools.partial(self._growth, name, scope[name].detach(), gradients[name], generator)
-                packed[name] = _moved(scope.members[name], kept, (pruned[name], count), growth, place, total)
+                packed[name] = _moved(scope.members[name], kept, (pruned[name], count), growth, place, processes)
         return Masks.from_bits(packed, {name: masks.shape(name) for name in masks}, spread)
 
     def _growth(self, name: str, weight: Tensor, gradient: Tensor, generator: torch.Generator) -> Tensor:
@@ -154,7 +154,7 @@ def _moved(
     counts: tuple[int, int],
     growth: Callable[[], Tensor],
     place: Place | None,
-    total: Total,
+    processes: Processes,
 ) -> Tensor:
     """The bits of one tensor after an update.
 
@@ -164,16 +164,16 @@ def _moved(
         counts: weights that are pruned, and that are dropped and grow.
         growth: says which of the weights that are here grow.
         place: where these lie, if the tensor is spread over processes.
-        total: adds up what these count.
+        processes: over which it is spread.
     """
     name, weight, (pruned, count) = member.name, bits.local(member.parameter), counts
     here = place is None or place.counts
     drop = Stream(name, weight, scores.magnitude, kept, sharding.protected(member, place), here=here, place=place)
-    still, _ = selection.keep(drop, selection.threshold([drop], pruned + count, total=total))
+    still, _ = selection.keep(drop, selection.threshold([drop], pruned + count, processes=processes))
     stays = bits.unpack(still, weight.numel()).view(weight.shape)
-    lowest = (-selection.agreed(growth, total)).masked_fill(stays, math.inf)  # of these grow
+    lowest = (-together(processes, growth)).masked_fill(stays, math.inf)  # of these grow
     grow = Stream(name, lowest, here=here, place=place)
-    rest, _ = selection.keep(grow, selection.threshold([grow], count, total=total))
+    rest, _ = selection.keep(grow, selection.threshold([grow], count, processes=processes))
     return still | bits.pack(~bits.unpack(rest, weight.numel()))
 
 

@@ -4,7 +4,7 @@ A sample of the scores gives a bracket around the k-th lowest. One pass counts t
 histogram of those inside it (about 1 %), over the bits of the scores. A bin usually holds a single value; if it holds
 more, another pass divides it. Ties at the threshold are broken by (tensor, row-major index). The result is that of a
 stable sort of all scores, whatever the chunks, the sample or the threads. Where several processes each read a part of
-the streams, or a shard of each, the caller passes how they add up their counts (`total`): about 40 KB a selection,
+the streams, or a shard of each, the caller names them (`processes`). They add up counts: about 40 KB a selection,
 whatever its size, or 2 KB each where many are made at once (`run`). By default this process works alone, also within a
 process group.
 """
@@ -28,14 +28,13 @@ from secateur.errors import InputError, NotFiniteError, listed
 from secateur.scores import Score, evaluate, magnitude
 from secateur.sharding import Indices, Place
 from secateur.support import bits
-from secateur.support.process_groups import ALONE, Total
+from secateur.support.process_groups import ALONE, Processes, stop
 
 _SAMPLE = 1 << 14
 _CELLS, _SAMPLE_CELLS = 1 << 20, 1 << 18  # of equally many keys, in which scores are counted
 _FEW = 1 << 20  # keys that are held one by one, and not counted by cells
 WIDE, NARROW = 10, 4
 """Bits of a number that are found in one round, by counts of 2^10 or 2^4 parts: of one selection, of many at once."""
-_TEXT = 4096  # bytes of the words of an error
 _SIGMAS = 4.0  # half-width of the bracket in standard deviations of the sample's rank: it seldom misses
 
 _Floats = npt.NDArray[Any]
@@ -176,16 +175,17 @@ class Cut:
     until: Mapping[str, int] = field(default_factory=dict)
 
 
-def threshold(streams: Sequence[Stream], count: int, *, total: Total = ALONE.total) -> Cut:
+def threshold(streams: Sequence[Stream], count: int, *, processes: Processes = ALONE) -> Cut:
     """Find the cut below which lie exactly the `count` lowest scores of all streams.
 
-    Where a score stands for a group of weights, `count` is in weights and met to the nearest whole group. `total` adds
-    up the counts of the processes that each read some of the streams.
+    Where a score stands for a group of weights, `count` is in weights and met to the nearest whole group.
+    `processes` are those that each read some of the streams, or a shard of each.
 
     Raises:
         InputError: so many are protected (a score of +inf, a padding row) that `count` cannot be met.
+        Exception: what reading raises; if it raises in another process, an error of the same kind that names it.
     """
-    return run([_threshold(streams, count, WIDE)], total)[0]
+    return run([_threshold(streams, count, WIDE)], processes)[0]
 
 
 @dataclass(frozen=True)
@@ -205,15 +205,15 @@ Steps = Generator[Wanted, Indices, _Result]
 """A selection that stops wherever it wants numbers added up, and goes on with the sums."""
 
 
-def run(selections: Sequence[Steps[_Result]], total: Total) -> list[_Result]:
+def run(selections: Sequence[Steps[_Result]], processes: Processes) -> list[_Result]:
     """Make selections side by side: what all of them want added up is added up at once.
 
     Args:
         selections: each process has them in the same order.
-        total: as for `threshold`.
+        processes: as for `threshold`.
 
     Raises:
-        InputError: reading raised in another process.
+        Exception: what reading raises; if it raises in another process, an error of the same kind that names it.
     """
     found: dict[int, _Result] = {}
     sums: dict[int, Any] = dict.fromkeys(range(len(selections)))
@@ -224,22 +224,26 @@ def run(selections: Sequence[Steps[_Result]], total: Total) -> list[_Result]:
                 wanted[at] = selections[at].send(given)
             except StopIteration as end:
                 found[at] = end.value
-        sums = dict(zip(wanted, _added([*wanted.values()], total), strict=True))
+        sums = dict(zip(wanted, _added([*wanted.values()], processes), strict=True))
     return [found[at] for at in range(len(selections))]
 
 
-def _added(wanted: Sequence[Wanted], total: Total) -> list[Indices]:
-    """Add up what is wanted over the processes, all of it at once."""
+def _added(wanted: Sequence[Wanted], processes: Processes) -> list[Indices]:
+    """Add up what is wanted over the processes, all of it at once; if a `fill` raises in one, each one raises."""
     if not wanted:
         return []
     ends = [*accumulate((one.size for one in wanted), initial=0)]
     spans = [slice(*ends_of) for ends_of in pairwise(ends)]
-
-    def fill(sums: Indices) -> None:
+    sums = np.zeros(ends[-1] + 1, np.int64)
+    trouble: Exception | None = None
+    try:
         for one, span in zip(wanted, spans, strict=True):
             one.fill(sums[span])
-
-    sums = _summed(total, ends[-1], np.int64, fill)
+    except Exception as error:  # told to the others first, which else would wait for this process
+        sums[:], trouble = 0, error
+        sums[-1] = 1
+    if processes.total(sums)[-1]:
+        stop(processes, trouble)
     return [sums[span] for span in spans]
 
 
@@ -467,55 +471,6 @@ def _bracket(streams: Sequence[Stream], count: int, dtype: torch.dtype, digit: i
     low = max(bottom + (lowest << shift) - 1, bottom) if first >= 0 else bottom
     high = min(bottom + (highest + 1 << shift), top) if last < _SAMPLE else top
     return _key(_float(low, torch.float32), dtype), _key(_float(high, torch.float32), dtype)
-
-
-def _summed(
-    total: Total, size: int, dtype: npt.DTypeLike, fill: Callable[[npt.NDArray[Any]], None]
-) -> npt.NDArray[Any]:
-    """Add up what `fill` writes into zeros, over the processes; if it raises in one of them, each one raises.
-
-    Raises:
-        InputError, NotFiniteError: it raised in another process.
-    """
-    array = np.zeros(size + 2, dtype)
-    trouble: Exception | None = None
-    try:
-        fill(array[:-2])
-    except Exception as error:  # told to the others first, which else would wait for this process
-        array[:], trouble = 0, error
-        array[-2:] = 1, isinstance(error, NotFiniteError)
-    array = total(array)
-    failed, not_finite = array[-2:].tolist()
-    if not failed:
-        return array[:-2]
-    words = _said(trouble, total) if failed == 1 else "see their errors"
-    kind = NotFiniteError if failed == not_finite else InputError  # a Pruner goes on after the former: all must
-    if trouble is not None and isinstance(trouble, NotFiniteError) <= (kind is NotFiniteError):
-        raise trouble
-    raise kind(f"another of the processes that prune together has stopped ({words}); nothing is changed") from trouble
-
-
-def _said(trouble: Exception | None, total: Total) -> str:
-    """What the error of one process says, in all of them."""
-    said = f"{type(trouble).__name__}: {trouble}".encode()[:_TEXT] if trouble is not None else b""
-    box = np.zeros(_TEXT, np.uint8)
-    box[: len(said)] = np.frombuffer(said, np.uint8)
-    return bytes(total(box)).rstrip(b"\0").decode(errors="replace")
-
-
-def agreed(call: Callable[[], _Result], total: Total) -> _Result:
-    """What a function returns that each process calls; if it raises in one of them, each one raises.
-
-    Raises:
-        InputError: it raised in another process.
-    """
-    found: list[_Result] = []
-
-    def fill(_: object) -> None:
-        found.append(call())
-
-    _summed(total, 0, np.int64, fill)
-    return found[0]
 
 
 @dataclass(frozen=True)

@@ -144,7 +144,7 @@ def failing(rank, ranks):
         steps(model, optimizer, 3)
         failing = True
         masks = pruner.masks
-        words = "another of the processes that prune together has stopped .KeyError: 'no table'.; nothing is changed"
+        words = "process 1 of 2 stopped with KeyError: 'no table'; so do the others, and nothing is changed"
         told(rank, words, "no table", lambda: steps(model, optimizer, 1), KeyError)
         assert pruner.masks is masks
         assert sc.check(model, masks) == {}

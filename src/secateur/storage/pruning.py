@@ -234,7 +234,7 @@ def _pruned(
             selection.require_finite(name, chosen[name])
         return Stream(name, scores, group=group[name], here=mine)
 
-    tallied = plan.choose(budgets, stream, most, _tally, processes.total)
+    tallied = plan.choose(budgets, stream, most, _tally, processes)
     told = {name: n for each in budgets for name, n in each.told.items()}
     if pattern is None:
         found: dict[str, _Pruned] = {

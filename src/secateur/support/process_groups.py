@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, NoReturn, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -14,13 +14,11 @@ import torch
 from torch import distributed
 
 from secateur import errors
-from secateur.errors import GroupError, SecateurError, StateError, WriteError
+from secateur.errors import GroupError, InputError, NotFiniteError, SecateurError, WriteError
 from secateur.support import bits
 
 _Made = TypeVar("_Made")
 Array = npt.NDArray[Any]
-Total = Callable[[Array], Array]
-"""Adds up the arrays of one shape and dtype that several processes hold, in place, and returns the sum."""
 
 
 @contextmanager
@@ -172,8 +170,6 @@ def everyone(processes: Processes, text: str) -> list[str]:
     lengths = np.zeros(processes.size, np.int64)
     lengths[processes.rank] = encoded.size
     lengths = processes.total(lengths)
-    if not lengths.any():
-        return [""] * processes.size
     box = np.zeros((processes.size, lengths.max()), np.uint8)
     box[processes.rank, : encoded.size] = encoded
     return [bytes(row[:n]).decode() for row, n in zip(processes.total(box), lengths, strict=True)]
@@ -181,13 +177,21 @@ def everyone(processes: Processes, text: str) -> list[str]:
 
 def settle(processes: Processes, trouble: Exception | None) -> None:
     """Return when all processes have come here; what one of them brings as trouble, each one raises."""
+    if processes.total(np.array([trouble is not None], np.int64)).any():
+        stop(processes, trouble)
+
+
+def stop(processes: Processes, trouble: Exception | None) -> NoReturn:
+    """Raise the trouble of this process; if it has none, an error of the kind of that of another, which it names."""
     said = everyone(processes, "" if trouble is None else f"{type(trouble).__name__}: {trouble}")
-    if trouble is not None:
+    failed = [rank for rank, words in enumerate(said) if words]
+    # a training goes on after a NotFiniteError: in all processes, or in none
+    first = min(failed, key=lambda rank: said[rank].startswith(NotFiniteError.__name__))
+    kind: type[Exception] = getattr(errors, said[first].partition(":")[0], InputError)
+    if trouble is not None and isinstance(trouble, NotFiniteError) <= (kind is NotFiniteError):
         raise trouble
-    for rank, words in enumerate(said):
-        if words:
-            kind: type[Exception] = getattr(errors, words.partition(":")[0], StateError)
-            raise kind(f"process {rank} of {processes.size} stopped with {words}")
+    words = f"process {first} of {processes.size} stopped with {said[first]}; so do the others, and nothing is changed"
+    raise kind(words) from trouble
 
 
 def together(processes: Processes, work: Callable[[], _Made]) -> _Made:
