@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from secateur import selection
 from secateur.errors import InputError
 from secateur.scores import elementwise, magnitude
-from secateur.selection import Stream
+from secateur.streams import Stream
 from secateur.support import bits
 from secateur.support.process_groups import ALONE
 
@@ -274,26 +274,3 @@ def test_groups_go_whole_to_the_nearest_count():
         flags = by_selection(streams, count)
         gone = sorted(v for s, f in zip(streams, flags, strict=True) for v in s.values[~f].tolist())
         assert gone == want, count
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_require_finite_counts(monkeypatch, dtype, bad):
-    monkeypatch.setattr(bits, "CHUNK", 8)
-    weight = torch.ones(5, 5, dtype=dtype)
-    selection.require_finite("fc.weight", weight)
-    weight[4, 3] = weight[0, 1] = bad
-    nan, inf = (2, 0) if math.isnan(bad) else (0, 2)
-    with pytest.raises(InputError, match=rf"fc\.weight holds {nan} NaN and {inf} inf among 25 weights.*nan_to_num_"):
-        selection.require_finite("fc.weight", weight)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_sum_that_overflows_is_no_infinity(dtype):
-    real = torch.empty(0, dtype=dtype).real.dtype
-    selection.require_finite("w", torch.full((50, 3), torch.finfo(real).max, dtype=dtype))
-
-
-def test_infinities_that_cancel_are_found():
-    with pytest.raises(InputError, match="2 inf"):
-        selection.require_finite("w", torch.tensor([math.inf, -math.inf, 1.0]))

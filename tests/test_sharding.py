@@ -17,7 +17,7 @@ from processes import in_a_group
 from secateur import selection, sharding
 from secateur.errors import InputError
 from secateur.scores import elementwise, magnitude
-from secateur.selection import Stream
+from secateur.streams import Stream
 from secateur.support import bits
 from secateur.support.process_groups import Grid
 

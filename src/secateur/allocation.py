@@ -18,6 +18,7 @@ from torch import Tensor
 from secateur import selection
 from secateur.errors import InputError, InputTypeError
 from secateur.sparsity import fraction
+from secateur.streams import Stream
 from secateur.support import checks
 from secateur.support.registry import Registry, called
 
@@ -129,7 +130,7 @@ def lamp(weights: Mapping[str, Tensor], count: int) -> Counts:
 
     Inside a tensor the scores choose, as ever. Needs 4 bytes a weight, and 24 for the largest tensor.
     """
-    streams = [selection.Stream(name, _layer_adaptive(w)) for name, w in weights.items()]
+    streams = [Stream(name, _layer_adaptive(w)) for name, w in weights.items()]
     cut = selection.threshold(streams, count)
     return {stream.name: selection.keep(stream, cut)[1] for stream in streams}
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur import allocation as allocations
-from secateur import patterns, scores, selection, sharding
+from secateur import patterns, scores, selection, sharding, streams
 from secateur import scope as scopes
 from secateur.allocation import Allocation
 from secateur.errors import InputError, MaskError, listed, warn
@@ -26,10 +26,11 @@ from secateur.masks import Masks, as_masks
 from secateur.patterns import Pattern, Picked
 from secateur.scope import Member, Scope
 from secateur.scores import Score
-from secateur.selection import Cut, Stream
+from secateur.selection import Cut
 from secateur.sharding import Place, Spread
 from secateur.sheets import Picks, Sheet, picked_scope, picked_sizes, sheets_of
 from secateur.sparsity import Count, Sparsity, explicit, fraction, half_up
+from secateur.streams import Stream
 from secateur.support import bits
 from secateur.support.process_groups import ALONE, Processes, together
 
@@ -177,8 +178,10 @@ def choose(
     for start in range(0, len(budgets), max(many, 1)):
         several = budgets[start : start + many]
         digit = selection.NARROW if len(several) > 1 else selection.WIDE
-        streams = [functools.partial(_streams, stream, each.told) for each in several]
-        jobs = [selection.together(s, each.count, most, apply, digit) for s, each in zip(streams, several, strict=True)]
+        jobs = [
+            selection.lowest(functools.partial(_streams, stream, each.told), each.count, most, apply, digit)
+            for each in several
+        ]
         for each in selection.run(jobs, processes):
             found |= each
     return found
@@ -253,7 +256,7 @@ class Plan:
 
     def _require_finite(self, names: Iterable[str]) -> None:
         for name in names:
-            selection.require_finite(name, self.scope[name])
+            streams.require_finite(name, self.scope[name])
 
     def require_possible(self) -> None:
         """See that so many weights may go in the end.
@@ -315,7 +318,7 @@ class Plan:
         here, protected = place is None or place.counts, sharding.protected(member, place)
         if getattr(self.score, "elementwise", False):
             return Stream(name, weight, self.score, packed, protected, here=here, place=place)
-        values = selection.zeros_first(self._scores(member), weight)
+        values = streams.zeros_first(self._scores(member), weight)
         return Stream(name, values, None, packed, protected, here=here, place=place)
 
     def _scores(self, member: Member) -> Tensor:

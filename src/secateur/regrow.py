@@ -16,15 +16,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from secateur import scores, selection, sharding
+from secateur import scores, selection, sharding, streams
 from secateur.errors import InputError, PatternError, StateError
 from secateur.feedback import FEEDBACKS, Feedback
 from secateur.masks import Masks
 from secateur.movers import Mover
 from secateur.plan import FixedMasks, Plan
 from secateur.scope import Member, Scope
-from secateur.selection import Stream
 from secateur.sharding import Place
+from secateur.streams import Stream
 from secateur.support import bits, checks
 from secateur.support.process_groups import ALONE, Processes, placed_as, together
 from secateur.support.registry import Registry, called
@@ -120,8 +120,8 @@ class Regrowth(Mover):
 
         def require_finite() -> None:
             for name in seen:
-                selection.require_finite(name, scope[name])
-                selection.require_finite(f"the gradient of {name}", gradients[name])
+                streams.require_finite(name, scope[name])
+                streams.require_finite(f"the gradient of {name}", gradients[name])
 
         together(processes, require_finite)
         packed = {name: masks.packed(name) for name in masks}

@@ -21,7 +21,7 @@ from secateur.errors import InputError, InputTypeError, UnknownNameError, listed
 from secateur.patterns import Pattern
 from secateur.scope import PRUNABLE, matches
 from secateur.scores import magnitude
-from secateur.selection import Cut, Stream
+from secateur.selection import Cut
 from secateur.sparsity import Sparsity, explicit
 from secateur.storage.checkpoints import Checkpoint, Shard, opened
 from secateur.storage.coding import effort_of, level_of
@@ -31,6 +31,7 @@ from secateur.storage.dtypes import name_of, words_of
 from secateur.storage.sharing import mine
 from secateur.storage.stored import Alias, Stored, parts, regrouped
 from secateur.storage.writing import Progress, write_packed
+from secateur.streams import Stream, require_finite
 from secateur.support import bits, checks
 from secateur.support.files import StrPath
 from secateur.support.process_groups import ALONE, Processes
@@ -220,7 +221,7 @@ def _pruned(
     for each in budgets:  # where the selection does not see that all are finite as it reads them
         for name in each.told if (pattern is not None and not grouped) or not each.count else ():
             if name in here:
-                selection.require_finite(name, _watched(chosen[name], progress))
+                require_finite(name, _watched(chosen[name], progress))
 
     def stream(name: str, told: int) -> Stream:
         values, mine = _watched(chosen[name], progress), name in here
@@ -231,7 +232,7 @@ def _pruned(
             return Stream(name, reduced, here=mine, legal=legal[name] if pattern.sparsity is not None else None)
         scores = reduced.tensor() if mine else torch.zeros(reduced.shape, dtype=reduced.dtype)
         if not bool(scores.isfinite().all()):
-            selection.require_finite(name, chosen[name])
+            require_finite(name, chosen[name])
         return Stream(name, scores, group=group[name], here=mine)
 
     tallied = plan.choose(budgets, stream, most, _tally, processes)
