@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -374,7 +375,8 @@ def spread(tensors: Mapping[str, Any]) -> Spread | None:
     widest = _widest(_meshes(tensors))
     if widest is None:
         return None
-    places = {name: place_of(name, tensor, widest) for name, tensor in tensors.items()}
+    here = functools.cache(_here)  # most tensors have sides that others have too
+    places = {name: place_of(name, tensor, widest, here) for name, tensor in tensors.items()}
     return Spread({name: place for name, place in places.items() if place is not None}, Grid(widest))
 
 
@@ -389,7 +391,9 @@ def total(tensors: Mapping[str, Any], found: Mapping[str, _N]) -> dict[str, _N]:
     return dict(found) if where is None else where.total(found)
 
 
-def place_of(name: str, tensor: Any, widest: Any = None) -> Place | None:
+def place_of(
+    name: str, tensor: Any, widest: Any = None, here: Callable[[int, Any, tuple[Any, ...]], Indices] | None = None
+) -> Place | None:
     """Where the part of a tensor that is here lies, and whether this process counts it; None if it is no DTensor.
 
     Args:
@@ -397,6 +401,7 @@ def place_of(name: str, tensor: Any, widest: Any = None) -> Place | None:
         tensor: a DTensor, or another.
         widest: the largest DeviceMesh of the tensors that are counted together. Where a mesh lacks a dimension of it,
             as a tensor on no mesh lacks them all, there are copies along that dimension.
+        here: remembers which indices of a side are here, for tensors with the same sides.
 
     Raises:
         InputError: sums that are not complete (Partial), a local part that is no plain tensor.
@@ -416,7 +421,8 @@ def place_of(name: str, tensor: Any, widest: Any = None) -> Place | None:
         )
     if mesh.get_coordinate() is None:
         raise InputError(f"{name} lies on {mesh}, of which this process is no part: leave it out of the scope here")
-    index = tuple(_here(size, mesh, [_along(p, d) for p in placements]) for d, size in enumerate(shape))
+    here = here or _here
+    index = tuple(here(size, mesh, tuple(_along(p, d) for p in placements)) for d, size in enumerate(shape))
     place = Place(shape, index, True, mesh, placements)
     return replace(place, counts=_counts(name, place, widest))
 
@@ -432,7 +438,7 @@ def _along(placement: Any, dimension: int) -> Any:
     return _StridedShard(0, split_factor=placement.split_factor) if strided else Shard(0)
 
 
-def _here(size: int, mesh: Any, placements: list[Any]) -> Indices:
+def _here(size: int, mesh: Any, placements: tuple[Any, ...]) -> Indices:
     """The indices of a dimension that are here; torch itself says which, without communication."""
     from torch.distributed.tensor import distribute_tensor
 
