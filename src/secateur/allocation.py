@@ -55,6 +55,11 @@ class Allocation:
         if not self.min_keep and not self.allow_empty:
             raise InputError("min_keep=0 lets a tensor lose all its weights: say so with allow_empty=True")
 
+    @property
+    def of_parts(self) -> bool:
+        """Whether parts of tensors will do, which several processes hold."""
+        return self.share is None or self.shapes_only
+
     def most(self, free: int) -> int:
         """Weights that a tensor of `free` prunable ones may lose."""
         if self.allow_empty:

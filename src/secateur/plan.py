@@ -496,10 +496,11 @@ def _require_spreadable(plan: Plan) -> None:
             f"the score {called} looks at whole tensors, and these are sharded: {remedy}, or, if it looks at each "
             "weight alone, mark it with @sc.scores.elementwise"
         )
-    if plan.allocation.share is not None and not plan.allocation.shapes_only:
+    if not plan.allocation.of_parts:
+        called = _name(plan.allocation.share).removesuffix(".share")
         raise InputError(
-            f"the allocation {_name(plan.allocation.share)} looks at whole tensors, and these are sharded: {remedy}, "
-            'or use "global", "uniform" or "erk"'
+            f"the allocation {called} looks at whole tensors, and these are sharded: {remedy}, or use "
+            '"global", "uniform" or "erk"'
         )
 
 

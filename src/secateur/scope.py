@@ -274,7 +274,7 @@ def _refuse_model(model: nn.Module) -> None:
         if any(kind.__name__ == "FullyShardedDataParallel" for kind in type(module).__mro__):
             raise InputError(
                 f"{name or 'the model'} is wrapped by FullyShardedDataParallel, so that each process holds flat pieces "
-                "of its weights: prune before wrapping"
+                "of its weights: prune before wrapping, or shard it with fully_shard in its place"
             )
 
 

@@ -13,13 +13,14 @@ from __future__ import annotations
 import copy
 import inspect
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, distributed, nn
 
 from secateur import scope as scopes
+from secateur import sharding
 from secateur.errors import InputError, InputTypeError, NotFiniteError, StateError, UnknownNameError, nearest
 from secateur.scope import unwrap
 from secateur.support import bits, checks
@@ -419,6 +420,9 @@ def accumulate(
     averaged over its ranks, so that all of them choose the same masks. All ranks must call it, then. The model inside
     (DDP's `.module`) asks no other rank.
 
+    Of a model that is spread over processes all of them must call it, with equally many batches. Under `fully_shard`
+    gradients are those that a training step would see: of each batch, averaged over the processes.
+
     Args:
         model: run as it stands (`train()` or `eval()`).
         batches: of data; each is passed on as it comes.
@@ -433,7 +437,8 @@ def accumulate(
     Raises:
         InputTypeError: an argument of another type. What `loss` itself raises passes on.
         InputError: no batch came (to any rank), a score that takes no gradients, a loss that is not one number, or no
-            tensor in scope that takes gradients.
+            tensor in scope that takes gradients. Of a model that is spread over processes: more batches in one of them;
+            hooks of `register_post_accumulate_grad_hook`, which a backward would call.
     """
     checks.several("batches", batches, "an iterable of batches, such as [batch] or a DataLoader")
     checks.function("loss", loss, "a function (model, batch) that returns a scalar Tensor")
@@ -449,13 +454,13 @@ def accumulate(
     # DDP itself counts the backwards that it sees, and these go by it
     parallel = isinstance(model, nn.parallel.DistributedDataParallel)
     inner = model.module if parallel else model
+    parameters = list(scopes.resharded(model).parameters())
     seen = 0
     total = len(batches) if isinstance(batches, Sized) else None
     with progress_bar("batches", total, shown=progress) as advance:
-        for seen, batch in enumerate(batches, 1):  # noqa: B007
+        for seen, batch in enumerate(_as_long_as_all(batches, scope), 1):  # noqa: B007
             with torch.enable_grad():
-                value = _one_number(loss(inner, batch))
-                gradients = torch.autograd.grad(value, list(trained.values()), allow_unused=True)
+                gradients = _gradients(_one_number(loss(inner, batch)), list(trained.values()), parameters)
             gathered.observe(trained, dict(zip(trained, gradients, strict=True)))
             advance(1)
     if parallel:
@@ -463,6 +468,52 @@ def accumulate(
     if not seen:
         raise InputError("no batch came: give an iterable of at least one batch (a generator runs only once)")
     return gathered
+
+
+def _as_long_as_all(batches: Iterable[Any], scope: Mapping[str, Tensor]) -> Iterator[Any]:
+    """The batches; where the tensors are spread over processes, see that each of these has as many.
+
+    Raises:
+        InputError: one has more, or its batches raised.
+    """
+    left, end, number = iter(batches), object(), 0
+
+    def told(batch: Any) -> dict[str, Any]:
+        return {"batches": number if batch is end else f"more than {number}"}
+
+    remedy = "Give equally many to all of them, since all take part in each backward"
+    while (batch := sharding.alike(scope, lambda: next(left, end), told, remedy=remedy)) is not end:
+        yield batch
+        number += 1
+
+
+def _gradients(value: Tensor, weights: Sequence[Tensor], parameters: Sequence[Tensor]) -> Sequence[Tensor | None]:
+    """The gradient of a loss with respect to each weight; `.grad` stays as it is.
+
+    Args:
+        value: the loss.
+        weights: among the parameters.
+        parameters: of the whole model. `fully_shard` puts the gradients of sharded ones into `.grad`, after a backward.
+
+    Raises:
+        InputError: a sharded model, and a hook that would step an optimizer.
+    """
+    if not any(map(bits.is_sharded, weights)):
+        return torch.autograd.grad(value, weights, allow_unused=True)
+    if any(getattr(parameter, "_post_accumulate_grad_hooks", None) for parameter in parameters):
+        raise InputError(
+            "a hook of register_post_accumulate_grad_hook, such as an optimizer inside backward, would be called: "
+            "accumulate first, or remove it meanwhile"
+        )
+    before = [parameter.grad for parameter in parameters]
+    for parameter in parameters:
+        parameter.grad = None
+    try:
+        value.backward()  # type: ignore[no-untyped-call]
+        return [weight.grad for weight in weights]
+    finally:
+        for parameter, gradient in zip(parameters, before, strict=True):
+            parameter.grad = gradient
 
 
 def _one_number(value: object) -> Tensor:

@@ -92,7 +92,9 @@ def loses_one(layout, ranks, folder, how):
     assert waited < (TIMEOUT + 1 if how == "late" else 1), waited
     if how in ("update", "late"):
         assert type(found) is GroupError
-        assert "a process was lost, or did not come, while masks were chosen at step 6: masks and" in str(found)
+        assert "a process was lost, or did not make the same call, while masks were chosen at step 6: masks and" in str(
+            found
+        )
         assert "start all processes again, a training from its last checkpoint" in str(found)
         assert isinstance(found.__cause__, RuntimeError)
     if how == "attach":

@@ -11,8 +11,8 @@ from torch.distributed.tensor import Shard
 
 import secateur as sc
 from processes import in_a_group
-from secateur.errors import SecateurError, StateError
-from sharded_models import LAYOUTS, X, alike, net, rows, tensors_in_parallel
+from secateur.errors import InputError, SecateurError, StateError
+from sharded_models import LAYOUTS, X, alike, full, net, rows, tensors_in_parallel
 
 PATTERNS = (
     None,
@@ -189,3 +189,65 @@ def put_back(rank, ranks):
 
 def test_a_change_beside_the_pruner_is_an_error_in_all_processes():
     in_a_group(2, put_back, 2)
+
+
+# ---- gradient scores before a training, and choices by a metric ----------------------------------------------------
+
+
+def square(model, x):
+    return model(x).square().mean()
+
+
+def accumulated(rank, ranks):
+    halves = [[x[at::ranks] for x in (X, X.flip(1))] for at in range(ranks)]
+    for kind in ("taylor", "snip", "fisher"):
+        for spread in LAYOUTS[ranks]:
+            whole, model = net(), spread(net(), ranks)
+            gradients = {name: torch.ones_like(weight) for name, weight in model.named_parameters()}
+            for name, weight in model.named_parameters():
+                weight.grad = gradients[name]
+            with torch.no_grad():
+                model(X)  # the outermost module keeps whole copies
+            theirs = sc.accumulate(model, halves[rank] if spread is rows else [X, X.flip(1)], square, score=kind)
+            assert all(weight.grad is gradients[name] for name, weight in model.named_parameters())
+            masks = sc.prune(whole, 0.7, score=sc.accumulate(whole, [X, X.flip(1)], square, score=kind))
+            alike(whole, model, masks, sc.prune(model, 0.7, score=theirs))
+
+    model = rows(net(), ranks)
+    with pytest.raises(InputError, match=r"process 1 has batches 1, process 0 has more than 1\. Give equally many"):
+        sc.accumulate(model, [X] * (2 - (rank == 1)), square)
+    model.up.weight.register_post_accumulate_grad_hook(print)
+    with pytest.raises(InputError, match=r"optimizer inside backward, would be called: accumulate first"):
+        sc.accumulate(model, [X], square)
+
+
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_accumulate_sees_the_gradients_that_a_step_would(ranks):
+    in_a_group(ranks, accumulated, ranks)
+
+
+def judged(rank, ranks):
+    def metric(model):
+        with torch.no_grad():
+            return -model(X).square().mean().item()
+
+    whole, model = net(), rows(net(), ranks)
+    before = {name: full(weight).clone() for name, weight in model.named_parameters()}
+    found = [sc.recommend(one, metric, 0.01) for one in (whole, model)]
+    assert {name for _, name, _ in found[1].tried} <= {"global", "uniform", "erk"}
+    assert metric(model) == pytest.approx(metric(whole), rel=1e-6)
+    with pytest.raises(InputError, match=r"up\.weight is sharded: scan the whole model.*scan\.allocation\(\)"):
+        sc.scan(model, metric, [0.5, 0.9])
+    scan = sc.scan(whole, metric, [0.5, 0.9])
+    choice = sc.choose_allocation(model, metric, 0.6, scan=scan)
+    assert list(choice.metrics) == ["global", "uniform", "erk", "sensitivity"]
+    theirs = sc.choose_allocation(whole, metric, 0.6, scan=scan).metrics
+    assert choice.metrics == pytest.approx({name: theirs[name] for name in choice.metrics}, rel=1e-5)
+    after = dict(model.named_parameters())
+    assert all(torch.equal(full(after[name]), weight) for name, weight in before.items())
+    with pytest.raises(InputError, match=r"process 1 has a metric of 2\.0, process 0 has 1\.0.*all-reduced"):
+        sc.choose_allocation(model, lambda model: 1 + rank, 0.6)
+
+
+def test_a_metric_chooses_for_sharded_models_what_needs_no_whole_tensors():
+    in_a_group(2, judged, 2)

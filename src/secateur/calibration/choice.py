@@ -18,7 +18,7 @@ from secateur.errors import InputError, PatternError
 from secateur.patterns import Pattern, Picked
 from secateur.scores import Score
 from secateur.sparsity import Sparsity
-from secateur.support import checks
+from secateur.support import bits, checks
 from secateur.support.progress import progress_bar
 from secateur.support.tables import Printed, Table
 
@@ -76,6 +76,7 @@ def choose_allocation(
 ) -> Choice:
     """Try all allocations that have a name at one sparsity, and take the one whose metric is the highest.
 
+    Of sharded models only those that need no whole tensors.
     With a scan, "sensitivity" is among them, the allocation that it suggests. The model is bit for bit as it was after
     each trial, also after an error or an interruption. It makes one evaluation for each, and one of the model as it is.
 
@@ -105,7 +106,7 @@ def choose_allocation(
     if isinstance(sparsity, Mapping):
         raise InputError("a sparsity for each tensor leaves nothing to share: give one for all of them")
     found = scopes.resolve(model, scope)
-    allocations: dict[str, Allocation] = _named()
+    allocations = _named(found)
     if scan is not None:
         if not isinstance(scan, Scan):
             raise checks.wrong("scan", scan, "what sc.scan returned")
@@ -215,7 +216,7 @@ def recommend(
             f"the pattern {pattern} has one sparsity, {float(fixed.sparsity):g}: evaluate the model there"
         )
     found = scopes.resolve(model, scope)
-    choices = _named() if allocation is None else {_name(allocation): resolve(allocation)}
+    choices = _named(found) if allocation is None else {_name(allocation): resolve(allocation)}
     options: Any = {"score": score, "pattern": fixed, "scope": _given(scope, found, fixed)}
     for one in choices.values():
         plan.make(model, 1 / _STEPS, allocation=one, **options).require_possible()  # what cannot be done at all
@@ -255,9 +256,11 @@ def _given(
     return scope if isinstance(patterns.resolve(pattern), Picked) else found
 
 
-def _named() -> dict[str, Allocation]:
-    """All allocations that need no more than the weights."""
-    return {name: choice.value() for name, choice in ALLOCATIONS.items() if not choice.call}
+def _named(scope: Mapping[str, Tensor]) -> dict[str, Allocation]:
+    """All allocations that need no more than the weights, or, where these are sharded, the parts that are here."""
+    made = {name: choice.value() for name, choice in ALLOCATIONS.items() if not choice.call}
+    whole = not any(map(bits.is_sharded, scope.values()))
+    return {name: one for name, one in made.items() if whole or one.of_parts}
 
 
 def _name(allocation: object) -> str:

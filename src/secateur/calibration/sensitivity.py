@@ -89,7 +89,7 @@ class Scan(Printed):
         level a tensor is taken to lose as much again as the worst trial of all. Where falls are equal, the same
         fraction goes. Within a tensor the scores choose. It takes the tensors that were scanned.
         """
-        return Allocation(self.share)
+        return Allocation(self.share, shapes_only=True)
 
     def share(self, weights: Mapping[str, Tensor], count: int) -> Counts:
         """Say how many weights to prune in each tensor, `count` in all: the rule of `allocation()`.
@@ -202,8 +202,9 @@ def scan(
             Then all that is given must be picklable, and a script needs `if __name__ == "__main__":`.
 
     Raises:
-        InputError, InputTypeError: a level or an argument that cannot be used; a metric that is not one finite number,
-            with the tensor and the level; a `path` of another model, metric, score, pattern or levels.
+        InputError, InputTypeError: a level or an argument that cannot be used; a sharded model; a metric that is not
+            one finite number, with the tensor and the level; a `path` of another model, metric, score, pattern or
+            levels.
         FileError: a `path` that holds no scan. WriteError: one that cannot be written. StateError: processes that died.
         And as `prune`.
 
@@ -216,6 +217,12 @@ def scan(
     checks.flag("progress", progress)
     checks.whole("processes", processes, 1)
     work = _Work(model, evaluate, score, pattern, scopes.resolve(model, scope))
+    for name in work.scope:
+        if bits.is_sharded(work.scope[name]):
+            raise InputError(
+                f"{name} is sharded: scan the whole model on one process, and give allocation=scan.allocation() for "
+                "the sharded one"
+            )
     if isinstance(patterns.resolve(pattern), Picked):
         raise PatternError(
             "the groups of this pattern span tensors, which are scanned one by one: give another pattern"

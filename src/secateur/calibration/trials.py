@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from secateur import scope as scopes
+from secateur import sharding
 from secateur.errors import InputError, InputTypeError, SecateurWarning
 from secateur.masks import Masks
 from secateur.plan import Plan
@@ -36,19 +38,30 @@ def tried(model: nn.Module, evaluate: Evaluate, where: str, plan: Plan | None = 
         plan: of this model.
 
     Raises:
-        InputError, InputTypeError: the metric is not one finite number; and what the plan raises. What `evaluate`
+        InputError, InputTypeError: the metric is not one finite number, or is not the same in all processes over which
+            the model is spread; and what the plan raises. What `evaluate`
             raises passes on with a note that names the trial.
     """
-    before, devices = Before(model), {p.device.index for p in model.parameters() if p.device.type == "cuda"}
+    before, devices = (
+        Before(scopes.resharded(model)),
+        {p.device.index for p in model.parameters() if p.device.type == "cuda"},
+    )
     try:
         with torch.random.fork_rng(sorted(devices)):
             if plan is not None:
                 chosen(plan).apply(plan.scope)
-            return number(evaluate(model), where)
+            found = number(evaluate(model), where)
+            return sharding.alike(
+                scopes.resharded(model),
+                lambda: found,
+                lambda metric: {"a metric of": metric},
+                remedy="Let evaluate return one number for all processes, such as a mean that was all-reduced",
+            )
     except Exception as error:  # add_note() needs Python 3.11; the attribute that it fills does not
         error.__dict__["__notes__"] = [*getattr(error, "__notes__", ()), f"secateur was trying {where}"]
         raise
     finally:
+        scopes.resharded(model)  # the whole copies that an evaluation may leave are not what is restored
         before.restore()
 
 

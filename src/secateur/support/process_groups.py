@@ -49,8 +49,8 @@ def during(what: str) -> Iterator[None]:
 
 def _lost(what: str, error: BaseException) -> GroupError:
     return GroupError(
-        f"a process was lost, or did not come, while {what}: masks and weights here are as they were; start all "
-        f"processes again, a training from its last checkpoint ({str(error).partition(chr(10))[0]})"
+        f"a process was lost, or did not make the same call, while {what}: masks and weights here are as they "
+        f"were; start all processes again, a training from its last checkpoint ({str(error).partition(chr(10))[0]})"
     )
 
 
