@@ -59,9 +59,8 @@ def projected(tensors: int, *, each: bool = False, dimensions: int = 1, ties: in
     census = _parts(20, digit) + 2**digit  # the last for bins that hold several values
     split = _parts(ties, digit) if ties else 0
     thresholds = tensors if each else 1
-    counts = (
-        2 + 6 + bool(ties)
-    ) * tensors  # what each loses, and is zero; its masks and their sums, three times; its ties
+    # of each: what it loses, and is zero; its masks and their sums, three times; its ties
+    counts = (2 + 6 + bool(ties)) * tensors
     settings = 1_000 * 8  # digests by which the processes agree, and places for errors
     return dimensions * (8 * (thresholds * (sample + census + split) + counts) + settings)
 
