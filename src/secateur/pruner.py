@@ -578,7 +578,10 @@ class Pruner:
 
     def _update(self, *, advanced: bool = False) -> bool:
         """Choose new masks if the schedule wants another number of zeros, or they are to move; say whether it did."""
-        counts = self._counts_now()
+        if isinstance(self._schedule, schedules.Function):  # which may say something else in another process
+            counts = sharding.alike(self._model, self._counts_now, lambda counts: {"weights to prune": counts})
+        else:
+            counts = self._counts_now()
         try:
             with during(f"masks were chosen at step {self._steps}"):
                 masks = self._masks_now(counts, advanced=advanced)

@@ -140,4 +140,4 @@ def _require_copy(what: str, state: object, now: object) -> None:
 
 def _tensors(state: object) -> list[Tensor]:
     leaves = tree_leaves(dict(state) if isinstance(state, Mapping) else state)
-    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    return [bits.local(leaf) if bits.is_sharded(leaf) else leaf for leaf in leaves if isinstance(leaf, Tensor)]
