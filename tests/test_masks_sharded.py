@@ -125,3 +125,29 @@ def another_name(rank):
 
 def test_masks_that_one_process_cannot_apply_none_applies():
     in_a_group(2, another_name)
+
+
+def others(rank):
+    """Each process has whole masks of its own: no mixture of them is applied."""
+    model, theirs = rows(net(), 2), sc.prune(rows(net(), 2), 0.5)
+    before = full(model.up.weight)
+    mine = sc.prune(net(seed=rank), 0.5)
+    for call in (
+        lambda: mine.apply(model),
+        lambda: sc.check(model, mine),
+        lambda: sc.remask(model, mine),
+        lambda: theirs & mine,
+    ):
+        with pytest.raises(InputError, match=r"process 1 has masks of down\.weight \d+ pruned .* alike in all"):
+            call()
+    scores = {name: weight.detach().abs() for name, weight in sc.weights(net(seed=rank)).items()}
+    with pytest.raises(InputError, match=r"process 1 has down\.weight of scores with the checksum"):
+        sc.prune(model, 0.5, score=scores)
+    assert torch.equal(full(model.up.weight), before)
+    wrong = mine if rank else sc.Masks({"up.weight": torch.ones(3, 3) > 0})
+    with pytest.raises(SecateurError, match="of different models"):
+        assert theirs & wrong
+
+
+def test_whole_masks_that_differ_from_process_to_process_are_refused():
+    in_a_group(2, others)

@@ -217,13 +217,9 @@ class Masks(Mapping[str, Tensor]):
         if other._spread is not None and self._spread is None:
             return other._combine(self, join)
         other = other.on(self._spread) if other._spread is None else other
+        other._require_shapes(self._shapes)
         joined = {**other._bits, **self._bits}
         for name in self._bits.keys() & other._bits.keys():
-            if self._shapes[name] != other._shapes[name]:
-                raise MaskError(
-                    f"{name}: masks of shape {tuple(self._shapes[name])} and {tuple(other._shapes[name])} "
-                    "cannot be combined: they are of different models"
-                )
             other._require_layout(name, self._spread)
             joined[name] = join(self._bits[name], other._bits[name].to(self._bits[name].device))
         spread = self._spread
@@ -244,17 +240,31 @@ class Masks(Mapping[str, Tensor]):
         return masks
 
     def on(self, spread: Spread | None) -> Masks:
-        """The same masks of tensors that are spread over processes.
+        """The same masks of tensors that are spread over processes, which all call it.
 
         Raises:
-            MaskError: as `require_on`.
+            MaskError: as `require_on`; of another shape. InputError: other masks in another process.
         """
         self.require_on(spread)
         if spread is None or self._spread is not None:
             return self
+        shapes = {name: torch.Size(place.shape) for name, place in spread.places.items()}
+        sharding.agree(spread.grid, lambda: self._require_shapes(shapes), lambda _: {"masks": self._told()})
         spread = spread.with_whole(self._shapes)
         packed = {name: bits.pack(spread.places[name].part(self[name])) for name in self}
         return Masks.from_bits(packed, self._shapes, spread)
+
+    def _require_shapes(self, shapes: Mapping[str, torch.Size]) -> None:
+        for name in self._shapes.keys() & shapes.keys():
+            if self._shapes[name] != shapes[name]:
+                raise MaskError(
+                    f"{name}: masks of shape {tuple(shapes[name])} and {tuple(self._shapes[name])} "
+                    "cannot be combined: they are of different models"
+                )
+
+    def _told(self) -> dict[str, str]:
+        marks = self._marks()
+        return {name: f"{count} pruned (checksum {marks[name]:08x})" for name, count in self.counts().items()}
 
     def require_on(self, spread: Spread | None) -> None:
         """See that these are no masks of parts, or that the tensors are spread as they are.

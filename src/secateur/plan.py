@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import math
+import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from fractions import Fraction
@@ -236,6 +237,10 @@ class Plan:
         generator = getattr(self.score, "generator", None)
         if spread is not None and generator is not None:
             _require_one_state(generator, spread)
+        table = getattr(self.score, "table", None)
+        if spread is not None and table is not None:
+            given = {name: table[name] for name in names if name in table}
+            sharding.agree(spread.grid, lambda: _told(given), lambda told: {"scores": told})
         prepare = getattr(self.score, "prepare", None)
         if prepare is not None:
             together(processes, prepare)
@@ -356,6 +361,15 @@ class Plan:
             whole = pattern.reduce((~flags).float(), told) == 0
             reduced = reduced.masked_fill(whole & (reduced < math.inf), value)
         return reduced
+
+
+def _told(table: Mapping[str, Tensor]) -> dict[str, str]:
+    """Checksums of the whole tensors in a table."""
+    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in table.items() if not bits.is_sharded(tensor)}
+    return {
+        name: f"with the checksum {zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data):08x}"
+        for name, tensor in whole.items()
+    }
 
 
 def _require_one_state(generator: torch.Generator, spread: Spread) -> None:

@@ -127,6 +127,12 @@ def require_bits(state: Mapping[str, Any], scope: Scope) -> None:
         rows, each, here = weight.shape[0], math.prod(weight.shape[1:]), bits.local(kept)
         if flat:
             continue
+        place = sharding.place_of(name, kept)
+        if place is not None and tuple(here.shape) != tuple(map(len, place.index)):
+            raise InputError(
+                f"the bits of {name} are those of another process: torch.save keeps the part of one process, save with "
+                "torch.distributed.checkpoint"
+            )
         if kept.shape != (rows, -(-each // 8)) or (each % 8 and here.numel() and int(here[:, -1].max()) >> each % 8):
             raise _damaged(f"the bits of {name} are {_told(kept)}, not those of {rows:,} rows of {each:,} weights")
 

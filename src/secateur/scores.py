@@ -129,6 +129,7 @@ def given(table: Mapping[str, Tensor]) -> Score:
             )
         return table[name]
 
+    score.table = table  # type: ignore[attr-defined]
     return score
 
 
