@@ -67,6 +67,23 @@ def test_resume_where_nan_held_the_masks():
     assert more.finish().pruned == 72
 
 
+def test_a_resume_without_the_weights_of_the_model_is_told_of():
+    def go_on(model, state, steps):
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
+        pruner = sc.Pruner(model, 0.75, schedule=sc.cubic(0, 4))
+        if state is not None:
+            pruner.load_state_dict(state)
+        pruner.attach(optimizer)
+        train(model, optimizer, steps)
+        return pruner.state_dict()
+
+    model = net()
+    state = go_on(model, None, range(3))
+    with pytest.warns(SecateurWarning, match="prunes are not zero: .* load the state of the model too"):
+        go_on(net(), state, range(3, 4))
+    go_on(model, state, range(3, 5))  # a warning is an error here
+
+
 def test_state_dict_is_a_copy():
     _, _, pruner = build("magnitude")
     state = pruner.state_dict()

@@ -211,6 +211,18 @@ def loose_zeros(scope: Scope, masks: Masks, names: Iterable[str]) -> int:
     return total if total > _MANY * scope.size else 0
 
 
+def warn_of_others(scope: Scope, masks: Masks) -> None:
+    """Warn of weights that are not those of the saved state of a Pruner: most of what it prunes is not zero."""
+    tensors = {name: member.parameter for name, member in scope.members.items()}
+    alive = {name: bits.alive(bits.local(w), masks.packed(name).to(w.device)) for name, w in tensors.items()}
+    found = sum(sharding.total(tensors, alive).values())
+    if 2 * found > masks.pruned:
+        warn(
+            f"{found:,} of the {masks.pruned:,} weights that the loaded pruner prunes are not zero: the model has "
+            "other weights than when it was saved; load the state of the model too, before the next step"
+        )
+
+
 def warn_of_loose(loose: int, scope: Scope) -> None:
     """Warn of zeros that a Pruner does not hold, before it makes its first step, if they are many."""
     if loose > _MANY * scope.size:

@@ -178,6 +178,7 @@ class Pruner:
         self._idle = False  # the step being made trains nothing
         self._around: set[int] = set()  # ids of the optimizers in whose step the last one was made
         self._found: int | None = self._at_risk()  # told of at the first step
+        self._loaded = False  # since the last step; the model should be too
         self._told: set[str] = set()  # warnings given
         self._listeners: list[Callable[[dict[str, float]], object]] = []
 
@@ -478,7 +479,7 @@ class Pruner:
             self._dense.load_state_dict(withheld)
         self._masks, self._steps, self._counts = masks, state["steps"], counts
         self._round.begin()
-        self._found = 0
+        self._found, self._loaded = 0, True
 
     def _readable(self, state: Mapping[str, Any]) -> Scope:
         """See that this process may go on from a state, as far as it can tell by itself; the tensors in scope."""
@@ -538,6 +539,12 @@ class Pruner:
                 warn(trouble)
         self._round.warn_of_renewed()
         self._ways = None if troubles else live_tensors.ways(self._model, scope)
+
+    def _tell_of_others(self) -> None:
+        """Warn, before the first step after a state was loaded, if the weights are not those of that state."""
+        if self._loaded:
+            self._loaded = False
+            live_tensors.warn_of_others(self._plan.scope, self._masks)
 
     def _tell_of_zeros(self) -> None:
         """Warn, before the first step, of zeros that nothing holds: those of a pruned checkpoint, most likely."""
@@ -732,11 +739,12 @@ class Pruner:
             self._require_still(following.family(optimizer))
             self._round.add(optimizer)
         looks = self._gradient_score is not None or self._withheld is not None or self._moves(self._steps + 1)
-        if not looks and optimizer.state and not self._idle and self._found == 0:
+        if not looks and optimizer.state and not self._idle and self._found == 0 and not self._loaded:
             return None  # as most steps are
         held = self._round.held(optimizer)
         if held is None or self._round.inner(optimizer):
             return None
+        self._tell_of_others()
         self._tell_of_zeros()
         self._idle = following.trains_nothing(optimizer, args, kwargs)
         if not looks or self._idle or following.overflown(optimizer):

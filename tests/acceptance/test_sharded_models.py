@@ -154,7 +154,9 @@ def refused(rank, ranks):
         with torch.no_grad():
             model.down.weight.to_local()[0, 0] = math.nan
     for allocation in ("global", "uniform"):
-        words = "down.weight holds 1 NaN" if rank else "another of the processes"
+        words = (
+            "down.weight holds 1 NaN" if rank else "process 1 of 2 stopped with NotFiniteError: down.weight holds 1 NaN"
+        )
         untouched(words, lambda allocation=allocation: sc.prune(model, 0.8, allocation=allocation))
 
 
