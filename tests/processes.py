@@ -93,13 +93,19 @@ def as_torchrun(processes, work, *arguments):
 def in_a_group(processes, work, *arguments):
     """Call `work(rank, *arguments)` in each process of a gloo group; an error in one is raised here."""
     context = (work, processes, free_port(), arguments)
-    multiprocessing.start_processes(_in_a_group, context, processes, start_method="forkserver")
+    multiprocessing.start_processes(_and_no_more, context, processes, start_method="forkserver")
 
 
 def joined(work, *arguments):
     """As `in_a_group`, in a process started `as_torchrun`: of these some may be lost."""
     ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     _in_a_group(ranks[0], work, ranks[1], os.environ["MASTER_PORT"], arguments)
+
+
+def _and_no_more(*context):
+    """Without what follows at exit, where torch may wait for ever after a backward through DDP."""
+    _in_a_group(*context)
+    os._exit(0)
 
 
 def _in_a_group(rank, work, processes, port, arguments):
