@@ -62,7 +62,7 @@ def blocks(rank, ranks):
     assert every[0] <= needed
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_a_block_is_that_of_the_whole_tensor_and_goes_to_one_process_once(ranks):
     in_a_group(ranks, blocks, ranks)
 

@@ -39,7 +39,7 @@ def same_bytes(rank, ranks, folder):
         distributed.barrier()
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_the_file_is_that_of_whole_masks(tmp_path, ranks):
     in_a_group(ranks, same_bytes, ranks, str(tmp_path))
 

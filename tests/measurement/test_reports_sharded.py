@@ -66,7 +66,7 @@ def same_numbers(rank, ranks):
         assert sc.report(sharded, masks).effective_parameters > want.effective_parameters
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_the_numbers_are_those_of_the_whole_model(ranks):
     in_a_group(ranks, same_numbers, ranks)
 

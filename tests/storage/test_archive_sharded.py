@@ -96,7 +96,7 @@ def same_bytes(rank, ranks, folder):
     assert not list(folder.glob(".*"))
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_the_bytes_are_those_of_one_process(tmp_path, ranks):
     in_a_group(ranks, same_bytes, ranks, str(tmp_path))
 
