@@ -89,6 +89,13 @@ def steps(model, optimizer, count):
         optimizer.step()
 
 
+def begun(layout, ranks, options):
+    model = layout(net(), ranks)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    pruner = sc.Pruner(model, 0.8, schedule=sc.cubic(0, 10, every=2), **options)
+    return model, optimizer, pruner
+
+
 class App(Stateful):
     def __init__(self, model, optimizer):
         self.model, self.optimizer = model, optimizer

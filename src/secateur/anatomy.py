@@ -15,12 +15,11 @@ from fnmatch import fnmatchcase
 from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-Indices = npt.NDArray[np.int64]
+from secateur.support.bits import Indices
 
 Family = Literal[
     "linear",  # [..., inputs] to [..., outputs], as nn.Linear

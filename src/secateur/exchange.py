@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from secateur.errors import GroupError, StateError
-from secateur.sharding import Indices, Place, Spread
+from secateur.sharding import Place, Spread
 from secateur.support import bits
+from secateur.support.bits import Indices
 from secateur.support.process_groups import Array, everyone, settle
 
 BLOCK = 1 << 20

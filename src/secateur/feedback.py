@@ -9,20 +9,20 @@ the masks leave is shown again. So at any moment but inside a step of the optimi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from secateur import optimizers as following
 from secateur import sharding
 from secateur.errors import InputError, StateError, listed
 from secateur.masks import Masks
 from secateur.movers import Mover
 from secateur.scores import SCORES, Score, elementwise
 from secateur.support import bits, checks
-from secateur.support.process_groups import placed_as
 from secateur.support.registry import Registry
 
 STATE = ("hidden", "logs", "cuts")
@@ -188,7 +188,7 @@ class Withheld:
             if weight.grad is None or name not in self.hidden:
                 continue
             if self.method.decay:
-                weight.grad = placed_as(weight.grad, weight)
+                weight.grad = sharding.placed_as(weight.grad, weight)
                 rest = self.hidden[name].to(weight.device, weight.grad.dtype)
                 if weight.grad.is_sparse:  # rows without a gradient rest
                     weight.grad = weight.grad.coalesce()
@@ -245,6 +245,26 @@ class Withheld:
         noted = {name: scope[name] for name in marks if name in scope}
         found = sharding.total(noted, {name: int(_sum(weight) != marks[name]) for name, weight in noted.items()})
         return [name for name, changed in found.items() if changed]
+
+    def require_still(self, optimizers: Iterable[object]) -> None:
+        """See that no optimizer shows weights that are withheld, or compares gradients of others.
+
+        Raises:
+            InputError: one does.
+        """
+        for one in optimizers:
+            if isinstance(one, torch.optim.LBFGS):
+                raise InputError(
+                    f"LBFGS takes the curvature from gradients of one step and the next, and {self.method} shows "
+                    "others in between, so that its steps have no bounds: take another optimizer, or leave regrow out"
+                )
+            if moving := following.moves_outside_step(one):
+                raise InputError(
+                    f"{self.method} keeps dense weights, which an optimizer that moves weights between its steps "
+                    f"would show: {type(one).__name__} may, in {listed([f'{name}()' for name in moving])} (those of "
+                    "schedule-free ones do in eval()). Take another optimizer, or leave regrow out; methods of your "
+                    "own that move no weights take names that begin with an underscore"
+                )
 
     def require_own(self, scope: Mapping[str, Tensor]) -> None:
         """See that tensors that were noted are still those to which the rest belongs.

@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 from secateur import sharding
 from secateur.computed_weights import computed, expression, weights_as_used
 from secateur.errors import StateError, listed, warn
-from secateur.masks import Masks
+from secateur.masks import Masks, check
 from secateur.scope import Member, Scope, require_prunable, resharded
 from secateur.support import bits
 from secateur.tying import holders, identity
@@ -213,9 +213,7 @@ def loose_zeros(scope: Scope, masks: Masks, names: Iterable[str]) -> int:
 
 def warn_of_others(scope: Scope, masks: Masks) -> None:
     """Warn of weights that are not those of the saved state of a Pruner: most of what it prunes is not zero."""
-    tensors = {name: member.parameter for name, member in scope.members.items()}
-    alive = {name: bits.alive(bits.local(w), masks.packed(name).to(w.device)) for name, w in tensors.items()}
-    found = sum(sharding.total(tensors, alive).values())
+    found = sum(check(scope, masks).values())
     if 2 * found > masks.pruned:
         warn(
             f"{found:,} of the {masks.pruned:,} weights that the loaded pruner prunes are not zero: the model has "

@@ -328,10 +328,11 @@ class Plan:
 
     def _scores(self, member: Member) -> Tensor:
         """The scores of the weights that are here."""
-        score = self.score
-        if getattr(score, "by_shape", False) and bits.is_sharded(member.parameter):
-            score = lambda name, _: sharding.by_shape(functools.partial(self.score, name), name, member.parameter)  # noqa: E731
-        return scores.evaluate(score, member.name, bits.local(member.parameter))
+        name, weight, part = member.name, member.parameter, bits.local(member.parameter)
+        if getattr(self.score, "by_shape", False) and bits.is_sharded(weight):
+            call = functools.partial(self.score, name)
+            return scores.evaluate(lambda *_: sharding.by_shape(call, name, weight), name, part)
+        return scores.evaluate(self.score, name, part)
 
     def _reduced(self, sheet: Sheet, pattern: Pattern, told: int, held: Masks | None, spread: Spread | None) -> Tensor:
         """The scores of groups: those pruned already come first, then those that are zero; +inf for what must stay."""

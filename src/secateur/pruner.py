@@ -25,7 +25,7 @@ from secateur.scope import Scope, unwrap
 from secateur.scores import GradientScore, Score
 from secateur.sparsity import Sparsity
 from secateur.support import bits, checks
-from secateur.support.process_groups import during, placed_as
+from secateur.support.process_groups import during
 from secateur.support.tables import counted
 
 _Made = TypeVar("_Made")
@@ -146,10 +146,12 @@ class Pruner:
     ) -> None:
         self._model = unwrap(model)
 
-        moves, dense = None, None
-
-        def checked() -> tuple[plan.Plan | plan.FixedMasks, Schedule | schedules.Function]:
-            nonlocal moves, dense
+        def checked() -> tuple[
+            plan.Plan | plan.FixedMasks,
+            Schedule | schedules.Function,
+            Regrowth | Feedback | None,
+            Withheld | None,
+        ]:
             moves = regrowth.resolve(regrow)
             dense = Withheld(moves) if isinstance(moves, Feedback) else None
             by = score if dense is None else dense.ranking(score)
@@ -157,10 +159,10 @@ class Pruner:
             chosen.require_possible()
             when = _schedule(schedule, chosen)
             regrowth.require_movable(moves, chosen)
-            return chosen, when
+            return chosen, when, moves, dense
 
-        made = sharding.alike(self._model, checked, lambda made: states.settings(*made, moves))
-        (self._plan, self._schedule), self._regrow, self._dense = made, moves, dense
+        made = sharding.alike(self._model, checked, lambda made: states.settings(*made[:3]))
+        self._plan, self._schedule, self._regrow, self._dense = made
         self._gradient_score = self._plan.score if isinstance(self._plan.score, GradientScore) else None
         self._generator = self._regrow.generator() if isinstance(self._regrow, Regrowth) else torch.Generator()
         self._gradients: dict[str, Tensor] = {}  # of this step, if it is one at which the masks move
@@ -291,8 +293,8 @@ class Pruner:
         first = Round(scope, optimizers)
         _require_alone(first.given, live_tensors.here(scope), self)
         following.forgetting(first.given, scope, self._masks, self._zero)  # can it be done?
-        self._require_still(first.given)
         if self._withheld is not None:
+            self._withheld.require_still(first.given)
             self._withheld.require_own(scope)
         return first
 
@@ -681,7 +683,7 @@ class Pruner:
         """
         if self._gradient_score is not None:
             dense = seen if self._withheld is None else self._withheld.dense(seen)
-            gradients = {name: placed_as(w.grad, w) for name, w in seen.items() if w.grad is not None}
+            gradients = {name: sharding.placed_as(w.grad, w) for name, w in seen.items() if w.grad is not None}
             self._gradient_score.observe(dense, {name: g if scale == 1 else g / scale for name, g in gradients.items()})
         if self._withheld is not None:
             self._withheld.look(seen, scale)
@@ -710,24 +712,6 @@ class Pruner:
                     self._zero(weight, masks.packed(name))
             following.forget(self._round.restless, scope, masks, self._zero)
 
-    def _require_still(self, optimizers: Sequence[Any]) -> None:
-        """See that no optimizer shows weights that are withheld, or compares gradients of others."""
-        if self._withheld is None:
-            return
-        if any(isinstance(one, torch.optim.LBFGS) for one in optimizers):
-            raise InputError(
-                f"LBFGS takes the curvature from gradients of one step and the next, and {self._regrow} shows "
-                "others in between, so that its steps have no bounds: take another optimizer, or leave regrow out"
-            )
-        for one in optimizers:
-            if moving := following.moves_outside_step(one):
-                raise InputError(
-                    f"{self._regrow} keeps dense weights, which an optimizer that moves weights between its steps "
-                    f"would show: {type(one).__name__} may, in {listed([f'{name}()' for name in moving])} (those of "
-                    "schedule-free ones do in eval()). Take another optimizer, or leave regrow out; methods of your "
-                    "own that move no weights take names that begin with an underscore"
-                )
-
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
         """See that all is well, and show a score the gradients: those there are, or those that a closure will make."""
         if not self._round.given and self._round.held(optimizer) is None:
@@ -736,7 +720,8 @@ class Pruner:
         scope = self._plan.scope
         if optimizer not in self._round:
             _require_alone([optimizer], live_tensors.here(scope), self)
-            self._require_still(following.family(optimizer))
+            if self._withheld is not None:
+                self._withheld.require_still(following.family(optimizer))
             self._round.add(optimizer)
         looks = self._gradient_score is not None or self._withheld is not None or self._moves(self._steps + 1)
         if not looks and optimizer.state and not self._idle and self._found == 0 and not self._loaded:

@@ -26,7 +26,7 @@ from secateur.scope import Member, Scope
 from secateur.sharding import Place
 from secateur.streams import Stream
 from secateur.support import bits, checks
-from secateur.support.process_groups import ALONE, Processes, placed_as, together
+from secateur.support.process_groups import ALONE, Processes, together
 from secateur.support.registry import Registry, called
 
 Growth = Callable[[str, Tensor, Tensor, torch.Generator], Tensor]
@@ -267,5 +267,5 @@ def require_movable(given: Regrowth | Feedback | None, plan: Plan | FixedMasks) 
 
 def gradients(scope: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Copies of the gradients that there are: an optimizer may write into its own."""
-    found = {name: placed_as(w.grad.detach(), w) for name, w in scope.items() if w.grad is not None}
+    found = {name: sharding.placed_as(w.grad.detach(), w) for name, w in scope.items() if w.grad is not None}
     return {name: gradient.to_dense() if gradient.is_sparse else gradient.clone() for name, gradient in found.items()}

@@ -24,7 +24,7 @@ from secateur import sharding
 from secateur.errors import InputError, InputTypeError, NotFiniteError, StateError, UnknownNameError, nearest
 from secateur.scope import unwrap
 from secateur.support import bits, checks
-from secateur.support.process_groups import collective, placed_as
+from secateur.support.process_groups import collective
 from secateur.support.progress import progress_bar
 from secateur.support.registry import Registry
 
@@ -177,7 +177,7 @@ class GradientScore:
                 continue
             if gradient.is_sparse:
                 gradient = gradient.to_dense()
-            gradient = precise(bits.local(placed_as(gradient, weight)))
+            gradient = precise(bits.local(sharding.placed_as(gradient, weight)))
             added = self._statistic(precise(bits.local(weight)), gradient)
             if name in self.sums:
                 self.sums[name] += added

@@ -25,9 +25,9 @@ import torch
 from torch import Tensor
 
 from secateur.errors import InputError, listed
-from secateur.sharding import Indices
 from secateur.streams import Stream
 from secateur.support import bits
+from secateur.support.bits import Indices
 from secateur.support.process_groups import ALONE, Processes, stop
 
 _SAMPLE = 1 << 14

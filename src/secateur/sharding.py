@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from secateur.errors import GroupError, InputError, listed
 from secateur.scope import Member
 from secateur.support import bits
+from secateur.support.bits import Indices
 from secateur.support.process_groups import Grid, collective, during
 
 _N = TypeVar("_N", int, float)
 _Made = TypeVar("_Made")
-Indices = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -315,6 +315,17 @@ def part_like(tensor: Any, weight: Any) -> Tensor:
             return bits.local(tensor)
         tensor = _gathered(tensor)
     return tensor if place is None else place.part(tensor)
+
+
+def placed_as(tensor: Any, like: Any) -> Any:
+    """A tensor spread as another is: of a DTensor whose sums are not complete, as a gradient may be, they are added up.
+
+    All processes call it.
+    """
+    if not (bits.is_sharded(tensor) and bits.is_sharded(like)) or tensor.placements == like.placements:
+        return tensor
+    with collective():
+        return tensor.redistribute(like.device_mesh, like.placements)
 
 
 def _gathered(tensor: Any) -> Tensor:

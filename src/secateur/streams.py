@@ -14,8 +14,9 @@ from torch import Tensor
 
 from secateur.errors import NotFiniteError
 from secateur.scores import Score, evaluate, magnitude
-from secateur.sharding import Indices, Place
+from secateur.sharding import Place
 from secateur.support import bits
+from secateur.support.bits import Indices
 
 
 class Source(Protocol):

@@ -11,7 +11,7 @@ from torch.distributed import checkpoint as dcp
 
 import secateur as sc
 from processes import as_torchrun, in_a_group
-from sharded_models import App, full, net, rows, steps
+from sharded_models import App, begun, full, net, rows, steps
 
 DDP = """
 import torch, secateur as sc
@@ -99,9 +99,7 @@ def test_what_one_rank_may_ask_by_itself():
 
 def asynchronously(rank, ranks, folder):
     """`async_save` with a group of its own, while the training goes on."""
-    model = rows(net(), ranks)
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
-    pruner = sc.Pruner(model, 0.8, schedule=sc.cubic(0, 10, every=2), score="taylor")
+    model, optimizer, pruner = begun(rows, ranks, {"score": "taylor"})
     pruner.attach(optimizer)
     steps(model, optimizer, 5)
     group = distributed.new_group(backend="gloo")
@@ -111,9 +109,7 @@ def asynchronously(rank, ranks, folder):
     saving.result()
     ended = [full(weight).clone() for weight in model.parameters()], pruner.finish()
 
-    model = rows(net(), ranks)
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
-    pruner = sc.Pruner(model, 0.8, schedule=sc.cubic(0, 10, every=2), score="taylor")
+    model, optimizer, pruner = begun(rows, ranks, {"score": "taylor"})
     dcp.load({"app": App(model, optimizer), "pruner": pruner}, checkpoint_id=f"{folder}/middle")
     pruner.attach(optimizer)
     assert pruner.steps == 5

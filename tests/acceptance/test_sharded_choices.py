@@ -12,7 +12,7 @@ from torch.distributed.tensor import Shard
 import secateur as sc
 from processes import in_a_group
 from secateur.errors import InputError, SecateurError, StateError
-from sharded_models import LAYOUTS, X, alike, full, net, rows, tensors_in_parallel
+from sharded_models import LAYOUTS, X, alike, full, net, rows, steps, tensors_in_parallel
 
 PATTERNS = (
     None,
@@ -151,9 +151,7 @@ def moving(rank, ranks, options):
             pruner.attach(optimizer)
         for _ in range(12):
             for model, optimizer in zip(models, optimizers, strict=True):
-                optimizer.zero_grad()
-                model(X).square().mean().backward()
-                optimizer.step()
+                steps(model, optimizer, 1)
             masks, theirs = (pruner.masks for pruner in pruners)
             assert masks.counts() == theirs.counts() or layout is tensors_in_parallel
             if layout is not tensors_in_parallel:  # whose gradients are summed in another order

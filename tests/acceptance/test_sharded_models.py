@@ -10,7 +10,21 @@ from torch.distributed import checkpoint as dcp
 import secateur as sc
 from processes import in_a_group
 from secateur.errors import InputError, PatternError, SecateurError, StateError
-from sharded_models import LAYOUTS, App, X, alike, columns, full, hybrid, net, plain, rows, steps, tensors_in_parallel
+from sharded_models import (
+    LAYOUTS,
+    App,
+    X,
+    alike,
+    begun,
+    columns,
+    full,
+    hybrid,
+    net,
+    plain,
+    rows,
+    steps,
+    tensors_in_parallel,
+)
 
 
 def one_shot(rank, ranks):
@@ -45,9 +59,7 @@ def gradually(rank, ranks):
                 pruner.attach(optimizer)
             for step in range(14):
                 for model, optimizer in zip(models, optimizers, strict=True):
-                    optimizer.zero_grad()
-                    model(X).square().mean().backward()
-                    optimizer.step()
+                    steps(model, optimizer, 1)
                 assert pruners[0].masks.counts() == pruners[1].masks.counts()
                 if step == 9:  # the masks have changed just now
                     moment = full(optimizers[1].state[models[1].up.weight]["exp_avg"])
@@ -180,13 +192,6 @@ def test_sharding_after_attach_is_an_error_at_the_next_step():
 
 
 # ---- checkpoints -------------------------------------------------------------------------------------------------
-
-
-def begun(layout, ranks, options):
-    model = layout(net(), ranks)
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
-    pruner = sc.Pruner(model, 0.8, schedule=sc.cubic(0, 10, every=2), **options)
-    return model, optimizer, pruner
 
 
 def left_off(rank, ranks, folder, options, layout):

@@ -39,13 +39,11 @@ def tried(model: nn.Module, evaluate: Evaluate, where: str, plan: Plan | None = 
 
     Raises:
         InputError, InputTypeError: the metric is not one finite number, or is not the same in all processes over which
-            the model is spread; and what the plan raises. What `evaluate`
-            raises passes on with a note that names the trial.
+            the model is spread; and what the plan raises. What `evaluate` raises passes on with a note that names the
+            trial.
     """
-    before, devices = (
-        Before(scopes.resharded(model)),
-        {p.device.index for p in model.parameters() if p.device.type == "cuda"},
-    )
+    before = Before(scopes.resharded(model))
+    devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
     try:
         with torch.random.fork_rng(sorted(devices)):
             if plan is not None:

@@ -124,19 +124,11 @@ def save(
             if max_file_bytes is not None and processes.rank == 0:
                 require_covered(target, [*(file.file for file in files.shards), Path(_INDEX)])
 
-        def write(file: Shard) -> tuple[int, list[dict[str, Any]]]:
-            path = temporary / file.file
-            found = write_packed(path, file.tensors, level=chosen, effort=coder, metadata=file.metadata)
-            return path.stat().st_size, [asdict(info) for info in found]
-
-        def write_all() -> str:
-            with refusals(target):
-                return json.dumps([write(file) for file in mine(files, processes)])
-
         together(processes, see)
         place = replacing(target) if max_file_bytes is None else replacing_folder(target)
         with shared(place, processes, seen=max_file_bytes is not None) as temporary:
-            written = write_all() if exchange is None else exchange.run(write_all)
+            write = partial(_written, files, temporary, mine(files, processes), chosen, coder)
+            written = write() if exchange is None else exchange.run(write)
             if len(files.shards) > 1 and processes.rank == 0:
                 _write_index(files, temporary)
         told = [file for text in everyone(processes, written) for file in json.loads(text)]
@@ -174,6 +166,17 @@ def _files(tensors: Sequence[Stored], target: Path, most: int | None) -> Checkpo
         names = ["" if most is None else "model.packed.safetensors"]
     shards = tuple(Shard(Path(name), tuple(file), {"format": "pt"}) for name, file in zip(names, files, strict=True))
     return Checkpoint(target, shards, {tensor.name: tensor for tensor in tensors})
+
+
+def _written(files: Checkpoint, folder: Path, own: Sequence[Shard], level: Level, effort: int) -> str:
+    """Write some of the files; as JSON, of each one its bytes and what was written, tensor by tensor."""
+    told = []
+    with refusals(files.path):
+        for file in own:
+            path = folder / file.file
+            infos = write_packed(path, file.tensors, level=level, effort=effort, metadata=file.metadata)
+            told.append((path.stat().st_size, [asdict(info) for info in infos]))
+    return json.dumps(told)
 
 
 def _write_index(files: Checkpoint, folder: Path) -> None:

@@ -239,13 +239,12 @@ def _pruned(
     told = {name: n for each in budgets for name, n in each.told.items()}
     if pattern is None:
         found: dict[str, _Pruned] = {
-            tensor.name: _Ranked(tensor, lost, max(lost, zero), cut)
-            for tensor, (cut, lost, zero) in ((chosen[name], tallied[name]) for name in chosen)
+            name: _Ranked(chosen[name], lost, max(lost, zero), cut) for name, (cut, lost, zero) in tallied.items()
         }
     else:
         laid = {
             name: _Patterned(chosen[name], lost * group[name], 0, _Laid(pattern, told[name]), cut)
-            for name, (cut, lost, _) in ((name, tallied[name]) for name in chosen)
+            for name, (cut, lost, _) in tallied.items()
         }
         zeros = np.array([_watched(t, progress).zeros() if n in here else 0 for n, t in laid.items()], np.int64)
         for tensor, left in zip(laid.values(), processes.total(zeros).tolist(), strict=True):

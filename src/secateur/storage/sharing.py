@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from secateur.exchange import BLOCK, Exchange
-from secateur.sharding import Spread
+from secateur.sharding import Spread, layout
 from secateur.storage.checkpoints import Checkpoint, Shard
 from secateur.storage.stored import Alias, Stored, parts
 from secateur.support.files import refusals, replacing_folder
@@ -77,12 +76,11 @@ def stored_apart(
     said = [(first, first**2, 1) if first is not None else (0, 0, 0) for first in firsts]
     for (name, tensor), (sums, squares, many) in zip(state.items(), spread.grid.total(np.array(said)), strict=True):
         agreed = sums < many * len(found) and sums**2 == many * squares
-        first = found[sums // many] if agreed and _alike(state[found[sums // many].name], tensor) else None
+        first = found[sums // many] if agreed and _whole_alike(state[found[sums // many].name], tensor) else None
         found.append(Apart(name, tensor.dtype, tensor.shape, exchange) if first is None else Alias(name, first))
     return found
 
 
-def _alike(one: Any, other: Any) -> bool:
+def _whole_alike(one: Tensor, other: Tensor) -> bool:
     """Whether two tensors of which the parts here are the same numbers are the same as a whole."""
-    placed = [getattr(tensor, "placements", None) for tensor in (one, other)]
-    return one.shape == other.shape and placed[0] == placed[1]
+    return one.shape == other.shape and layout(one) == layout(other)

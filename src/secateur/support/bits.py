@@ -17,6 +17,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+Indices = npt.NDArray[np.int64]
+"""Row-major indices of numbers in a tensor, or indices along one of its dimensions."""
+
 CHUNK = 1 << 18
 """Weights handled at a time: about as many as stay in a core's cache. A multiple of 8."""
 

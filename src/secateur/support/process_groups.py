@@ -15,7 +15,6 @@ from torch import distributed
 
 from secateur import errors
 from secateur.errors import GroupError, InputError, NotFiniteError, SecateurError, WriteError
-from secateur.support import bits
 
 _Made = TypeVar("_Made")
 Array = npt.NDArray[Any]
@@ -90,17 +89,6 @@ class Group:
         with collective():
             distributed.all_reduce(torch.from_numpy(array), group=self._group)
         return array
-
-
-def placed_as(tensor: Any, like: Any) -> Any:
-    """A tensor spread as another is: of a DTensor whose sums are not complete, as a gradient may be, they are added up.
-
-    All processes call it.
-    """
-    if not (bits.is_sharded(tensor) and bits.is_sharded(like)) or tensor.placements == like.placements:
-        return tensor
-    with collective():
-        return tensor.redistribute(like.device_mesh, like.placements)
 
 
 class Grid:
