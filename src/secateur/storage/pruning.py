@@ -235,7 +235,8 @@ def _pruned(
             require_finite(name, chosen[name])
         return Stream(name, scores, group=group[name], here=mine)
 
-    tallied = plan.choose(budgets, stream, most, _tally, processes)
+    cuts = plan.choose(budgets, stream, most, _tally, processes)
+    tallied = {name: cuts[name] for name in chosen}  # the order of the checkpoint
     told = {name: n for each in budgets for name, n in each.told.items()}
     if pattern is None:
         found: dict[str, _Pruned] = {
