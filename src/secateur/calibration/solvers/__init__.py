@@ -1,0 +1,1 @@
+"""Which weights go and what the others become: one solver a file."""

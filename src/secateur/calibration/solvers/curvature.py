@@ -1,0 +1,43 @@
+"""What the solvers need to know of a Gram matrix; what is dear is computed once for all layers that share it."""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+DAMPING = 0.01
+"""Of the mean diagonal, added to the diagonal: Frantar & Alistarh 2023, "SparseGPT", section 4."""
+
+SMALLEST = 1e-7
+"""The least eigenvalue, of a matrix with a unit diagonal."""
+
+
+class Curvature:
+    """A damped Gram matrix, scaled to unit diagonal; weights are scaled by the inverse, so that nothing changes.
+
+    Args:
+        gram: [groups, n, n] float64, sums of x x^T.
+
+    Attributes:
+        scale: [groups, 1, n] float32: scaled weights are the weights times this.
+        matrix: [groups, n, n] float32.
+    """
+
+    def __init__(self, gram: Tensor) -> None:
+        diagonal = gram.diagonal(dim1=-2, dim2=-1)
+        damped = diagonal + DAMPING * diagonal.mean(-1, keepdim=True)
+        damped = damped.where(damped > 0, 1.0)  # no input at all ever came
+        root = damped.sqrt()
+        exact = gram / (root.unsqueeze(-1) * root.unsqueeze(-2))
+        exact.diagonal(dim1=-2, dim2=-1).fill_(1.0)
+        self._exact = exact
+        self.scale = root.unsqueeze(1).float()
+        self.matrix = exact.float()
+
+    @cached_property
+    def eigen(self) -> tuple[Tensor, Tensor]:
+        """Eigenvalues [groups, n] and vectors [groups, n, n], in columns, float32."""
+        values, vectors = torch.linalg.eigh(self._exact)
+        return values.clamp_min(SMALLEST).float(), vectors.float()
