@@ -79,6 +79,6 @@ class Moments:
         for piece in self.pieces:
             shape = shapes[piece.name]
             columns = torch.Size(shape[1:]).numel()
-            found.append((piece, flat[:, at : at + columns].unflatten(1, tuple(shape[1:]))))
+            found.append((piece, flat[:, at : at + columns].reshape(-1, *shape[1:])))
             at += columns
         return found
