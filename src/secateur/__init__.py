@@ -24,6 +24,7 @@ __all__ = [
     "accelerate",
     "accumulate",
     "blocks",
+    "calibrate",
     "check",
     "choose_allocation",
     "compare",

@@ -9,6 +9,7 @@ from secateur import patterns as patterns
 from secateur import regrow as regrow
 from secateur import schedules as schedules
 from secateur import scores as scores
+from secateur.calibration import calibrate as calibrate
 from secateur.calibration import choose_allocation as choose_allocation
 from secateur.calibration import recalibrate as recalibrate
 from secateur.calibration import recommend as recommend

@@ -342,7 +342,7 @@ class grasp:
     def _gradients(
         self, batch: Any, weights: Mapping[str, Tensor], create_graph: bool = False
     ) -> Sequence[Tensor | None]:
-        value = _one_number(self._loss(self._model, batch))
+        value = one_number(self._loss(self._model, batch))
         return torch.autograd.grad(value, list(weights.values()), allow_unused=True, create_graph=create_graph)
 
     def __call__(self, name: str, weight: Tensor) -> Tensor:
@@ -461,7 +461,7 @@ def accumulate(
     with progress_bar("batches", total, shown=progress) as advance:
         for seen, batch in enumerate(_as_long_as_all(batches, scope), 1):  # noqa: B007
             with torch.enable_grad():
-                gradients = _gradients(_one_number(loss(inner, batch)), list(trained.values()), parameters)
+                gradients = _gradients(one_number(loss(inner, batch)), list(trained.values()), parameters)
             gathered.observe(trained, dict(zip(trained, gradients, strict=True)))
             advance(1)
     if parallel:
@@ -517,7 +517,7 @@ def _gradients(value: Tensor, weights: Sequence[Tensor], parameters: Sequence[Te
             parameter.grad = gradient
 
 
-def _one_number(value: object) -> Tensor:
+def one_number(value: object) -> Tensor:
     """See that a loss is one.
 
     Raises:

@@ -123,6 +123,11 @@ CASES = {
         {"scope": {None}, "progress": FLAG, "batches": {"several"}},
     ),
     "blocks": (sc.blocks, {"height": 2, "width": 2, "tail": "error"}, {"height": COUNT, "width": COUNT}),
+    "calibrate": (
+        sc.calibrate,
+        lambda: {"model": net(), "batches": [X], "loss": None, "scope": None, "progress": False},
+        {"batches": {"several"}, "loss": {None}, "scope": {None}, "progress": FLAG},
+    ),
     "check": (sc.check, lambda: {"model": net(), "masks": MASKS}, {}),
     "compare": (
         sc.compare,

@@ -4,5 +4,6 @@ from secateur.calibration.batch_norms import recalibrate as recalibrate
 from secateur.calibration.choice import choose_allocation as choose_allocation
 from secateur.calibration.choice import recommend as recommend
 from secateur.calibration.sensitivity import scan as scan
+from secateur.calibration.statistics import calibrate as calibrate
 
-__all__ = ["choose_allocation", "recalibrate", "recommend", "scan"]
+__all__ = ["calibrate", "choose_allocation", "recalibrate", "recommend", "scan"]

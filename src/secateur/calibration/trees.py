@@ -1,0 +1,80 @@
+"""Nested containers of tensors: as JSON beside a list of tensors, and in words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+from secateur.errors import InputError
+from secateur.support import checks
+
+_PLAIN = str, int, float, bool, type(None)
+
+
+def flat(tree: Any, tensors: list[Tensor], where: str) -> Any:
+    """Write nested containers as JSON, with numbers in the places of tensors, which are listed once each.
+
+    Args:
+        tree: dicts with texts as keys, lists, tuples, packed sequences, texts, numbers, tensors.
+        tensors: the list; those that are new are added.
+        where: what the tree is, for messages.
+
+    Raises:
+        InputError: something else is in it.
+    """
+    if isinstance(tree, Tensor):
+        number = next((i for i, one in enumerate(tensors) if one is tree), len(tensors))
+        if number == len(tensors):
+            tensors.append(tree)
+        return {"tensor": number}
+    if type(tree) in _PLAIN:
+        return tree
+    if isinstance(tree, Mapping) and all(isinstance(key, str) for key in tree):
+        return {"dict": {key: flat(value, tensors, where) for key, value in tree.items()}}
+    if isinstance(tree, PackedSequence):
+        return {"packed": [flat(value, tensors, where) for value in tree]}
+    if isinstance(tree, tuple | list):
+        return {"list" if isinstance(tree, list) else "tuple": [flat(one, tensors, where) for one in tree]}
+    raise InputError(
+        f"{where} holds {checks.kind(tree)}, which no file of tensors holds: give batches of tensors, dicts, tuples, "
+        "lists, numbers and texts"
+    )
+
+
+def tree(written: Any, tensors: Sequence[Tensor]) -> Any:
+    """Read what `flat` wrote.
+
+    Raises:
+        ValueError, KeyError, IndexError, TypeError, AttributeError: it did not write this.
+    """
+    if type(written) in _PLAIN:
+        return written
+    ((kind, content),) = written.items()
+    if kind == "tensor":
+        return tensors[content]
+    if kind == "dict":
+        return {key: tree(value, tensors) for key, value in content.items()}
+    values = [tree(one, tensors) for one in content]
+    if kind == "packed":
+        return PackedSequence(*values)
+    return {"list": list, "tuple": tuple}[kind](values)
+
+
+def told(tree: Any, depth: int = 2) -> str:
+    """Word a batch in a message: containers, and dtype and shape of each tensor.
+
+    >>> import torch
+    >>> told({"x": torch.zeros(2, 3), "n": [1, 2]})
+    'a dict {x: float32 [2, 3], n: a list (int, int)}'
+    """
+    if isinstance(tree, Tensor):
+        return f"{str(tree.dtype).removeprefix('torch.')} {list(tree.shape)}"
+    if isinstance(tree, Mapping) and depth:
+        return f"{checks.kind(tree)} {{{', '.join(f'{key}: {told(value, depth - 1)}' for key, value in tree.items())}}}"
+    if isinstance(tree, tuple | list) and depth:
+        shown = [told(one, depth - 1) for one in tree[:8]] + ["..."] * (len(tree) > 8)
+        return f"{checks.kind(tree)} ({', '.join(shown)})"
+    return type(tree).__name__
