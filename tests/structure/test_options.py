@@ -126,7 +126,7 @@ def test_an_unknown_score():
 
 
 def test_an_unknown_option():
-    with pytest.raises(InputTypeError, match=r"there is no option scores: choose macs, .*verify, optimizer"):
+    with pytest.raises(InputTypeError, match=r"there is no option scores: choose macs, .*verify, stats, optimizer"):
         sc.shrink(mlp(), X, scores="magnitude")
 
 

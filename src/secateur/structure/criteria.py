@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from secateur import anatomy
 from secateur import scores as weight_scores
+from secateur.calibration.statistics import Statistics
 from secateur.errors import InputError, listed
 from secateur.scores import GradientScore, Score
 from secateur.structure.calls import Call, key, results, tensors
@@ -72,8 +73,18 @@ def of_units(score: _F) -> _F:
     return score
 
 
-def resolve(given: str | Score | UnitScore | Mapping[str, Tensor]) -> UnitScore:
+def of_statistics(made: _F) -> _F:
+    """Mark what makes a score of the statistics of a model, as against one that needs none."""
+    made.of_statistics = True  # type: ignore[attr-defined]
+    return made
+
+
+def resolve(given: str | Score | UnitScore | Mapping[str, Tensor], stats: Statistics | None = None) -> UnitScore:
     """Turn what a user may pass as `score=` into a function of a `Subject`.
+
+    Args:
+        given: a name, a function, or scores by name.
+        stats: for those that are made of them.
 
     Raises:
         InputError: an unknown name, or one that says too little. InputTypeError: something else.
@@ -81,6 +92,8 @@ def resolve(given: str | Score | UnitScore | Mapping[str, Tensor]) -> UnitScore:
     if isinstance(given, str):
         if given in weight_scores.SCORES and given not in CRITERIA:
             return summed(weight_scores.resolve(given))
+        if stats is not None and given in CRITERIA and getattr(CRITERIA[given].value, "of_statistics", False):
+            return CRITERIA[given].value(stats)  # type: ignore[no-any-return]
         found = CRITERIA.find(given)
         given = found() if weight_scores.takes_nothing(found) else found
     if getattr(given, "of_units", False):

@@ -10,11 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from secateur.calibration.statistics import Statistics
 from secateur.errors import InputError, InputTypeError, UnknownNameError, nearest
 from secateur.measurement.costs import is_plain
 from secateur.scope import matches
 from secateur.scores import Score
 from secateur.structure import criteria
+from secateur.structure import elimination as elimination  # registers its criteria
 from secateur.structure.allocation import ALLOCATIONS, Allocation
 from secateur.structure.calls import tensors
 from secateur.structure.criteria import UnitScore
@@ -40,7 +42,7 @@ class Options(TypedDict, total=False):
         plan: from `propose`, for this model or a copy: what it removes goes, and no others. Not with a sparsity.
         score: how much each unit matters: a name of `secateur.structure.CRITERIA` or `sc.scores.SCORES`, what
             `sc.accumulate` returns, or a function (name, parameter) to scores of its shape. A unit's score is the sum
-            over all of its weights. Default: "l2", their squares.
+            over all of its weights. Default: "l2", their squares; with `stats` "energy", what their readers lose.
         allocation: which units are ranked together, a name of `secateur.structure.ALLOCATIONS`. Default: "uniform",
             each group alone.
         round_to: dimensions that are cut keep a multiple of so many positions of each group. Default: 1.
@@ -48,6 +50,9 @@ class Options(TypedDict, total=False):
         keep: tensors and modules that keep their shapes, and blocks that stay: a glob of names, a module, or several
             of these.
         verify: compare with the masked original, on the examples and on fresh inputs. Default: True.
+        stats: from `sc.calibrate` of this model: the layers that read removed units are fitted anew, by least squares
+            on what stays, and "energy" and "greedy" rank units by it. Where that brings the outputs, on the batches to
+            check on, no nearer to the given model's, the layers are only cut. Not with masks, dead units or a depth.
         optimizer: of the model; it trains the small model from then on, with what it remembers cut.
     """
 
@@ -63,6 +68,7 @@ class Options(TypedDict, total=False):
     min_width: int
     keep: str | nn.Module | Sequence[str | nn.Module]
     verify: bool
+    stats: Statistics | None
     optimizer: torch.optim.Optimizer | None
 
 
@@ -80,6 +86,7 @@ class Ask:
         keep: tensors that keep their shapes, and why.
         depth: of the blocks that remains; None: all of them.
         masked: whether masks were given.
+        stats: see `Options`.
     """
 
     share: float | None
@@ -94,6 +101,7 @@ class Ask:
     verify: bool
     depth: float | None
     masked: bool
+    stats: Statistics | None
 
     @property
     def dead(self) -> bool:
@@ -141,6 +149,10 @@ def read(model: nn.Module, sparsity: float | None, options: Options) -> Ask:
         whose = "the masks say" if masks is not None else "zeros say" if plan is None else "the plan says"
         where = f"{whose} which units go" if depth is None else "only blocks go"
         raise InputError(f"{idle[0]} chooses nothing where {where}: leave it out, or give a sparsity")
+    stats = options.get("stats")
+    if stats is not None:
+        exact = not asked and (plan is None or bool(plan.shifts))
+        _check_statistics(model, stats, exact, shorter=depth is not None or (plan is not None and bool(plan.blocks)))
     for name in ("round_to", "min_width"):
         checks.whole(name, options.get(name, 1), 1, "a number of positions")
     checks.flag("verify", options.get("verify", True))
@@ -149,12 +161,12 @@ def read(model: nn.Module, sparsity: float | None, options: Options) -> Ask:
     rule = options.get("allocation", "uniform")
     rule = ALLOCATIONS.find(rule) if isinstance(rule, str) else rule
     checks.function("allocation", rule, "a name, or a function (groups, model) that returns the pool of each cell")
-    score = options.get("score", "l2")
+    score = options.get("score", "l2" if stats is None else "energy")
     return Ask(
         share=sparsity,
         target=next((Target(what, amount) for what, amount in asked.items() if what != "sparsity"), None),
         plan=plan,
-        score=criteria.resolve(score),
+        score=criteria.resolve(score, stats),
         named=checks.told(score),
         allocation=rule,
         round_to=options.get("round_to", 1),
@@ -163,6 +175,7 @@ def read(model: nn.Module, sparsity: float | None, options: Options) -> Ask:
         verify=options.get("verify", True),
         depth=depth,
         masked=masks is not None,
+        stats=stats,
     )
 
 
@@ -186,12 +199,29 @@ def _check_depth(depth: float, beside: Iterable[str], score: object) -> None:
         )
 
 
+def _check_statistics(model: nn.Module, stats: object, exact: bool, shorter: bool) -> None:
+    if not isinstance(stats, Statistics):
+        raise checks.wrong("stats", stats, "what sc.calibrate(model, batches) returned")
+    if shorter:
+        raise InputError(
+            "stats are of the inputs that layers have now, and blocks that go change them: shrink with depth= first, "
+            "then calibrate the result, and shrink it with its own stats="
+        )
+    if exact:
+        raise InputError(
+            "only units go that are dead, with which nothing is lost that stats could restore: leave stats out; to fit "
+            "what masks left, call sc.refit(model, masks, stats) first"
+        )
+    stats.require(model)
+
+
 def _without_weights(asked: Mapping[str, float], options: Options) -> None:
     """See that what is asked for needs no weights."""
     needs = {
         "what blocks do to the outputs": options.get("depth") is not None,
         "which units are dead": not asked and options.get("plan") is None,
         "the time of a call": "latency" in asked,
+        "how layers are fitted anew": options.get("stats") is not None,
     }
     what = next((what for what, asks in needs.items() if asks), None)
     if what is not None:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from secateur.errors import InputError, MaskError, StructureError
+from secateur.errors import InputError, MaskError, StructureError, listed
 from secateur.structure.blocks import Block, Renaming, check_names, put_back, take_out
 from secateur.structure.cut import Kept, cut, named_tensors, shifted, sliced, undo
 from secateur.structure.groups import Groups
@@ -76,6 +76,7 @@ class Plan:
         proven: whether the cut model was compared with the masked original; not so with `verify=False`.
         blocks: the modules of lists from which some go, before all else: the other names are those of the model then.
         folded: with shifts, a checksum of what goes of each tensor: other numbers there would give other shifts.
+        fitted: weights that `shrink` fits anew where it has statistics; what cuts by the plan alone does not.
     """
 
     kept: Kept
@@ -89,6 +90,7 @@ class Plan:
     tied: tuple[tuple[str, ...], ...] = ()
     blocks: tuple[Block, ...] = ()
     folded: dict[str, int] = field(default_factory=dict)
+    fitted: tuple[str, ...] = ()
 
     @property
     def removed(self) -> int:
@@ -126,7 +128,9 @@ class Plan:
             more = len(group.axes) - axes
             where = ", ".join(group.axes[:axes]) + (f" and {more} more" if more > 0 else "")
             rows.append((where, str(group.units), str(group.removed), group.held))
-        notes = () if self.proven else (_UNPROVEN,)
+        notes = [] if self.proven else [_UNPROVEN]
+        if self.fitted:
+            notes.append(f"fitted anew, by the statistics: {listed(self.fitted, 6)}")
         return Table(("where", "units", "go", "held by"), rows, notes=notes)
 
     def choice(self, model: nn.Module, groups: Groups) -> tuple[Flags, list[int]]:
@@ -181,6 +185,7 @@ class Plan:
                 tuple(map(tuple, data.get("tied", ()))),
                 tuple(Block(b["name"], b["becomes"], b["influence"], b["held"]) for b in data.get("blocks", ())),
                 {name: int(checksum) for name, checksum in data.get("folded", {}).items()},
+                tuple(map(str, data.get("fitted", ()))),
             )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"this is no plan ({error!r}): give what to_json() of a plan wrote") from error

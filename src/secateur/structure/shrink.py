@@ -22,6 +22,7 @@ from secateur.structure.attributes import Edits, follow_forward, follow_modules
 from secateur.structure.blocks import Renaming
 from secateur.structure.calls import Call
 from secateur.structure.capture import Capture, capture
+from secateur.structure.compensation import compensate
 from secateur.structure.configs import Configs, Dim
 from secateur.structure.criteria import Subject
 from secateur.structure.cut import check_optimizer, cut, follow, masked, named_tensors, own_memory, twin, undo
@@ -69,6 +70,7 @@ def shrink(model: _M, example_inputs: Any, sparsity: float | None = None, **opti
         **options: see `secateur.structure.Options`.
 
     Returns a new model of the same class; it equals the given one with the same units masked, and blocks passed by.
+    With `stats`, layers that read these units are fitted anew after that was proven, and come nearer to the given one.
 
     Raises:
         InputError: a sparsity, target, score or optimizer that cannot be used; two options that both say what goes; or
@@ -150,6 +152,8 @@ def _transact(model: nn.Module, inputs: Any, sparsity: float | None, options: Op
         )
     attributes = (*shorter.attributes, *best.plan.attributes)
     best = best._replace(plan=dataclasses.replace(best.plan, blocks=shorter.blocks, attributes=attributes))
+    if ask.stats is not None:
+        best = best._replace(plan=compensate(model, best.model, best.plan, ask.stats))
     own_memory(original, best.model, best.plan.kept, renaming)
     if optimizer is not None:
         follow(original, best.model, best.plan.kept, optimizer, renaming)

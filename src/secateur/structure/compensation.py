@@ -1,0 +1,130 @@
+"""What removed units gave is taken over by those that stay: the layers that read them are fitted anew."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from secateur import anatomy
+from secateur.calibration.fidelity import Fidelity
+from secateur.calibration.statistics import Statistics
+from secateur.errors import listed, warn
+from secateur.structure.columns import Readers, damped, input_dims, layout
+from secateur.structure.cut import Kept, named_tensors
+from secateur.structure.plan import Plan
+
+
+def compensate(model: nn.Module, small: nn.Module, plan: Plan, stats: Statistics) -> Plan:
+    """Fit the layers of a smaller model that read removed units, by least squares on what stays, in place.
+
+    Where the outputs come no nearer to those of the model, the small model stays as it was cut.
+
+    Args:
+        model: before it was cut.
+        small: after.
+        plan: what went.
+        stats: of the model.
+
+    Returns the plan with the names of the weights that were fitted.
+
+    Warns:
+        SecateurWarning: some readers have no statistics, or are tied, and stay as they were cut; or all do.
+
+    Source: Meng et al. 2024, "OSSCAR", eq. 5; He et al. 2017, "Channel Pruning", eq. 2.
+    """
+    fitted = fit(model, plan.kept, stats)
+    if unread := _unread(model, plan.kept, fitted):
+        warn(
+            f"{listed(unread)} ({len(unread)}) read units that went, and stay as they were cut: stats knows nothing of "
+            "them, or they are tied to another weight. Fine-tuning makes up for it"
+        )
+    named = named_tensors(small)
+    before = {name: named[name].data for name in fitted}
+    fidelity = Fidelity(model, stats.checks)
+    was = fidelity.of(small)
+    for name, tensor in fitted.items():
+        named[name].data = plan.cut(name, tensor)
+    if fidelity.of(small) >= was:
+        return replace(plan, fitted=tuple(fitted))
+    for name, tensor in before.items():
+        named[name].data = tensor
+    if fitted:
+        warn(
+            f"the layers that read removed units ({listed([*fitted])}) are not fitted anew: on the batches to check on "
+            "the outputs would be further from those of the model. Give sc.calibrate more batches"
+        )
+    return plan
+
+
+def fit(model: nn.Module, kept: Kept, stats: Statistics) -> dict[str, Tensor]:
+    """The weights of the layers that read removed units, of their full size, those that read what went zero.
+
+    W H[:, kept] inv(H[kept, kept]) with a damped H: it gives on the samples, of all there are, what is nearest to
+    what W gives; a damping of .01 holds it to W where the samples say little.
+
+    Args:
+        model: before it is cut.
+        kept: positions that stay, by tensor and dimension.
+        stats: of the model.
+    """
+    readers = Readers(model, stats)
+    goes = {
+        (name, d): _others(kept[name][d], tensor.shape[d]).to(tensor.device)
+        for name, tensor in readers.tensors.items()
+        for d in input_dims(readers.layouts[name])
+        if d in kept.get(name, {})
+    }
+    tied = _tied(model)
+    fitted: dict[str, Tensor] = {}
+    for moments in readers:
+        gone = readers.columns(moments, goes, torch.zeros((), dtype=torch.bool))
+        if not gone.any() or not tied.isdisjoint(moments.names):
+            continue
+        matrix = readers.matrix(moments)
+        for group, stays in enumerate(~gone.to(matrix.device)):
+            matrix[group] = _fitted(matrix[group], moments.gram[group], stays)
+        for name in moments.names:
+            full = readers.layouts[name].outputs_first(readers.tensors[name].detach())
+            fitted.setdefault(name, full.clone())
+        for (name, start, stop), rows in moments.parts(matrix, {n: t.shape for n, t in fitted.items()}):
+            fitted[name][start:stop] = rows.to(fitted[name])
+    return {name: readers.layouts[name].as_stored(t, readers.tensors[name].shape) for name, t in fitted.items()}
+
+
+def _fitted(weights: Tensor, gram: Tensor, stays: Tensor) -> Tensor:
+    """One matrix [rows, inputs], zero where columns go."""
+    found = torch.zeros_like(weights)
+    if bool(stays.any()):
+        full = damped(gram)
+        factor = torch.linalg.cholesky(full[stays][:, stays])
+        found[:, stays] = torch.cholesky_solve(full[stays] @ weights.T, factor).T
+    return found
+
+
+def _others(kept: Sequence[int], size: int) -> Tensor:
+    """The mask of the positions that are not kept."""
+    found = torch.ones(size, dtype=torch.bool)
+    found[list(kept)] = False
+    return found
+
+
+def _tied(model: nn.Module) -> set[str]:
+    """Tensors with several names: what fits one of their uses would spoil the other."""
+    names: dict[int, list[str]] = {}
+    for name, tensor in named_tensors(model).items():
+        names.setdefault(id(tensor), []).append(name)
+    return {name for alike in names.values() if len(alike) > 1 for name in alike}
+
+
+def _unread(model: nn.Module, kept: Kept, fitted: Mapping[str, Tensor]) -> list[str]:
+    """Weights of which inputs went, and that were not fitted."""
+    found = []
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        path, _, attribute = name.rpartition(".")
+        if name in kept and name not in fitted and anatomy.is_weight(model.get_submodule(path), attribute):
+            dims = input_dims(layout(model, name, parameter))
+            found += [name] if any(d in kept[name] for d in dims) else []
+    return found
