@@ -1,10 +1,10 @@
 import pytest
 import torch
-from secateur.calibration.statistics import Statistics
 from torch import nn
 
 from secateur.anatomy import Layout
 from secateur.calibration.moments import Moments, Piece
+from secateur.calibration.statistics import Statistics
 from secateur.structure.columns import Readers, damped, input_dims
 
 GENERATOR = torch.Generator().manual_seed(0)

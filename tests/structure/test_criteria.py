@@ -121,6 +121,7 @@ LAYERS = {"convolutions": (cnn, PICTURES), "LSTM": (lambda: Recurs(1), torch.ran
 LAYERS["attention"] = Attends, torch.randn(2, 5, 4, generator=GENERATOR)
 
 
+@pytest.mark.filterwarnings("ignore:.*read nothing on these batches:secateur.errors.SecateurWarning")
 @pytest.mark.parametrize("kind", LAYERS)
 @pytest.mark.parametrize("name", CRITERIA)
 def test_each_score_ranks_units_of_each_kind(kind, name):

@@ -74,7 +74,7 @@ def test_greedy_goes_by_how_much_the_error_grows(make):
     most = 0.0
     for n in range(1, len(got) + 1):
         most = max(most, error(order[:n]) - error(order[: n - 1]))
-        assert got[order[n - 1]] == pytest.approx(most, rel=1e-6)
+        assert got[order[n - 1]] == pytest.approx(most, rel=1e-4)
         others = [error([*order[: n - 1], other]) for other in order[n:]]
         assert error(order[:n]) <= min(others, default=np.inf) * (1 + 1e-9)
 

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from secateur import anatomy
-from secateur.calibration.fidelity import Fidelity
 from secateur.calibration.statistics import Statistics
 from secateur.errors import listed, warn
+from secateur.structure.calls import tensors
+from secateur.structure.calm import calm
 from secateur.structure.columns import Readers, damped, input_dims, layout
 from secateur.structure.cut import Kept, named_tensors
 from secateur.structure.plan import Plan
+from secateur.support.inputs import arguments
 
 
 def compensate(model: nn.Module, small: nn.Module, plan: Plan, stats: Statistics) -> Plan:
@@ -43,11 +47,10 @@ def compensate(model: nn.Module, small: nn.Module, plan: Plan, stats: Statistics
         )
     named = named_tensors(small)
     before = {name: named[name].data for name in fitted}
-    fidelity = Fidelity(model, stats.checks)
-    was = fidelity.of(small)
+    was = likeness(model, small, stats.checks)
     for name, tensor in fitted.items():
         named[name].data = plan.cut(name, tensor)
-    if fidelity.of(small) >= was:
+    if likeness(model, small, stats.checks) >= was:
         return replace(plan, fitted=tuple(fitted))
     for name, tensor in before.items():
         named[name].data = tensor
@@ -57,6 +60,22 @@ def compensate(model: nn.Module, small: nn.Module, plan: Plan, stats: Statistics
             "the outputs would be further from those of the model. Give sc.calibrate more batches"
         )
     return plan
+
+
+def likeness(model: nn.Module, small: nn.Module, batches: Iterable[Any]) -> float:
+    """The mean cosine between what two models give for a batch, each output of floating-point numbers as one vector."""
+    found = []
+    for batch in batches:
+        args, kwargs = arguments(batch)
+        outs = []
+        for one in (model, small):
+            with calm(one, False):
+                outs.append([t for t in tensors(one(*args, **kwargs)) if t.is_floating_point()])
+        found += [
+            float(torch.cosine_similarity(a.double().flatten(), b.double().flatten(), 0))
+            for a, b in zip(*outs, strict=True)
+        ]
+    return float(np.mean(np.nan_to_num(found, nan=-1.0)))
 
 
 def fit(model: nn.Module, kept: Kept, stats: Statistics) -> dict[str, Tensor]:

@@ -19,6 +19,9 @@ from secateur.structure.units import Labels
 _AT_ONCE = 32
 """One of so many of the units that are left goes before the others are weighed again; one by one is no better."""
 
+_MORE = 1 + 1e-6
+"""Who goes later is worth so much more at least, also where it costs less by then."""
+
 _CALL = '"{}", stats=sc.calibrate(model, batches)'
 
 
@@ -165,7 +168,7 @@ def _in_turn(units: int, fits: Sequence[_Fit]) -> Worth:
         those = np.flatnonzero(left)
         those = those[np.argsort(costs[those], kind="stable")][: max(1, len(those) // _AT_ONCE)]
         worth[those] = np.maximum(costs[those], last)
-        last = np.nextafter(worth[those].max(), np.inf)  # who goes later is worth more, also where it costs less then
+        last = float(worth[those].max()) * _MORE
         left[those] = False
         for fit in fits:
             fit.drop(~left)
