@@ -10,6 +10,7 @@
 | `checkpoints`, `torch_files` | what a checkpoint holds, of whatever form; `inspect` |
 | `sharing` | how several processes share a checkpoint |
 | `reading`, `writing`, `state_hash` | the packed format: the file read and written, the identity of what it holds |
+| `rounding` | weights brought to whole steps by what is known of the inputs |
 | `container`, `coding` | the safetensors around it, the blocks within |
 | `stored`, `dtypes`, `contents` | a tensor in a file; how its numbers are stored; the facts that tables show of it |
 """

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur import sharding
+from secateur.calibration.statistics import Statistics
 from secateur.errors import InputError, InputTypeError, UnknownNameError, listed, nearest, warn
 from secateur.exchange import Exchange, part_of
 from secateur.masks import FORMAT
@@ -25,6 +26,7 @@ from secateur.storage.coding import BLOCK, Decoder, Level, effort_of, level_of
 from secateur.storage.contents import Contents, TensorInfo, notes
 from secateur.storage.dtypes import kind_of
 from secateur.storage.reading import SUFFIX
+from secateur.storage.rounding import checked, rounded
 from secateur.storage.sharing import mine, stored_apart
 from secateur.storage.state_hash import StateHash
 from secateur.storage.stored import Alias, Stored, stored_of
@@ -58,6 +60,7 @@ def save(
     step: float | None = None,
     effort: str = "normal",
     max_file_bytes: int | None = None,
+    stats: Statistics | None = None,
 ) -> Contents:
     """Write a model's state to a packed `.safetensors` file, or a folder of them, near the entropy of its weights.
 
@@ -79,14 +82,19 @@ def save(
         effort: "fast", "normal" or "best": how hard to look for a small file. Reading takes the same time.
         max_file_bytes: begin another file where the tensors of one would take more bytes in memory; a larger tensor
             has a file for itself. The names are those that `pack` gives to the files of transformers.
+        stats: of this model, from `sc.calibrate`; the weights that they know become those whole steps that change
+            the outputs of the layers least (`storage.rounding`), in as many bytes. Then a non-zero weight may become
+            zero. Takes memory for a copy of the weights.
 
     Returns:
         What was written, tensor by tensor: bytes, ratio to dense, relative L2 error where something was lost.
 
     Raises:
-        InputError: an unknown level or effort, or the wrong suffix; processes that do not call it alike.
-        InputTypeError: something that is no plain tensor. WriteError: the system refuses to write; a folder that holds
-            other files; one that not all processes see. Of several processes what one raises, all raise.
+        InputError: an unknown level or effort, or the wrong suffix; processes that do not call it alike; statistics of
+            another model, or with a level that has no step.
+        InputTypeError: something that is no plain tensor; statistics without a module. WriteError: the system refuses
+            to write; a folder that holds other files; one that not all processes see. Of several processes what one
+            raises, all raise.
         GroupError: a process was lost; what was there is intact.
 
     >>> import tempfile
@@ -103,7 +111,10 @@ def save(
 
     def make() -> tuple[Level, int, Path, list[Stored]]:
         target = packed_name(path) if max_file_bytes is None else _folder_name(path, max_file_bytes)
-        return level_of(level, step), effort_of(effort), target, _tensors_of(state)
+        asked, tensors = level_of(level, step), _tensors_of(state)
+        if stats is not None:
+            tensors = rounded(tensors, checked(model, asked, stats), asked, stats)
+        return asked, effort_of(effort), target, tensors
 
     def tell(made: tuple[Level, int, Path, list[Stored]]) -> dict[str, Any]:
         asked = {"path": os.path.abspath(made[2]), "level": str(made[0]), "effort": effort, "names": list(state)}

@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from pcodec import ChunkConfig, DeltaSpec, ModeSpec, PagingSpec, standalone
+from torch import Tensor
 
 from secateur.errors import InputError
 from secateur.storage.dtypes import KINDS, Kind, words_of
@@ -29,6 +30,9 @@ EFFORTS = {"fast": 4, "normal": 8, "best": 12}
 """Levels of pcodec: `best` takes two to ten times as long to write as `normal`; reading takes the same time."""
 
 STEPS = {"near": 1 / 64, "small": 1 / 16, "tiny": 1 / 4}
+
+MOST_STEPS = np.iinfo(np.uint16).max
+"""A number of more steps is stored exactly."""
 
 _PAGE = 1 << 16  # numbers that share a table of pcodec: smaller ones cost more tables, larger ones adapt less
 _CACHED = 1 << 18  # numbers handled at a time: few calls, and all of it in cache
@@ -101,7 +105,17 @@ def effort_of(name: str) -> int:
     return EFFORTS[name]
 
 
-def encode(words: Words, dtype: torch.dtype, level: Level, effort: int) -> bytes:
+def step_of(flat: Tensor, level: Level) -> float:
+    """The step that the numbers of a block are coded with, at a level that has one.
+
+    Args:
+        flat: the numbers, of a dtype that steps are for.
+        level: of a step.
+    """
+    return _step(flat[flat != 0].abs().double().numpy(), level)
+
+
+def encode(words: Words, dtype: torch.dtype, level: Level, effort: int, step: float | None = None) -> bytes:
     """Code one block.
 
     Args:
@@ -109,6 +123,7 @@ def encode(words: Words, dtype: torch.dtype, level: Level, effort: int) -> bytes
         dtype: of the elements.
         level: what may be lost.
         effort: level of pcodec, 0 to 12.
+        step: where the numbers are whole steps already: of what length. By default `step_of` them.
     """
     kind = KINDS[dtype]
     sign = _sign(kind)
@@ -116,9 +131,9 @@ def encode(words: Words, dtype: torch.dtype, level: Level, effort: int) -> bytes
     survivors = np.flatnonzero(words & ~sign if lossy else words)  # only a lossless block keeps -0.0
     sparse = lossy or words.size - survivors.size >= words.size // 8
     kept = words[survivors] if sparse else words
-    magnitudes, exact, step = kept & ~sign, b"", 0.0
+    magnitudes, exact, length = kept & ~sign, b"", 0.0
     if lossy:
-        codes, step = _quantize(magnitudes, dtype, level)
+        codes, length = _quantize(magnitudes, dtype, level, step)
         wrong = codes == 0
         exact = _compress(magnitudes[wrong].view(kind.number), effort)
         magnitudes = codes
@@ -126,7 +141,7 @@ def encode(words: Words, dtype: torch.dtype, level: Level, effort: int) -> bytes
     gaps = _compress(np.diff(survivors, prepend=-1).astype(np.uint32) - np.uint32(1), effort) if sparse else b""
     coded = _compress(magnitudes.view(kind.number), effort)
     signs = np.packbits(kept & sign != 0, bitorder="little").tobytes() if sign else b""
-    head = _HEAD.pack(sparse, _CODES[level.name], 0, kept.size, len(gaps), len(coded), len(exact), step)
+    head = _HEAD.pack(sparse, _CODES[level.name], 0, kept.size, len(gaps), len(coded), len(exact), length)
     return head + gaps + signs + coded + exact
 
 
@@ -192,17 +207,24 @@ def _sections(data: bytes | memoryview, kind: Kind, size: int) -> tuple[bool, in
     return bool(sparse), how, count, step, [memoryview(data)[start:stop] for start, stop in pairwise(ends)]
 
 
-def _quantize(magnitudes: Words, dtype: torch.dtype, level: Level) -> tuple[Words, float]:
+def _step(magnitudes: npt.NDArray[np.float64], level: Level) -> float:
+    """The step for some magnitudes, none of them zero."""
+    with np.errstate(all="ignore"):
+        finite = magnitudes[np.isfinite(magnitudes)]
+        usual = magnitudes[magnitudes <= _OUTLIER * np.median(finite)] if finite.size else magnitudes
+        return level.step * float(np.sqrt(np.square(usual).mean())) if usual.size else 0.0
+
+
+def _quantize(magnitudes: Words, dtype: torch.dtype, level: Level, given: float | None) -> tuple[Words, float]:
     """Give each magnitude a code of 16 bits, 0 where that would make it zero or infinite; and the step."""
     values = torch.from_numpy(magnitudes.view(np.uint8)).view(dtype)
     how, step = _CODES[level.name], 0.0
     if how == _STEPS:
         wide = values.double().numpy()
+        step = _step(wide, level) if given is None else given
         with np.errstate(all="ignore"):  # NaN, infinite and huge numbers get no code
-            usual = wide[wide <= _OUTLIER * np.median(wide[np.isfinite(wide)])] if np.isfinite(wide).any() else wide
-            step = level.step * float(np.sqrt(np.square(usual).mean())) if usual.size else 0.0
             steps = np.rint(wide / step)
-            codes = np.where(steps <= np.iinfo(np.uint16).max, np.maximum(steps, 1), 0).astype(np.uint16)
+            codes = np.where(steps <= MOST_STEPS, np.maximum(steps, 1), 0).astype(np.uint16)
     else:
         narrow = values.to(torch.float16 if how == _FP16 else torch.bfloat16)
         codes = narrow.view(torch.uint8).numpy().view(np.uint16)

@@ -181,6 +181,24 @@ class Alias(Stored):
         return self.of.pieces(count)
 
 
+class Rounded(InMemory):
+    """A tensor in memory, beside numbers that stand for it in a file: whole steps, the length of one for each block.
+
+    Args:
+        values: of the same dtype and shape, contiguous, on the CPU.
+        steps: of each block of `coding.BLOCK` elements.
+    """
+
+    def __init__(self, name: str, tensor: Tensor, values: Tensor, steps: Sequence[float]) -> None:
+        super().__init__(name, tensor)
+        self._values = values
+        self._steps = steps
+
+    def rounded(self, count: int) -> Iterator[tuple[Tensor, float]]:
+        """Yield the flat pieces that stand for those of `pieces`, each with its step."""
+        return zip(parts(self._values.view(-1), count), self._steps, strict=True)
+
+
 class InFile(Stored):
     """A tensor that lies in a file as it would in memory, mapped window by window."""
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, repeat
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -24,7 +24,7 @@ from secateur.storage.contents import TensorInfo, info
 from secateur.storage.dtypes import KINDS, words_of
 from secateur.storage.reading import MANIFEST, SEAL, SUFFIX, VERSION, Entry, crc32_of
 from secateur.storage.state_hash import StateHash
-from secateur.storage.stored import Alias, Stored, count_zeros
+from secateur.storage.stored import Alias, Rounded, Stored, count_zeros
 from secateur.support.files import StrPath
 
 _SMALL = 256  # elements: a smaller tensor is not worth a blob
@@ -154,20 +154,21 @@ class _Coder:
 
     def _blocks(self, tensor: Stored, level: Level) -> Iterator[_Block]:
         """Code the blocks of a tensor, a few at a time."""
-        pieces = tensor.pieces(BLOCK)
+        rounded = tensor.rounded(BLOCK) if isinstance(tensor, Rounded) else repeat(None)
+        pieces = zip(tensor.pieces(BLOCK), rounded, strict=False)
         under_way: list[Future[_Block]] = []
         while True:
             wanted = 2 * self._threads - len(under_way)
-            for piece in islice(pieces, wanted):  # a piece lasts until the next
-                under_way.append(self._pool.submit(_code, piece.clone(), level, self._effort))
+            for piece, steps in islice(pieces, wanted):  # a piece lasts until the next
+                under_way.append(self._pool.submit(_code, piece.clone(), level, self._effort, steps))
             if not under_way:
                 return
             yield under_way.pop(0).result()
 
 
-def _code(piece: Tensor, level: Level, effort: int) -> _Block:
-    words = words_of(piece)
-    data = coding.encode(words, piece.dtype, level, effort)
+def _code(piece: Tensor, level: Level, effort: int, rounded: tuple[Tensor, float] | None) -> _Block:
+    values, step = (piece, None) if rounded is None else rounded
+    data = coding.encode(words_of(values), piece.dtype, level, effort, step)
     lost = whole = 0.0
     if level.name != "lossless":
         back = torch.empty_like(piece)
