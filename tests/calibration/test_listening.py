@@ -1,11 +1,11 @@
 """What weights read is seen wherever they are used."""
 
-import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 import secateur as sc
+from secateur.calibration import products as products  # what a listener hears
 from secateur.calibration.listening import Listener
 
 
@@ -75,15 +75,3 @@ def test_padding_is_left_out():
     real[1, 2:] = False
     found = heard(nn.Linear(6, 2), X, masks=[real])
     same(found["weight"][0], X[real])
-
-
-@pytest.mark.parametrize("kind", [nn.Conv2d, nn.ConvTranspose2d])
-@torch.no_grad()
-def test_the_energy_of_a_convolution_is_that_of_its_output(kind):
-    layer = kind(4, 6, 3, stride=2, padding=1, groups=2, bias=False)
-    x = torch.randn(2, 4, 9, 9, generator=torch.Generator().manual_seed(1))
-    (moments,) = heard(layer, x)["weight"]
-    member = sc.weights(layer).members["weight"]
-    matrix = moments.matrix({"weight": member.layout.outputs_first(layer.weight)}).double()
-    energy = (matrix @ moments.gram * matrix).sum()
-    torch.testing.assert_close(energy, layer(x).double().square().sum(), rtol=1e-5, atol=0)

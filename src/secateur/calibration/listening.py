@@ -1,7 +1,12 @@
-"""What the weights of a model read in its forward, seen at the functions of torch that they are given to."""
+"""What the weights of a model read in its forward, seen at the functions of torch that they are given to.
+
+Which operand of which function may be a weight, and which of the other operand it reads, stands in `products`.
+"""
 
 from __future__ import annotations
 
+import inspect
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -17,8 +22,10 @@ from secateur.calibration.patches import Geometry, patches
 from secateur.calibration.reading import Weights
 from secateur.scope import Member
 
-Handle = Callable[..., Any]
-_HANDLED: dict[str, Handle] = {}
+Handle = Callable[..., None]
+_HANDLED: dict[str, tuple[Handle, inspect.Signature]] = {}
+Replacement = Callable[..., Any]
+_REPLACED: dict[str, Replacement] = {}
 
 
 class Listener(TorchFunctionMode):
@@ -34,6 +41,7 @@ class Listener(TorchFunctionMode):
         self.grams = Grams()
         self._masks: Sequence[Tensor] = ()
         self._time_first = False
+        self._gathered: dict[int, tuple[weakref.ref[Tensor], Tensor, Tensor]] = {}
 
     @contextmanager
     def forward(self, masks: Sequence[Tensor] = ()) -> Iterator[None]:
@@ -45,7 +53,17 @@ class Listener(TorchFunctionMode):
         self._masks = masks
         with self:
             yield
+        self._gathered.clear()
         self.grams.flush()
+
+    @contextmanager
+    def time_first(self) -> Iterator[None]:
+        """Take samples for [positions, examples] meanwhile, as attention of torch.nn has them inside."""
+        self._time_first = True
+        try:
+            yield
+        finally:
+            self._time_first = False
 
     def moments(self) -> list[Moments]:
         """What was summed over all forwards."""
@@ -54,13 +72,35 @@ class Listener(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        handle = _HANDLED.get(getattr(func, "__name__", "").strip("_"))
-        if handle is not None:
-            with torch.no_grad():
-                handle(self, *args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
+        name = getattr(func, "__name__", "").strip("_")
+        if name in _REPLACED:
+            return _REPLACED[name](self, func, args, kwargs or {})
+        if name in _HANDLED:
+            self._hear(*_HANDLED[name], args, kwargs or {})
+        out = func(*args, **(kwargs or {}))
+        if name == "getitem" and self.weights.has(args[0]):
+            self._remember(out, *args)
+        return out
 
-    def product(self, weight: object, letters: str, x: Tensor, x_letters: str) -> None:
+    def _hear(self, handle: Handle, signature: inspect.Signature, args: Any, kwargs: Any) -> None:
+        try:
+            call = signature.bind(self, *args, **kwargs)
+        except TypeError:  # another function of that name
+            return
+        with torch.no_grad():
+            handle(*call.args, **call.kwargs)
+
+    def _remember(self, out: Tensor, weight: Tensor, index: object) -> None:
+        """Note a copy of the matrices of some experts, one for each token."""
+        if (
+            isinstance(index, Tensor)
+            and index.ndim == 1
+            and not index.is_floating_point()
+            and index.dtype != torch.bool
+        ):
+            self._gathered[id(out)] = weakref.ref(out), weight, index
+
+    def product(self, weight: object, letters: str, x: object, x_letters: str, order: Sequence[int] = ()) -> None:
         """Add what a weight reads in a product; nothing if it is none of the weights.
 
         Args:
@@ -68,13 +108,21 @@ class Listener(TorchFunctionMode):
             letters: of its dimensions, see `Weights.held`.
             x: the other operand.
             x_letters: of its dimensions; "s" are samples.
+            order: for each dimension of the weight, that of x which goes along it, where it has more than one input.
         """
-        held = self.weights.held(weight, letters)
-        if held is None or not isinstance(x, Tensor):
+        if not isinstance(x, Tensor):
             return
+        self._gathered_product(weight, letters, x, x_letters)
+        held = self.weights.held(weight, letters)
+        if held is None:
+            return
+        if held.groups == 1:  # one matrix for all: what stands side by side are samples
+            x_letters = x_letters.replace("g", "s")
         groups = [d for d, letter in enumerate(x_letters) if letter == "g"]
         samples = [d for d, letter in enumerate(x_letters) if letter == "s"]
         inputs = [d for d, letter in enumerate(x_letters) if letter == "i"]
+        if order:
+            inputs.sort(key=[order[d] for d in held.inputs].index)
         real = padding.kept(self._masks, [x.shape[d] for d in samples], self._time_first) if not groups else None
 
         def rows() -> Iterator[Tensor]:
@@ -89,6 +137,16 @@ class Listener(TorchFunctionMode):
             start = held.start + part * height
             self.grams.add(Reader((held.name,), start, start + height), x, (x_letters, self._time_first), rows)
 
+    def _gathered_product(self, weight: object, letters: str, x: Tensor, x_letters: str) -> None:
+        """Add what experts read of which a copy was made for each token: the tokens of each expert together."""
+        whose, experts, index = self._gathered.get(id(weight), (None, None, None))
+        if whose is None or experts is None or index is None or whose() is not weight or "g" not in x_letters:
+            return
+        at = x_letters.index("g")
+        for expert in sorted(set(index.tolist())):
+            tokens = x.index_select(at, (index == expert).nonzero().flatten())
+            self.product(experts[expert], letters.replace("g", ""), tokens, x_letters.replace("g", "s"))
+
     def convolution(self, weight: object, x: Tensor, geometry: Callable[[tuple[int, ...]], Geometry]) -> None:
         """Add what the kernel of a convolution reads."""
         held = self.weights.kernel(weight)
@@ -102,44 +160,17 @@ def handles(*names: str) -> Callable[[Handle], Handle]:
     """Let a function see the calls of some functions of torch, by plain name: its arguments are named as theirs."""
 
     def register(handle: Handle) -> Handle:
-        _HANDLED.update(dict.fromkeys(names, handle))
+        _HANDLED.update(dict.fromkeys(names, (handle, inspect.signature(handle))))
         return handle
 
     return register
 
 
-@handles("linear")
-def _linear(listener: Listener, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
-    listener.product(weight, "oi"[-weight.ndim :], input, "s" * (input.ndim - 1) + "i")
+def replaces(name: str) -> Callable[[Replacement], Replacement]:
+    """Let a function (listener, func, args, kwargs) make the calls of a function of torch in its place."""
 
+    def register(made: Replacement) -> Replacement:
+        _REPLACED[name] = made
+        return made
 
-@handles("conv1d", "conv2d", "conv3d")
-def _convolution(
-    listener: Listener,
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: object = 1,
-    padding: object = 0,
-    dilation: object = 1,
-    groups: int = 1,
-) -> None:
-    listener.convolution(weight, input, lambda kernel: Geometry.of(kernel, stride, padding, dilation, groups))
-
-
-@handles("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
-def _transposed(
-    listener: Listener,
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: object = 1,
-    padding: object = 0,
-    output_padding: object = 0,
-    groups: int = 1,
-    dilation: object = 1,
-) -> None:
-    def geometry(kernel: tuple[int, ...]) -> Geometry:
-        return Geometry.turned(kernel, stride, padding, dilation, groups, output_padding)
-
-    listener.convolution(weight, input, geometry)
+    return register

@@ -59,6 +59,10 @@ class Weights:
         found = (weight.held(operand, letters) for weight in self._of(operand))
         return next((one for one in found if one is not None), None)
 
+    def has(self, operand: object) -> bool:
+        """Whether an operand lies in the memory of a weight."""
+        return isinstance(operand, Tensor) and bool(self._of(operand))
+
     def kernel(self, operand: object) -> Held | None:
         """The whole kernel of a convolution that an operand is; None if it is none."""
         if not isinstance(operand, Tensor):
@@ -118,9 +122,9 @@ class _Weight:
         """Which dimension of the operand each stored one has become; those without are single indices."""
         found: dict[int, int] = {}
         for at in sorted(range(operand.ndim), key=lambda d: -operand.shape[d]):
-            if operand.shape[at] == 1:
+            if operand.shape[at] == 1 or (operand.stride(at) == 0 and letters[at] == "g"):  # it is repeated
                 continue
-            for d in self._dims(letters[at]):
+            for d in self._dims("og" if letters[at] == "o" else letters[at]):  # matrices that read one input, too
                 same = self.view.stride(d) == operand.stride(at) and self.view.shape[d] >= operand.shape[at]
                 if same and d not in found:
                     found[d] = at

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur import scope as scopes
+from secateur.calibration import products as products  # what the listener hears
 from secateur.calibration import trees
 from secateur.calibration.listening import Listener
 from secateur.calibration.moments import Moments
