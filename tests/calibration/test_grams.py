@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from secateur.calibration.grams import Grams, Reader, summed
+from secateur.calibration.grams import Grams, Matrices, Reader, summed
 from secateur.calibration.moments import Piece
 from secateur.errors import NotFiniteError
 
 Q, K = Reader(("q",), 0, 4), Reader(("k",), 0, 4)
-ONE = {"q": 1, "k": 1}
+ONE = {"q": Matrices(1, 4), "k": Matrices(1, 4)}
 
 
 def rows(x):
@@ -92,7 +92,7 @@ def test_rows_that_overlap_are_cut_and_equal_ones_joined():
     grams.add(Reader(("w",), 0, 6), x, "", rows(x))
     grams.add(Reader(("w",), 2, 4), y, "", rows(y))
     grams.add(Reader(("w",), 4, 6), y, "", rows(y))
-    first, second = grams.moments({"w": 1})
+    first, second = grams.moments({"w": Matrices(1, 6)})
     assert first.pieces == (Piece("w", 0, 2),)
     assert second.pieces == (Piece("w", 2, 6),)
     assert close(second.gram, exact(x, y))
@@ -102,7 +102,7 @@ def test_experts_that_read_apart_are_one_with_zeros_for_those_without_tokens():
     grams, x, y = Grams(), torch.randn(4, 3), torch.randn(6, 3)
     grams.add(Reader(("w",), 0, 2), x, "", rows(x))
     grams.add(Reader(("w",), 4, 6), y, "", rows(y))
-    (one,) = grams.moments({"w": 3})
+    (one,) = grams.moments({"w": Matrices(3, 2)})
     assert one.pieces == (Piece("w", 0, 6),)
     assert one.count.tolist() == [4, 0, 6]
     assert close(one.gram[2:], exact(y))

@@ -61,7 +61,7 @@ def test_others_are_not(view, letters):
 def test_experts_are_rows_of_one_matrix():
     model = Experts()
     known = weights(model)
-    assert known.groups == {"gate_up_proj": 3, "down_proj": 3}
+    assert known.matrices == {"gate_up_proj": (3, 8), "down_proj": (3, 5)}
     assert known.held(model.gate_up_proj, "goi") == Held("gate_up_proj", 0, 24, 3, (2,))
     assert known.held(model.gate_up_proj[1], "oi") == Held("gate_up_proj", 8, 16, 1, (1,))
     assert known.held(model.gate_up_proj[1].chunk(2)[1], "oi") == Held("gate_up_proj", 12, 16, 1, (1,))

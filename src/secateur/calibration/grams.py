@@ -32,6 +32,13 @@ class Reader(NamedTuple):
     stop: int
 
 
+class Matrices(NamedTuple):
+    """How many matrices a tensor holds, one below another, and how many rows each has."""
+
+    groups: int
+    rows: int
+
+
 Sum = tuple[Tensor, Tensor]
 """Sums of x x^T [groups, inputs, inputs] in float64, and of samples [groups]."""
 Source = tuple[int, int]
@@ -101,11 +108,11 @@ class Grams:
         else:
             self._sums[readers] = fresh.found
 
-    def moments(self, groups: Mapping[str, int]) -> list[Moments]:
+    def moments(self, matrices: Mapping[str, Matrices]) -> list[Moments]:
         """What was summed, in the order of the tensors and their rows.
 
         Args:
-            groups: of each tensor, how many matrices it holds one below another.
+            matrices: that each tensor holds.
         """
         self.flush()
         sums = list(self._sums.values())
@@ -117,9 +124,9 @@ class Grams:
                 for part in range(parts):
                     at = start + part * height, start + (part + 1) * height
                     read.setdefault(names, {}).setdefault(at, []).append((number, part))
-        made, order = _Made(sums), list(groups)
+        made, order = _Made(sums), list(matrices)
         names_in_order = sorted(read, key=lambda names: order.index(names[0]))
-        return [one for names in names_in_order for one in made.of(names, _atoms(read[names]), groups)]
+        return [one for names in names_in_order for one in made.of(names, read[names], matrices[names[0]])]
 
 
 class _Made:
@@ -130,16 +137,15 @@ class _Made:
         self._known: dict[tuple[tuple[Source, ...], ...], Sum] = {}
 
     def of(
-        self, names: tuple[str, ...], rows: Mapping[tuple[int, int], tuple[Source, ...]], groups: Mapping[str, int]
+        self, names: tuple[str, ...], slabs: Mapping[tuple[int, int], list[Source]], matrices: Matrices
     ) -> list[Moments]:
         """The moments of the tensors: the groups together where each is read as a whole, else each range apart."""
-        count = groups[names[0]]
-        height = max(stop - start for start, stop in rows)
-        if count > 1 and all(stop - start == height and start % height == 0 for start, stop in rows):
-            whole = [(n * height, (n + 1) * height) for n in range(count)]
-            if rows.keys() <= set(whole):
-                stacked = self._sum(tuple(rows.get(at, ()) for at in whole))
-                return [Moments(tuple(Piece(name, 0, count * height) for name in names), *stacked)]
+        count, height = matrices
+        rows = _atoms(slabs, height)
+        whole = [(n * height, (n + 1) * height) for n in range(count)]
+        if count > 1 and rows.keys() <= set(whole):
+            stacked = self._sum(tuple(rows.get(at, ()) for at in whole))
+            return [Moments(tuple(Piece(name, 0, count * height) for name in names), *stacked)]
         return [
             Moments(tuple(Piece(name, start, stop) for name in names), *self._sum((sources,)))
             for (start, stop), sources in rows.items()
@@ -165,8 +171,13 @@ class _Made:
         return gram, count
 
 
-def _atoms(slabs: Mapping[tuple[int, int], list[Source]]) -> dict[tuple[int, int], tuple[Source, ...]]:
-    """Cut ranges of rows that overlap, so that each row is in one; neighbours of equal sources are one."""
+def _atoms(slabs: Mapping[tuple[int, int], list[Source]], height: int) -> dict[tuple[int, int], tuple[Source, ...]]:
+    """Cut ranges of rows that overlap, so that each row is in one; neighbours of equal sources are one.
+
+    Args:
+        slabs: what each range reads.
+        height: rows of a matrix: each begins a range of its own.
+    """
     ends = sorted({end for slab in slabs for end in slab})
     found: dict[tuple[int, int], tuple[Source, ...]] = {}
     last = (-1, -1)
@@ -174,7 +185,7 @@ def _atoms(slabs: Mapping[tuple[int, int], list[Source]]) -> dict[tuple[int, int
         sources = tuple(sorted(s for (a, b), own in slabs.items() if a <= start and stop <= b for s in own))
         if not sources:
             continue
-        if last[1] == start and found[last] == sources:
+        if last[1] == start and start % height and found[last] == sources:
             del found[last]
             start = last[0]
         last = (start, stop)

@@ -67,7 +67,7 @@ class Listener(TorchFunctionMode):
 
     def moments(self) -> list[Moments]:
         """What was summed over all forwards."""
-        return self.grams.moments(self.weights.groups)
+        return self.grams.moments(self.weights.matrices)
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

@@ -8,6 +8,7 @@ from math import prod
 
 from torch import Tensor
 
+from secateur.calibration.grams import Matrices
 from secateur.scope import Member
 
 
@@ -39,12 +40,12 @@ class Weights:
 
     def __init__(self, members: Mapping[str, Member]) -> None:
         self._places: dict[int, list[_Weight]] = {}
-        self.groups: dict[str, int] = {}
-        """Matrices that stand one below another in each tensor."""
+        self.matrices: dict[str, Matrices] = {}
+        """What each tensor holds."""
         for name, member in members.items():
             weight = _Weight(name, member)
             self._places.setdefault(_memory(member.parameter), []).append(weight)
-            self.groups[name] = weight.groups
+            self.matrices[name] = weight.matrices
 
     def held(self, operand: object, letters: str) -> Held | None:
         """What an operand holds; None if it is no weight, or not one that is read in the way its layout says.
@@ -80,15 +81,16 @@ class _Weight:
         self._whole = parameter
         self.view = parameter.view(layout.groups, -1, *parameter.shape[1:]) if layout.groups else parameter
         self.letters = layout.dims.ljust(self.view.ndim, "k")
-        convolution_groups = getattr(member.module, "groups", 1) if self.letters.startswith("oik") else 1
-        self.groups = convolution_groups * prod(self.view.shape[d] for d in self._dims("g"))
+        grouped = getattr(member.module, "groups", 1) if self.letters.startswith("oik") else 1
+        groups = grouped * prod(self.view.shape[d] for d in self._dims("g"))
+        self.matrices = Matrices(groups, prod(self.view.shape[d] for d in self._dims("go")) // groups)
 
     def is_whole(self, operand: Tensor) -> bool:
         return operand.is_set_to(self._whole)
 
     def kernel(self) -> Held:
-        outputs = prod(self.view.shape[d] for d in self._dims("go"))
-        return Held(self.name, 0, outputs, self.groups, ())
+        count, rows = self.matrices
+        return Held(self.name, 0, count * rows, count, ())
 
     def held(self, operand: Tensor, letters: str) -> Held | None:
         starts = self._starts(operand)
