@@ -7,6 +7,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from secateur.errors import NotFiniteError
+
 DAMPING = 0.01
 """Of the mean diagonal, added to the diagonal: Frantar & Alistarh 2023, "SparseGPT", section 4."""
 
@@ -20,13 +22,20 @@ class Curvature:
     Args:
         gram: [groups, n, n] float64, sums of x x^T.
 
+    Raises:
+        NotFiniteError: the matrix holds NaN or inf; whoever knows the layer names it.
+
     Attributes:
+        dead: [groups, 1, n] bool: inputs that were zero in every sample.
         scale: [groups, 1, n] float32: scaled weights are the weights times this.
         matrix: [groups, n, n] float32.
     """
 
     def __init__(self, gram: Tensor) -> None:
+        if not bool(gram.isfinite().all()):
+            raise NotFiniteError("the second moments hold NaN or inf: look for these in the batches")
         diagonal = gram.diagonal(dim1=-2, dim2=-1)
+        self.dead = (diagonal == 0).unsqueeze(1)
         damped = diagonal + DAMPING * diagonal.mean(-1, keepdim=True)
         damped = damped.where(damped > 0, 1.0)  # no input at all ever came
         root = damped.sqrt()

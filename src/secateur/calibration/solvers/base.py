@@ -1,0 +1,57 @@
+"""What a solver is, and the names by which solvers are chosen. A new one is a function under `@solver("name")`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from secateur.calibration.solvers.curvature import Curvature
+from secateur.errors import NotFiniteError
+from secateur.support.registry import Registry, called
+
+Select = Callable[[Tensor], Tensor]
+"""Which weights stay: from scores [groups, rows, n], the higher the better, to bools of that shape, an exact count.
+
+Weights of the score +inf stay and those of -inf go as far as the count lets them.
+"""
+
+Solver = Callable[[Tensor, Curvature, Select], tuple[Tensor, Tensor]]
+"""From weights, float32 [groups, rows, n], and what they read to new weights and which of them stay."""
+
+SOLVERS: Registry[Solver] = Registry("solver", "a function (weights, curvature, select) -> (weights, kept)")
+"""The solvers that have a name."""
+
+
+def solver(name: str, *, source: str = "") -> Callable[[Solver], Solver]:
+    """Register a solver under a name.
+
+    What it does is framed by what is true for all of them: weights that read a dead input (one that was zero in every
+    sample) go first, since they cost nothing; and what does not stay is +0.0.
+
+    Args:
+        name: what to write to choose it.
+        source: the paper and equation it comes from.
+
+    Raises:
+        InputError: another solver has that name.
+    """
+
+    def register(solve: Solver) -> Solver:
+        def framed(weights: Tensor, curvature: Curvature, select: Select) -> tuple[Tensor, Tensor]:
+            if not bool(weights.isfinite().all()):
+                raise NotFiniteError("the weights hold NaN or inf: repair them first")
+            with torch.no_grad():
+                found, kept = solve(weights, curvature, _dead_first(curvature, select))
+            return found.masked_fill(~kept, 0.0), kept
+
+        return SOLVERS.add(name, called(framed, solve), source=source)
+
+    return register
+
+
+def _dead_first(curvature: Curvature, select: Select) -> Select:
+    if not bool(curvature.dead.any()):
+        return select
+    return lambda scores: select(scores.masked_fill(curvature.dead & scores.isfinite(), 0.0))
