@@ -11,8 +11,10 @@ from secateur import schedules as schedules
 from secateur import scores as scores
 from secateur.calibration import calibrate as calibrate
 from secateur.calibration import choose_allocation as choose_allocation
+from secateur.calibration import oneshot as oneshot
 from secateur.calibration import recalibrate as recalibrate
 from secateur.calibration import recommend as recommend
+from secateur.calibration import refit as refit
 from secateur.calibration import scan as scan
 from secateur.errors import SecateurError as SecateurError
 from secateur.masks import Masks as Masks

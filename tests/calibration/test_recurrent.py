@@ -88,7 +88,8 @@ def test_moments_name_each_weight_once(kind):
     found = moments(module, "net", [run(module, (noise(7, 4, 3),), {})])
     rows = {}
     for one in found:
-        assert one.gram.dtype == torch.float64 and one.count.tolist() == [28]
+        assert one.gram.dtype == torch.float64
+        assert one.count.tolist() == [28]
         for name, start, stop in one.pieces:
             rows.setdefault(name, []).extend(range(start, stop))
     weights = {f"net.{name}": p for name, p in module.named_parameters() if p.ndim == 2}
@@ -105,7 +106,8 @@ def test_a_packed_batch_gives_the_moments_of_its_sequences_one_by_one(kind):
     packed = run(module, (pack_sequence(sequences, enforce_sorted=False),), {})
     assert packed.lengths.tolist() == [3, 7, 5]
     for a, b in zip(moments(module, "", alone), moments(module, "", [packed]), strict=True):
-        assert a.pieces == b.pieces and torch.equal(a.count, b.count)
+        assert a.pieces == b.pieces
+        assert torch.equal(a.count, b.count)
         torch.testing.assert_close(a.gram, b.gram, rtol=1e-4, atol=1e-5)
 
 
@@ -122,17 +124,20 @@ def test_batch_first_states_and_keywords_are_read():
     module = nn.GRU(3, 5, batch_first=True)
     x, hidden = noise(4, 7, 3), noise(1, 4, 5)
     found = run(module, (), {"hx": hidden, "input": x})
-    assert torch.equal(found.input, x.transpose(0, 1)) and torch.equal(found.state[0], hidden)
+    assert torch.equal(found.input, x.transpose(0, 1))
+    assert torch.equal(found.state[0], hidden)
     packed = pack_padded_sequence(x, torch.tensor([7, 2, 3, 7]), batch_first=True, enforce_sorted=False)
     found = run(module, (packed, hidden), {})
-    assert found.input.shape == (7, 4, 3) and found.lengths.tolist() == [7, 2, 3, 7]
+    assert found.input.shape == (7, 4, 3)
+    assert found.lengths.tolist() == [7, 2, 3, 7]
     assert torch.equal(found.state[0], hidden)
 
 
 def test_an_unbatched_state_is_one_sequence():
     module = nn.LSTM(3, 5)
     found = run(module, (noise(7, 3), (noise(1, 5), noise(1, 5))), {})
-    assert found.input.shape == (7, 1, 3) and [one.shape for one in found.state] == [(1, 1, 5)] * 2
+    assert found.input.shape == (7, 1, 3)
+    assert [one.shape for one in found.state] == [(1, 1, 5)] * 2
 
 
 def test_an_input_that_is_no_tensor_is_refused():
@@ -171,7 +176,8 @@ def test_what_projects_reads_the_units():
 )
 def test_a_cell_is_read_like_a_layer(module, kind, parts):
     direction = cell(module, "cell")
-    assert direction.kind == kind and len(direction.parts) == parts
+    assert direction.kind == kind
+    assert len(direction.parts) == parts
     assert [piece.name for piece in direction.parts[0]] == ["cell.weight_ih", "cell.weight_hh"]
     x, h = noise(6, 3), noise(6, 5, seed=1)
     assert torch.equal(direction.read(x, h)[0], torch.cat([x, h], 1))
@@ -190,7 +196,8 @@ def test_turning_round_twice_changes_nothing_and_leaves_the_padding_behind():
     x = noise(5, 2, 3)
     lengths = torch.tensor([5, 3])
     once = turned(x, lengths)
-    assert torch.equal(once[:3, 1], x[:3, 1].flip(0)) and torch.equal(once[3:, 1], x[3:, 1])
+    assert torch.equal(once[:3, 1], x[:3, 1].flip(0))
+    assert torch.equal(once[3:, 1], x[3:, 1])
     assert torch.equal(turned(once, lengths), x)
 
 
@@ -210,5 +217,6 @@ def test_the_module_and_random_numbers_stay_as_they_are():
     module = made("lstm both ways").train()
     before, state = {k: v.clone() for k, v in module.state_dict().items()}, torch.get_rng_state()
     moments(module, "", [run(module, (noise(7, 4, 3),), {})])
-    assert module.training and torch.equal(state, torch.get_rng_state())
+    assert module.training
+    assert torch.equal(state, torch.get_rng_state())
     assert all(torch.equal(v, before[k]) for k, v in module.state_dict().items())

@@ -1,0 +1,116 @@
+"""Several ways to prune a model, of which that one is taken with which it stays truest to itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch import nn
+
+from secateur.calibration.fidelity import Fidelity
+from secateur.calibration.matrices import Draft, restored
+from secateur.calibration.statistics import Statistics
+from secateur.calibration.trials import Evaluate, tried
+from secateur.calibration.ways import Solution, Way
+from secateur.masks import Masks
+from secateur.scope import Scope
+from secateur.support.tables import Printed, Table, counted, number, percent
+
+
+class Pruned(Masks, Printed):
+    """The masks of what was pruned, and how it went; prints as a table.
+
+    Attributes:
+        losses: for each matrix, by the names of its tensors: its zeros, its weights, and how much of its output is
+            lost, the mean square of the error over that of the output, where it reads what the dense model gives it.
+        tried: the ways that were tried, and how true the model is with each on the batches to check on: the mean
+            cosine between its outputs and the dense model's, or the user's metric.
+        way: the one that was taken.
+    """
+
+    losses: Mapping[str, tuple[int, int, float]]
+    tried: Mapping[str, float]
+    way: str
+
+    @classmethod
+    def of(cls, masks: Masks, solutions: Sequence[Solution], tried: Mapping[str, float], way: str) -> Pruned:
+        """Add to masks how it went; the model must still be the dense one."""
+        made = cls({})
+        vars(made).update(vars(masks))
+        made.losses = {m.name: (int((~kept).sum()), m.size, m.loss(weights)) for m, weights, kept in solutions}
+        made.tried, made.way = dict(tried), way
+        return made
+
+    def table(self) -> Table:
+        """One row a matrix: its zeros, and what they cost; then the ways that were tried."""
+        rows = [
+            (names, number(zeros), percent(zeros / max(size, 1)), percent(loss))
+            for names, (zeros, size, loss) in self.losses.items()
+        ]
+        notes = [f"{way}: {found:.4f}{' (taken)' if way == self.way else ''}" for way, found in self.tried.items()]
+        title = f"{number(self.pruned)} of {counted(self.size, 'weight')} pruned, {percent(self.sparsity)}"
+        return Table(("weights", "zeros", "sparsity", "output lost"), rows, title, notes)
+
+
+class Judge:
+    """Says how true a model is with some new weights. False where there is nothing to judge by.
+
+    Args:
+        model: the dense one; as it was after each judgement.
+        stats: with batches to check on.
+        scope: the tensors that may change.
+        evaluate: the user's metric, in place of the outputs.
+    """
+
+    def __init__(self, model: nn.Module, stats: Statistics, scope: Scope, evaluate: Evaluate | None) -> None:
+        self._model, self._scope, self._evaluate = model, scope, evaluate
+        # batches for a loss are called by that, and nobody else knows how the model takes them
+        usable = evaluate is None and stats.checks and not stats.gradients
+        self._fidelity = Fidelity(model, stats.checks) if usable else None
+
+    def __bool__(self) -> bool:
+        return self._evaluate is not None or self._fidelity is not None
+
+    def of(self, draft: Draft, name: str) -> float:
+        """How good a draft is: higher is better."""
+        with restored({tensor: self._scope[tensor] for tensor in draft.weights}):
+            draft.write(self._scope)
+            if self._evaluate is not None:
+                return tried(self._model, self._evaluate, f"the model pruned by {name}")
+            assert self._fidelity is not None
+            return self._fidelity.of(self._model)
+
+
+class Contest:
+    """The best of some ways; without a judge the first.
+
+    Args:
+        judge: of drafts.
+        beside: weights that all ways have in common.
+    """
+
+    def __init__(self, judge: Judge, beside: Draft) -> None:
+        self._judge, self._beside = judge, beside
+        self._tried: dict[str, float] = {}
+        self._best: tuple[Way, Sequence[Solution]] | None = None
+        self.draft = beside
+
+    @property
+    def best(self) -> tuple[Way, Sequence[Solution]]:
+        """The way that is ahead, and what it made."""
+        assert self._best is not None, "nothing was entered"
+        return self._best
+
+    def enter(self, way: Way, solutions: Sequence[Solution]) -> None:
+        """See what a way made."""
+        draft = Draft(dict(self._beside.weights), dict(self._beside.kept))
+        for solution in solutions:
+            draft.put(*solution)
+        if self._judge:
+            self._tried[way.name] = self._judge.of(draft, way.name)
+        if self._best is None or (self._judge and self._tried[way.name] > self._tried[self._best[0].name]):
+            self._best, self.draft = (way, solutions), draft
+
+    def result(self, scope: Scope) -> Pruned:
+        """The masks of the best, and how it went; the model must still be the dense one."""
+        way, solutions = self.best
+        return Pruned.of(self.draft.masks(scope), solutions, self._tried, way.name)

@@ -1,0 +1,82 @@
+"""How true a changed model is to itself: its outputs for the same inputs beside those of before."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from secateur.calibration.padding import kept, real_positions
+from secateur.errors import InputError
+from secateur.support.inputs import arguments
+
+
+class Fidelity:
+    """The outputs of a model as it is now; `of(model)` is the mean cosine between them and those of a changed model.
+
+    A vector is what the last dimension of an output holds, for each sample and position; of an output [samples], or
+    of a last dimension of one number, all samples are one vector. Positions that a mask among the inputs says are
+    padding do not count. All outputs of floating-point numbers count alike, such as logits and hidden states.
+
+    Args:
+        model: run in eval mode, without gradients; its mode is restored.
+        batches: what it is called with: a tensor, a tuple of positional or a dict of keyword arguments each.
+
+    Raises:
+        InputError: no batch, or outputs without floating-point numbers.
+    """
+
+    def __init__(self, model: nn.Module, batches: Sequence[Any]) -> None:
+        self._batches = list(batches)
+        self._dense = list(_outputs(model, self._batches))
+        if not any(self._dense):
+            raise InputError(
+                "the outputs of the model hold no floating-point numbers to compare: give evaluate=, a function "
+                "(model) -> float, higher is better"
+            )
+
+    def of(self, model: nn.Module) -> float:
+        """The mean cosine: 1 for equal outputs, 0 for unrelated ones; -1 if one is not finite."""
+        total, count = 0.0, 0
+        for dense, outputs in zip(self._dense, _outputs(model, self._batches), strict=True):
+            for before, now in zip(dense, outputs, strict=True):
+                cosines = torch.cosine_similarity(before.double(), now.double(), dim=-1)
+                cosines = cosines.where((before != now).any(-1), 1.0)  # also where both are zero
+                total += float(cosines.nan_to_num(-1.0).sum()) if bool(now.isfinite().all()) else -float(len(cosines))
+                count += len(cosines)
+        return total / count
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Let a model, each of its modules, be in eval mode and without gradients for a while."""
+    modes = {module: module.training for module in model.modules()}
+    try:
+        model.eval()
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def _outputs(model: nn.Module, batches: Sequence[Any]) -> Iterator[list[Tensor]]:
+    """The outputs for each batch, each as vectors [n, numbers]."""
+    with evaluating(model):
+        for batch in batches:
+            call = arguments(batch)
+            yield _vectors(model(*call[0], **call[1]), real_positions(model, call))
+
+
+def _vectors(out: Any, masks: Sequence[Tensor]) -> list[Tensor]:
+    found = []
+    for leaf in tree_leaves(dict(out) if isinstance(out, Mapping) else out):
+        if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.numel():
+            rows = leaf.reshape(-1, leaf.shape[-1]) if leaf.ndim > 1 and leaf.shape[-1] > 1 else leaf.reshape(1, -1)
+            real = kept(masks, leaf.shape[:-1]) if leaf.ndim > 2 else None
+            found.append(rows if real is None else rows[real.to(rows.device)])
+    return found

@@ -1,0 +1,82 @@
+"""How much each matrix of a model loses, by what its zeros cost the whole model: measured, not guessed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+import torch
+
+from secateur.calibration.matrices import Matrix
+from secateur.calibration.sensitivity import Scan
+from secateur.calibration.ways import Solution
+
+LEVELS = (0.5, 0.65, 0.8, 0.88, 0.93, 0.96, 0.98)
+"""Sparsities at which the loss of each matrix alone is computed; between them its logarithm is interpolated."""
+
+ROUNDS = 2
+_GRID = np.arange(1, 100) / 100
+_LEAST = 1e-6
+
+Solve = Callable[[Matrix, int], Solution]
+Quality = Callable[[Sequence[Solution]], float]
+
+
+def measurements(parts: Sequence[Matrix]) -> int:
+    """Qualities that `zeros` measures, each with a forward of all batches to check on."""
+    return len(parts) * (1 + ROUNDS)
+
+
+def zeros(
+    parts: Sequence[Matrix],
+    even: Mapping[Matrix, int],
+    solve: Solve,
+    quality: Quality,
+    advance: Callable[[float], None] = lambda done: None,
+) -> dict[Matrix, int]:
+    """Share the zeros among matrices so that the whole model loses least.
+
+    What a matrix costs the model is taken to be its stake times its own loss, which is known at each level. The stake
+    is measured: first with each matrix alone pruned, then in rounds with all pruned but one, since errors meet. Then
+    the last weight of each matrix costs the same (Lagrange's condition).
+
+    Args:
+        parts: the matrices.
+        even: zeros of each, which add up to the total.
+        solve: prunes one of them, and must be quick.
+        quality: of the model with some of them pruned, the others dense; higher is better.
+        advance: called with the qualities that were measured: len(parts) in each of `1 + ROUNDS` rounds.
+    """
+    curves = {part: [part.loss(solve(part, round(part.size * level))[1]) for level in LEVELS] for part in parts}
+    dense, stakes, counts = quality([]), {}, dict(even)
+    for part in parts:
+        alone = solve(part, counts[part])
+        stakes[part] = max(dense - quality([alone]), _LEAST) / max(part.loss(alone[1]), _LEAST)
+        advance(1)
+    counts = _cheapest(parts, stakes, curves, sum(even.values()))
+    for _ in range(ROUNDS):
+        solved = {part: solve(part, counts[part]) for part in parts}
+        together, met = quality(list(solved.values())), {}
+        for part in parts:
+            gain = quality([one for other, one in solved.items() if other is not part]) - together
+            met[part] = max(gain, _LEAST) / max(part.loss(solved[part][1]), _LEAST)
+            advance(1)
+        scale = sum(stakes.values()) / sum(met.values())
+        stakes = {part: (stakes[part] * met[part] * scale) ** 0.5 for part in parts}
+        counts = _cheapest(parts, stakes, curves, sum(even.values()))
+    return counts
+
+
+def _cheapest(
+    parts: Sequence[Matrix], stakes: Mapping[Matrix, float], curves: Mapping[Matrix, Sequence[float]], count: int
+) -> dict[Matrix, int]:
+    """The zeros of each matrix, `count` in all, that cost least together."""
+    names = {str(i): part for i, part in enumerate(parts)}
+    falls = {}
+    for name, part in names.items():
+        logs = np.log(np.maximum([_LEAST, *curves[part], 1.0], _LEAST))
+        falls[name] = tuple(-stakes[part] * np.exp(np.interp(_GRID, [0.0, *LEVELS, 1.0], logs)))
+    sizes = {name: part.size for name, part in names.items()}
+    scan = Scan(tuple(_GRID), 0.0, (0.0,) * len(_GRID), falls, sizes, {})
+    counts = scan.share({name: torch.empty(size, device="meta") for name, size in sizes.items()}, count)
+    return {names[name]: n for name, n in counts.items()}

@@ -1,0 +1,155 @@
+"""Pruning after training, by what the layers of a model read: no loop, no labels, and the survivors are repaired."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from secateur import plan
+from secateur.allocation import Allocation, Rule, apportion
+from secateur.calibration import levels
+from secateur.calibration.contest import Contest, Judge, Pruned
+from secateur.calibration.matrices import Draft, Matrix, masked, matrices, opened
+from secateur.calibration.solvers import SOLVERS
+from secateur.calibration.solvers.base import Select, Solver
+from secateur.calibration.statistics import Statistics
+from secateur.calibration.supports import Within, selector
+from secateur.calibration.trials import Evaluate
+from secateur.calibration.ways import Effort, Solution, Solutions, fast, ways
+from secateur.errors import InputError
+from secateur.patterns import Pattern
+from secateur.sparsity import Sparsity
+from secateur.support import checks
+from secateur.support.progress import progress_bar
+
+
+@torch.no_grad()
+def oneshot(
+    model: nn.Module,
+    stats: Statistics,
+    sparsity: Sparsity,
+    *,
+    solver: str | Solver = "alps",
+    effort: Effort = "full",
+    allocation: str | Allocation | Rule = "uniform",
+    pattern: str | Pattern | None = None,
+    scope: Mapping[str, nn.Parameter] | None = None,
+    evaluate: Evaluate | None = None,
+    progress: bool = False,
+) -> Pruned:
+    """Prune a trained model without training it: the weights that stay are fitted so that its outputs change least.
+
+    Each layer is pruned so that what it makes of the calibration data changes as little as it can. LSTM, GRU and RNN
+    are fitted to states of their own too. Biases stay, and so do names and shapes. With full effort several ways are
+    tried, the fast one among them, and that one is taken with which the model stays truest to itself on the batches
+    that `calibrate` held out. Weights that are zero already stay zero, and count.
+
+    Args:
+        model: the dense one, of which the statistics are; pruned in place.
+        stats: from `sc.calibrate(model, batches)`.
+        sparsity: the fraction of all weights in scope that become zero, a `sc.Count`, or `{glob: fraction}`.
+        solver: a name of `secateur.calibration.solvers.SOLVERS`, or a function like those.
+        effort: "full", or "fast": Wanda's choice with a refit of the survivors, and nothing is compared.
+        allocation: how many weights each tensor loses, as for `prune`; or "sensitivity": by what each layer, pruned
+            alone, costs the whole model, if that proves better than the same fraction of each.
+        pattern, scope: as for `prune`; a pattern must be one of single tensors.
+        evaluate: `model -> float`, higher is better: judges in place of the mean cosine of the outputs.
+        progress: draw a bar on stderr.
+
+    Returns:
+        The masks, which also print as a table of what was done.
+
+    Warns:
+        SecateurWarning: tensors without statistics, which are pruned by magnitude.
+
+    Raises:
+        InputTypeError, InputError, UnknownNameError, PatternError: an argument that cannot be used; statistics of
+            another model; a sharded model. NotFiniteError: weights with NaN or inf. The model is as it was then.
+
+    >>> from secateur import calibrate
+    >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+    >>> stats = calibrate(model, [torch.linspace(-1, 1, 256).sin().mul(i).view(32, 8) for i in range(1, 6)])
+    >>> masks = oneshot(model, stats, 0.5)
+    >>> masks.pruned, int((model[0].weight == 0).sum())
+    (40, 32)
+    """
+    if effort not in ("full", "fast"):
+        raise InputError(f"effort is {effort!r}: choose 'full' or 'fast'")
+    checks.flag("progress", progress)
+    solve, measured = _solver(solver), allocation == "sensitivity"
+    if evaluate is not None:
+        checks.function("evaluate", evaluate, "a function (model) -> float, higher is better")
+    inner = opened(model, stats)
+    even: Any = "uniform" if measured else allocation
+    made = plan.make(inner, sparsity, score="magnitude", allocation=even, pattern=pattern, scope=scope)
+    if measured and made.pattern is not None and made.pattern.sparsity is not None:
+        raise InputError(
+            f"the pattern {made.pattern} gives all layers one sparsity, which leaves nothing to share: ask for no "
+            "allocation"
+        )
+    masks = made.masks(made.counts())  # by magnitude: what is taken of it are the counts, and what no batch reached
+    parts = [part for part in matrices(made.scope, stats.moments) if set(part.moments.names) <= set(masks)]
+
+    def solutions(zeros: Mapping[Matrix, int]) -> Solutions:
+        def select(part: Matrix, within: Within) -> Select:
+            return selector(part.moments, part.shapes, part.weights(), zeros[part], pattern=made.pattern, within=within)
+
+        return Solutions(parts, select)
+
+    zeros = _shared(parts, masks.counts())
+    judge, work = Judge(inner, stats, made.scope, evaluate), solutions(zeros)
+    contest = Contest(judge, masked(made.scope, masks, parts))
+    every = ways(solve, effort)
+    steps = len(every) + (levels.measurements(parts) if measured else 0)
+    with progress_bar("pruning", steps, shown=progress) as advance:
+        for way in every if judge else every[:1]:
+            contest.enter(way, work.of(way))
+            advance(1)
+        if measured:
+            way, _ = contest.best
+            zeros = _by_sensitivity(parts, zeros, judge, made.pattern, advance)
+            contest.enter(way._replace(name=f"{way.name}, by sensitivity"), solutions(zeros).of(way))
+    found = contest.result(made.scope)
+    contest.draft.write(made.scope)
+    return found
+
+
+def _solver(given: str | Solver) -> Solver:
+    if isinstance(given, str):
+        return SOLVERS.find(given)
+    checks.function("solver", given, "a name, or a function (weights, curvature, select) -> (weights, kept)")
+    return given
+
+
+def _shared(parts: Sequence[Matrix], counts: Mapping[str, int]) -> dict[Matrix, int]:
+    """How many weights of each matrix go, from those of each tensor: in proportion where it has part in several."""
+    zeros = dict.fromkeys(parts, 0)
+    for name, count in counts.items():
+        sizes = {str(i): part.weights_of(name) for i, part in enumerate(parts) if name in part.moments.names}
+        for i, n in apportion(sizes, sizes, count).items() if sizes else ():
+            zeros[parts[int(i)]] += n
+    return zeros
+
+
+def _by_sensitivity(
+    parts: Sequence[Matrix],
+    zeros: Mapping[Matrix, int],
+    judge: Judge,
+    pattern: Pattern | None,
+    advance: Callable[[float], None],
+) -> dict[Matrix, int]:
+    def solve(part: Matrix, count: int) -> Solution:
+        weights = part.weights()
+        select = selector(part.moments, part.shapes, weights, count, pattern=pattern)
+        return part, *fast(weights, part.curvature, select)
+
+    def quality(solutions: Sequence[Solution]) -> float:
+        draft = Draft()
+        for solution in solutions:
+            draft.put(*solution)
+        return judge.of(draft, "sensitivity")
+
+    return levels.zeros(parts, zeros, solve, quality, advance)

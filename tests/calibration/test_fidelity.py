@@ -1,0 +1,76 @@
+"""The mean cosine of outputs: padding left out, whatever the outputs are, and the model as it was."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from secateur.calibration.fidelity import Fidelity, evaluating
+from secateur.errors import InputError
+
+
+class Encoder(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.Linear(4, 6)
+
+    def forward(self, x, attention_mask=None):
+        return {"hidden": self.layer(x), "count": x.shape[0]}
+
+
+def test_same_and_opposite():
+    model, x = nn.Linear(4, 3), torch.randn(8, 4)
+    judge = Fidelity(model, [x, x[:2]])
+    assert judge.of(model) == 1
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.weight.neg_()
+        other.bias.neg_()
+    assert judge.of(other) == pytest.approx(-1)
+    with torch.no_grad():
+        other.weight[0, 0] = torch.inf
+    assert judge.of(other) < 0
+
+
+def test_mean_over_vectors():
+    x = torch.randn(3, 5, 4)
+    model, other = nn.Linear(4, 6), nn.Linear(4, 6)
+    expected = torch.cosine_similarity(model(x).double(), other(x).double(), dim=-1).mean().detach()
+    assert Fidelity(model, [x]).of(other) == pytest.approx(float(expected))
+
+
+def test_padding_does_not_count():
+    model, other = Encoder(), Encoder()
+    with torch.no_grad():
+        other.layer.weight.add_(0.3)
+    x, mask = torch.randn(2, 5, 4), torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
+    found = Fidelity(model, [{"x": x, "attention_mask": mask}]).of(other)
+    far = x.masked_fill(mask.unsqueeze(-1) == 0, 100.0)
+    assert Fidelity(model, [{"x": far, "attention_mask": mask}]).of(other) == pytest.approx(found)
+
+
+def test_numbers_of_one():
+    x = torch.randn(16, 4)
+    model, other = nn.Linear(4, 1), nn.Linear(4, 1)
+    expected = torch.cosine_similarity(model(x)[:, 0], other(x)[:, 0], dim=0).detach()
+    assert Fidelity(model, [x]).of(other) == pytest.approx(float(expected), abs=1e-6)
+
+
+def test_no_numbers():
+    class Says(nn.Module):
+        def forward(self, x):
+            return x.argmax(-1)
+
+    with pytest.raises(InputError, match="evaluate="):
+        Fidelity(Says(), [torch.randn(2, 3)])
+
+
+def test_evaluating():
+    model = nn.Sequential(nn.Dropout(), nn.Linear(2, 2)).train()
+    model[1].eval()
+    with evaluating(model):
+        assert not model.training
+        assert not torch.is_grad_enabled()
+    assert [module.training for module in model.modules()] == [True, True, False]

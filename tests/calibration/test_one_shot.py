@@ -1,0 +1,244 @@
+"""One call after training: exact counts, the survivors repaired, never worse than the quick way, nothing lost."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import secateur as sc
+from secateur.calibration.fidelity import Fidelity
+from secateur.errors import (
+    InputError,
+    InputTypeError,
+    NotFiniteError,
+    PatternError,
+    SecateurWarning,
+    UnknownNameError,
+)
+
+
+def inputs(count, *shape):
+    """Batches whose numbers hang together, as those of real layers do."""
+    generator = torch.Generator().manual_seed(0)
+    mix = torch.randn(shape[-1], shape[-1], generator=generator)
+    return [torch.randn(shape, generator=generator).cumsum(-1) @ mix / 8 for _ in range(count)]
+
+
+def mlp():
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(24, 40), nn.ReLU(), nn.Linear(40, 32), nn.ReLU(), nn.Linear(32, 7))
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(2)
+        self.conv = nn.Conv1d(8, 16, 3, groups=2)
+        self.attention = nn.MultiheadAttention(16, 2, batch_first=True)
+        self.head = nn.Linear(16, 5, bias=False)
+
+    def forward(self, x):
+        h = self.conv(x).relu().transpose(1, 2)
+        return self.head(h + self.attention(h, h, h)[0])
+
+
+def zeros(model):
+    return sum(int((p == 0).sum()) for p in sc.weights(model).values())
+
+
+@pytest.fixture(scope="module")
+def dense():
+    return mlp()
+
+
+@pytest.fixture(scope="module")
+def stats(dense):
+    return sc.calibrate(dense, inputs(10, 64, 24))
+
+
+@pytest.mark.parametrize("options", [
+    {}, {"effort": "fast"}, {"solver": "sparsegpt"}, {"solver": "wanda"}, {"solver": "magnitude"},
+    {"allocation": "global"}, {"allocation": "erk"}, {"allocation": "lamp"}, {"allocation": "sensitivity"},
+    {"pattern": "rows"}, {"pattern": sc.blocks(4, 4, tail="keep")},
+], ids=str)  # fmt: skip
+def test_count(dense, stats, options):
+    model = copy.deepcopy(dense)
+    masks = sc.oneshot(model, stats, 0.6, **options)
+    size = sc.weights(dense).size
+    if "pattern" not in options:
+        assert masks.pruned == int(0.6 * size + 0.5)
+    assert abs(masks.sparsity - 0.6) < 0.01
+    assert zeros(model) == masks.pruned
+    assert not any(bool((p == 0).logical_and(p.signbit()).any()) for p in model.parameters())
+    assert list(masks) == list(sc.weights(model))
+
+
+@pytest.mark.parametrize("asked", [sc.Count(1), sc.Count(0), {"0": 0.5, "2.weight": 0.25}, 0.999])
+def test_amounts(dense, stats, asked):
+    model = copy.deepcopy(dense)
+    masks = sc.oneshot(model, stats, asked)
+    assert masks.pruned == sc.prune(copy.deepcopy(dense), asked, allocation="uniform").pruned == zeros(model)
+
+
+def test_n_of_m(dense, stats):
+    model = copy.deepcopy(dense)
+    sc.oneshot(model, stats, 0.5, pattern="2:4")
+    for weight in sc.weights(model).values():
+        assert ((weight.view(len(weight), -1, 4) != 0).sum(-1) == 2).all()
+
+
+def test_truer_than_others(dense, stats):
+    fresh = inputs(13, 64, 24)[10:]
+    judge = Fidelity(dense, fresh)
+    found = {}
+    for name, options in {"alps": {}, "fast": {"effort": "fast"}, "wanda": {"solver": "wanda"}}.items():
+        model = copy.deepcopy(dense)
+        sc.oneshot(model, stats, 0.7, **options)
+        found[name] = judge.of(model)
+    pruned = copy.deepcopy(dense)
+    sc.prune(pruned, 0.7, allocation="uniform")
+    assert found["alps"] > found["fast"] > found["wanda"] > judge.of(pruned)
+
+
+def test_itself(dense, stats):
+    model = copy.deepcopy(dense).train()
+    before = {name: (id(p), p.data_ptr()) for name, p in model.named_parameters()}
+    state = torch.get_rng_state()
+    sc.oneshot(model, stats, 0.5)
+    assert {name: (id(p), p.data_ptr()) for name, p in model.named_parameters()} == before
+    assert model.training
+    assert torch.equal(state, torch.get_rng_state())
+    assert all(torch.equal(model.get_parameter(n), p) for n, p in dense.named_parameters() if "bias" in n)
+
+
+def test_again(dense, stats, tmp_path):
+    one, other = copy.deepcopy(dense), copy.deepcopy(dense)
+    first = sc.oneshot(one, stats, 0.5)
+    stats.save(tmp_path / "stats.safetensors")
+    loaded = type(stats).load(tmp_path / "stats.safetensors")
+    assert sc.oneshot(other, loaded, 0.5) == first
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
+
+
+def test_zeros_that_are_there_stay(dense, stats):
+    model = copy.deepcopy(dense)
+    there = sc.prune(model, 0.3)
+    stats = sc.calibrate(model, inputs(5, 64, 24))
+    masks = sc.oneshot(model, stats, 0.5)
+    assert masks.pruned == zeros(model) == int(0.5 * masks.size + 0.5)
+    for name in masks:
+        assert not bool((masks[name] & ~there[name]).any())
+
+
+def test_kinds_of_layers():
+    model = Net().eval()
+    batches = inputs(10, 16, 8, 12)
+    judge = Fidelity(model, batches)
+    pruned = copy.deepcopy(model)
+    sc.prune(pruned, 0.5, allocation="uniform")
+    stats = sc.calibrate(model, batches)
+    masks = sc.oneshot(model, stats, 0.5)
+    assert {"conv.weight", "attention.in_proj_weight", "attention.out_proj.weight", "head.weight"} == set(masks)
+    assert zeros(model) == masks.pruned == int(0.5 * masks.size + 0.5)
+    assert judge.of(model) > judge.of(pruned)
+
+
+def test_part_of_the_model(dense, stats):
+    model = copy.deepcopy(dense)
+    masks = sc.oneshot(model, stats, 0.5, scope=sc.weights(model, only=["2"]))
+    assert list(masks) == ["2.weight"]
+    assert torch.equal(model[0].weight, dense[0].weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_dtypes(dense, dtype):
+    model = copy.deepcopy(dense).to(dtype)
+    stats = sc.calibrate(model, [x.to(dtype) for x in inputs(5, 64, 24)])
+    masks = sc.oneshot(model, stats, 0.5)
+    assert all(p.dtype == dtype for p in model.parameters())
+    assert zeros(model) >= masks.pruned  # half a number may round to zero
+
+
+def test_metric_of_the_user(dense, stats):
+    model, seen = copy.deepcopy(dense), []
+
+    def evaluate(candidate):
+        assert candidate is model
+        seen.append(float(candidate[0].weight.abs().sum()))
+        return -seen[-1]
+
+    masks = sc.oneshot(model, stats, 0.5, evaluate=evaluate)
+    assert masks.tried == dict(zip(masks.tried, [-x for x in seen], strict=True))
+    assert masks.tried[masks.way] == max(masks.tried.values())
+
+
+def test_solver_of_the_user(dense, stats):
+    def mine(weights, curvature, select):
+        kept = select(weights.abs())
+        return weights * kept * 2, kept
+
+    model = copy.deepcopy(dense)
+    masks = sc.oneshot(model, stats, 0.5, solver=mine)
+    assert torch.equal(model[0].weight, dense[0].weight * masks["0.weight"] * 2)
+
+
+def test_table(dense, stats):
+    text = str(sc.oneshot(copy.deepcopy(dense), stats, 0.5))
+    assert "1,232 of 2,464" in text
+    assert all(word in text for word in ("0.weight", "(taken)", "wanda with refit"))
+
+
+def test_not_reached():
+    model = nn.ModuleDict({"used": nn.Linear(8, 8), "unused": nn.Linear(8, 8)})
+    model.forward = lambda x: model["used"](x)
+    with pytest.warns(SecateurWarning, match="unused"):
+        stats = sc.calibrate(model, inputs(5, 64, 8))
+    with pytest.warns(SecateurWarning, match=r"unused\.weight.*give batches that reach it"):
+        masks = sc.oneshot(model, stats, 0.5)
+    assert zeros(model) == masks.pruned == 64
+
+
+@pytest.mark.parametrize(("options", "error", "remedy"), [
+    ({"solver": "obc"}, InputError, "choose alps"),
+    ({"solver": 3}, InputTypeError, "function"),
+    ({"effort": "max"}, InputError, "'full' or 'fast'"),
+    ({"allocation": "best"}, InputError, "choose"),
+    ({"pattern": "3:5"}, PatternError, "tail='keep'"),
+    ({"evaluate": 3}, InputTypeError, "function"),
+    ({"evaluate": lambda model: float("nan")}, InputError, "finite"),
+    ({"progress": 3}, InputTypeError, "progress"),
+    ({"allocation": "sensitivity", "pattern": "2:4"}, InputError, "leaves nothing to share"),
+], ids=str)  # fmt: skip
+def test_refused(dense, stats, options, error, remedy):
+    model = copy.deepcopy(dense)
+    with pytest.raises(error, match=remedy):
+        sc.oneshot(model, stats, 0.5 if "pattern" in options else 0.4, **options)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), dense.parameters(), strict=True))
+
+
+def test_other_arguments(dense, stats):
+    with pytest.raises(InputTypeError, match=r"sc\.calibrate"):
+        sc.oneshot(dense, inputs(1, 64, 24), 0.5)
+    with pytest.raises(InputError, match="another model"):
+        sc.oneshot(nn.Sequential(nn.Linear(24, 41)), stats, 0.5)
+    with pytest.raises(UnknownNameError, match="head"):
+        sc.oneshot(dense, stats, {"head": 0.5})
+    broken = copy.deepcopy(dense)
+    with torch.no_grad():
+        broken[2].weight[0, 0] = torch.nan
+    with pytest.raises(NotFiniteError, match=r"2\.weight"):
+        sc.oneshot(broken, stats, 0.5)
+    with pytest.raises(InputError, match=r"0\.1"):
+        sc.oneshot(dense, stats, 10.0)
+
+
+def test_interrupted(dense, stats):
+    model = copy.deepcopy(dense)
+
+    def evaluate(candidate):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        sc.oneshot(model, stats, 0.5, evaluate=evaluate)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), dense.parameters(), strict=True))
