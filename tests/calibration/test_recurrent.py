@@ -209,7 +209,7 @@ def test_products_are_added_up_in_float64():
 def test_nan_is_told_with_the_weights_that_read_it():
     x = noise(7, 4, 3)
     x[2, 1] = float("nan")
-    with pytest.raises(NotFiniteError, match="net.weight_ih_l0, net.weight_hh_l0 hold NaN or inf: look for them"):
+    with pytest.raises(NotFiniteError, match=r"net\.weight_ih_l0, net\.weight_hh_l0 hold NaN or inf: look for them"):
         moments(made("lstm"), "net", [Run(x, torch.full((4,), 7))])
 
 
