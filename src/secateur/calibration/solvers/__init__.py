@@ -2,5 +2,6 @@
 
 from secateur.calibration.solvers import alps as alps
 from secateur.calibration.solvers import magnitude as magnitude
+from secateur.calibration.solvers import sparsegpt as sparsegpt
 from secateur.calibration.solvers import wanda as wanda
 from secateur.calibration.solvers.base import SOLVERS as SOLVERS
