@@ -125,7 +125,8 @@ class _Fit:
         each = torch.arange(k)
         own = self._inverse.view(k, b, k, b)[each, :, each]
         weights = self._weights.view(len(self._weights), k, b).permute(1, 2, 0)
-        return (weights * torch.linalg.solve(own, weights)).sum((1, 2))
+        solved: Tensor = torch.linalg.solve(own, weights)
+        return (weights * solved).sum((1, 2))
 
     def drop(self, goes: NDArray[np.bool_]) -> None:
         """Let units go.
