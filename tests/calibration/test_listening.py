@@ -1,5 +1,6 @@
 """What weights read is seen wherever they are used."""
 
+import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -75,3 +76,52 @@ def test_padding_is_left_out():
     real[1, 2:] = False
     found = heard(nn.Linear(6, 2), X, masks=[real])
     same(found["weight"][0], X[real])
+
+
+def names(found):
+    return sorted({one.names for own in found.values() for one in own})
+
+
+def test_the_state_and_the_input_of_a_recurrent_module_are_read_side_by_side():
+    lstm = nn.LSTM(6, 4, batch_first=True)
+    found = heard(nn.Sequential(lstm), X)
+    (moments,) = found["0.weight_ih_l0"]
+    assert moments is found["0.weight_hh_l0"][0]
+    assert moments.names == ("0.weight_ih_l0", "0.weight_hh_l0")
+    out = lstm(X)[0]
+    before = torch.cat([torch.zeros(4, 1, 4), out[:, :-1]], 1)
+    same(moments, torch.cat([X, before], 2))
+
+
+def test_padding_behind_the_sequences_of_a_recurrent_module():
+    lstm = nn.GRU(6, 4, batch_first=True)
+    real = torch.arange(5) < torch.tensor([5, 2, 3, 4])[:, None]
+    found = heard(lstm, X, masks=[real])
+    assert {one.count.item() for own in found.values() for one in own} == {14}
+
+
+class Steps(nn.Module):
+    def __init__(self, cell):
+        super().__init__()
+        self.cell = cell
+
+    def forward(self, x):
+        state = None
+        for step in x.unbind(1):
+            state = self.cell(step, state)
+        return state
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("cell", "parts"), [(nn.LSTMCell, [16]), (nn.RNNCell, [4]), (nn.GRUCell, [8, 4])])
+def test_a_cell_in_a_loop(cell, parts):
+    model = Steps(cell(6, 4))
+    found = heard(model, X)
+    assert names(found) == [("cell.weight_ih", "cell.weight_hh")]
+    moments = found["cell.weight_ih"]
+    assert [m.pieces[0].stop - m.pieces[0].start for m in moments] == parts
+    states, state = [torch.zeros(4, 4)], None
+    for step in X.unbind(1):
+        state = model.cell(step, state)
+        states.append(state[0] if isinstance(state, tuple) else state)
+    same(moments[0], torch.cat([X, torch.stack(states[:-1], 1)], 2))

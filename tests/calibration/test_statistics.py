@@ -1,158 +1,205 @@
-"""Statistics of a model: what is summed, what is held out, what is refused; the model stays as it was."""
+"""Statistics as data: merged, added up over processes, written and read."""
 
-import warnings
+import threading
 
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils.rnn import pack_sequence
 
 import secateur as sc
-from secateur.errors import InputError, InputTypeError, NotFiniteError, SecateurWarning
+from secateur.calibration.statistics import Statistics
+from secateur.errors import FileError, InputError, InputTypeError
 
 
-class Attention(nn.Module):
+class Net(nn.Module):
+    """Two layers that read one input, a convolution with groups, and an LSTM."""
+
     def __init__(self):
         super().__init__()
-        self.q, self.k, self.v = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 6)
-        self.drop, self.norm = nn.Dropout(0.5), nn.BatchNorm1d(6)
-        self.out = nn.Linear(6, 2)
+        self.a, self.b = nn.Linear(6, 4), nn.Linear(6, 4)
+        self.conv = nn.Conv1d(4, 4, 3, groups=2)
+        self.lstm = nn.LSTM(4, 3, batch_first=True)
 
-    def forward(self, x, attention_mask=None):
-        x = self.norm(self.drop(x).mT).mT
-        return self.out((self.q(x) @ self.k(x).mT).softmax(-1) @ self.v(x))
-
-
-def batches(count=10, generator=None):
-    generator = generator or torch.Generator().manual_seed(0)
-    return [torch.randn(4, 5, 6, generator=generator) for _ in range(count)]
+    def forward(self, x, scale=1.0):
+        x = self.conv((self.a(x) * scale + self.b(x)).mT).mT
+        return self.lstm(x)[0]
 
 
-def exact(inputs):
-    x = torch.cat([x.reshape(-1, x.shape[-1]) for x in inputs]).double()
-    return x.T @ x
-
-
-def test_layers_with_one_input_share_one_matrix():
-    stats = sc.calibrate(Attention(), batches())
-    assert [one.names for one in stats.moments] == [("q.weight",), ("k.weight",), ("v.weight",), ("out.weight",)]
-    q, k, v, out = stats.moments
-    assert q.gram is k.gram is v.gram
-    assert out.gram is not q.gram
-    assert stats.of("out.weight") == [out]
-    assert "k.weight" in str(stats)
-    assert "q.weight" in str(stats).splitlines()[3]  # the same input as
-
-
-def test_every_fifth_batch_is_held_out():
-    model, data = nn.Linear(6, 3), batches(11)
-    stats = sc.calibrate(model, iter(data))
-    assert [x is y for x, y in zip(stats.held, [data[4], data[9]], strict=True)] == [True, True]
-    assert stats.checks is stats.held
-    used = [x for i, x in enumerate(data) if i not in (4, 9)]
-    torch.testing.assert_close(stats.moments[0].gram[0], exact(used), rtol=1e-6, atol=1e-5)
-    assert stats.moments[0].count.tolist() == [9 * 20]
-
-
-def test_of_few_batches_none_is_held_out():
-    data = batches(4)
-    stats = sc.calibrate(nn.Linear(6, 3), data)
-    assert stats.held == []
-    assert all(x is y for x, y in zip(stats.checks, data, strict=True))
-    assert stats.moments[0].count.tolist() == [80]
-
-
-def test_batches_of_each_kind_are_told_alike():
-    model, x = Attention().eval(), batches(1)[0]
-    mask = torch.ones(4, 5, dtype=torch.long)
-    mask[0, 3:] = 0
-    found = [sc.calibrate(model, [one]).of("q.weight")[0] for one in ((x, mask), {"x": x, "attention_mask": mask})]
-    assert found[0].count.tolist() == [18]
-    assert torch.equal(found[0].gram, found[1].gram)
-
-
-def test_the_model_is_as_it_was_also_after_an_error():
-    model = Attention().train()
-    model.drop.eval()
-    state = {name: t.clone() for name, t in model.state_dict().items()}
-    random = torch.get_rng_state()
-    sc.calibrate(model, batches())
-    with pytest.raises(InputError, match="does not take batch 2"):
-        sc.calibrate(model, [batches(1)[0], torch.zeros(3, 2, 5)])
-    assert model.training
-    assert not model.drop.training
-    assert torch.equal(torch.get_rng_state(), random)
-    assert all(torch.equal(t, state[name]) for name, t in model.state_dict().items())
-    assert all(not module._forward_pre_hooks and not module._forward_hooks for module in model.modules())
-    assert all(p.grad is None for p in model.parameters())
-
-
-def test_gradients_of_a_loss_are_scores():
-    model, data = nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 1)), batches(3)
-    stats = sc.calibrate(model, data, loss=lambda model, x: model(x).square().mean())
-    wanted = {name: torch.zeros_like(w) for name, w in sc.weights(model).items()}
-    for x in data:
-        model.zero_grad()
-        model(x).square().mean().backward()
-        for name, total in wanted.items():
-            total += model.get_parameter(name).grad.square()
-    model.zero_grad()
-    torch.testing.assert_close(stats.gradients, wanted)
-    assert sc.prune(model, 0.5, score=stats.gradients).pruned == 14
-    assert stats.moments[0].count.tolist() == [60]
-
-
-def test_layers_that_no_batch_reaches_are_told_of():
-    model = Attention()
-    model.extra = nn.Linear(3, 3)
-    with pytest.warns(SecateurWarning, match=r"extra.weight .*skip=\['extra.weight'\]"):
-        stats = sc.calibrate(model, batches())
-    assert stats.of("extra.weight") == []
-
-
-def test_too_few_samples_are_told_of():
-    with pytest.warns(SecateurWarning, match="of weight 4 for 6.*give more batches"):
-        sc.calibrate(nn.Linear(6, 2), [torch.randn(4, 6)])
-
-
-def test_statistics_of_another_model_are_refused():
-    stats = sc.calibrate(nn.Linear(6, 3), batches())
-    stats.require(nn.Linear(6, 3))
-    with pytest.raises(InputError, match=r"another model: weight has shape .3, 6. in them and has shape .4, 6."):
-        stats.require(nn.Linear(6, 4))
-    with pytest.raises(InputError, match=r"is not there in this one; call sc\.calibrate"):
-        stats.require(nn.Sequential(nn.Linear(6, 3)))
-
-
-def test_bad_batches():
-    model = nn.Linear(6, 3)
-    with pytest.raises(InputError, match=r"no batch came: give .*a generator runs only once"):
-        sc.calibrate(model, iter([]))
-    with pytest.raises(InputError, match=r"batch 1, a tuple \(float32 \[4, 5, 6\], int64 \[4\]\).*without labels"):
-        sc.calibrate(model, [(batches(1)[0], torch.arange(4))])
-    with pytest.raises(NotFiniteError, match="the inputs of weight hold NaN"):
-        sc.calibrate(model, [torch.full((9, 6), float("nan"))])
-    with pytest.raises(InputTypeError, match="inputs is a list"):
-        sc.calibrate(model, [[batches(1)[0]]])
-    with pytest.raises(InputError, match="no batch reached a weight"):
-        sc.calibrate(Unread(), batches(1))
-
-
-class Unread(nn.Module):
+class Feed(nn.Module):
     def __init__(self):
         super().__init__()
-        self.layer = nn.Linear(2, 2)
+        self.a, self.b = nn.Linear(6, 4), nn.Linear(6, 4)
 
-    def forward(self, x):
-        return x
-
-
-def test_a_loss_without_gradients_is_refused():
-    model = nn.Linear(6, 3).requires_grad_(False)
-    with pytest.raises(InputError, match=r"frozen.*requires_grad_"):
-        sc.calibrate(model, batches(1), loss=lambda model, x: model(x).sum())
+    def forward(self, x, turned=False):
+        return self.a(x) + self.b(x.flip(-1) if turned else x)
 
 
-def test_nothing_is_warned_of_where_all_is_well():
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        sc.calibrate(Attention(), batches())
+def batches(count, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(8, 7, 6, generator=generator) for _ in range(count)]
+
+
+def same(one, other, exact=True):
+    assert [m.pieces for m in one.moments] == [m.pieces for m in other.moments]
+    tolerance = {"rtol": 0, "atol": 0} if exact else {"rtol": 1e-6, "atol": 1e-6}
+    for mine, theirs in zip(one.moments, other.moments, strict=True):
+        torch.testing.assert_close(mine.gram, theirs.gram, **tolerance)
+        assert torch.equal(mine.count, theirs.count)
+
+
+def loss(model, batch):
+    return model(batch).square().mean()
+
+
+def test_several_workers_see_what_one_would_have_seen():
+    model, data = Net(), batches(8)
+    parts = [sc.calibrate(model, data[:4], loss=loss), sc.calibrate(model, data[4:], loss=loss)]
+    whole = sc.calibrate(model, [*data[:4], data[0], *data[4:]], loss=loss)  # the fifth is held out
+    merged = parts[0].merge(parts[1])
+    same(merged, whole, exact=False)
+    assert merged.of("a.weight")[0].gram is merged.of("b.weight")[0].gram
+    assert [x is y for x, y in zip(merged.checks, data, strict=True)] == [True] * 8
+    torch.testing.assert_close(merged.gradients, whole.gradients)
+    assert [len(runs) for runs in merged.runs.values()] == [8]
+
+
+def test_what_one_worker_saw_shared_and_another_apart_is_apart():
+    model, data = Feed(), batches(2)
+    shared, apart = sc.calibrate(model, data[:1]), sc.calibrate(model, [(data[1], True)])
+    before = shared.moments[0].gram.clone()
+    a, b = shared.merge(apart).moments
+    assert a.gram is not b.gram
+    torch.testing.assert_close(a.gram, shared.moments[0].gram + apart.moments[0].gram)
+    torch.testing.assert_close(b.gram, shared.moments[1].gram + apart.moments[1].gram)
+    assert torch.equal(before, shared.moments[0].gram)
+
+
+def test_merging_what_does_not_belong_together():
+    stats = sc.calibrate(Feed(), batches(1))
+    with pytest.raises(InputTypeError, match=r"other is 3: give what sc\.calibrate gave"):
+        stats.merge(3)
+    with pytest.raises(InputError, match=r"another model: b\.weight .* is not there in the others"):
+        stats.merge(narrow())
+    with pytest.raises(InputError, match="give both the same loss"):
+        stats.merge(sc.calibrate(Feed(), batches(1), loss=loss))
+
+
+def narrow():
+    model = Feed()
+    return sc.calibrate(model, batches(1), scope=sc.weights(model, only="a"))
+
+
+def test_a_file_holds_all_of_it(tmp_path):
+    model, data = Net(), [(x, 0.5) for x in batches(6)]
+    stats = sc.calibrate(model, data, loss=lambda model, batch: loss(lambda x: model(*x), batch))
+    stats.save(tmp_path / "stats.safetensors")
+    found = Statistics.load(tmp_path / "stats.safetensors")
+    same(found, stats)
+    assert found.of("a.weight")[0].gram is found.of("b.weight")[0].gram
+    assert found.shapes == stats.shapes
+    assert found.kept == []
+    ((x, scale),) = found.held
+    assert torch.equal(x, data[4][0])
+    assert scale == 0.5
+    for mine, theirs in zip(found.runs["lstm"], stats.runs["lstm"], strict=True):
+        assert torch.equal(mine.input, theirs.input)
+        assert torch.equal(mine.lengths, theirs.lengths)
+        assert mine.state == theirs.state == ()
+    assert all(torch.equal(total, stats.gradients[name]) for name, total in found.gradients.items())
+    assert str(found) == str(stats)
+    found.require(model)
+
+
+def test_shared_sums_are_written_once(tmp_path):
+    model = Feed()
+    sc.calibrate(model, batches(1)).save(tmp_path / "both")
+    sc.calibrate(model, batches(1), scope=sc.weights(model, only="a")).save(tmp_path / "one")
+    both, one = (tmp_path / name for name in ("both", "one"))
+    assert both.stat().st_size - one.stat().st_size < 6 * 6 * 8
+
+
+def test_batches_of_packed_sequences_are_written(tmp_path):
+    packed = pack_sequence([torch.randn(n, 6) for n in (5, 7, 2)], enforce_sorted=False)
+    sc.calibrate(nn.LSTM(6, 3), [packed]).save(tmp_path / "s")
+    (found,) = Statistics.load(tmp_path / "s").kept
+    assert torch.equal(found.data, packed.data)
+
+
+def test_batches_that_no_file_holds(tmp_path):
+    stats = Statistics((), {}, held=[{"x": object()}])
+    with pytest.raises(InputError, match=r"a batch that is held out holds an object, .*give batches of tensors"):
+        stats.save(tmp_path / "s")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_files_of_something_else(tmp_path):
+    stats = sc.calibrate(Feed(), batches(1))
+    path = tmp_path / "s"
+    stats.save(path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-100])
+    with pytest.raises(FileError, match=r"cannot be read as secateur\.statistics .*make it again"):
+        Statistics.load(path)
+    sc.prune(Feed(), 0.5).save(path)
+    with pytest.raises(FileError, match=r"is no file of secateur\.statistics, version 1: give one"):
+        Statistics.load(path)
+    with pytest.raises(InputError, match="cannot be read"):
+        Statistics.load(tmp_path / "none")
+
+
+class Workers:
+    """Threads that add up tensors as processes do."""
+
+    def __init__(self, count):
+        self.barrier, self.box = threading.Barrier(count, timeout=20), {}
+
+    def all_reduce(self, rank, tensor):
+        self.box[rank] = tensor
+        self.barrier.wait()
+        total = torch.stack([self.box[r] for r in sorted(self.box)]).sum(0)
+        self.barrier.wait()
+        return total
+
+    def run(self, work):
+        found = {}
+
+        def one(rank):
+            try:
+                found[rank] = work(rank, lambda tensor: self.all_reduce(rank, tensor))
+            except Exception as error:
+                found[rank] = error
+
+        threads = [threading.Thread(target=one, args=(rank,)) for rank in range(self.barrier.parties)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return [found[rank] for rank in sorted(found)]
+
+
+def test_sums_of_all_processes():
+    model, data = Feed(), batches(4)
+    mine = [sc.calibrate(model, data[:1], loss=loss), sc.calibrate(model, data[1:], loss=loss)]
+    found = Workers(2).run(lambda rank, add: mine[rank].reduced(add))
+    wanted = sc.calibrate(model, data, loss=loss)
+    for one in found:
+        same(one, wanted, exact=False)
+        assert one.moments[0].gram is one.moments[1].gram
+        torch.testing.assert_close(one.gradients, wanted.gradients)
+    assert [len(one.checks) for one in found] == [1, 3]
+    assert mine[0].moments[0].count.tolist() == [56]  # its own are as they were
+
+
+def test_processes_that_saw_different_things_stop_together():
+    model, data = Feed(), batches(2)
+    mine = [sc.calibrate(model, data[:1]), sc.calibrate(model, [(data[1], True)])]
+    found = Workers(2).run(lambda rank, add: mine[rank].reduced(add))
+    for error in found:
+        with pytest.raises(InputError, match=r"read in another way.*merge them in one"):
+            raise error
+
+
+def test_runs_are_not_summed():
+    with pytest.raises(InputError, match=r"lstm keeps its inputs whole.* merge them in one"):
+        sc.calibrate(Net(), batches(1)).reduced(lambda t: t)

@@ -3,9 +3,9 @@
 from secateur.calibration.batch_norms import recalibrate as recalibrate
 from secateur.calibration.choice import choose_allocation as choose_allocation
 from secateur.calibration.choice import recommend as recommend
+from secateur.calibration.observation import calibrate as calibrate
 from secateur.calibration.one_shot import oneshot as oneshot
 from secateur.calibration.refitting import refit as refit
 from secateur.calibration.sensitivity import scan as scan
-from secateur.calibration.statistics import calibrate as calibrate
 
 __all__ = ["calibrate", "choose_allocation", "oneshot", "recalibrate", "recommend", "refit", "scan"]

@@ -108,11 +108,21 @@ class Grams:
         else:
             self._sums[readers] = fresh.found
 
+    def absorb(self, found: Iterable[Moments]) -> None:
+        """Add what was summed elsewhere, which stays as it is."""
+        readers: dict[int, list[Reader]] = {}
+        sums: dict[int, Sum] = {}
+        for one in found:
+            readers.setdefault(id(one.gram), []).append(Reader(one.names, one.pieces[0].start, one.pieces[0].stop))
+            sums[id(one.gram)] = one.gram, one.count
+        for key, (gram, count) in sums.items():
+            self._keep(_Fresh((gram.clone(), count.clone()), None, readers[key]))
+
     def moments(self, matrices: Mapping[str, Matrices]) -> list[Moments]:
-        """What was summed, in the order of the tensors and their rows.
+        """What was summed, by tensor, in the order of its rows.
 
         Args:
-            matrices: that each tensor holds.
+            matrices: that each tensor holds; of tensors side by side one will do.
         """
         self.flush()
         sums = list(self._sums.values())
@@ -124,9 +134,18 @@ class Grams:
                 for part in range(parts):
                     at = start + part * height, start + (part + 1) * height
                     read.setdefault(names, {}).setdefault(at, []).append((number, part))
-        made, order = _Made(sums), list(matrices)
-        names_in_order = sorted(read, key=lambda names: order.index(names[0]))
-        return [one for names in names_in_order for one in made.of(names, read[names], matrices[names[0]])]
+        made, found = _Made(sums), []
+        for names, slabs in read.items():
+            held = next(matrices[name] for name in names if name in matrices)
+            found += made.of(names, slabs, held)
+        return found
+
+
+def ordered(found: Iterable[Moments], names: Iterable[str]) -> list[Moments]:
+    """Some moments in the order of the tensors; those of other tensors are left out."""
+    order = {name: i for i, name in enumerate(names)}
+    known = [one for one in found if any(name in order for name in one.names)]
+    return sorted(known, key=lambda one: min(order[name] for name in one.names if name in order))
 
 
 class _Made:

@@ -9,17 +9,20 @@ import inspect
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from secateur.calibration import padding
-from secateur.calibration.grams import Grams, Reader
+from secateur import anatomy
+from secateur.calibration import padding, recurrent
+from secateur.calibration.grams import Grams, Reader, ordered
 from secateur.calibration.moments import Moments
 from secateur.calibration.patches import Geometry, patches
 from secateur.calibration.reading import Weights
+from secateur.calibration.recurrent import Run
 from secateur.scope import Member
 
 Handle = Callable[..., None]
@@ -33,12 +36,21 @@ class Listener(TorchFunctionMode):
 
     Args:
         members: the weights, by name.
+
+    Attributes:
+        runs: the calls of recurrent modules, by their names: what these read is told from the whole sequences.
     """
 
     def __init__(self, members: Mapping[str, Member]) -> None:
         super().__init__()
         self.weights = Weights(members)
         self.grams = Grams()
+        self.runs: dict[str, list[Run]] = {}
+        self._recurrent = {
+            member.module: name.rpartition(".")[0]
+            for name, member in members.items()
+            if isinstance(member.module, nn.RNNBase | nn.RNNCellBase) and anatomy.rank(member.attribute) is not None
+        }
         self._masks: Sequence[Tensor] = ()
         self._time_first = False
         self._gathered: dict[int, tuple[weakref.ref[Tensor], Tensor, Tensor]] = {}
@@ -51,8 +63,13 @@ class Listener(TorchFunctionMode):
             masks: of its batch, from `padding.real_positions`: samples that are padding are left out.
         """
         self._masks = masks
-        with self:
-            yield
+        hooks = [module.register_forward_pre_hook(self._before, with_kwargs=True) for module in self._recurrent]
+        try:
+            with self:
+                yield
+        finally:
+            for hook in hooks:
+                hook.remove()
         self._gathered.clear()
         self.grams.flush()
 
@@ -66,8 +83,41 @@ class Listener(TorchFunctionMode):
             self._time_first = False
 
     def moments(self) -> list[Moments]:
-        """What was summed over all forwards."""
-        return self.grams.moments(self.weights.matrices)
+        """What was summed over all forwards, in the order of the weights and their rows."""
+        found = self.grams.moments(self.weights.matrices)
+        for module, prefix in self._recurrent.items():
+            if prefix in self.runs and isinstance(module, nn.RNNBase):
+                found += recurrent.moments(module, prefix, self.runs[prefix])
+        return ordered(found, self.weights.matrices)
+
+    @torch.no_grad()
+    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Before a call of a recurrent module or a cell; what is computed here itself is not to be heard."""
+        with torch._C.DisableTorchFunction():
+            if isinstance(module, nn.RNNBase):
+                self._run(module, args, kwargs)
+            elif isinstance(module, nn.RNNCellBase):
+                self._cell(module, args, kwargs)
+
+    def _run(self, module: nn.RNNBase, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        run = recurrent.run(module, args, kwargs)
+        for mask in self._masks:
+            ends = mask.sum(1).to(run.lengths)
+            behind = mask.shape == run.input.shape[1::-1] and not (mask[:, 1:] & ~mask[:, :-1]).any()
+            if behind and int(ends.min()) > 0:  # padding that the module reads, after all that counts
+                run = replace(run, lengths=run.lengths.minimum(ends))
+        self.runs.setdefault(self._recurrent[module], []).append(run)
+
+    def _cell(self, module: nn.RNNCellBase, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = dict(zip(("input", "hx"), args, strict=False)) | kwargs
+        x, state = given["input"], given.get("hx")
+        x = x.detach().float().reshape(-1, x.shape[-1])
+        h = state[0] if isinstance(state, tuple | list) else state
+        h = x.new_zeros(len(x), module.hidden_size) if h is None else h.detach().float().reshape(len(x), -1)
+        direction = recurrent.cell(module, self._recurrent[module])
+        for pieces, inputs in zip(direction.parts, direction.read(x, h), strict=True):
+            reader = Reader(tuple(piece.name for piece in pieces), pieces[0].start, pieces[0].stop)
+            self.grams.add(reader, inputs, "cell", [inputs.unsqueeze(0)].copy)
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -92,12 +142,7 @@ class Listener(TorchFunctionMode):
 
     def _remember(self, out: Tensor, weight: Tensor, index: object) -> None:
         """Note a copy of the matrices of some experts, one for each token."""
-        if (
-            isinstance(index, Tensor)
-            and index.ndim == 1
-            and not index.is_floating_point()
-            and index.dtype != torch.bool
-        ):
+        if isinstance(index, Tensor) and index.ndim == 1 and index.dtype in (torch.int32, torch.int64):
             self._gathered[id(out)] = weakref.ref(out), weight, index
 
     def product(self, weight: object, letters: str, x: object, x_letters: str, order: Sequence[int] = ()) -> None:

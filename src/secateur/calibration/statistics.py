@@ -2,30 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+import hashlib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from secateur import scope as scopes
-from secateur.calibration import products as products  # what the listener hears
 from secateur.calibration import trees
-from secateur.calibration.listening import Listener
-from secateur.calibration.moments import Moments
-from secateur.calibration.padding import real_positions
-from secateur.errors import InputError, SecateurError, listed, warn
-from secateur.scope import Scope, unwrap
-from secateur.scores import GradientScore, one_number
-from secateur.support import bits, checks
-from secateur.support.inputs import arguments
-from secateur.support.progress import progress_bar
+from secateur.calibration.grams import Grams, Matrices, ordered
+from secateur.calibration.moments import Moments, Piece
+from secateur.calibration.recurrent import Run
+from secateur.errors import FileError, InputError, listed
+from secateur.scope import unwrap
+from secateur.support import checks
+from secateur.support.files import StrPath
 from secateur.support.tables import Printed, Table, counted, number
 
-EVERY = 5
-"""One batch of so many is held out, to check on."""
+_FORMAT = "secateur.statistics"
 
 
 @dataclass(frozen=True)
@@ -37,6 +33,7 @@ class Statistics(Printed):
         shapes: of the weights, by name, as they are stored.
         held: batches that are not in the sums, to check on.
         kept: the batches themselves where they are too few to hold one out.
+        runs: the calls of LSTM, GRU and RNN modules, by the names of these: what their solver runs them on.
         gradients: sums of squared gradients of the loss, one of each batch, by name; usable as scores.
     """
 
@@ -44,6 +41,7 @@ class Statistics(Printed):
     shapes: dict[str, torch.Size]
     held: list[Any] = field(default_factory=list)
     kept: list[Any] = field(default_factory=list)
+    runs: dict[str, list[Run]] = field(default_factory=dict)
     gradients: dict[str, Tensor] = field(default_factory=dict)
 
     @property
@@ -62,13 +60,115 @@ class Statistics(Printed):
             InputError: a weight is not there, or has another shape.
         """
         own = dict(unwrap(model).named_parameters(remove_duplicate=False))
-        for name, shape in self.shapes.items():
-            found = "is not there" if name not in own else f"has shape {tuple(own[name].shape)}"
-            if name not in own or own[name].shape != shape:
-                raise InputError(
-                    f"the statistics are of another model: {name} has shape {tuple(shape)} in them and {found} in this "
-                    "one; call sc.calibrate(model, batches)"
-                )
+        _require_same(self.shapes, {name: own[name].shape for name in self.shapes if name in own}, "this model")
+
+    def merge(self, other: Statistics) -> Statistics:
+        """The statistics of both: sums are added up, batches and runs listed one after another.
+
+        So several workers, each with its share of the batches, see what one would have seen with all of them.
+
+        Raises:
+            InputTypeError: no statistics. InputError: of another model; or only one of both has gradients.
+        """
+        if not isinstance(other, Statistics):
+            raise checks.wrong("other", other, "what sc.calibrate gave on other batches")
+        _require_same(self.shapes, other.shapes, "the others")
+        _require_same(other.shapes, self.shapes, "these")
+        if self.gradients.keys() != other.gradients.keys():
+            raise InputError("only one of the statistics has gradients of all: give both the same loss and weights")
+        grams = Grams()
+        for one in (self, other):
+            grams.absorb(one.moments)
+        return Statistics(
+            tuple(ordered(grams.moments(_matrices([*self.moments, *other.moments])), self.shapes)),
+            dict(self.shapes),
+            [*self.held, *other.held],
+            [*self.kept, *other.kept],
+            {name: [*self.runs.get(name, []), *other.runs.get(name, [])] for name in {**self.runs, **other.runs}},
+            {name: total + other.gradients[name] for name, total in self.gradients.items()},
+        )
+
+    def reduced(self, all_reduce: Callable[[Tensor], Tensor]) -> Statistics:
+        """The sums of all processes, each of which calls this; batches held out stay those of this process.
+
+        Since they differ, let one process prune, and give its masks and weights to the others.
+
+        Args:
+            all_reduce: adds up a tensor over the processes and returns the sum; of torch.distributed for example
+                `lambda t: (dist.all_reduce(t), t)[1]`. It is given copies.
+
+        Raises:
+            InputTypeError: no function.
+            InputError: processes that saw other weights, or saw them read in another way; recurrent modules, whose
+                inputs are not summed: save the statistics of each process, and `merge` them.
+        """
+        checks.function("all_reduce", all_reduce, "a function that adds up a tensor over all processes")
+        if self.runs:
+            raise InputError(
+                f"{listed(list(self.runs))} keeps its inputs whole, and these are not summed: let each process save "
+                "its statistics, and merge them in one"
+            )
+        distinct = list({id(one.gram): one for one in self.moments}.values())
+        places = {id(one.gram): i for i, one in enumerate(distinct)}
+        shapes = [(name, total.shape) for name, total in self.gradients.items()]
+        told = [(one.pieces, one.gram.shape, places[id(one.gram)]) for one in self.moments]
+        if not _agreed(repr((told, shapes)), all_reduce, distinct[0].gram):
+            raise InputError(
+                "the processes saw other weights, or the same ones read in another way, so that their sums do not "
+                "match: let each process save its statistics, and merge them in one"
+            )
+        sums = {id(one.gram): (all_reduce(one.gram.clone()), all_reduce(one.count.clone())) for one in distinct}
+        gradients = {name: all_reduce(total.clone()) for name, total in self.gradients.items()}
+        moments = tuple(Moments(one.pieces, *sums[id(one.gram)]) for one in self.moments)
+        return replace(self, moments=moments, gradients=gradients)
+
+    def save(self, path: StrPath) -> None:
+        """Write a `.safetensors` file, with the batches that are held out; an old file stays until the new is whole.
+
+        Raises:
+            InputTypeError: no path. InputError: a batch of which a file holds no part: give calibrate batches of
+                tensors, dicts, tuples, lists, numbers and texts. WriteError: the system refuses to write.
+        """
+        tensors: list[Tensor] = []
+        flat = partial(trees.flat, tensors=tensors)
+        contents = {
+            "moments": flat([[list(map(list, one.pieces)), one.gram, one.count] for one in self.moments], where="them"),
+            "shapes": {name: list(shape) for name, shape in self.shapes.items()},
+            "held": flat(self.held, where="a batch that is held out"),
+            "kept": flat(self.kept, where="a batch that is kept"),
+            "runs": flat({name: [vars(run) for run in runs] for name, runs in self.runs.items()}, where="a run"),
+            "gradients": flat(self.gradients, where="the gradients"),
+        }
+        trees.write(checks.path("path", path), _FORMAT, contents, tensors)
+
+    @classmethod
+    def load(cls, path: StrPath, device: str | torch.device = "cpu") -> Statistics:
+        """Read what `save` wrote.
+
+        Args:
+            path: of the file.
+            device: of the tensors: that of the model.
+
+        Raises:
+            InputTypeError: no path. InputError: no such file. FileError: it holds no statistics, or is damaged.
+        """
+        contents, tensors = trees.read(checks.path("path", path), _FORMAT, device)
+        try:
+            moments = [
+                Moments(tuple(Piece(*piece) for piece in pieces), gram, count)
+                for pieces, gram, count in trees.tree(contents["moments"], tensors)
+            ]
+            runs = trees.tree(contents["runs"], tensors)
+            return cls(
+                tuple(moments),
+                {name: torch.Size(shape) for name, shape in contents["shapes"].items()},
+                trees.tree(contents["held"], tensors),
+                trees.tree(contents["kept"], tensors),
+                {name: [Run(**run) for run in calls] for name, calls in runs.items()},
+                trees.tree(contents["gradients"], tensors),
+            )
+        except (KeyError, ValueError, TypeError, AttributeError, IndexError, RecursionError) as error:
+            raise FileError(f"{path} is damaged ({error}): calibrate again") from error
 
     def table(self) -> Table:
         """One row for what reads one input: its inputs, samples, and what else reads the same."""
@@ -89,164 +189,30 @@ class Statistics(Printed):
         return f"Statistics({counted(len(self.shapes), 'tensor')}, {counted(len(self.moments), 'matrix', 'matrices')})"
 
 
-def calibrate(
-    model: nn.Module,
-    batches: Iterable[Any],
-    *,
-    loss: Callable[..., Tensor] | None = None,
-    scope: Mapping[str, nn.Parameter] | None = None,
-    progress: bool = False,
-) -> Statistics:
-    """Run a model on some batches and sum up what its weights read: X^T X of each input X, in float64.
-
-    A few hundred examples without labels are enough. The model runs in eval mode, whatever its mode, because dropout
-    would falsify the sums; its mode, buffers, gradients and hooks, and torch's random numbers, are as before
-    afterwards. Weights are recognised in the functions of torch that they are given to, so that a layer of the user's
-    own counts too. Positions that a mask in the batch marks as padding are left out. Of the large maps of a
-    convolution some positions are left out, see `patches.patches`.
-
-    Every fifth batch is held out of the sums, and kept, so that what is made of them can be checked.
-
-    Args:
-        model: the dense one.
-        batches: of inputs: a tensor, a tuple of positional or a dict of keyword arguments each; with a loss whatever
-            that takes.
-        loss: `loss(model, batch)` -> scalar Tensor: its squared gradients are summed up too.
-        scope: the weights; by default `sc.weights(model)`.
-        progress: draw a bar on stderr.
-
-    Warns:
-        SecateurWarning: a weight of the scope was never reached, or read fewer samples than it has inputs.
-
-    Raises:
-        InputTypeError: an argument of another type.
-        InputError: no batch came, or one that the model does not take; a sharded model; no weight was reached.
-        NotFiniteError: a layer reads NaN or inf. What `loss` raises passes on.
-    """
-    model = unwrap(model)
-    checks.several("batches", batches, "an iterable of inputs, such as [x] or (x for x, y in loader)")
-    if loss is not None:
-        checks.function("loss", loss, "a function (model, batch) that returns a scalar Tensor")
-    checks.flag("progress", progress)
-    chosen = scopes.resolve(model, scope)
-    _require_here(chosen)
-    run = _Pass(model, chosen, loss)
-    total = len(batches) if isinstance(batches, Sized) else None
-    with progress_bar("calibration", total, shown=progress) as advance, _undisturbed(model):
-        for batch in batches:
-            run.take(batch)
-            advance(1)
-    return run.statistics()
-
-
-class _Pass:
-    """One pass over the batches."""
-
-    def __init__(self, model: nn.Module, scope: Scope, loss: Callable[..., Tensor] | None) -> None:
-        self._model, self._scope, self._loss = model, scope, loss
-        self._listener = Listener(scope.members)
-        self._squares = GradientScore("gradients", lambda weight, gradient: gradient.abs().square(), forget=False)
-        self._trained = {name: weight for name, weight in scope.items() if weight.requires_grad}
-        if loss is not None and not self._trained:
+def _require_same(shapes: Mapping[str, torch.Size], others: Mapping[str, torch.Size], whose: str) -> None:
+    for name, shape in shapes.items():
+        if others.get(name) != shape:
+            found = "is not there" if name not in others else f"has shape {tuple(others[name])}"
             raise InputError(
-                "every tensor in scope is frozen, so that none gets a gradient: call requires_grad_() first"
+                f"the statistics are of another model: {name} has shape {tuple(shape)} in them and {found} in {whose}; "
+                "call sc.calibrate(model, batches)"
             )
-        self._seen = 0
-        self._held: list[Any] = []
-        self._kept: list[Any] = []
-
-    def take(self, batch: Any) -> None:
-        """Sum up a batch, or hold it out."""
-        self._seen += 1
-        if self._seen % EVERY == 0:
-            self._held.append(batch)
-            self._kept = []
-            return
-        if not self._held:
-            self._kept.append(batch)
-        if self._loss is None:
-            self._run(batch)
-        else:
-            self._learn(batch, self._loss)
-
-    def _run(self, batch: Any) -> None:
-        call = arguments(batch)
-        try:
-            with self._listener.forward(real_positions(self._model, call)):
-                self._model(*call[0], **call[1])
-        except SecateurError:
-            raise
-        except Exception as error:
-            raise InputError(
-                f"the model does not take batch {self._seen}, {trees.told(batch)} ({type(error).__name__}: {error}): "
-                "give each batch as a tensor, a tuple of positional or a dict of keyword arguments, without labels "
-                "unless the model takes them, on the device of the model"
-            ) from error
-
-    def _learn(self, batch: Any, loss: Callable[..., Tensor]) -> None:
-        masks = real_positions(self._model, ((), dict(batch))) if isinstance(batch, Mapping) else []
-        with torch.enable_grad():
-            with self._listener.forward(masks):
-                value = loss(self._model, batch)
-            found = torch.autograd.grad(one_number(value), list(self._trained.values()), allow_unused=True)
-        self._squares.observe(self._trained, dict(zip(self._trained, found, strict=True)))
-
-    def statistics(self) -> Statistics:
-        """What the batches told."""
-        if not self._seen:
-            raise InputError("no batch came: give an iterable of at least one batch (a generator runs only once)")
-        found = self._listener.moments()
-        reached = {name for one in found for name in one.names}
-        unreached = [name for name in self._scope if name not in reached]
-        if not reached:
-            raise InputError(
-                f"no batch reached a weight in scope ({listed(unreached)}): give inputs that do, or another scope"
-            )
-        if unreached:
-            warn(
-                f"{listed(unreached)} ({counted(len(unreached), 'tensor')}) read nothing on these batches, or in a way "
-                "that secateur does not know, and cannot be pruned by them: give batches that reach them, or leave "
-                f"them out: sc.weights(model, skip={unreached[:1]!r})"
-            )
-        few = [one for one in found if int(one.count.min()) < one.inputs]
-        if few:
-            least = min(few, key=lambda one: int(one.count.min()) / one.inputs)
-            warn(
-                f"{listed([one.names[0] for one in few])} ({counted(len(few), 'matrix', 'matrices')}) saw fewer "
-                f"samples than inputs (of {least.names[0]} {int(least.count.min())} for {least.inputs}), so that what "
-                "is computed of them rests on damping: give more batches"
-            )
-        shapes = {name: weight.shape for name, weight in self._scope.items()}
-        return Statistics(tuple(found), shapes, self._held, self._kept, self._squares.sums)
 
 
-def _require_here(scope: Scope) -> None:
-    for name, weight in scope.items():
-        if bits.is_sharded(weight):
-            raise InputError(
-                f"{name} is sharded, and sums over its inputs are taken of whole weights: calibrate before sharding; "
-                "give each process a whole model and its share of the batches, and add up with reduced()"
-            )
-        if weight.is_complex():
-            raise InputError(f"{name} is complex: leave it out, scope=sc.weights(model, skip=[{name!r}])")
+def _matrices(found: Iterable[Moments]) -> dict[str, Matrices]:
+    """What each tensor holds, as some moments tell."""
+    groups: dict[str, int] = {}
+    rows: dict[str, int] = {}
+    for one in found:
+        for name, _, stop in one.pieces:
+            groups[name] = max(groups.get(name, 1), one.groups)
+            rows[name] = max(rows.get(name, 0), stop)
+    return {name: Matrices(count, rows[name] // count) for name, count in groups.items()}
 
 
-@contextmanager
-def _undisturbed(model: nn.Module) -> Iterator[None]:
-    """Eval mode without gradients; modes, buffers and random numbers are as before afterwards."""
-    modules = list(model.modules())
-    modes = [(module, module.training) for module in modules]
-    buffers = [(module, dict(module._buffers)) for module in modules]
-    values = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
-    with torch.random.fork_rng(devices), torch.no_grad():
-        try:
-            model.eval()
-            yield
-        finally:
-            for module, training in modes:
-                module.training = training
-            for module, own in buffers:
-                module._buffers.update(own)
-            for buffer, value in values:
-                buffer.copy_(value)
+def _agreed(told: str, all_reduce: Callable[[Tensor], Tensor], like: Tensor) -> bool:
+    """Whether all processes say the same: sums of the bytes of its digest, and of their squares, tell."""
+    digest = torch.tensor(list(hashlib.sha256(told.encode()).digest()), dtype=torch.float64, device=like.device)
+    total = all_reduce(torch.cat([digest, digest.square(), torch.ones_like(digest)]))
+    sums, squares, processes = total.chunk(3)
+    return bool((processes * squares == sums.square()).all())

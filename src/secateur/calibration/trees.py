@@ -1,15 +1,21 @@
-"""Nested containers of tensors: as JSON beside a list of tensors, and in words."""
+"""Nested containers of tensors: as JSON beside a list of tensors, in a file, and in words."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from secateur.errors import InputError
+from secateur.errors import FileError, InputError
 from secateur.support import checks
+from secateur.support.files import replacing, require_file
 
 _PLAIN = str, int, float, bool, type(None)
 
@@ -61,6 +67,49 @@ def tree(written: Any, tensors: Sequence[Tensor]) -> Any:
     if kind == "packed":
         return PackedSequence(*values)
     return {"list": list, "tuple": tuple}[kind](values)
+
+
+def write(path: Path, kind: str, contents: dict[str, Any], tensors: Sequence[Tensor]) -> None:
+    """Write a `.safetensors` file of tensors, with contents that name them; an old file stays until it is whole.
+
+    Args:
+        path: of the file.
+        kind: what it holds, told to `read`.
+        contents: as JSON, of what `flat` gave.
+        tensors: those that it lists.
+
+    Raises:
+        WriteError: the system refuses to write.
+    """
+    stored: dict[str, Tensor] = {}
+    for number, tensor in enumerate(tensors):
+        plain = tensor.detach().cpu().contiguous()
+        shared = any(plain.untyped_storage()._cdata == one.untyped_storage()._cdata for one in stored.values())
+        whole = plain.untyped_storage().nbytes() == plain.nbytes
+        stored[str(number)] = plain if whole and not shared else plain.clone()  # a file takes no memory twice
+    metadata = {"format": kind, "version": "1", "contents": json.dumps(contents)}
+    with replacing(path) as temporary:
+        save_file(stored, temporary, metadata)
+
+
+def read(path: Path, kind: str, device: str | torch.device) -> tuple[dict[str, Any], list[Tensor]]:
+    """Read what `write` wrote.
+
+    Raises:
+        InputError: there is no such file. FileError: it holds something else, or is damaged.
+    """
+    require_file(path)
+    try:
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != kind or metadata.get("version") != "1":
+                raise FileError(f"{path} is no file of {kind}, version 1: give one that was saved as that")
+            tensors = [file.get_tensor(str(number)) for number in range(len(list(file.keys())))]
+        return dict(json.loads(metadata["contents"])), tensors
+    except (SafetensorError, KeyError, ValueError, TypeError, RecursionError) as error:
+        if isinstance(error, FileError):
+            raise
+        raise FileError(f"{path} cannot be read as {kind} ({error}): make it again") from error
 
 
 def told(tree: Any, depth: int = 2) -> str:
