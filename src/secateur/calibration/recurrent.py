@@ -21,7 +21,7 @@ from secateur.calibration.moments import Moments, Piece
 from secateur.errors import InputTypeError, NotFiniteError, listed
 from secateur.support import checks
 
-_CHUNK = 1024
+_CHUNK = 4096
 """Samples whose products are added up in float32, before they are in float64."""
 _CALLS = {"LSTM": torch.lstm, "GRU": torch.gru, "RNN_TANH": torch.rnn_tanh, "RNN_RELU": torch.rnn_relu}
 _ROLES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")  # the order in which torch takes them
