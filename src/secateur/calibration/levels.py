@@ -16,7 +16,7 @@ LEVELS = (0.5, 0.65, 0.8, 0.88, 0.93, 0.96, 0.98)
 
 ROUNDS = 2
 _GRID = np.arange(1, 100) / 100
-_LEAST = 1e-6
+_LEAST, _MOST = 1e-6, 1e3
 
 Solve = Callable[[Matrix, int], Solution]
 Quality = Callable[[Sequence[Solution]], float]
@@ -36,7 +36,7 @@ def zeros(
 ) -> dict[Matrix, int]:
     """Share the zeros among matrices so that the whole model loses least.
 
-    What a matrix costs the model is taken to be its stake times its own loss, which is known at each level. The stake
+    What a matrix costs the model is taken to be its stake times its own noise, which is known at each level. The stake
     is measured: first with each matrix alone pruned, then in rounds with all pruned but one, since errors meet. Then
     the last weight of each matrix costs the same (Lagrange's condition).
 
@@ -47,11 +47,11 @@ def zeros(
         quality: of the model with some of them pruned, the others dense; higher is better.
         advance: called with the qualities that were measured: len(parts) in each of `1 + ROUNDS` rounds.
     """
-    curves = {part: [part.loss(solve(part, round(part.size * level))[1]) for level in LEVELS] for part in parts}
+    curves = {part: [_noise(part, solve(part, round(part.size * level))) for level in LEVELS] for part in parts}
     dense, stakes, counts = quality([]), {}, dict(even)
     for part in parts:
         alone = solve(part, counts[part])
-        stakes[part] = max(dense - quality([alone]), _LEAST) / max(part.loss(alone[1]), _LEAST)
+        stakes[part] = max(dense - quality([alone]), _LEAST) / _noise(part, alone)
         advance(1)
     counts = _cheapest(parts, stakes, curves, sum(even.values()))
     for _ in range(ROUNDS):
@@ -59,12 +59,18 @@ def zeros(
         together, met = quality(list(solved.values())), {}
         for part in parts:
             gain = quality([one for other, one in solved.items() if other is not part]) - together
-            met[part] = max(gain, _LEAST) / max(part.loss(solved[part][1]), _LEAST)
+            met[part] = max(gain, _LEAST) / _noise(part, solved[part])
             advance(1)
         scale = sum(stakes.values()) / sum(met.values())
         stakes = {part: (stakes[part] * met[part] * scale) ** 0.5 for part in parts}
         counts = _cheapest(parts, stakes, curves, sum(even.values()))
     return counts
+
+
+def _noise(part: Matrix, solution: Solution) -> float:
+    """The energy of the error over that of what is left of the output: what layers of normalisation let through."""
+    lost = min(part.loss(solution[1]), 1 - _LEAST)
+    return max(lost / (1 - lost), _LEAST)
 
 
 def _cheapest(
@@ -74,7 +80,7 @@ def _cheapest(
     names = {str(i): part for i, part in enumerate(parts)}
     falls = {}
     for name, part in names.items():
-        logs = np.log(np.maximum([_LEAST, *curves[part], 1.0], _LEAST))
+        logs = np.log([_LEAST, *curves[part], _MOST])
         falls[name] = tuple(-stakes[part] * np.exp(np.interp(_GRID, [0.0, *LEVELS, 1.0], logs)))
     sizes = {name: part.size for name, part in names.items()}
     scan = Scan(tuple(_GRID), 0.0, (0.0,) * len(_GRID), falls, sizes, {})
