@@ -32,7 +32,7 @@ def test_what_matters_less_loses_more():
     judge, done = Judge(model, stats, scope, None), []
 
     def solve(part, zeros):
-        select = selector(part.moments, part.shapes, part.weights(), zeros)
+        select = selector(part.moments, part.shapes, part.weights(), zeros, within="row")
         return part, *fast(part.weights(), part.curvature, select)
 
     def quality(solutions):

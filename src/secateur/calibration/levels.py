@@ -5,18 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from secateur.calibration.matrices import Matrix
 from secateur.calibration.sensitivity import Scan
 from secateur.calibration.ways import Solution
 
-LEVELS = (0.5, 0.65, 0.8, 0.88, 0.93, 0.96, 0.98)
-"""Sparsities at which the loss of each matrix alone is computed; between them its logarithm is interpolated."""
+LEVELS = (0.3, 0.5, 0.7, 0.85, 0.93, 0.97)
+"""Sparsities at which the loss of each matrix alone is computed."""
 
 ROUNDS = 2
 _GRID = np.arange(1, 100) / 100
-_LEAST, _MOST = 1e-6, 1e3
+_LEAST = 1e-6
 
 Solve = Callable[[Matrix, int], Solution]
 Quality = Callable[[Sequence[Solution]], float]
@@ -78,11 +79,17 @@ def _cheapest(
 ) -> dict[Matrix, int]:
     """The zeros of each matrix, `count` in all, that cost least together."""
     names = {str(i): part for i, part in enumerate(parts)}
-    falls = {}
-    for name, part in names.items():
-        logs = np.log([_LEAST, *curves[part], _MOST])
-        falls[name] = tuple(-stakes[part] * np.exp(np.interp(_GRID, [0.0, *LEVELS, 1.0], logs)))
+    costs = {name: tuple(-stakes[part] * _between(curves[part])) for name, part in names.items()}
     sizes = {name: part.size for name, part in names.items()}
-    scan = Scan(tuple(_GRID), 0.0, (0.0,) * len(_GRID), falls, sizes, {})
+    scan = Scan(tuple(_GRID), 0.0, (0.0,) * len(_GRID), costs, sizes, {})
     counts = scan.share({name: torch.empty(size, device="meta") for name, size in sizes.items()}, count)
     return {names[name]: n for name, n in counts.items()}
+
+
+def _between(noises: Sequence[float]) -> npt.NDArray[np.float64]:
+    """The noise on the grid: its logarithm is a line between levels, and goes on beyond, over that of the odds."""
+    x, y = np.log(np.divide(LEVELS, np.subtract(1, LEVELS))), np.log(noises)
+    at = np.log(_GRID / (1 - _GRID))
+    first, last = (y[1] - y[0]) / (x[1] - x[0]), (y[-1] - y[-2]) / (x[-1] - x[-2])
+    found = np.interp(at, x, y) + np.minimum(at - x[0], 0) * first + np.maximum(at - x[-1], 0) * last
+    return np.exp(found)

@@ -143,7 +143,7 @@ def _by_sensitivity(
 ) -> dict[Matrix, int]:
     def solve(part: Matrix, count: int) -> Solution:
         weights = part.weights()
-        select = selector(part.moments, part.shapes, weights, count, pattern=pattern)
+        select = selector(part.moments, part.shapes, weights, count, pattern=pattern, within="row")
         return part, *fast(weights, part.curvature, select)
 
     def quality(solutions: Sequence[Solution]) -> float:
