@@ -45,6 +45,7 @@ __all__ = [
     "prune",
     "recalibrate",
     "recommend",
+    "recover",
     "refit",
     "remask",
     "report",

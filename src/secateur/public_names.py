@@ -14,6 +14,7 @@ from secateur.calibration import choose_allocation as choose_allocation
 from secateur.calibration import oneshot as oneshot
 from secateur.calibration import recalibrate as recalibrate
 from secateur.calibration import recommend as recommend
+from secateur.calibration import recover as recover
 from secateur.calibration import refit as refit
 from secateur.calibration import scan as scan
 from secateur.errors import SecateurError as SecateurError

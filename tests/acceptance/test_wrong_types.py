@@ -170,6 +170,19 @@ CASES = {
         lambda: {"model": net(), "evaluate": first, "tolerance": 0.1, **PRUNED, "progress": False},
         {**NONE, "tolerance": NUMBER, "allocation": {None}, "score": {"dict"}, "progress": FLAG},
     ),
+    "recover": (
+        sc.recover,
+        lambda: {
+            "model": net(),
+            "dense": net(),
+            "batches": [X],
+            "steps": 1,
+            "lr": 0.1,
+            "masks": None,
+            "progress": False,
+        },
+        {"batches": {"several"}, "steps": COUNT, "lr": NUMBER, "masks": {None}, "progress": FLAG},
+    ),
     "choose_allocation": (
         sc.choose_allocation,
         lambda: {
@@ -210,8 +223,8 @@ CASES = {
     "report": (sc.report, lambda: {"model": net(), "masks": MASKS}, {"masks": {None}}),
     "save": (
         sc.save,
-        lambda: {"model": net(), "path": "s", "max_file_bytes": 10_000_000, **LEVELS},
-        {**STEP, "path": {"text"}, "max_file_bytes": {3, None}},
+        lambda: {"model": net(), "path": "s", "max_file_bytes": 10_000_000, "stats": None, **LEVELS},
+        {**STEP, "path": {"text"}, "max_file_bytes": {3, None}, "stats": {None}},
     ),
     "save_pretrained": (
         sc.save_pretrained,

@@ -5,7 +5,8 @@ from secateur.calibration.choice import choose_allocation as choose_allocation
 from secateur.calibration.choice import recommend as recommend
 from secateur.calibration.observation import calibrate as calibrate
 from secateur.calibration.one_shot import oneshot as oneshot
+from secateur.calibration.recover import recover as recover
 from secateur.calibration.refitting import refit as refit
 from secateur.calibration.sensitivity import scan as scan
 
-__all__ = ["calibrate", "choose_allocation", "oneshot", "recalibrate", "recommend", "refit", "scan"]
+__all__ = ["calibrate", "choose_allocation", "oneshot", "recalibrate", "recommend", "recover", "refit", "scan"]

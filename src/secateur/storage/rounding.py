@@ -127,8 +127,9 @@ def nearest(target: Tensor, steps: Tensor) -> Tensor:
 def descend(target: Tensor, steps: Tensor, curvature: Curvature, sweeps: int = SWEEPS) -> Tensor:
     """Find whole steps Q in place of weights W with a small error tr((Q - W) H (Q - W)^T), by coordinate descent.
 
-    From the nearest ones, column after column takes the whole step that is best with all others as they are. What a
-    column changes is taken to the next ones at once, and to those beyond its block in one product of matrices.
+    Column after column takes the whole step that is best with all others as they are; the first time those that follow
+    are not whole yet, which ends better than a start from the nearest steps. What a column changes is taken to the next
+    ones at once, and to those beyond its block in one product of matrices.
 
     Args:
         target: W, float32 [groups, rows, n].
@@ -146,9 +147,9 @@ def descend(target: Tensor, steps: Tensor, curvature: Curvature, sweeps: int = S
     scale = curvature.scale.mT
     lengths = torch.where(free, steps.mT * scale, 1.0)
     wanted = torch.where(free, target.mT * scale, 0.0)
-    now = (wanted / lengths).round() * lengths
+    now = wanted.clone()
     matrix = curvature.matrix
-    slope = matrix @ (now - wanted)  # half of the gradient; the diagonal is 1, so that it is a distance too
+    slope = torch.zeros_like(now)  # half of the gradient; the diagonal is 1, so that it is a distance too
     for _ in range(sweeps):
         for start in range(0, now.shape[1], _COLUMNS):
             block = slice(start, start + _COLUMNS)

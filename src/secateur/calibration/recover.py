@@ -1,0 +1,276 @@
+"""A pruned model learns anew what the dense one says, under its masks, in a few steps on unlabelled data."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from itertools import cycle, islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from secateur import anatomy
+from secateur import scope as scopes
+from secateur.calibration import trees
+from secateur.calibration.padding import kept, real_positions
+from secateur.errors import InputError, NotFiniteError, SecateurError
+from secateur.masks import Masks, as_masks
+from secateur.scope import unwrap
+from secateur.support import bits, checks
+from secateur.support.inputs import arguments
+from secateur.support.progress import progress_bar
+
+_WARM_UP = 0.1  # of the steps: Adam's first estimates are poor
+_SMALLEST = 1e-3  # the size that a tensor of zeros, such as a new bias, is taken to have
+
+
+def recover(
+    model: nn.Module,
+    dense: nn.Module,
+    batches: Iterable[Any],
+    *,
+    steps: int,
+    lr: float = 0.02,
+    masks: Mapping[str, Tensor] | None = None,
+    progress: bool = False,
+) -> list[float]:
+    """Train a pruned model, in place, to compute what the dense one does; pruned weights stay zero.
+
+    Labels are not needed: the outputs of both, and those of each module that stands in a ModuleList or a Sequential,
+    are compared on the same inputs, padding left out. All that requires a gradient is trained, embeddings aside, which
+    few batches know too little of. Both models run in eval mode, so that BatchNorm keeps its statistics; see
+    `recalibrate`. What else the model is, its gradients and modes among it, and torch's random numbers are as before.
+
+    Args:
+        model: pruned.
+        dense: what it was before: `copy.deepcopy(model)`, made then.
+        batches: of inputs: a tensor, a tuple of positional or a dict of keyword arguments each. They are kept, and
+            come again when there are fewer than steps.
+        steps: of Adam, one a batch; the rate rises over the first tenth and falls to zero along a cosine.
+        lr: how far a weight may move in a step, relative to the root mean square of the weights of its tensor that are
+            not zero.
+        masks: which weights stay; by default those of `sc.weights(model)` that are not zero.
+        progress: draw a bar on stderr.
+
+    Returns:
+        The loss of each step before it was made: the squared distance of the outputs over their variance, plus the mean
+        of the same of the modules.
+
+    Raises:
+        InputTypeError: an argument of another type. UnknownNameError, MaskError: masks of another model.
+        InputError: no batch, or one that the models do not take; a dense model that is the pruned one; outputs that
+            differ in shape; nothing to train; weights that are sharded.
+        NotFiniteError: a loss of NaN or inf. In each case, and when interrupted, the weights are those of before.
+
+    Source: Hinton et al. 2015, "Distilling the Knowledge in a Neural Network"; of the modules, Sun et al. 2019,
+    "Patient Knowledge Distillation for BERT Model Compression", equation 6. Steps relative to the weights: Shazeer &
+    Stern 2018, "Adafactor", section 8.
+
+    >>> import copy
+    >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+    >>> dense = copy.deepcopy(model)
+    >>> masks = sc.prune(model, 0.5)
+    >>> losses = recover(model, dense, [torch.randn(32, 8)], steps=20)
+    >>> losses[-1] < losses[0], sc.check(model, masks)
+    (True, {})
+    """
+    if not isinstance(dense, nn.Module):
+        raise checks.wrong("dense", dense, "the model as it was before pruning, a torch.nn.Module")
+    pupil, teacher = unwrap(model), unwrap(dense)
+    checks.several("batches", batches, "an iterable of inputs, such as [x] or (x for x, y in loader)")
+    checks.whole("steps", steps, 1, "a number of steps")
+    checks.number("lr", lr, "a number above 0, such as 0.02")
+    if not 0 < lr < math.inf:
+        raise InputError(f"lr is {lr}: give a number above 0, such as 0.02")
+    checks.flag("progress", progress)
+    held = Masks.from_zeros(scopes.weights(pupil)) if masks is None else as_masks(masks)
+    masked = held.writable(pupil)
+    trained = _trained(pupil, teacher, masked)
+    before = {name: weight.detach().clone() for name, weight in trained.items()}
+    losses: list[float] = []
+    done = False
+    try:
+        with progress_bar("recovery", steps, shown=progress) as advance, _undisturbed(pupil, teacher):
+            course = _Course(trained, {id(weight): held[name] for name, weight in masked.items()}, steps, lr)
+            with _Listener(pupil) as said, _Listener(teacher) as wanted:
+                for batch in islice(cycle(batches), steps):
+                    losses.append(course.step(_loss(pupil, teacher, said, wanted, batch)))
+                    advance(1)
+        if not losses:
+            raise InputError("no batch came: give an iterable of at least one batch (a generator runs only once)")
+        done = True
+    finally:
+        if not done:
+            with torch.no_grad():
+                for name, weight in trained.items():
+                    weight.copy_(before[name])
+    held.apply(pupil)
+    return losses
+
+
+def _trained(model: nn.Module, dense: nn.Module, masked: Mapping[str, Tensor]) -> dict[str, nn.Parameter]:
+    """The parameters that are trained; checks that both models can be."""
+    own = dict(model.named_parameters())
+    for name, parameter in own.items():
+        if bits.is_sharded(parameter):
+            raise InputError(f"{name} is sharded, and recover trains whole weights: recover before sharding")
+    if {id(parameter) for parameter in own.values()} & {id(parameter) for parameter in dense.parameters()}:
+        raise InputError(
+            "dense shares parameters with the pruned model: give a copy that was made before pruning, "
+            "dense = copy.deepcopy(model)"
+        )
+    looked_up = {
+        id(parameter)
+        for module in model.modules()
+        if anatomy.family(module) == "embedding"
+        for parameter in module.parameters(recurse=False)
+    }
+    chosen = {id(weight) for weight in masked.values()}
+    found = {
+        name: parameter
+        for name, parameter in own.items()
+        if parameter.requires_grad and (id(parameter) in chosen or id(parameter) not in looked_up)
+    }
+    if not found:
+        raise InputError("no parameter that could be trained requires a gradient: call model.requires_grad_() first")
+    return found
+
+
+class _Course:
+    """Adam on copies in float32, which share memory where they can: gradients of the user's stay as they are."""
+
+    def __init__(self, trained: Mapping[str, nn.Parameter], kept: Mapping[int, Tensor], steps: int, lr: float) -> None:
+        self._trained = list(trained.values())
+        self._kept = [kept.get(id(weight)) for weight in self._trained]
+        self._copies = [weight.detach().float() for weight in self._trained]
+        self._peaks = [lr * _size(copy) for copy in self._copies]
+        self._adam = torch.optim.Adam([{"params": [copy]} for copy in self._copies])
+        self._rates = [_rate(step, steps) for step in reversed(range(steps))]
+
+    def step(self, loss: Tensor) -> float:
+        """Make a step, and return the loss."""
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            raise NotFiniteError(f"the loss is {value}: look for NaN or inf in the batches, or give a lower lr")
+        gradients = torch.autograd.grad(loss, self._trained, allow_unused=True)
+        for copy, gradient, mask in zip(self._copies, gradients, self._kept, strict=True):
+            copy.grad = None if gradient is None else gradient.float()
+            if copy.grad is not None and mask is not None:
+                copy.grad.masked_fill_(~mask.to(copy.device), 0)  # NaN times 0 would be NaN
+        rate = self._rates.pop()
+        for group, peak in zip(self._adam.param_groups, self._peaks, strict=True):
+            group["lr"] = rate * peak
+        self._adam.step()
+        with torch.no_grad():
+            for weight, copy in zip(self._trained, self._copies, strict=True):
+                weight.copy_(copy)
+        return value
+
+
+def _size(weight: Tensor) -> float:
+    """The root mean square of the numbers that are not zero."""
+    count = int(weight.count_nonzero())
+    return max(float(weight.norm()) / math.sqrt(count), _SMALLEST) if count else _SMALLEST
+
+
+def _rate(step: int, steps: int) -> float:
+    """The share of the rate at a step."""
+    rising = max(round(_WARM_UP * steps), 1)
+    return min((step + 1) / rising, 0.5 + 0.5 * math.cos(math.pi * step / steps))
+
+
+def _loss(pupil: nn.Module, teacher: nn.Module, said: _Listener, wanted: _Listener, batch: Any) -> Tensor:
+    """How far the outputs are apart, and those of the modules."""
+    call = arguments(batch)
+    try:
+        with torch.no_grad():
+            right = teacher(*call[0], **call[1])
+        out = pupil(*call[0], **call[1])
+    except SecateurError:
+        raise
+    except Exception as error:
+        raise InputError(
+            f"the models do not take a batch, {trees.told(batch)} ({type(error).__name__}: {error}): give each as a "
+            "tensor, a tuple of positional or a dict of keyword arguments, without labels unless the model takes them, "
+            "on the device of the model"
+        ) from error
+    padding = real_positions(pupil, call)
+    ends = list(zip(_numbers(out), _numbers(right), strict=False))
+    if not ends or any(one.shape != other.shape for one, other in ends):
+        raise InputError(
+            f"the outputs are {trees.told(out)} and {trees.told(right)}: give the dense model of the pruned one, with "
+            "outputs of floating-point numbers"
+        )
+    inside = [pair for name, one in said.taken().items() for pair in zip(one, wanted.heard.get(name, ()), strict=False)]
+    wanted.taken()
+    terms = [[_apart(*pair, padding) for pair in pairs if pair[0].shape == pair[1].shape] for pairs in (ends, inside)]
+    return sum((torch.stack(each).mean() for each in terms if each), start=torch.zeros(()))
+
+
+def _apart(said: Tensor, wanted: Tensor, padding: list[Tensor]) -> Tensor:
+    """The squared distance over the variance, of samples [..., numbers] that are no padding."""
+    real = kept(padding, wanted.shape[:-1])
+    said, wanted = said.float().flatten(0, -2), wanted.float().flatten(0, -2)
+    if real is not None:
+        said, wanted = said[real], wanted[real]
+    spread = (wanted - wanted.mean(0)).square().sum()
+    return (said - wanted).square().sum() / spread.clamp_min(torch.finfo(torch.float32).tiny)
+
+
+def _numbers(output: Any) -> list[Tensor]:
+    """The tensors in an output that can be compared."""
+    return [one for one in tree_leaves(output) if isinstance(one, Tensor) and one.is_floating_point() and one.ndim > 1]
+
+
+class _Listener:
+    """Hears what the modules of a ModuleList or a Sequential say, while it is entered."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.heard: dict[str, list[Tensor]] = {}
+        lists = [(name, one) for name, one in model.named_modules() if isinstance(one, nn.ModuleList | nn.Sequential)]
+        self._modules = {f"{name}.{key}": module for name, one in lists for key, module in one.named_children()}
+
+    def __enter__(self) -> _Listener:
+        self._hooks = [module.register_forward_hook(self._hook(name)) for name, module in self._modules.items()]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def taken(self) -> dict[str, list[Tensor]]:
+        """What was heard since the last time."""
+        found, self.heard = self.heard, {}
+        return found
+
+    def _hook(self, name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            self.heard.setdefault(name, []).extend(_numbers(output))
+
+        return hook
+
+
+@contextmanager
+def _undisturbed(*models: nn.Module) -> Iterator[None]:
+    """Eval mode with gradients; modes, buffers and random numbers are as before afterwards."""
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    buffers = [(buffer, buffer.clone()) for model in models for buffer in model.buffers()]
+    devices = sorted({p.device.index for model in models for p in model.parameters() if p.device.type == "cuda"})
+    fast = torch.backends.mha.get_fastpath_enabled()
+    # without cuDNN, whose recurrent layers have no backward in eval mode; the fast path of attention skips modules
+    with torch.random.fork_rng(devices), torch.enable_grad(), torch.backends.cudnn.flags(enabled=False):
+        try:
+            torch.backends.mha.set_fastpath_enabled(False)
+            for model in models:
+                model.eval()
+            yield
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fast)
+            for module, training in modes:
+                module.training = training
+            with torch.no_grad():
+                for buffer, value in buffers:
+                    buffer.copy_(value)
