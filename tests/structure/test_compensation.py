@@ -6,8 +6,9 @@ import torch
 from torch import nn
 
 import secateur as sc
+from secateur.calibration.fidelity import Fidelity
 from secateur.errors import InputError, InputTypeError, SecateurWarning
-from secateur.structure.compensation import fit, likeness
+from secateur.structure.compensation import fit
 from secateur.structure.plan import Plan
 from secateur.structure.shrink import propose
 
@@ -25,6 +26,26 @@ class Attends(nn.Module):
         q, k, v = self.qkv(x).view(*x.shape[:2], 3, 4, 4).permute(2, 0, 3, 1, 4)
         found = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
         return self.out(torch.tanh(x + self.mix(found)))
+
+
+class Heads(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.into, self.attention = nn.Linear(12, 16), nn.MultiheadAttention(16, 4, batch_first=True)
+        self.out = nn.Linear(16, 5)
+
+    def forward(self, x):
+        x = self.into(x)
+        return self.out(torch.tanh(x + self.attention(x, x, x)[0]))
+
+
+class Recurs(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.rnn, self.out = nn.GRU(12, 16, batch_first=True), nn.Linear(16, 5)
+
+    def forward(self, x):
+        return self.out(self.rnn(x)[0])
 
 
 class Tied(nn.Module):
@@ -57,7 +78,7 @@ def made(kind):
     return kind().eval(), [x[..., :3].movedim(-1, 1) for x in seen] if kind is cnn else seen
 
 
-@pytest.mark.parametrize("kind", [mlp, cnn, Attends])
+@pytest.mark.parametrize("kind", [mlp, cnn, Attends, Heads, Recurs])
 @pytest.mark.parametrize("score", ["energy", "greedy"])
 def test_the_outputs_come_nearer_to_those_of_the_given_model(kind, score):
     model, batches = made(kind)
@@ -65,7 +86,8 @@ def test_the_outputs_come_nearer_to_those_of_the_given_model(kind, score):
     small = sc.shrink(model, batches[0], 0.5, score=score, stats=stats)
     cut = sc.shrink(model, batches[0], plan=propose(model, batches[0], 0.5, score=score, stats=stats))
     assert [p.shape for p in small.parameters()] == [p.shape for p in cut.parameters()]
-    assert 1 - likeness(model, small, batches[9:]) < 0.8 * (1 - likeness(model, cut, batches[9:]))
+    fidelity = Fidelity(model, batches[9:])
+    assert 1 - fidelity.of(small) < 0.8 * (1 - fidelity.of(cut))
     assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
     owned = {p.untyped_storage().data_ptr() for p in model.parameters()}
     assert owned.isdisjoint(p.untyped_storage().data_ptr() for p in small.parameters())
@@ -109,7 +131,9 @@ def test_what_would_only_lose_is_not_fitted():
     stats = sc.calibrate(model, batches)
     noise = [torch.randn(1, m.inputs, m.inputs, dtype=torch.float64, generator=GENERATOR) for m in stats.moments]
     wrong = replace(stats, moments=tuple(replace(m, gram=n @ n.mT) for m, n in zip(stats.moments, noise, strict=True)))
-    with pytest.warns(SecateurWarning, match=r"2\.weight, 4\.weight\) are not fitted anew.*Give sc\.calibrate more"):
+    with pytest.warns(
+        SecateurWarning, match=r"2\.weight, 4\.weight \(2\) are not fitted anew.*Give sc\.calibrate more"
+    ):
         small = sc.shrink(model, batches[0], 0.5, score="l2", stats=wrong)
     cut = sc.shrink(model, batches[0], 0.5)
     assert all(torch.equal(a, b) for a, b in zip(small.parameters(), cut.parameters(), strict=True))

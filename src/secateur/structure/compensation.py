@@ -4,21 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from secateur import anatomy
+from secateur.calibration.fidelity import Fidelity
 from secateur.calibration.statistics import Statistics
 from secateur.errors import listed, warn
-from secateur.structure.calls import tensors
-from secateur.structure.calm import calm
 from secateur.structure.columns import Readers, damped, input_dims, layout
 from secateur.structure.cut import Kept, named_tensors
 from secateur.structure.plan import Plan
-from secateur.support.inputs import arguments
 
 
 def compensate(model: nn.Module, small: nn.Module, plan: Plan, stats: Statistics) -> Plan:
@@ -45,37 +41,34 @@ def compensate(model: nn.Module, small: nn.Module, plan: Plan, stats: Statistics
             f"{listed(unread)} ({len(unread)}) read units that went, and stay as they were cut: stats knows nothing of "
             "them, or they are tied to another weight. Fine-tuning makes up for it"
         )
-    named = named_tensors(small)
-    before = {name: named[name].data for name in fitted}
-    was = likeness(model, small, stats.checks)
-    for name, tensor in fitted.items():
-        named[name].data = plan.cut(name, tensor)
-    if likeness(model, small, stats.checks) >= was:
-        return replace(plan, fitted=tuple(fitted))
-    for name, tensor in before.items():
-        named[name].data = tensor
-    if fitted:
+    named, fidelity = named_tensors(small), Fidelity(model, stats.checks)
+    best, refused = fidelity.of(small), list[str]()
+    for names in _in_turn(model, fitted):
+        before = {name: named[name].data for name in names}
+        for name in names:
+            named[name].data = plan.cut(name, fitted[name])
+        now = fidelity.of(small)
+        if now >= best:
+            best = now
+            continue
+        refused += names
+        for name, tensor in before.items():
+            named[name].data = tensor
+    if refused:
         warn(
-            f"the layers that read removed units ({listed([*fitted])}) are not fitted anew: on the batches to check on "
-            "the outputs would be further from those of the model. Give sc.calibrate more batches"
+            f"{listed(refused)} ({len(refused)}) are not fitted anew: on the batches to check on the outputs would be "
+            "further from those of the model. Give sc.calibrate more batches"
         )
-    return plan
+    return replace(plan, fitted=tuple(name for name in fitted if name not in refused))
 
 
-def likeness(model: nn.Module, small: nn.Module, batches: Iterable[Any]) -> float:
-    """The mean cosine between what two models give for a batch, each output of floating-point numbers as one vector."""
-    found = []
-    for batch in batches:
-        args, kwargs = arguments(batch)
-        outs = []
-        for one in (model, small):
-            with calm(one, False):
-                outs.append([t for t in tensors(one(*args, **kwargs)) if t.is_floating_point()])
-        found += [
-            float(torch.cosine_similarity(a.double().flatten(), b.double().flatten(), 0))
-            for a, b in zip(*outs, strict=True)
-        ]
-    return float(np.mean(np.nan_to_num(found, nan=-1.0)))
+def _in_turn(model: nn.Module, names: Iterable[str]) -> list[list[str]]:
+    """Weights of recurrent layers, whose errors come back to them, and those of others: each may fail by itself."""
+    found: dict[bool, list[str]] = {True: [], False: []}
+    for name in names:
+        family = anatomy.family(model.get_submodule(name.rpartition(".")[0]))
+        found[family in ("recurrent", "cell")].append(name)
+    return [some for some in found.values() if some]
 
 
 def fit(model: nn.Module, kept: Kept, stats: Statistics) -> dict[str, Tensor]:
