@@ -46,9 +46,9 @@ def test_each_call_and_its_links():
     model, batch, chain = made()
     found = record(model, batch, chain)
     assert [call.leaves for call in found.calls] == [
-        (Key("0"), Key("1"), None, False),
-        (Link(0, 0), Key("1"), Link(0, 2), True),
-        (Link(1, 0), Key("1"), Link(1, 2), False),
+        (Key(0), Key(1), None, False),
+        (Link(0, 0), Key(1), Link(0, 2), True),
+        (Link(1, 0), Key(1), Link(1, 2), False),
     ]
     assert [found.marks(at) for at in range(3)] == [block.taken for block in chain]
     torch.testing.assert_close(found.tensors["0"], model.embed(batch[0][0]))

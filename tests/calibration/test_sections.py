@@ -64,7 +64,7 @@ def test_a_chain_whose_arguments_hang_on_its_blocks_is_no_chain():
         ("what stands before one.0", ["before"]),
         ("one.0", ["one.0.fc"]),
         ("one.1", ["one.1.fc"]),
-        ("what stands after the blocks", ["between", "after", "unused", *(f"two.{i}.fc" for i in range(3))]),
+        ("what stands after the blocks", ["between", *(f"two.{i}.fc" for i in range(3)), "after", "unused"]),
     ]
     model.one = nn.ModuleList([Block()])
     with pytest.warns(SecateurWarning, match=r"\(what two.1 is called with is computed .*the whole model is one block"):

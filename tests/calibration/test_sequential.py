@@ -79,10 +79,9 @@ class Wanda:
         for name, member in members.items():
             weight = member.parameter.detach()
             scores = weight.abs() * sums[name].sqrt().float()
-            kept[name] = scores >= scores.median(1, keepdim=True).values
-            weight.mul_(1.25)
+            kept[name] = weight * 1.25, scores >= scores.median(1, keepdim=True).values
         self.seen.append((list(members), sums))
-        return kept
+        return [kept]
 
 
 def pruned(model, batches=None, folder=None, solve=None, **settings):

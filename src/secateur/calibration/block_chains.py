@@ -14,8 +14,10 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves
 from secateur.support.inputs import Arguments
 
 
-class Mark(str):
-    """What tells one tensor from another without keeping it: dtype, shape and sum."""
+class Mark(NamedTuple):
+    """What tells one tensor from another without keeping it: its dtype, its shape and its sum, as text."""
+
+    text: str
 
 
 class ChainBlock(NamedTuple):

@@ -30,8 +30,13 @@ class Link(NamedTuple):
         return f"{self.block}.{self.leaf}"
 
 
-class Key(str):
-    """An argument that no block of the chain gives: the key of a tensor."""
+class Key(NamedTuple):
+    """An argument that no block of the chain gives: the number of a tensor."""
+
+    number: int
+
+    def __str__(self) -> str:
+        return str(self.number)
 
 
 class BlockCall(NamedTuple):
@@ -71,7 +76,7 @@ class Recorded(NamedTuple):
     def marks(self, at: int) -> tuple[Mark | None, ...]:
         """The marks of the tensors that a block is called with, None for what blocks give: as `ChainBlock.taken`."""
         leaves = (leaf for leaf in self.calls[at].leaves if isinstance(leaf, Link | Key))
-        return tuple(None if isinstance(leaf, Link) else mark(self.tensors[leaf]) for leaf in leaves)
+        return tuple(None if isinstance(leaf, Link) else mark(self.tensors[str(leaf)]) for leaf in leaves)
 
 
 class _StopError(BaseException):
@@ -161,11 +166,11 @@ class _Recorder:
         for given, link in self._links:
             if given is leaf:
                 return link
-        for key, held in self.tensors.items():
+        for number, held in enumerate(self.tensors.values()):
             if held is leaf:
-                return Key(key)
+                return Key(number)
         key = Key(len(self.tensors))
-        self.tensors[key] = leaf
+        self.tensors[str(key)] = leaf
         return key
 
     def _output(self, at: int, taken: list[Any]) -> Any:

@@ -87,7 +87,7 @@ class Grams:
                 return
             self._keep(self._fresh.pop(key))  # it reads the same once more
         found = summed(rows())
-        if not found[0].isfinite().all():
+        if not found[0].diagonal(dim1=-2, dim2=-1).isfinite().all():  # sums of squares: of no other is it hidden
             raise NotFiniteError(
                 f"the inputs of {listed(reader.names)} hold NaN or inf: look for them in the batches, or in a weight "
                 "of a layer before it"
@@ -225,7 +225,7 @@ def summed(rows: Iterable[Tensor]) -> Sum:
             gram = torch.zeros(piece.shape[0], piece.shape[2], piece.shape[2], dtype=torch.float64, device=wide)
         for some in torch.split(piece, _ROWS, 1):
             x = some if some.dtype == torch.float64 else some.float()
-            gram += (x.mT @ x).to(gram)
+            gram += (x.mT @ x).to(gram.device)  # widened number by number, without a copy
         samples += piece.shape[1]
     return gram, torch.full((gram.shape[0],), samples, dtype=torch.int64, device=gram.device)
 

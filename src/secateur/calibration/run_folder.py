@@ -72,6 +72,8 @@ class InputsOnDisk(Inputs):
         self._folder = folder
 
     def lay(self, stage: str, batch: int, tensors: Mapping[str, Tensor]) -> None:
+        if not tensors:
+            return
         path = self._path(stage, batch)
         path.parent.mkdir(parents=True, exist_ok=True)
         devices = {key: str(tensor.device) for key, tensor in tensors.items()}
@@ -82,6 +84,8 @@ class InputsOnDisk(Inputs):
             save_file(plain, temporary, metadata=devices)
 
     def take(self, stage: str, batch: int, keys: Collection[str]) -> dict[str, Tensor]:
+        if not keys:
+            return {}
         with safe_open(self._path(stage, batch), framework="pt") as file:
             devices = file.metadata() or {}
             # a copy: where a number lies in a file may change how a product rounds

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -20,7 +21,7 @@ class Section:
 
     Attributes:
         name: for people: that of the block, or where it stands.
-        members: the tensors, by name; there may be none in a block.
+        members: the tensors, by name, in the order in which their modules run; there may be none in a block.
         chain: the blocks of which it is one; None for what stands outside of them.
         at: which of them.
         until: outside of chains, the module at which a forward has come past all of the tensors; None: the end.
@@ -47,6 +48,8 @@ def divide(model: nn.Module, batch: Arguments, members: Mapping[str, Member]) ->
     seen = course(model, batch)
     reasons = [_why_not(model, batch, chain) for chain in seen.chains]
     usable = [at for at, why in enumerate(reasons) if not why]
+    times = {name: _time(name, seen) for name in members}
+    members = {name: members[name] for name in sorted(members, key=times.__getitem__)}
     sections = _sections(seen, usable, members)
     split = _split(sections, members)
     if usable and not split:
@@ -76,9 +79,14 @@ def _sections(seen: Course, usable: Sequence[int], members: Mapping[str, Member]
     chains = [seen.chains[at] for at in usable]
     starts = [seen.starts[at] for at in usable]
     owners = {name: _owner(name, chains) for name in members}
+
+    def place(name: str) -> int:
+        time = _time(name, seen)
+        return len(starts) if math.isinf(time) else sum(start < time for start in starts)
+
     sections = []
     for number, chain in enumerate([*chains, None]):
-        outside = {name for name, owner in owners.items() if owner is None and _place(name, seen, starts) == number}
+        outside = {name for name, owner in owners.items() if owner is None and place(name) == number}
         if outside:
             where = f"what stands before {chain[0].name}" if chain else "what stands after the blocks"
             until = chain[0].module if chain else None
@@ -94,14 +102,12 @@ def _owner(name: str, chains: Sequence[Chain]) -> str | None:
     return next((b.name for chain in chains for b in chain if name.startswith(f"{b.name}.")), None)
 
 
-def _place(name: str, seen: Course, starts: Sequence[int]) -> int:
-    """How many chains had begun when a tensor outside of them was read."""
+def _time(name: str, seen: Course) -> float:
+    """When the module of a tensor ran; inf if it did not, or is the model itself, which may read it at any time."""
     module = name.rpartition(".")[0]
     while module and module not in seen.times:  # an attention reads its out_proj itself
         module = module.rpartition(".")[0]
-    if not module:  # one of the model itself may be read at any time
-        return len(starts)
-    return sum(start < seen.times[module] for start in starts)
+    return seen.times[module] if module else math.inf
 
 
 def _split(sections: Sequence[Section], members: Mapping[str, Member]) -> str:

@@ -7,7 +7,7 @@ pruned whose sums would not find room together, as Frantar & Alistarh 2023, "Spa
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -30,6 +30,8 @@ from secateur.support.inputs import Arguments, arguments
 from secateur.support.progress import progress_bar
 
 _RECORDED = "recorded"
+_ALIGNMENT = 64
+"""Bytes, of the memory that torch gives to tensors."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +50,12 @@ class Forward:
 Forwards = Callable[[], Iterator[Forward]]
 """Gives the forwards of all batches through a section, as often as it is called."""
 
-Solve = Callable[[Mapping[str, Member], Forwards], Mapping[str, Tensor]]
-"""Prunes some tensors, in place, with what it sees in the forwards; returns which weights are kept, by name."""
+Solved = Mapping[str, tuple[Tensor, Tensor]]
+"""By name, new weights and which of them stay."""
+
+Solve = Callable[[Mapping[str, Member], Forwards], Iterable[Solved]]
+"""Prunes the tensors of a section by what it sees in the forwards, some after others: the forwards that follow run with
+what was given before. Members come in the order in which their modules run."""
 
 
 def prune(
@@ -184,13 +190,20 @@ class _Work:
             self.inputs.lay(_RECORDED, number, {key: found.tensors[key] for key in needed})
 
     def _solve(self, at: int, solve: Solve) -> None:
-        section = self.sections[at]
-        for member in section.members.values():
-            self.swaps.put(member, member.parameter.detach().clone())
-        masks = Masks(solve(section.members, lambda: self._forwards(at)) if section.members else {})
-        own = {name: member.parameter.detach() for name, member in section.members.items()}
-        masks.apply(own)
-        self.run.save(at, own, masks)
+        members = self.sections[at].members
+        for member in members.values():
+            parameter = member.parameter.detach()
+            if parameter.data_ptr() % _ALIGNMENT:  # it lies in a file, and products might round otherwise
+                self.swaps.put(member, parameter.clone())
+        kept: dict[str, Tensor] = {}
+        for solved in solve(members, lambda: self._forwards(at)) if members else ():
+            masks = Masks({name: stays for name, (_, stays) in solved.items()})
+            masks.apply({name: weights for name, (weights, _) in solved.items()})
+            kept |= {name: masks.packed(name) for name in masks}
+            for name, (weights, _) in solved.items():
+                self.swaps.put(members[name], weights)
+        new = {name: member.parameter.detach() for name, member in members.items()}
+        self.run.save(at, new, Masks.from_bits(kept, {name: weights.shape for name, weights in new.items()}))
 
     def _forwards(self, at: int) -> Iterator[Forward]:
         for number, batch in enumerate(self.batches):
@@ -202,10 +215,9 @@ class _Work:
         if section.chain is None:
             return run_until(self.model, self.batches[number], section.until)
         call = self._calls[number][section.at]
-        tensors = self.inputs.take(_RECORDED, number, _keys([call]))
-        if call.links:
-            tensors |= self.inputs.take(_stage(at), number, [*map(str, call.links)])
-        args, kwargs = call.arguments(tensors)
+        recorded = self.inputs.take(_RECORDED, number, _keys([call]))
+        given = self.inputs.take(_stage(at), number, {*map(str, call.links)})
+        args, kwargs = call.arguments({**recorded, **given})
         return section.chain[section.at].module(*args, **kwargs)
 
     def _go_on(self, at: int) -> None:
@@ -216,7 +228,7 @@ class _Work:
             later = calls[section.at + 1 :]
             wanted = {link for call in later for link in call.links if link.block <= section.at}
             carried = [str(link) for link in wanted if link.block < section.at]
-            state = self.inputs.take(_stage(at), number, carried) if carried else {}
+            state = self.inputs.take(_stage(at), number, carried)
             if later:
                 leaves = tree_leaves(self._forward(at, number))
                 state |= {str(link): leaves[link.leaf] for link in wanted if link.block == section.at}
@@ -232,7 +244,7 @@ def _stage(at: int) -> str:
 
 def _keys(calls: Sequence[BlockCall]) -> set[str]:
     """What no block gives and some calls need."""
-    return {leaf for call in calls for leaf in call.leaves if isinstance(leaf, Key)}
+    return {str(leaf) for call in calls for leaf in call.leaves if isinstance(leaf, Key)}
 
 
 class _Swaps:

@@ -6,6 +6,7 @@
 | `conversion` | `pack` and `unpack` checkpoints, file by file, folder by folder |
 | `pretrained` | the same for folders of Hugging Face models |
 | `pruning` | prune a checkpoint larger than memory |
+| `calibrated`, `mapped` | prune one with data, block by block; a model whose weights stay in their files |
 | `shrinking` | cut one by a plan of `shrink` |
 | `checkpoints`, `torch_files` | what a checkpoint holds, of whatever form; `inspect` |
 | `sharing` | how several processes share a checkpoint |
@@ -16,6 +17,7 @@
 """
 
 from secateur.storage.archive import load, save
+from secateur.storage.calibrated import oneshot_checkpoint
 from secateur.storage.conversion import pack, unpack
 from secateur.storage.pretrained import load_pretrained, save_pretrained
 from secateur.storage.pruning import Recipe, prune_checkpoint
@@ -25,6 +27,7 @@ __all__ = [
     "Recipe",
     "load",
     "load_pretrained",
+    "oneshot_checkpoint",
     "pack",
     "prune_checkpoint",
     "save",

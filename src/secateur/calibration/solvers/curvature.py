@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-from functools import cached_property
-
-import torch
 from torch import Tensor
 
 from secateur.errors import NotFiniteError
 
 DAMPING = 0.01
 """Of the mean diagonal, added to the diagonal: Frantar & Alistarh 2023, "SparseGPT", section 4."""
-
-SMALLEST = 1e-7
-"""The least eigenvalue, of a matrix with a unit diagonal."""
 
 
 class Curvature:
@@ -32,21 +26,15 @@ class Curvature:
     """
 
     def __init__(self, gram: Tensor) -> None:
-        if not bool(gram.isfinite().all()):
-            raise NotFiniteError("the second moments hold NaN or inf: look for these in the batches")
         diagonal = gram.diagonal(dim1=-2, dim2=-1)
+        if not bool(diagonal.isfinite().all() and gram.sum().isfinite()):
+            raise NotFiniteError("the second moments hold NaN or inf: look for these in the batches")
         self.dead = (diagonal == 0).unsqueeze(1)
         damped = diagonal + DAMPING * diagonal.mean(-1, keepdim=True)
         damped = damped.where(damped > 0, 1.0)  # no input at all ever came
         root = damped.sqrt()
-        exact = gram / (root.unsqueeze(-1) * root.unsqueeze(-2))
+        exact = gram / root.unsqueeze(-1)
+        exact /= root.unsqueeze(-2)
         exact.diagonal(dim1=-2, dim2=-1).fill_(1.0)
-        self._exact = exact
         self.scale = root.unsqueeze(1).float()
         self.matrix = exact.float()
-
-    @cached_property
-    def eigen(self) -> tuple[Tensor, Tensor]:
-        """Eigenvalues [groups, n] and vectors [groups, n, n], in columns, float32."""
-        values, vectors = torch.linalg.eigh(self._exact)
-        return values.clamp_min(SMALLEST).float(), vectors.float()
