@@ -1,6 +1,6 @@
 """The numbers of one-shot pruning: trained models pruned by some unlabelled data, beside what else there is.
 
-    python benchmarks/oneshot.py [minilm] [time] [crepe] [shrink] [rounding] [recover] [threads]
+    python benchmarks/oneshot.py [minilm] [time] [speaker] [gru] [crepe] [shrink] [rounding] [recover] [threads]
                                  [--draws N] [--quick] [--peers FOLDER] [--json FILE]
 
 Each draw is other calibration data (three by default); the test data stays and is never calibrated on. A figure is the
@@ -10,6 +10,7 @@ are in oneshot_models.py.
 - minilm: the cosine between the sentence embeddings of the pruned and of the dense model. "full" and "fast" are the
   efforts of `sc.oneshot`; "magnitude" is `sc.prune`.
 - time: CPU seconds of the solvers alone on the same Gram matrices, nothing tried or compared: the ratio to a peer's.
+- speaker, gru: see oneshot_recurrent.py.
 - crepe: the mean error of the pitch in cents, and the loss beside that of magnitude, (ours - dense) / (its - dense).
 - shrink: MiniLM with fewer units of its feed-forward layers (ffn) or fewer heads, or both.
 - rounding: MiniLM at 80 %, stored in steps of .5 or 1 root mean square; bytes are relative to the nearest steps.
@@ -41,6 +42,7 @@ from torch import Tensor, nn
 
 import oneshot_models as models
 import oneshot_peers as peers
+import oneshot_recurrent as recurrent
 import secateur as sc
 from secateur.calibration.statistics import Statistics
 from secateur.support.tables import Table
@@ -71,6 +73,7 @@ GOALS: dict[tuple[str, str, str], tuple[float, float | None]] = {
     ("rounding", "step 0.5", "with stats"): (0.685, 0.70),
     ("rounding", "step 1", "with stats"): (0.56, 0.59),
     ("recover", "90 %", "60 steps"): (0.62, 0.70),
+    **recurrent.GOALS,
 }
 
 
@@ -338,9 +341,16 @@ def crepe(book: Book, asked: Asked) -> None:
 
 
 SECTIONS: dict[str, Callable[[Book, Asked], None]] = {
-    "minilm": minilm, "time": times, "crepe": crepe, "shrink": shrink, "rounding": rounding, "recover": recover,
+    "minilm": minilm,
+    "time": times,
+    "speaker": recurrent.speaker,
+    "gru": recurrent.gru,
+    "crepe": crepe,
+    "shrink": shrink,
+    "rounding": rounding,
+    "recover": recover,
     "threads": threads,
-}  # fmt: skip
+}
 
 
 def main() -> None:
