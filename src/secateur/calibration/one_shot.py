@@ -18,7 +18,7 @@ from secateur.calibration.solvers.base import Select, Solver
 from secateur.calibration.statistics import Statistics
 from secateur.calibration.supports import Within, selector
 from secateur.calibration.trials import Evaluate
-from secateur.calibration.ways import Effort, Solution, Solutions, fast, ways
+from secateur.calibration.ways import Effort, Solution, Solutions, fast, loops, ways
 from secateur.errors import InputError
 from secateur.patterns import Pattern
 from secateur.sparsity import Sparsity
@@ -97,12 +97,12 @@ def oneshot(
         def select(part: Matrix, within: Within) -> Select:
             return selector(part.moments, part.shapes, part.weights(), zeros[part], pattern=made.pattern, within=within)
 
-        return Solutions(parts, select)
+        return Solutions(parts, select, inside)
 
-    zeros = _shared(parts, masks.counts())
+    zeros, inside = _shared(parts, masks.counts()), loops(inner, stats, parts)
     judge, work = Judge(inner, stats, made.scope, evaluate), solutions(zeros)
     contest = Contest(judge, masked(made.scope, masks, parts))
-    every = ways(solve, effort)
+    every = ways(solve, effort, bool(inside))
     steps = len(every) + (levels.measurements(parts) if measured else 0)
     with progress_bar("pruning", steps, shown=progress) as advance:
         for way in every if judge else every[:1]:

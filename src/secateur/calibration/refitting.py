@@ -15,7 +15,7 @@ from secateur.calibration.solvers.curvature import Curvature
 from secateur.calibration.solvers.refit import refit as fit
 from secateur.calibration.statistics import Statistics
 from secateur.calibration.supports import Within
-from secateur.calibration.ways import Solutions, Way
+from secateur.calibration.ways import Solutions, Way, loops
 from secateur.errors import InputError
 from secateur.masks import Masks
 from secateur.scope import Scope
@@ -80,11 +80,15 @@ def refit(
     with restored(found):
         for name, tensor in source.items():
             found[name].copy_(tensor)
-        judge, work = Judge(inner, stats, found, None), Solutions(parts, select)
-        contest, way = Contest(judge, masked(found, masks, parts)), Way("refit", _survivors)
-        with progress_bar("refitting", 1, shown=progress) as advance:
-            contest.enter(way, work.of(way))
-            advance(1)
+        inside = loops(inner, stats, parts)
+        judge, work = Judge(inner, stats, found, None), Solutions(parts, select, inside)
+        contest, every = Contest(judge, masked(found, masks, parts)), [Way("refit", _survivors)]
+        if inside and judge:
+            every.append(Way("refit, open loop", _survivors, rounds=0))
+        with progress_bar("refitting", len(every), shown=progress) as advance:
+            for way in every:
+                contest.enter(way, work.of(way))
+                advance(1)
         result = contest.result(found)
     contest.draft.write(found)
     return result
