@@ -126,12 +126,26 @@ class _Prune(TyperCommand):
 
 @app.command(cls=_Prune)
 def prune(
-    checkpoint: Source,
     sparsity: Annotated[float, typer.Option(help="Fraction of the chosen weights that become zero, 0 <= s < 1.")],
+    checkpoint: Annotated[
+        str | None,
+        typer.Argument(
+            help="A checkpoint: a file, or a folder of shards with their index. With --data MODULE:FACTORY."
+        ),
+    ] = None,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="A .safetensors file, or a folder for a folder.")
     ] = None,
-    allocation: Annotated[str, typer.Option(help="How the zeros are shared among tensors.")] = "global",
+    data: Annotated[
+        str | None,
+        typer.Option(metavar="MODULE:BATCHES", help="Inputs: the model of MODULE:FACTORY is pruned by what it reads."),
+    ] = None,
+    weights: Annotated[Path | None, typer.Option(help="A checkpoint that fills the model of MODULE:FACTORY.")] = None,
+    hf: Annotated[Path | None, typer.Option(help="A folder of save_pretrained, instead of MODULE:FACTORY.")] = None,
+    texts: Annotated[Path | None, typer.Option(help="With --hf, in place of --data: a text a line.")] = None,
+    allocation: Annotated[
+        str, typer.Option(help="How the zeros are shared among tensors.", show_default="global; uniform with data")
+    ] = "",
     pattern: Annotated[str, typer.Option(help="With 2:4 and the like at most 2 of every 4 inputs stay.")] = "",
     only: Annotated[list[str] | None, typer.Option(help="Prune what this glob names; may be given again.")] = None,
     skip: Annotated[list[str] | None, typer.Option(help="Leave out what this glob names; may be given again.")] = None,
@@ -140,19 +154,30 @@ def prune(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be pruned; write nothing.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Prune a checkpoint by magnitude, exactly, however large it is; no model code is needed.
+    """Prune a checkpoint by magnitude, exactly, however large it is; or, with data, a model by what its layers read.
 
-    With torchrun (torchrun --nproc-per-node 4 -m secateur prune ...) the processes share the work.
+    Without data no model code is needed; with torchrun (torchrun --nproc-per-node 4 -m secateur prune ...) the
+    processes share the work. With data the weights that stay are fitted so that the outputs change least; no training.
     """
+    if (out is None) == (not dry_run):
+        raise typer.BadParameter("give either --out or --dry-run")
+    if data is not None or hf is not None or texts is not None:
+        from secateur import oneshot_command
+
+        source = oneshot_command.Source(checkpoint, data, weights, hf, texts)
+        chosen = only or (), skip or ()
+        way: Any = {"allocation": allocation or "uniform", "pattern": pattern or None, "pack": pack or None}
+        _show(oneshot_command.run(source, sparsity, out=out, chosen=chosen, **way), as_json)
+        return
+    if checkpoint is None or weights is not None:
+        raise typer.BadParameter("give a checkpoint; or MODULE:FACTORY with --data, and --weights")
     from secateur.storage.checkpoints import opened
     from secateur.storage.pruning import Recipe, prune_checkpoint, work
 
-    if (out is None) == (not dry_run):
-        raise typer.BadParameter("give either --out or --dry-run")
-    recipe = Recipe(sparsity, allocation, pattern or None, tuple(only or ()), tuple(skip or ()))
-    source = opened(checkpoint, key)
-    with _ranks() as processes, _progress("pruning", lambda: work(source, recipe)) as progress:
-        result = prune_checkpoint(source, out, recipe, level=pack or None, progress=progress, processes=processes)
+    recipe = Recipe(sparsity, allocation or "global", pattern or None, tuple(only or ()), tuple(skip or ()))
+    opening = opened(Path(checkpoint), key)
+    with _ranks() as processes, _progress("pruning", lambda: work(opening, recipe)) as progress:
+        result = prune_checkpoint(opening, out, recipe, level=pack or None, progress=progress, processes=processes)
     if processes.rank == 0:
         _show(result, as_json)
 

@@ -89,7 +89,7 @@ def run(
             raise InputError(f"{out} is no name of a .safetensors file: give one, such as small.safetensors")
     model: Any
     if hf is not None:
-        model = load_pretrained(hf, _class_of(hf))
+        model = load_pretrained(hf, class_of(hf))
     else:
         model = model_of(str(target))
         if weights is not None:
@@ -137,7 +137,7 @@ def by_plan(plan: Path, weights: Path | None = None, hf: Path | None = None, out
 
 def _config(folder: Path, plan: Plan) -> Any:
     """The config of the smaller model."""
-    cls = _class_of(folder)
+    cls = class_of(folder)
     with torch.device("meta"):
         model = cls(cls.config_class.from_pretrained(folder))
     plan.apply(model)
@@ -148,7 +148,7 @@ def _count(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def _class_of(folder: Path) -> Any:
+def class_of(folder: Path) -> Any:
     """The class of transformers that a folder's config names."""
     try:
         import transformers

@@ -98,10 +98,7 @@ def model_of(target: str) -> nn.Module:
         InputError: it is spelled otherwise, or there is no such module. UnknownNameError: MODULE has no such name.
         InputTypeError: it is not callable, wants arguments, or gives something else than a module.
     """
-    place, _, name = target.partition(":")
-    if not place or not name:
-        raise InputError(f"{target!r} is not MODULE:FACTORY: give for example models:build, for build() of models.py")
-    found = _attribute(_imported(place), name, target)
+    found = named(target, "MODULE:FACTORY", "models:build, for build() of models.py")
     if isinstance(found, nn.Module):
         return found
     if not callable(found):
@@ -116,6 +113,23 @@ def model_of(target: str) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise InputTypeError(f"{target} gave {checks.kind(model)}, not an nn.Module: let it return the model")
     return model
+
+
+def named(target: str, form: str, example: str) -> Any:
+    """Import what MODULE:NAME names, from the current folder or from what is installed.
+
+    Args:
+        target: NAME may have dots.
+        form: how it is spelled, for messages.
+        example: of a target and what it means, for messages.
+
+    Raises:
+        InputError: it is spelled otherwise, or there is no such module. UnknownNameError: MODULE has no such name.
+    """
+    place, _, name = target.partition(":")
+    if not place or not name:
+        raise InputError(f"{target!r} is not {form}: give for example {example}")
+    return _attribute(_imported(place), name, target)
 
 
 def input_of(spelled: str, generator: torch.Generator) -> Tensor:

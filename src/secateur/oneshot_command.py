@@ -1,0 +1,179 @@
+"""What `secateur prune` does with data: a model of the user's is calibrated, pruned without training, and written."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_model
+from torch import nn
+
+from secateur.calibration import calibrate, oneshot
+from secateur.calibration.contest import Pruned
+from secateur.errors import InputError
+from secateur.runtime.bench import model_of, named
+from secateur.scope import weights as weights_of
+from secateur.shrink_command import class_of
+from secateur.storage import load, save, save_pretrained
+from secateur.storage.coding import STEPS
+from secateur.storage.pretrained import load_pretrained
+from secateur.support import checks
+from secateur.support.files import replacing, replacing_folder, require_file, require_place
+from secateur.support.tables import Table
+
+_AT_ONCE = 16  # texts
+_LONGEST = 512  # tokens of a text
+
+
+@dataclass(frozen=True)
+class Source:
+    """The model that is meant, and the data that it is calibrated on.
+
+    Attributes:
+        target: MODULE:FACTORY, as of `runtime.bench.model_of`; None with `hf`.
+        data: MODULE:BATCHES: an iterable of inputs, or a function that returns one.
+        weights: what `sc.load` reads, to fill the model of `target`.
+        hf: a folder of `save_pretrained`.
+        texts: a file of text, an example a line, in place of `data` with `hf`.
+    """
+
+    target: str | None = None
+    data: str | None = None
+    weights: Path | None = None
+    hf: Path | None = None
+    texts: Path | None = None
+
+    def model(self) -> Any:
+        """Build or load the model."""
+        if (self.target is None) == (self.hf is None):
+            raise InputError("it is not clear which model is meant: give either MODULE:FACTORY or --hf FOLDER")
+        if self.hf is not None:
+            return load_pretrained(self.hf, class_of(self.hf))
+        model = model_of(str(self.target))
+        if self.weights is not None:
+            load(self.weights, into=model)
+        return model
+
+    def batches(self) -> Iterable[Any]:
+        """The inputs."""
+        if (self.data is None) == (self.texts is None):
+            raise InputError("it is not clear which data is meant: give either --data MODULE:BATCHES or --texts FILE")
+        if self.data is not None:
+            found = named(self.data, "MODULE:BATCHES", "data:batches, for batches, or batches(), of data.py")
+            made = found() if callable(found) and not isinstance(found, Iterable) else found
+            checks.several(self.data, made, "an iterable of inputs, or a function that returns one")
+            return made  # type: ignore[no-any-return]
+        if self.hf is None:
+            raise InputError("--texts are for the tokenizer of --hf FOLDER: give --data MODULE:BATCHES")
+        return _tokens(self.hf, Path(str(self.texts)))
+
+
+@dataclass(frozen=True)
+class Done:
+    """What was pruned, and what was written.
+
+    Attributes:
+        masks: which also print what each layer lost.
+        written: a file or a folder; empty after a dry run.
+    """
+
+    masks: Pruned
+    written: str
+
+    def table(self) -> Table:
+        """One row a layer, with the share of its output that is lost; then the ways that were tried."""
+        shown = self.masks.table()
+        notes = [*shown.notes, *([f"written: {self.written}"] if self.written else [])]
+        return Table(shown.header, shown.rows, shown.title, notes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as plain data, for JSON."""
+        layers = [
+            {"name": name, "zeros": zeros, "weights": size, "lost": loss}
+            for name, (zeros, size, loss) in self.masks.losses.items()
+        ]
+        return {
+            "zeros": self.masks.pruned,
+            "weights": self.masks.size,
+            "layers": layers,
+            "tried": dict(self.masks.tried),
+            "way": self.masks.way,
+            "written": self.written,
+        }
+
+
+def run(
+    source: Source,
+    sparsity: float,
+    *,
+    out: Path | None = None,
+    allocation: str = "uniform",
+    pattern: str | None = None,
+    chosen: tuple[Sequence[str], Sequence[str]] = ((), ()),
+    pack: str | None = None,
+) -> Done:
+    """Prune a model by what its layers read, and write it.
+
+    Args:
+        source: the model and the data.
+        sparsity, allocation, pattern: as for `sc.oneshot`.
+        out: for a model of MODULE:FACTORY a .safetensors file; for `hf` a new folder, with the tokenizer and what else
+            is in the old one. None: nothing is written.
+        chosen: globs of what is pruned, none for all weights, and of what is left out.
+        pack: a level of `sc.save`; None writes what any reader reads.
+
+    Raises:
+        InputError, InputTypeError, UnknownNameError, PatternError: as of `sc.calibrate` and `sc.oneshot`; it is not
+            clear which model or data is meant. WriteError: `out` cannot be written.
+    """
+    if out is not None:
+        require_place(out)
+        if source.hf is not None and out.exists():
+            raise InputError(f"{out} is there already: give a new folder")
+        if source.hf is None and out.suffix != ".safetensors":
+            raise InputError(f"{out} is no name of a .safetensors file: give one, such as pruned.safetensors")
+    model = source.model().eval()
+    only, skip = chosen
+    scope = weights_of(model, only=list(only) or None, skip=list(skip))
+    stats = calibrate(model, source.batches(), scope=scope)
+    masks = oneshot(model, stats, sparsity, allocation=allocation, pattern=pattern, scope=scope)
+    if out is not None and source.hf is not None:
+        _write_folder(model, source.hf, out, pack)
+    elif out is not None and pack is not None:
+        save(model, out, level=pack, stats=stats if pack in STEPS else None)
+    elif out is not None:
+        _write_file(model, out)
+    return Done(masks, "" if out is None else str(out))
+
+
+def _tokens(folder: Path, texts: Path) -> list[dict[str, Any]]:
+    """The lines of a file, as the tokenizer of a folder reads them."""
+    import transformers  # of the folder, so that it is there
+
+    require_file(texts)
+    lines = [line.strip() for line in texts.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not lines:
+        raise InputError(f"{texts} holds no text: give a file with an example a line")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    most = min(_LONGEST, tokenizer.model_max_length)
+    chunks = [lines[i : i + _AT_ONCE] for i in range(0, len(lines), _AT_ONCE)]
+    return [dict(tokenizer(one, padding=True, truncation=True, max_length=most, return_tensors="pt")) for one in chunks]
+
+
+def _write_file(model: nn.Module, out: Path) -> None:
+    with replacing(out) as new:
+        save_model(model, str(new), metadata={"format": "pt"})
+
+
+def _write_folder(model: Any, old: Path, out: Path, pack: str | None) -> None:
+    with replacing_folder(out) as new:
+        shutil.copytree(old, new, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.safetensors*", "*.bin*"))
+        if pack is None:
+            model.save_pretrained(new)
+        else:
+            save_pretrained(model, new, level=pack)
