@@ -23,6 +23,7 @@ from secateur import (
     structure,
 )
 from secateur.calibration import sensitivity
+from secateur.calibration.statistics import Statistics
 from secateur.dropout import metrics
 from secateur.storage.checkpoints import inspect as inspect_file
 from secateur.storage.checkpoints import opened
@@ -63,6 +64,7 @@ def pruned_by_torch():
 
 X, P, LABELS = torch.zeros(2, 4), torch.full((4, 2), 0.5), torch.tensor([0, 1, 0, 1])
 FAST, MASKS = sc.accelerate(net(), X), sc.prune(net(), 0.5)
+STATISTICS = sc.calibrate(net(), [torch.rand(9, 4)])
 SCAN = sc.scan(nn.Linear(4, 2), lambda model: 1.0, [0.5])
 PREDICTION = dropout.Prediction(torch.rand(30, 2, 2))
 SIZES = {"in_features": 3, "out_features": 3, "bias": True}
@@ -128,6 +130,11 @@ CASES = {
         lambda: {"model": net(), "batches": [X], "loss": None, "scope": None, "progress": False},
         {"batches": {"several"}, "loss": {None}, "scope": {None}, "progress": FLAG},
     ),
+    "Statistics.merge": (STATISTICS.merge, {"other": STATISTICS}, {}),
+    "Statistics.reduced": (STATISTICS.reduced, {"all_reduce": lambda total: total}, {}),
+    "Statistics.save": (STATISTICS.save, {"path": "stats.safetensors"}, {"path": {"text"}}),
+    "Statistics.load": (Statistics.load, {"path": "stats.safetensors", "device": "cpu"}, {"device": {"text"}}),
+    "Statistics.require": (STATISTICS.require, lambda: {"model": net()}, {}),
     "check": (sc.check, lambda: {"model": net(), "masks": MASKS}, {}),
     "compare": (
         sc.compare,

@@ -34,6 +34,15 @@ def test_sums_are_those_of_float64():
     assert close(gram, exact(x))
 
 
+def test_sums_of_many_inputs_are_whole_and_symmetric():
+    x = torch.randn(2, 1500, 450, generator=torch.Generator().manual_seed(0))
+    gram, count = summed([x])
+    assert count.tolist() == [1500, 1500]
+    assert torch.equal(gram, gram.mT)
+    assert close(gram[:1], exact(x[0]))
+    assert close(gram[1:], exact(x[1]))
+
+
 def test_one_input_is_summed_once_for_all_that_read_it():
     grams, inputs, asked = Grams(), [torch.randn(5, 3), torch.randn(7, 3)], []
     for x in inputs:

@@ -152,6 +152,30 @@ def test_a_loss_without_gradients_is_refused():
         sc.calibrate(model, batches(1), loss=lambda model, x: model(x).sum())
 
 
+def test_compiled_parts_are_seen():
+    model = nn.Sequential(nn.Linear(6, 4), torch.compile(nn.Linear(4, 4), backend="eager"))
+    stats = sc.calibrate(model, batches(1))
+    assert [one.names for one in stats.moments] == [("0.weight",), ("1._orig_mod.weight",)]
+
+
+def test_half_precision_is_summed_in_full():
+    model, x = nn.Linear(6, 3).bfloat16(), batches(1)[0].bfloat16()
+    (moments,) = sc.calibrate(model, [x]).moments
+    torch.testing.assert_close(moments.gram[0], exact([x]), rtol=1e-6, atol=1e-5)
+
+
+def test_weights_that_are_not_here_or_not_real_are_refused():
+    with pytest.raises(InputError, match=r"weight is on the meta device"):
+        sc.calibrate(nn.Linear(6, 3, device="meta"), batches(1))
+    with pytest.raises(InputError, match=r"weight is complex: leave it out, scope=sc\.weights"):
+        sc.calibrate(nn.Linear(6, 3, dtype=torch.complex64), batches(1))
+
+
+def test_another_input_for_each_batch_of_a_generator():
+    stats = sc.calibrate(nn.Linear(6, 3), (torch.full((8, 6), float(n)) for n in range(1, 4)))
+    assert stats.moments[0].gram.unique().tolist() == [8 * (1 + 4 + 9)]
+
+
 def test_nothing_is_warned_of_where_all_is_well():
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -41,9 +42,12 @@ def calibrate(
     would falsify the sums; its mode, buffers, gradients and hooks, and torch's random numbers, are as before
     afterwards. Weights are recognised in the functions of torch that they are given to, so that a layer of the user's
     own counts too. Positions that a mask in the batch marks as padding are left out. Of the large maps of a
-    convolution some positions are left out, see `patches.patches`.
+    convolution some positions are left out, see `patches.patches`. An expert of a mixture reads the tokens that it is
+    given, among which may be padding, because they are dealt out without their mask.
 
-    Every fifth batch is held out of the sums, and kept, so that what is made of them can be checked.
+    Every fifth batch is held out of the sums, and kept, so that what is made of them can be checked; of fewer than
+    five batches none is held out, and all are kept. Inputs of LSTM, GRU and RNN modules are kept whole, since these are
+    solved on sequences.
 
     Args:
         model: the dense one.
@@ -177,7 +181,9 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
     buffers = [(module, dict(module._buffers)) for module in modules]
     values = [(buffer, buffer.clone()) for buffer in model.buffers()]
     devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
-    with torch.random.fork_rng(devices), torch.no_grad():
+    with torch.random.fork_rng(devices), torch.no_grad(), ExitStack() as stack:
+        if "torch._dynamo" in sys.modules:  # compiled code shows no calls; without it nothing is compiled
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
         try:
             model.eval()
             yield

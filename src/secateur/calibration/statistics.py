@@ -150,8 +150,11 @@ class Statistics(Printed):
             device: of the tensors: that of the model.
 
         Raises:
-            InputTypeError: no path. InputError: no such file. FileError: it holds no statistics, or is damaged.
+            InputTypeError: no path, or no device. InputError: no such file. FileError: it holds no statistics, or is
+                damaged.
         """
+        if not isinstance(device, str | torch.device):
+            raise checks.wrong("device", device, 'that of the model, such as "cpu"')
         contents, tensors = trees.read(checks.path("path", path), _FORMAT, device)
         try:
             moments = [
