@@ -237,8 +237,8 @@ def test_interrupted(dense, stats):
     model = copy.deepcopy(dense)
 
     def evaluate(candidate):
-        raise KeyboardInterrupt
+        raise KeyboardInterrupt("now")
 
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt, match="now"):
         sc.oneshot(model, stats, 0.5, evaluate=evaluate)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), dense.parameters(), strict=True))

@@ -108,9 +108,9 @@ def test_refused(dense):
         sc.refit(dense, dict(masks), stats)
     with pytest.raises(InputTypeError, match=r"sc\.calibrate"):
         sc.refit(dense, masks, masks)
-    with pytest.raises(UnknownNameError):
+    with pytest.raises(UnknownNameError, match="head"):
         sc.refit(dense, sc.Masks({"head.weight": torch.ones(2, 2).bool()}), stats)
-    with pytest.raises(MaskError):
+    with pytest.raises(MaskError, match="shape"):
         sc.refit(dense, sc.Masks({"0.weight": torch.ones(2, 2).bool()}), stats)
     with pytest.raises(InputTypeError, match="state_dict"):
         sc.refit(dense, masks, stats, dense=3)
