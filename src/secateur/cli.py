@@ -346,13 +346,16 @@ def demo(
         float | None,
         typer.Option(
             help="Fraction of weights that become zero, 0 <= s < 1; of units that go with --structured.",
-            show_default="0.9; 0.5 with --structured",
+            show_default="0.9; 0.5 with --structured, 0.8 with --oneshot",
         ),
     ] = None,
     seed: Annotated[int, typer.Option(help="The same seed gives the same result.")] = 0,
     out: Annotated[Path, typer.Option(help="The folder for files and plots.")] = Path("secateur-demo"),
     structured: Annotated[
         bool, typer.Option("--structured", help="Fewer units instead of zeros: a smaller LSTM, beside a sparse one.")
+    ] = False,
+    oneshot: Annotated[
+        bool, typer.Option("--oneshot", help="Pruned after training, without a loop: beside magnitude.")
     ] = False,
     uncertainty: Annotated[
         bool, typer.Option("--uncertainty", help="Dropout instead: train with it, and see what the model is unsure of.")
@@ -362,8 +365,8 @@ def demo(
     """Prune an LSTM on real data, end to end, and measure what it gained."""
     console = None if as_json else Console()
     chosen: dict[str, Any] = {} if epochs is None else {"epochs": epochs}
-    if structured and uncertainty:
-        raise typer.BadParameter("--structured and --uncertainty are two demos: give one of them")
+    if structured + oneshot + uncertainty > 1:
+        raise typer.BadParameter("--structured, --oneshot and --uncertainty are three demos: give one of them")
     if uncertainty:
         from secateur.demo.uncertainty import run as run_uncertainty
 
@@ -373,6 +376,8 @@ def demo(
     else:
         if structured:
             from secateur.demo.structured import run
+        elif oneshot:
+            from secateur.demo.after_training import run
         else:
             from secateur.demo import run
 

@@ -74,7 +74,7 @@ def test_count(dense, stats, options):
     assert list(masks) == list(sc.weights(model))
 
 
-@pytest.mark.parametrize("asked", [sc.Count(1), sc.Count(0), {"0": 0.5, "2.weight": 0.25}, 0.999])
+@pytest.mark.parametrize("asked", [sc.Count(1), sc.Count(0), {"0": 0.5, "2.weight": 0.25}, 0.99])
 def test_amounts(dense, stats, asked):
     model = copy.deepcopy(dense)
     masks = sc.oneshot(model, stats, asked)
@@ -149,6 +149,38 @@ def test_part_of_the_model(dense, stats):
     masks = sc.oneshot(model, stats, 0.5, scope=sc.weights(model, only=["2"]))
     assert list(masks) == ["2.weight"]
     assert torch.equal(model[0].weight, dense[0].weight)
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_recurrent(kind):
+    """Where magnitude loses a recurrent layer, this keeps it: on inputs of other sequences than it was fitted to."""
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"rnn": kind(6, 32, 2, batch_first=True), "head": nn.Linear(32, 5)})
+    model.forward = lambda x: model["head"](model["rnn"](x)[0])
+    batches = inputs(12, 16, 10, 6)
+    judge, pruned = Fidelity(model, batches[10:]), copy.deepcopy(model)
+    stats = sc.calibrate(model, batches[:10])
+    pruned.forward = lambda x: pruned["head"](pruned["rnn"](x)[0])
+    sc.prune(pruned, 0.6, allocation="uniform")
+    masks = sc.oneshot(model, stats, 0.6)
+    assert zeros(model) == masks.pruned == int(0.6 * masks.size + 0.5)
+    assert 1 - judge.of(model) < 0.5 * (1 - judge.of(pruned))
+    assert {"alps, closed loop", "alps, open loop"} <= set(masks.tried)
+
+
+def test_block_by_block(dense, tmp_path):
+    model, batches = copy.deepcopy(dense), inputs(4, 64, 24)
+    with pytest.warns(SecateurWarning, match="blocks"):
+        masks = sc.oneshot(model, batches, 0.5, sequential=True)
+    assert zeros(model) == masks.pruned
+    other = copy.deepcopy(dense)
+    with pytest.warns(SecateurWarning, match="blocks"):
+        assert sc.oneshot(other, batches, 0.5, sequential=tmp_path / "run") == masks
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+    with pytest.raises(InputError, match="leave one of them out"):
+        sc.oneshot(model, batches, 0.5, sequential=True, evaluate=zeros)
+    with pytest.raises(InputTypeError, match="sequential"):
+        sc.oneshot(model, batches, 0.5, sequential=3)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])

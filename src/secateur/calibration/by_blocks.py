@@ -22,6 +22,7 @@ from secateur.calibration.solvers import SOLVERS
 from secateur.calibration.solvers.base import Solver
 from secateur.calibration.solvers.curvature import Curvature
 from secateur.calibration.supports import selector
+from secateur.calibration.ways import fast
 from secateur.errors import InputError, NotFiniteError, listed, warn
 from secateur.masks import Masks
 from secateur.patterns import Pattern
@@ -252,7 +253,7 @@ class _BlockSolver:
         tensors = {name: m.layout.outputs_first(m.parameter.detach()).float() for name, m in own.items()}
         shapes = {name: tensor.shape for name, tensor in tensors.items()}
         weights = moments.matrix(tensors)
-        each = len(moments.pieces) > 1 or self._solver is SOLVERS.find("wanda")
+        each = len(moments.pieces) > 1 or self._solver in (SOLVERS.find("wanda"), fast)
         within: Any = "row" if each and self._pattern is None else "matrix"  # over all rows an LSTM comes to nothing
         select = selector(moments, shapes, weights, zeros, pattern=self._pattern, within=within)
         for at, solved in enumerate(self._solver(weights, curvature, select)):

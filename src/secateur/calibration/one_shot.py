@@ -11,6 +11,7 @@ from torch import nn
 from secateur import plan
 from secateur.allocation import Allocation, Rule, apportion
 from secateur.calibration import levels
+from secateur.calibration.by_blocks import Task, prune_by_blocks
 from secateur.calibration.contest import Contest, Judge, Pruned
 from secateur.calibration.matrices import Draft, Matrix, masked, matrices, opened
 from secateur.calibration.solvers import SOLVERS
@@ -23,13 +24,14 @@ from secateur.errors import InputError
 from secateur.patterns import Pattern
 from secateur.sparsity import Sparsity
 from secateur.support import checks
+from secateur.support.files import StrPath
 from secateur.support.progress import progress_bar
 
 
 @torch.no_grad()
 def oneshot(
     model: nn.Module,
-    stats: Statistics,
+    stats: Statistics | Sequence[Any],
     sparsity: Sparsity,
     *,
     solver: str | Solver = "alps",
@@ -38,6 +40,7 @@ def oneshot(
     pattern: str | Pattern | None = None,
     scope: Mapping[str, nn.Parameter] | None = None,
     evaluate: Evaluate | None = None,
+    sequential: bool | StrPath = False,
     progress: bool = False,
 ) -> Pruned:
     """Prune a trained model without training it: the weights that stay are fitted so that its outputs change least.
@@ -49,7 +52,7 @@ def oneshot(
 
     Args:
         model: the dense one, of which the statistics are; pruned in place.
-        stats: from `sc.calibrate(model, batches)`.
+        stats: from `sc.calibrate(model, batches)`; with `sequential` the batches themselves.
         sparsity: the fraction of all weights in scope that become zero, a `sc.Count`, or `{glob: fraction}`.
         solver: a name of `secateur.calibration.solvers.SOLVERS`, or a function like those.
         effort: "full", or "fast": Wanda's choice with a refit of the survivors, and nothing is compared.
@@ -57,6 +60,9 @@ def oneshot(
             alone, costs the whole model, if that proves better than the same fraction of each.
         pattern, scope: as for `prune`; a pattern must be one of single tensors.
         evaluate: `model -> float`, higher is better: judges in place of the mean cosine of the outputs.
+        sequential: prune block by block, each on what the pruned ones before it give. It holds the sums of one layer
+            at a time, and compares no ways. A path is that of a folder that keeps what is done and what the batches
+            bring to the next block: a run that was killed goes on there. See `by_blocks.prune_by_blocks`.
         progress: draw a bar on stderr.
 
     Returns:
@@ -80,6 +86,19 @@ def oneshot(
         raise InputError(f"effort is {effort!r}: choose 'full' or 'fast'")
     checks.flag("progress", progress)
     solve, measured = _solver(solver), allocation == "sensitivity"
+    if sequential is not False:
+        if evaluate is not None:
+            raise InputError(
+                "evaluate judges among several ways, and block by block there is one: leave one of them out"
+            )
+        task = Task(sparsity, fast if effort == "fast" else solver, allocation, pattern)
+        folder = None if sequential is True else checks.path("sequential", sequential)
+        masks = prune_by_blocks(model, stats, task, scope=scope, folder=folder, progress=progress)
+        return Pruned.of(masks, [], {}, "block by block")
+    if not isinstance(stats, Statistics):
+        raise checks.wrong(
+            "stats", stats, "what sc.calibrate(model, batches) returned, or batches with sequential=True"
+        )
     if evaluate is not None:
         checks.function("evaluate", evaluate, "a function (model) -> float, higher is better")
     inner = opened(model, stats)

@@ -80,14 +80,16 @@ class Solutions:
     def __init__(
         self, parts: Sequence[Matrix], select: Callable[[Matrix, Within], Select], loops: Sequence[Loop] = ()
     ) -> None:
-        looped = {id(part) for loop in loops for part in loop.parts}
-        self._others = [part for part in parts if id(part) not in looped]
+        looped = {part for loop in loops for part in loop.parts}
+        self._others = [part for part in parts if part not in looped]
+        self._order = {part: i for i, part in enumerate(parts)}
         self._select, self._loops = select, loops
         self._known: dict[tuple[Solver, Within], list[Solution]] = {}
 
     def of(self, way: Way) -> list[Solution]:
         """Solve all matrices in one way."""
-        return [*self._plain(way), *(one for loop in self._loops for one in self._looped(loop, way))]
+        found = [*self._plain(way), *(one for loop in self._loops for one in self._looped(loop, way))]
+        return sorted(found, key=lambda solution: self._order[solution[0]])
 
     def _plain(self, way: Way) -> list[Solution]:
         key = way.solver, way.within

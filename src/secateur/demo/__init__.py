@@ -8,6 +8,7 @@ Read it in this order, as a tutorial:
 - `pictures.py`: how the result is shown.
 - `stage.py`: settings, progress bar and files, for all stories.
 - `structured.py`: the same data and loop, the LSTM with half its units, beside a sparse one.
+- `after_training.py`: the same data, the LSTM pruned without a loop, beside magnitude.
 - `uncertainty.py`: the same data and loop, a model with dropout, and what it is unsure of.
 """
 
