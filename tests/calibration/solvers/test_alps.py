@@ -5,10 +5,13 @@ import itertools
 import pytest
 import torch
 
+from secateur.calibration.moments import Moments, Piece
 from secateur.calibration.solvers.alps import alps
 from secateur.calibration.solvers.curvature import Curvature
 from secateur.calibration.solvers.refit import refit
 from secateur.calibration.solvers.wanda import wanda
+from secateur.calibration.supports import selector
+from secateur.patterns import blocks, n_m, rows
 
 
 def problem(groups=1, rows=16, inputs=24, seed=0):
@@ -83,3 +86,34 @@ def test_the_random_numbers_of_torch_are_left_alone_and_two_runs_are_equal():
     first, second = (alps(weights, curvature, highest(80))[0] for _ in range(2))
     assert first.equal(second)
     assert torch.get_rng_state().equal(state)
+
+
+def test_the_number_of_threads_does_not_matter():
+    weights, curvature = problem(rows=64, inputs=128)
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            found.append(alps(weights, curvature, highest(2048)))
+    finally:
+        torch.set_num_threads(before)
+    one, two = (error(weights_of, weights, curvature) for weights_of, _ in found)
+    assert one == pytest.approx(two, rel=1e-3)  # small products may differ in a bit, and that in a weight
+    assert int((found[0][1] ^ found[1][1]).sum()) < 2048 / 50
+
+
+@pytest.mark.parametrize("pattern", [n_m(2, 4), n_m(1, 8), blocks(4, 4), rows])
+def test_patterns_hold_and_it_beats_wanda_with_a_refit(pattern):
+    weights, curvature = problem(rows=16, inputs=32)
+    moments = Moments((Piece("w", 0, 16),), torch.zeros(1, 32, 32), torch.ones(1))
+    zeros = int(weights.numel() * (pattern.sparsity or 0.5))
+    select = selector(moments, {"w": (16, 32)}, weights, zeros, pattern=pattern)
+    found, kept = alps(weights, curvature, select)
+    assert int((~kept).sum()) == zeros
+    assert found[~kept].eq(0).all()
+    legal = pattern.expand(pattern.reduce(kept[0].float(), zeros).reshape(-1) > 0, torch.Size((16, 32)))
+    assert kept[0].equal(legal & kept[0])
+    if pattern != rows:  # whose outputs nothing can make up for
+        _, other = wanda(weights, curvature, select)
+        best = refit(weights, weights, other, curvature)
+        assert error(found, weights, curvature) <= error(best, weights, curvature)

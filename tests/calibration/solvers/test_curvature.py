@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from secateur.calibration.solvers.curvature import DAMPING, Curvature
+from secateur.calibration.solvers.curvature import DAMPING, OWN_DAMPING, Curvature
 from secateur.errors import InputError
 
 
@@ -18,6 +18,7 @@ def test_scaled_weights_have_the_error_of_the_damped_matrix():
     w = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(1))
     mean = h.diagonal(dim1=-2, dim2=-1).mean(-1)
     damped = h + DAMPING * mean[:, None, None] * torch.eye(5)
+    damped += OWN_DAMPING * torch.diag_embed(h.diagonal(dim1=-2, dim2=-1))
     expected = ((w.double() @ damped) * w).sum((1, 2))
     scaled = w * found.scale
     torch.testing.assert_close(((scaled @ found.matrix) * scaled).sum((1, 2)).double(), expected, rtol=1e-5, atol=0)

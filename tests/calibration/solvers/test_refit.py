@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from secateur.calibration.solvers.curvature import DAMPING, Curvature
+from secateur.calibration.solvers.curvature import DAMPING, OWN_DAMPING, Curvature
 from secateur.calibration.solvers.refit import refit
 
 
@@ -21,6 +21,7 @@ def exact(gram, target, kept):
     found = torch.zeros_like(target, dtype=torch.float64)
     for g in range(len(gram)):
         h = gram[g] + DAMPING * gram[g].diagonal().mean() * torch.eye(gram.shape[-1])
+        h += OWN_DAMPING * torch.diag(gram[g].diagonal())
         for r in range(target.shape[1]):
             on = kept[g, r]
             found[g, r, on] = torch.linalg.solve(h[on][:, on], h[on] @ target[g, r].double())

@@ -64,3 +64,14 @@ def test_nothing_to_prune_changes_nearly_nothing():
     found, kept = sparsegpt(weights, curvature, choose(weights, 0))
     assert kept.all()
     torch.testing.assert_close(found, weights)
+
+
+def test_two_loud_inputs_that_say_the_same_are_no_trouble():
+    x = torch.randn(400, 300, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    x[:, 0] *= 1e4
+    x[:, 1:40] = x[:, :1]
+    weights = torch.randn(1, 8, 300, generator=torch.Generator().manual_seed(1))
+    curvature = Curvature((x.T @ x)[None])
+    found, kept = sparsegpt(weights, curvature, choose(weights, 1200))
+    assert found.isfinite().all()
+    assert error(found, weights, curvature) < 0.5 * error(weights.masked_fill(~kept, 0.0), weights, curvature)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from secateur.calibration.solvers.base import Select, solver
 from secateur.calibration.solvers.curvature import Curvature
+from secateur.calibration.solvers.factors import inverse
 from secateur.calibration.solvers.refit import descend
 
 FIRST_PENALTY = 0.1
@@ -48,11 +49,11 @@ def _alternate(target: Tensor, curvature: Curvature, select: Select, kept: Tenso
     fitted = target @ curvature.matrix
     sparse, multiplier, penalty = target * kept.float(), torch.zeros_like(target), FIRST_PENALTY
     for _ in range(PERIODS):
-        inverse, before = _inverse(curvature.matrix, penalty), kept
+        inverted, before = _inverse(curvature.matrix, penalty), kept
         for _ in range(PERIOD):
             pulled = torch.add(fitted, sparse - multiplier, alpha=penalty)
             multiplier.add_(sparse, alpha=1.0 - RELAXATION)
-            wanted = torch.baddbmm(multiplier, pulled, inverse, alpha=RELAXATION)
+            wanted = torch.baddbmm(multiplier, pulled, inverted, alpha=RELAXATION)
             kept = select(wanted.square())
             sparse = wanted * kept.float()
             multiplier = wanted - sparse  # in units of the penalty
@@ -69,4 +70,4 @@ def _inverse(matrix: Tensor, penalty: float) -> Tensor:
     """Of H + penalty: by this and one product an iteration, without eigenvectors, which cost more than all the rest."""
     raised = matrix.clone()
     raised.diagonal(dim1=-2, dim2=-1).add_(penalty)
-    return torch.cholesky_inverse(torch.linalg.cholesky(raised))
+    return inverse(raised)

@@ -9,6 +9,9 @@ from secateur.errors import NotFiniteError
 DAMPING = 0.01
 """Of the mean diagonal, added to the diagonal: Frantar & Alistarh 2023, "SparseGPT", section 4."""
 
+OWN_DAMPING = 1e-4
+"""Of each input's own diagonal, added to it: two loud inputs that say the same leave float32 something to divide by."""
+
 
 class Curvature:
     """A damped Gram matrix, scaled to unit diagonal; weights are scaled by the inverse, so that nothing changes.
@@ -22,7 +25,7 @@ class Curvature:
     Attributes:
         dead: [groups, 1, n] bool: inputs that were zero in every sample.
         scale: [groups, 1, n] float32: scaled weights are the weights times this.
-        matrix: [groups, n, n] float32.
+        matrix: [groups, n, n] float32, positive definite.
     """
 
     def __init__(self, gram: Tensor) -> None:
@@ -30,7 +33,7 @@ class Curvature:
         if not bool(diagonal.isfinite().all() and gram.sum().isfinite()):
             raise NotFiniteError("the second moments hold NaN or inf: look for these in the batches")
         self.dead = (diagonal == 0).unsqueeze(1)
-        damped = diagonal + DAMPING * diagonal.mean(-1, keepdim=True)
+        damped = (1 + OWN_DAMPING) * diagonal + DAMPING * diagonal.mean(-1, keepdim=True)
         damped = damped.where(damped > 0, 1.0)  # no input at all ever came
         root = damped.sqrt()
         exact = gram / root.unsqueeze(-1)

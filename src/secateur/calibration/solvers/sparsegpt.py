@@ -9,6 +9,7 @@ from torch import Tensor
 
 from secateur.calibration.solvers.base import Select, solver
 from secateur.calibration.solvers.curvature import Curvature
+from secateur.calibration.solvers.factors import cholesky
 
 COLUMNS = 32
 """Decided at once. The paper takes 128: fewer follow the updates more closely, at more selections."""
@@ -42,9 +43,14 @@ def sparsegpt(weights: Tensor, curvature: Curvature, select: Select) -> tuple[Te
 
 
 def _factor(matrix: Tensor) -> Tensor:
-    """The upper Cholesky factor of the inverse: row j holds what is left of it once the columns before j are fixed."""
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(matrix))
-    factor: Tensor = torch.linalg.cholesky(inverse, upper=True)
+    """The upper Cholesky factor of the inverse: row j holds what is left of it once the columns before j are fixed.
+
+    It is the inverse of the factor from the last column to the first; the inverse itself, in which float32 would lose
+    digits, is never made.
+    """
+    backwards = cholesky(matrix.flip(-2, -1)).flip(-2, -1)
+    one = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device).expand_as(matrix)
+    factor: Tensor = torch.linalg.solve_triangular(backwards, one, upper=True)
     return factor
 
 
