@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -129,7 +130,8 @@ def oneshot(
             advance(1)
         if measured:
             way, _ = contest.best
-            zeros = _by_sensitivity(parts, zeros, judge, made.pattern, advance)
+            some = replace(stats, held=stats.checks[::2])  # of which there are many judgements
+            zeros = _by_sensitivity(parts, zeros, Judge(inner, some, made.scope, evaluate), made.pattern, advance)
             contest.enter(way._replace(name=f"{way.name}, by sensitivity"), solutions(zeros).of(way))
     found = contest.result(made.scope)
     contest.draft.write(made.scope)
