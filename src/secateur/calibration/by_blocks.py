@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur import plan
-from secateur.allocation import Allocation, apportion
+from secateur.allocation import Allocation, Rule, apportion
 from secateur.calibration import sequential
 from secateur.calibration.listening import Listener
 from secateur.calibration.moments import Moments
@@ -46,7 +46,7 @@ class Task:
 
     sparsity: Sparsity
     solver: str | Solver = "alps"
-    allocation: str | Allocation = "uniform"
+    allocation: str | Allocation | Rule = "uniform"
     pattern: str | Pattern | None = None
 
     def told(self, counts: Mapping[str, int]) -> dict[str, object]:

@@ -92,4 +92,4 @@ def _between(noises: Sequence[float]) -> npt.NDArray[np.float64]:
     at = np.log(_GRID / (1 - _GRID))
     first, last = (y[1] - y[0]) / (x[1] - x[0]), (y[-1] - y[-2]) / (x[-1] - x[-2])
     found = np.interp(at, x, y) + np.minimum(at - x[0], 0) * first + np.maximum(at - x[-1], 0) * last
-    return np.exp(found)
+    return np.asarray(np.exp(found), np.float64)

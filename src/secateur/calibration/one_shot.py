@@ -92,6 +92,8 @@ def oneshot(
             raise InputError(
                 "evaluate judges among several ways, and block by block there is one: leave one of them out"
             )
+        if isinstance(stats, Statistics):
+            raise checks.wrong("stats", stats, "the batches themselves with sequential")
         task = Task(sparsity, fast if effort == "fast" else solver, allocation, pattern)
         folder = None if sequential is True else checks.path("sequential", sequential)
         masks = prune_by_blocks(model, stats, task, scope=scope, folder=folder, progress=progress)

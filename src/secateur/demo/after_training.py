@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import save as to_bytes
@@ -40,7 +41,7 @@ def prune_at_once(dense: nn.Module, sparsity: float, data: Digits) -> tuple[nn.M
     model = copy.deepcopy(dense)  # only so that we can compare in the end
     with alone(0):
         began = time.perf_counter()
-        stats = sc.calibrate(model, data.train_images[:IMAGES].split(20))
+        stats = sc.calibrate(model, torch.split(data.train_images[:IMAGES], 20))
         masks = sc.oneshot(model, stats, sparsity)
         seconds = time.perf_counter() - began
     return model, masks, seconds
@@ -90,7 +91,7 @@ def run(
         say("training a dense model")
         dense = train_dense(data, epochs, seed=seed, watch=watch)
         say("pruning it by magnitude")
-        models = {"dense": dense}
+        models: dict[str, nn.Module] = {"dense": dense}
         models |= {f"magnitude, {one}": by_magnitude(dense, sparsity, one) for one in ("global", "uniform")}
         tick(1)
         say("pruning it by what its layers read")
