@@ -46,6 +46,10 @@ def net():
     return nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Dropout(0.5), nn.Linear(4, 2)).eval()
 
 
+def read_by_net():
+    return sc.calibrate(net(), [torch.randn(16, 4)])
+
+
 def first(model):
     return model[0].weight.sum()
 
@@ -162,6 +166,27 @@ CASES = {
         {**STEP, "progress": {None, True}},
     ),
     "plain_state_dict": (sc.plain_state_dict, lambda: {"state_dict": pruned_by_torch().state_dict()}, {}),
+    "oneshot": (
+        sc.oneshot,
+        lambda: {
+            "model": net(),
+            "stats": read_by_net(),
+            "sparsity": 0.5,
+            "solver": "alps",
+            "effort": "full",
+            "allocation": "uniform",
+            "pattern": None,
+            "scope": None,
+            "evaluate": None,
+            "sequential": False,
+            "progress": False,
+        },
+        {
+            **{key: {None} for key in ("pattern", "scope", "evaluate")},
+            "sequential": {True, "text"},
+            "progress": FLAG,
+        },
+    ),
     "prune": (
         sc.prune,
         lambda: {"model": net(), "sparsity": 0.5, **PRUNED, "optimizer": ()},
@@ -176,6 +201,11 @@ CASES = {
         sc.recommend,
         lambda: {"model": net(), "evaluate": first, "tolerance": 0.1, **PRUNED, "progress": False},
         {**NONE, "tolerance": NUMBER, "allocation": {None}, "score": {"dict"}, "progress": FLAG},
+    ),
+    "refit": (
+        sc.refit,
+        lambda: {"model": net(), "masks": MASKS, "stats": read_by_net(), "dense": None, "progress": False},
+        {"dense": {None, "dict"}, "progress": FLAG},
     ),
     "recover": (
         sc.recover,
@@ -251,10 +281,13 @@ CASES = {
             "min_width": 1,
             "keep": (),
             "verify": False,
-            **dict.fromkeys(("macs", "params", "latency", "depth", "masks", "plan", "optimizer")),
+            **dict.fromkeys(("macs", "params", "latency", "depth", "masks", "plan", "optimizer", "stats")),
         },
         {
-            **{key: {None} for key in ("sparsity", "macs", "params", "latency", "depth", "masks", "plan", "optimizer")},
+            **{
+                key: {None}
+                for key in ("sparsity", "macs", "params", "latency", "depth", "masks", "plan", "optimizer", "stats")
+            },
             "example_inputs": {"inputs"},
             "keep": {"several"},
             "round_to": COUNT,

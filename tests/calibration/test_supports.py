@@ -57,6 +57,7 @@ def test_counts_are_exact_and_the_choice_is_that_of_brute_force(shape, within, s
     assert kept.equal(brute(scores, weights, zeros, count))
 
 
+@pytest.mark.slow
 def test_a_wide_matrix_goes_the_same_way():
     scores, weights = drawn((1, 300, 700), 0, 50)
     kept = selector(moments(700), {}, weights, 170_000)(scores)

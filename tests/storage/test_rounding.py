@@ -7,9 +7,10 @@ import torch
 from torch import nn
 
 import secateur as sc
+from secateur.calibration import calibrate
 from secateur.calibration.moments import Moments, Piece
 from secateur.calibration.solvers.curvature import Curvature
-from secateur.calibration.statistics import Statistics, calibrate
+from secateur.calibration.statistics import Statistics
 from secateur.errors import InputError, InputTypeError
 from secateur.storage.coding import BLOCK, Level, step_of
 from secateur.storage.rounding import descend, nearest

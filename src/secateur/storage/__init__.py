@@ -27,7 +27,6 @@ __all__ = [
     "Recipe",
     "load",
     "load_pretrained",
-    "oneshot_checkpoint",
     "pack",
     "prune_checkpoint",
     "save",
