@@ -17,7 +17,6 @@
 """
 
 from secateur.storage.archive import load, save
-from secateur.storage.calibrated import oneshot_checkpoint
 from secateur.storage.conversion import pack, unpack
 from secateur.storage.pretrained import load_pretrained, save_pretrained
 from secateur.storage.pruning import Recipe, prune_checkpoint
