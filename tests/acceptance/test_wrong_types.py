@@ -46,6 +46,10 @@ def net():
     return nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Dropout(0.5), nn.Linear(4, 2)).eval()
 
 
+WAYS = {"solver": "alps", "effort": "full", "allocation": "uniform", "progress": False}
+WAYS |= dict.fromkeys(("pattern", "scope", "evaluate"))
+
+
 def read_by_net():
     return sc.calibrate(net(), [torch.randn(16, 4)])
 
@@ -168,24 +172,8 @@ CASES = {
     "plain_state_dict": (sc.plain_state_dict, lambda: {"state_dict": pruned_by_torch().state_dict()}, {}),
     "oneshot": (
         sc.oneshot,
-        lambda: {
-            "model": net(),
-            "stats": read_by_net(),
-            "sparsity": 0.5,
-            "solver": "alps",
-            "effort": "full",
-            "allocation": "uniform",
-            "pattern": None,
-            "scope": None,
-            "evaluate": None,
-            "sequential": False,
-            "progress": False,
-        },
-        {
-            **{key: {None} for key in ("pattern", "scope", "evaluate")},
-            "sequential": {True, "text"},
-            "progress": FLAG,
-        },
+        lambda: {"model": net(), "stats": read_by_net(), "sparsity": 0.5, **WAYS, "sequential": False},
+        {**{key: {None} for key in WAYS if WAYS[key] is None}, "sequential": {True, "text"}, "progress": FLAG},
     ),
     "prune": (
         sc.prune,
