@@ -1,6 +1,7 @@
 """The numbers of one-shot pruning: trained models pruned by some unlabelled data, beside what else there is.
 
     python benchmarks/oneshot.py [minilm] [time] [speaker] [gru] [crepe] [shrink] [rounding] [recover] [threads]
+                                 [memory]
                                  [--draws N] [--quick] [--peers FOLDER] [--json FILE]
 
 Each draw is other calibration data (three by default); the test data stays and is never calibrated on. A figure is the
@@ -15,6 +16,7 @@ are in oneshot_models.py.
 - shrink: MiniLM with fewer units of its feed-forward layers (ffn) or fewer heads, or both.
 - rounding: MiniLM at 80 %, stored in steps of .5 or 1 root mean square; bytes are relative to the nearest steps.
 - recover: MiniLM at 90 % after 60 steps of `sc.recover`.
+- memory: what pruning block by block takes at its peak, in weights of a block; see oneshot_memory.py.
 - threads: how far what two threads find is from what one thread finds, and two runs from each other.
 
 `--peers` installs the peers that oneshot_peers.py knows there, and has them solve the same. `--quick`: one draw, and
@@ -27,6 +29,8 @@ import argparse
 import copy
 import json
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 import warnings
@@ -73,6 +77,7 @@ GOALS: dict[tuple[str, str, str], tuple[float, float | None]] = {
     ("rounding", "step 0.5", "with stats"): (0.685, 0.70),
     ("rounding", "step 1", "with stats"): (0.56, 0.59),
     ("recover", "90 %", "60 steps"): (0.62, 0.70),
+    ("memory", "peak extra", "batches in memory"): (6, 4),
     **recurrent.GOALS,
 }
 
@@ -308,6 +313,13 @@ def threads(book: Book, asked: Asked) -> None:
         book.add("masks, places that differ", name, masks)
 
 
+def memory(book: Book, asked: Asked) -> None:
+    script = Path(__file__).with_name("oneshot_memory.py")
+    for side, options in {"batches in memory": [], "batches on disk": ["--folder"]}.items():
+        command = [sys.executable, "-W", "ignore", str(script), *options]
+        book.add("peak extra", side, float(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
+
+
 # ---- CREPE ------------------------------------------------------------------------------------------------------
 
 
@@ -350,6 +362,7 @@ SECTIONS: dict[str, Callable[[Book, Asked], None]] = {
     "rounding": rounding,
     "recover": recover,
     "threads": threads,
+    "memory": memory,
 }
 
 
