@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from secateur.cli import app
 from secateur.errors import InputError, InputTypeError, UnknownNameError, WriteError
-from secateur.shrink_command import by_plan, run
+from secateur.shrink_command import by_plan, class_of, run
 from secateur.structure import Plan, propose, shrink
 
 OF_THE_USER = """
@@ -220,3 +220,10 @@ def test_the_commands_of_the_docs_run(tmp_path, monkeypatch):
         assert result.exit_code == 0, result.output
     small, again = load_file("small.safetensors"), load_file("again.safetensors")
     assert all(torch.equal(again[name], t) for name, t in small.items())
+
+
+def test_a_config_that_transformers_does_not_know(tmp_path):
+    pytest.importorskip("transformers")
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(InputError, match=r"does not know the config\.json"):
+        class_of(tmp_path)

@@ -156,7 +156,10 @@ def class_of(folder: Path) -> Any:
         raise InputError("--hf needs transformers: pip install transformers") from None
     if not (folder / "config.json").is_file():
         raise InputError(f"{folder} has no config.json: give a folder of save_pretrained")
-    names = transformers.AutoConfig.from_pretrained(folder).architectures or [""]
+    try:
+        names = transformers.AutoConfig.from_pretrained(folder).architectures or [""]
+    except (ValueError, OSError) as error:
+        raise InputError(f"transformers does not know the config.json of {folder}: {error}") from error
     found = getattr(transformers, names[0], None)
     if found is None:
         raise UnknownNameError(f"{folder} names {names[0]!r} as its architecture: give a model of transformers' own")

@@ -274,3 +274,33 @@ def test_interrupted(dense, stats):
     with pytest.raises(KeyboardInterrupt, match="now"):
         sc.oneshot(model, stats, 0.5, evaluate=evaluate)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), dense.parameters(), strict=True))
+
+
+def test_all_zeros_of_a_gru_are_in_the_table():
+    model = nn.GRU(6, 8)
+    stats = sc.calibrate(model, [torch.randn(5, 16, 6) for _ in range(2)])
+    masks = sc.oneshot(model, stats, 0.5, effort="fast")
+    assert sum(zeros for zeros, _, _ in masks.losses.values()) == masks.pruned
+    assert "weight_ih_l0[0:16] + weight_hh_l0[0:16]" in masks.losses
+
+
+def test_sensitivity_has_nothing_to_judge_by_after_a_loss():
+    model = nn.Linear(8, 4)
+    stats = sc.calibrate(model, inputs(6, 16, 8), loss=lambda model, x: model(x).square().mean())
+    with pytest.raises(InputError, match="evaluate="):
+        sc.oneshot(model, stats, 0.5, allocation="sensitivity")
+
+
+@pytest.mark.filterwarnings("ignore:no blocks were found")
+def test_block_by_block_prints_the_zeros_of_each_tensor():
+    masks = sc.oneshot(nn.Linear(8, 4), inputs(2, 16, 8), 0.5, sequential=True)
+    assert ["weight", "16", "50.00", "%"] in [line.split() for line in str(masks).splitlines()]
+
+
+def test_block_by_block_with_padding_of_a_torch_transformer():
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2)
+    padding = torch.arange(5) >= torch.tensor([[2], [5], [4]])
+    batches = [{"src": x, "src_key_padding_mask": padding} for x in inputs(2, 3, 5, 8)]
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    masks = sc.oneshot(model, batches, 0.5, sequential=True)
+    assert (masks.pruned, torch.backends.mha.get_fastpath_enabled()) == (masks.size // 2, fast_path)

@@ -27,3 +27,8 @@ def test_anything_else_is_an_error(inputs):
 def test_inputs_without_values_are_refused(wrap):
     with pytest.raises(InputError, match="give tensors on the device of the model"):
         arguments(wrap(torch.zeros(2, device="meta")))
+
+
+def test_a_list_is_refused_with_what_to_do_about_a_loader():
+    with pytest.raises(InputTypeError, match="for batch in loader"):
+        arguments([torch.zeros(2)])

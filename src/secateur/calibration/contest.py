@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from torch import nn
 
 from secateur.calibration.fidelity import Fidelity
-from secateur.calibration.matrices import Draft, restored
+from secateur.calibration.matrices import Draft, Matrix, restored
 from secateur.calibration.statistics import Statistics
 from secateur.calibration.trials import Evaluate, tried
 from secateur.calibration.ways import Solution, Way
@@ -20,8 +20,9 @@ class Pruned(Masks, Printed):
     """The masks of what was pruned, and how it went; prints as a table.
 
     Attributes:
-        losses: for each matrix, by the names of its tensors: its zeros, its weights, and how much of its output is
-            lost, the mean square of the error over that of the output, where it reads what the dense model gives it.
+        losses: for each matrix, by the names of its tensors, with its rows where others have the rest: its zeros, its
+            weights, and how much of its output is lost, the mean square of the error over that of the output, where it
+            reads what the dense model gives it. Empty after pruning block by block.
         tried: the ways that were tried, and how true the model is with each on the batches to check on: the mean
             cosine between its outputs and the dense model's, or the user's metric.
         way: the one that was taken.
@@ -36,7 +37,14 @@ class Pruned(Masks, Printed):
         """Add to masks how it went; the model must still be the dense one."""
         made = cls({})
         vars(made).update(vars(masks))
-        made.losses = {m.name: (int((~kept).sum()), m.size, m.loss(weights)) for m, weights, kept in solutions}
+        names = [part.name for part, _, _ in solutions]
+        told = [
+            name if names.count(name) == 1 else _rows(part) for name, (part, _, _) in zip(names, solutions, strict=True)
+        ]
+        made.losses = {
+            name: (int((~kept).sum()), part.size, part.loss(weights))
+            for name, (part, weights, kept) in zip(told, solutions, strict=True)
+        }
         made.tried, made.way = dict(tried), way
         return made
 
@@ -46,9 +54,19 @@ class Pruned(Masks, Printed):
             (names, number(zeros), percent(zeros / max(size, 1)), percent(loss))
             for names, (zeros, size, loss) in self.losses.items()
         ]
+        if not rows:  # block by block, where no output of the dense model is kept to compare with
+            sizes = {name: self.shape(name).numel() for name in self}
+            zeros = self.counts()
+            rows = [(name, number(zeros[name]), percent(zeros[name] / max(n, 1)), "") for name, n in sizes.items()]
         notes = [f"{way}: {found:.4f}{' (taken)' if way == self.way else ''}" for way, found in self.tried.items()]
         title = f"{number(self.pruned)} of {counted(self.size, 'weight')} pruned, {percent(self.sparsity)}"
         return Table(("weights", "zeros", "sparsity", "output lost"), rows, title, notes)
+
+
+def _rows(part: Matrix) -> str:
+    """The name of a matrix that has only some rows of its tensors, as those of the gates of a GRU."""
+    pieces = part.moments.pieces
+    return " + ".join(f"{piece.name}[{piece.start}:{piece.stop}]" for piece in pieces)
 
 
 class Judge:

@@ -123,6 +123,11 @@ def oneshot(
 
     zeros, inside = _shared(parts, masks.counts()), loops(inner, stats, parts)
     judge, work = Judge(inner, stats, made.scope, evaluate), solutions(zeros)
+    if measured and not judge:
+        raise InputError(
+            "sensitivity is measured in the whole model, and statistics with a loss keep no batches that the model is "
+            "called with: give evaluate=, a function (model) -> float, or leave loss= out of sc.calibrate"
+        )
     contest = Contest(judge, masked(made.scope, masks, parts))
     every = ways(solve, effort, bool(inside))
     steps = len(every) + (levels.measurements(parts) if measured else 0)

@@ -286,17 +286,23 @@ class _Swaps:
 
 @contextmanager
 def _calm(model: nn.Module) -> Iterator[None]:
-    """Eval mode, without gradients and without the caches of generation."""
+    """Eval mode, without gradients, without the caches of generation, and without torch's nested tensors.
+
+    A transformer of torch that is given padding makes these in its fast path, and sums of them, for one, fail.
+    """
+    fast_path = torch.backends.mha.get_fastpath_enabled()
     modes = {module: module.training for module in model.modules()}
     configs = {id(config): config for module in model.modules() if (config := getattr(module, "config", None))}
     cached = [config for config in configs.values() if getattr(config, "use_cache", False) is True]
     try:
         for config in cached:
             config.use_cache = False
+        torch.backends.mha.set_fastpath_enabled(False)
         model.eval()
         with torch.no_grad():
             yield
     finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
         for config in cached:
             config.use_cache = True
         for module, training in modes.items():

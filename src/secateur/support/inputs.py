@@ -37,7 +37,8 @@ def arguments(inputs: Any, meta: bool = False) -> Arguments:
         return (inputs,), {}
     if isinstance(inputs, tuple):
         return inputs, {}
+    loader = " A DataLoader gives lists: (tuple(batch) for batch in loader), without labels." * isinstance(inputs, list)
     raise InputTypeError(
         f"inputs is {checks.kind(inputs)}: it is not clear how to call a model with it. "
-        "Pass a tensor, a tuple of positional arguments, or a dict of keyword arguments."
+        "Pass a tensor, a tuple of positional arguments, or a dict of keyword arguments." + loader
     )
