@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from secateur.calibration.fidelity import Fidelity, evaluating
-from secateur.errors import InputError
+from secateur.errors import InputError, NotFiniteError
 
 
 class Encoder(nn.Module):
@@ -49,6 +49,27 @@ def test_padding_does_not_count():
     found = Fidelity(model, [{"x": x, "attention_mask": mask}]).of(other)
     far = x.masked_fill(mask.unsqueeze(-1) == 0, 100.0)
     assert Fidelity(model, [{"x": far, "attention_mask": mask}]).of(other) == pytest.approx(found)
+
+
+def test_numbers_that_were_not_finite_before_do_not_count():
+    class Masked(nn.Linear):
+        def forward(self, x):
+            return super().forward(x).masked_fill(torch.tensor([False, True, False]), -torch.inf)
+
+    x = torch.randn(16, 4)
+    model, other = Masked(4, 3), Masked(4, 3)
+    expected = torch.cosine_similarity(model(x)[:, ::2], other(x)[:, ::2], dim=-1).mean().detach()
+    assert Fidelity(model, [x]).of(other) == pytest.approx(float(expected), abs=1e-6)
+    x[3] = torch.nan
+    rest = Fidelity(model, [x[torch.arange(16) != 3]]).of(other)
+    assert Fidelity(model, [x]).of(other) == pytest.approx(rest, abs=1e-6)
+    with pytest.raises(NotFiniteError, match="look for them in every fifth batch"):
+        Fidelity(model, [x[3:4]])
+
+
+def test_a_batch_that_the_model_does_not_take():
+    with pytest.raises(InputError, match=r"RuntimeError.*calibrate again"):
+        Fidelity(nn.Linear(3, 2), [torch.randn(2, 4)])
 
 
 def test_numbers_of_one():

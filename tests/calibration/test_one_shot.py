@@ -215,6 +215,34 @@ def test_solver_of_the_user(dense, stats):
     assert torch.equal(model[0].weight, dense[0].weight * masks["0.weight"] * 2)
 
 
+@pytest.mark.parametrize(("solver", "error", "remedy"), [
+    (lambda w, c, select: w, InputTypeError, r"let it return \(weights, kept\)"),
+    (lambda w, c, select: (w, select(w.abs()).float()), InputTypeError, r"let it return \(weights, kept\)"),
+    (lambda w, c, select: (w[:, :1], select(w.abs())), InputError, "in the shape of the weights"),
+    (lambda w, c, select: (w, torch.zeros_like(w, dtype=torch.bool)), InputError, r"the bools that select\(scores\)"),
+    (lambda w, c, select: (w * torch.nan, select(w.abs())), NotFiniteError, "let it return finite ones"),
+])  # fmt: skip
+def test_what_a_solver_of_the_user_returns_is_checked(dense, stats, solver, error, remedy):
+    model = copy.deepcopy(dense)
+    with pytest.raises(error, match=remedy):
+        sc.oneshot(model, stats, 0.5, solver=solver)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), dense.parameters(), strict=True))
+
+
+def test_a_model_of_another_dtype_than_its_batches(dense, stats):
+    with pytest.raises(InputError, match=r"does not take the batches to check on .*calibrate again"):
+        sc.oneshot(copy.deepcopy(dense).double(), stats, 0.5)
+
+
+def test_weights_in_float64_that_nothing_reached_are_not_rounded():
+    model = nn.ModuleDict({"used": nn.Linear(8, 8), "unused": nn.Linear(8, 8)}).double()
+    model.forward = lambda x: model["used"](x)
+    before = model["unused"].weight.detach().clone()
+    with pytest.warns(SecateurWarning, match="unused"):
+        masks = sc.oneshot(model, sc.calibrate(model, [x.double() for x in inputs(5, 64, 8)]), 0.5)
+    assert torch.equal(model["unused"].weight, before * masks["unused.weight"])
+
+
 def test_table(dense, stats):
     text = str(sc.oneshot(copy.deepcopy(dense), stats, 0.5))
     assert "1,232 of 2,464" in text

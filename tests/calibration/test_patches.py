@@ -63,3 +63,10 @@ def test_of_a_large_map_some_positions_in_odd_steps():
     assert 1024 <= len(found) < 200 * 200 / 4
     columns = (found % 200).unique().diff().unique()
     assert columns.tolist() == [5]
+
+
+def test_no_examples():
+    for layer, shape in CONVOLUTIONS.values():
+        if len(shape) == layer.weight.ndim:
+            for part in patches(torch.zeros(0, *shape[1:]), geometry(layer)):
+                assert part.shape[:2] == (layer.groups, 0)

@@ -24,7 +24,7 @@ def test_inputs_are_taken_as_they_were_laid(tmp_path, kind):
     inputs.leave("0001", 5, ["0"])
     assert torch.equal(inputs.take("0001", 5, ["0"])["0"], tensors["0"])
     inputs.clear("0001")
-    with pytest.raises((KeyError, FileNotFoundError), match="0001"):
+    with pytest.raises((KeyError, FileError), match="0001"):
         inputs.take("0001", 5, ["0"])
 
 
@@ -43,6 +43,25 @@ def test_a_section_is_read_as_it_was_written(tmp_path):
     (tmp_path / "run/sections/0000.safetensors").write_bytes(b"x" * 20)
     with pytest.raises(FileError, match=r"damaged .*: remove .*run, and prune again"):
         again.load(0)
+
+
+def damaged_ones():
+    names = ("inputs/first/00000.safetensors", "sections/0000.masks.safetensors", "sections/0000.safetensors")
+    return [(name, content) for name in names for content in (None, b"", b"x" * 20)]
+
+
+@pytest.mark.parametrize(("name", "content"), damaged_ones())
+def test_every_damaged_file_says_what_to_do(tmp_path, name, content):
+    folder = RunFolder(tmp_path / "run", {})
+    folder.save(0, {"a": torch.ones(3)}, Masks({"a": torch.tensor([True, False, True])}))
+    inputs = folder.inputs()
+    inputs.lay("first", 0, {"x": torch.ones(2)})
+    path = tmp_path / "run" / name
+    path.unlink()
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(FileError, match=rf"{path.name} is damaged .*: remove .*run, and prune again"):
+        _ = inputs.take("first", 0, ["x"]) if "inputs" in name else folder.load(0)
 
 
 def test_another_run_is_refused(tmp_path):

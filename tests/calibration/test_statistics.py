@@ -1,9 +1,12 @@
 """Statistics as data: merged, added up over processes, written and read."""
 
+import json
 import threading
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 from torch.nn.utils.rnn import pack_sequence
 
@@ -146,6 +149,51 @@ def test_files_of_something_else(tmp_path):
         Statistics.load(path)
     with pytest.raises(InputError, match="cannot be read"):
         Statistics.load(tmp_path / "none")
+
+
+def edited(path, change):
+    """Write the file again with other contents."""
+    with safe_open(path, framework="pt") as file:
+        tensors, metadata = {key: file.get_tensor(key).clone() for key in file.keys()}, file.metadata()  # noqa: SIM118
+    contents = json.loads(metadata["contents"])
+    change(contents)
+    save_file(tensors, path, {**metadata, "contents": json.dumps(contents)})
+
+
+def of_run(key, value):
+    return lambda contents: contents["runs"]["dict"]["lstm"]["list"][0]["dict"].update({key: value})
+
+
+def of_sums(at, value):
+    return lambda contents: contents["moments"]["list"][0]["list"].__setitem__(at, value)
+
+
+@pytest.mark.parametrize("change", [
+    lambda contents: contents.update(held=None),
+    lambda contents: contents.update(kept=3),
+    lambda contents: contents["held"]["list"].append("x"),
+    of_sums(0, {"list": [{"list": ["a.weight", 0, None]}]}),
+    of_sums(0, {"list": [{"list": ["a.weight", 0, 999]}]}),
+    of_sums(1, {"tensor": 1}),
+    of_sums(1, None),
+    of_sums(2, {"tensor": 0}),
+    of_run("input", "x"),
+    of_run("lengths", None),
+    of_run("state", "x"),
+])  # fmt: skip
+def test_a_file_that_was_edited(tmp_path, change):
+    path = tmp_path / "stats.safetensors"
+    sc.calibrate(Net(), [(x, 0.5) for x in batches(6)]).save(path)
+    Statistics.load(path)
+    edited(path, change)
+    with pytest.raises(FileError, match=r"damaged .*calibrate again"):
+        Statistics.load(path)
+
+
+def test_what_was_read_is_laid_as_what_was_made(tmp_path):
+    path = tmp_path / "stats.safetensors"
+    sc.calibrate(Feed(), batches(6)).save(path)
+    assert all(one.gram.data_ptr() % 64 == 0 for one in Statistics.load(path).moments)
 
 
 class Workers:

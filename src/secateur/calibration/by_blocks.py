@@ -19,7 +19,7 @@ from secateur.calibration.moments import Moments
 from secateur.calibration.padding import real_positions
 from secateur.calibration.sequential import Forward, Forwards, Solved
 from secateur.calibration.solvers import SOLVERS
-from secateur.calibration.solvers.base import Solver
+from secateur.calibration.solvers.base import Solver, resolve
 from secateur.calibration.solvers.curvature import Curvature
 from secateur.calibration.supports import selector
 from secateur.calibration.ways import fast
@@ -129,7 +129,7 @@ def pruned_by_blocks(
         inner, task.sparsity, score="magnitude", allocation=task.allocation, pattern=task.pattern, scope=scope
     )
     masks = made.masks(made.counts())
-    solve = _BlockSolver(inner, masks, made.pattern, _solver(task.solver))
+    solve = _BlockSolver(inner, masks, made.pattern, fast if task.solver is fast else resolve(task.solver))
     settings = task.told(masks.counts())
     pruned = Scope({name: made.scope.members[name] for name in masks}, {}, made.scope.parameters)
     running = sequential.pruned(
@@ -138,13 +138,6 @@ def pruned_by_blocks(
     with running as found:
         solve.warn()
         yield found
-
-
-def _solver(given: str | Solver) -> Solver:
-    if isinstance(given, str):
-        return SOLVERS.find(given)
-    checks.function("solver", given, "a name, or a function (weights, curvature, select) -> (weights, kept)")
-    return given
 
 
 class _BlockSolver:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from secateur.calibration.padding import kept, real_positions
-from secateur.errors import InputError
+from secateur.errors import InputError, NotFiniteError, SecateurError
 from secateur.support.inputs import arguments
 
 
@@ -20,23 +20,38 @@ class Fidelity:
 
     A vector is what the last dimension of an output holds, for each sample and position; of an output [samples], or
     of a last dimension of one number, all samples are one vector. Positions that a mask among the inputs says are
-    padding do not count. All outputs of floating-point numbers count alike, such as logits and hidden states.
+    padding do not count, nor do numbers that are NaN or inf before the change, such as logits that are masked. All
+    outputs of floating-point numbers count alike, such as logits and hidden states.
 
     Args:
         model: run in eval mode, without gradients; its mode is restored.
         batches: what it is called with: a tensor, a tuple of positional or a dict of keyword arguments each.
 
     Raises:
-        InputError: no batch, or outputs without floating-point numbers.
+        InputError: no batch, one that the model does not take, or outputs without floating-point numbers.
+        NotFiniteError: outputs of nothing but NaN and inf.
     """
 
     def __init__(self, model: nn.Module, batches: Sequence[Any]) -> None:
         self._batches = list(batches)
-        self._dense = list(_outputs(model, self._batches))
+        try:
+            self._dense = list(_outputs(model, self._batches))
+        except SecateurError:
+            raise
+        except Exception as error:
+            raise InputError(
+                f"the model does not take the batches to check on ({type(error).__name__}: {error}): let it have the "
+                "dtype and the device of those that sc.calibrate was given, or calibrate again"
+            ) from error
         if not any(self._dense):
             raise InputError(
                 "the outputs of the model hold no floating-point numbers to compare: give evaluate=, a function "
                 "(model) -> float, higher is better"
+            )
+        if not any(bool(one.isfinite().any()) for outputs in self._dense for one in outputs):
+            raise NotFiniteError(
+                "the outputs of the model on the batches to check on hold nothing but NaN and inf: look for them in "
+                "every fifth batch, or in a weight"
             )
 
     def of(self, model: nn.Module) -> float:
@@ -44,6 +59,11 @@ class Fidelity:
         total, count = 0.0, 0
         for dense, outputs in zip(self._dense, _outputs(model, self._batches), strict=True):
             for before, now in zip(dense, outputs, strict=True):
+                usable = before.isfinite()
+                if not bool(usable.all()):
+                    some = usable.any(-1)
+                    before, now, usable = before[some], now[some], usable[some]
+                    before, now = before.where(usable, 0.0), now.where(usable, 0.0)
                 cosines = torch.cosine_similarity(before.double(), now.double(), dim=-1)
                 cosines = cosines.where((before != now).any(-1), 1.0)  # also where both are zero
                 total += float(cosines.nan_to_num(-1.0).sum()) if bool(now.isfinite().all()) else -float(len(cosines))

@@ -120,7 +120,7 @@ class Draft:
     """New weights, and which of them stay; by name, outputs first.
 
     Attributes:
-        weights: float32.
+        weights: float32, or as they are stored where they are not fitted.
         kept: bools of the same shapes.
     """
 
@@ -185,7 +185,7 @@ def masked(scope: Scope, masks: Masks, parts: Sequence[Matrix]) -> Draft:
         if name not in reached:
             layout, weight = scope.members[name].layout, scope[name].detach()
             found.kept[name] = layout.outputs_first(masks[name])
-            found.weights[name] = layout.outputs_first(weight).float().masked_fill(~found.kept[name], 0.0)
+            found.weights[name] = layout.outputs_first(weight).masked_fill(~found.kept[name], 0.0)
     if found.kept:
         warn(
             f"{listed(list(found.kept))} has no statistics, since no batch of the calibration reached it, so that its "

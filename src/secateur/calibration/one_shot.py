@@ -15,8 +15,7 @@ from secateur.calibration import levels
 from secateur.calibration.by_blocks import Task, prune_by_blocks
 from secateur.calibration.contest import Contest, Judge, Pruned
 from secateur.calibration.matrices import Draft, Matrix, masked, matrices, opened
-from secateur.calibration.solvers import SOLVERS
-from secateur.calibration.solvers.base import Select, Solver
+from secateur.calibration.solvers.base import Select, Solver, resolve
 from secateur.calibration.statistics import Statistics
 from secateur.calibration.supports import Within, selector
 from secateur.calibration.trials import Evaluate
@@ -86,7 +85,7 @@ def oneshot(
     if effort not in ("full", "fast"):
         raise InputError(f"effort is {effort!r}: choose 'full' or 'fast'")
     checks.flag("progress", progress)
-    solve, measured = _solver(solver), allocation == "sensitivity"
+    solve, measured = resolve(solver), allocation == "sensitivity"
     if sequential is not False:
         if evaluate is not None:
             raise InputError(
@@ -143,13 +142,6 @@ def oneshot(
     found = contest.result(made.scope)
     contest.draft.write(made.scope)
     return found
-
-
-def _solver(given: str | Solver) -> Solver:
-    if isinstance(given, str):
-        return SOLVERS.find(given)
-    checks.function("solver", given, "a name, or a function (weights, curvature, select) -> (weights, kept)")
-    return given
 
 
 def _shared(parts: Sequence[Matrix], counts: Mapping[str, int]) -> dict[Matrix, int]:

@@ -94,7 +94,9 @@ def patches(x: Tensor, geometry: Geometry) -> Iterator[Tensor]:
     if geometry.transposed:
         x = x.flip(tuple(range(-dims, 0)))
     x = (
-        x.reshape(len(x), geometry.groups, -1, *x.shape[2:]).movedim(1, 0).movedim(2, 2 + dims)
+        x.reshape(len(x), geometry.groups, x.shape[1] // geometry.groups, *x.shape[2:])
+        .movedim(1, 0)
+        .movedim(2, 2 + dims)
     )  # groups, examples, *out, inputs, *k
     inputs = math.prod(x.shape[2 + dims :])
     step = _step(x.shape[2 : 2 + dims], max(_POSITIONS, 4 * inputs))
@@ -104,7 +106,7 @@ def patches(x: Tensor, geometry: Geometry) -> Iterator[Tensor]:
     examples = max(1, rows // max(1, x.shape[2]))
     for some in torch.split(x, examples, 1):
         for part in torch.split(some, rows, 2):
-            yield part.reshape(geometry.groups, -1, inputs)
+            yield part.reshape(geometry.groups, math.prod(part.shape[1 : 2 + dims]), inputs)
 
 
 def _step(sizes: Sequence[int], least: int) -> int:

@@ -6,7 +6,8 @@ import hashlib
 import json
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_flatten
 
-from secateur.errors import FileError, InputError
+from secateur.errors import FileError, InputError, MaskError
 from secateur.masks import Masks
 from secateur.support import bits
 from secateur.support.files import refusals, replacing
@@ -35,7 +36,11 @@ class Inputs(ABC):
 
     @abstractmethod
     def take(self, stage: str, batch: int, keys: Collection[str]) -> dict[str, Tensor]:
-        """Take up some of them; they stay there too."""
+        """Take up some of them; they stay there too.
+
+        Raises:
+            FileError: what lies on disk is damaged.
+        """
 
     @abstractmethod
     def leave(self, stage: str, batch: int, keys: Collection[str]) -> None:
@@ -86,7 +91,8 @@ class InputsOnDisk(Inputs):
     def take(self, stage: str, batch: int, keys: Collection[str]) -> dict[str, Tensor]:
         if not keys:
             return {}
-        with safe_open(self._path(stage, batch), framework="pt") as file:
+        path = self._path(stage, batch)
+        with _sound(path, self._folder.parent), safe_open(path, framework="pt") as file:
             devices = file.metadata() or {}
             # a copy: where a number lies in a file may change how a product rounds
             return {key: file.get_tensor(key).clone().to(devices[key]) for key in keys}
@@ -99,6 +105,15 @@ class InputsOnDisk(Inputs):
 
     def _path(self, stage: str, batch: int) -> Path:
         return self._folder / stage / f"{batch:05}.safetensors"
+
+
+@contextmanager
+def _sound(path: Path, folder: Path) -> Iterator[None]:
+    """Read a file of a run; raises FileError if it is damaged."""
+    try:
+        yield
+    except (SafetensorError, FileNotFoundError, KeyError, MaskError, InputError) as error:
+        raise FileError(f"{path} is damaged ({error}): remove {folder}, and prune again") from error
 
 
 class RunFolder:
@@ -139,14 +154,13 @@ class RunFolder:
         """The new weights of a section, which stay in the file until they are looked at, and its masks.
 
         Raises:
-            FileError: the file is damaged. MaskError: that of the masks is.
+            FileError: one of the files is damaged, or not there.
         """
         weights, kept = self._paths(section)
-        try:
-            with safe_open(weights, framework="pt") as file:
-                return {name: file.get_tensor(name) for name in file.keys()}, Masks.load(kept)  # noqa: SIM118
-        except (SafetensorError, FileNotFoundError) as error:
-            raise FileError(f"{weights} is damaged ({error}): remove {self.folder}, and prune again") from error
+        with _sound(weights, self.folder), safe_open(weights, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        with _sound(kept, self.folder):
+            return tensors, Masks.load(kept)
 
     def finish(self, section: int) -> None:
         """Note that a section is done, and all that the next one needs is there."""

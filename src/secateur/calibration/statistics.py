@@ -19,6 +19,7 @@ from secateur.errors import FileError, InputError, listed
 from secateur.scope import unwrap
 from secateur.support import checks
 from secateur.support.files import StrPath
+from secateur.support.inputs import arguments
 from secateur.support.tables import Printed, Table, counted, number
 
 _FORMAT = "secateur.statistics"
@@ -162,7 +163,7 @@ class Statistics(Printed):
                 for pieces, gram, count in trees.tree(contents["moments"], tensors)
             ]
             runs = trees.tree(contents["runs"], tensors)
-            return cls(
+            found = cls(
                 tuple(moments),
                 {name: torch.Size(shape) for name, shape in contents["shapes"].items()},
                 trees.tree(contents["held"], tensors),
@@ -170,8 +171,40 @@ class Statistics(Printed):
                 {name: [Run(**run) for run in calls] for name, calls in runs.items()},
                 trees.tree(contents["gradients"], tensors),
             )
+            found._require_sound()
+            return found
         except (KeyError, ValueError, TypeError, AttributeError, IndexError, RecursionError) as error:
             raise FileError(f"{path} is damaged ({error}): calibrate again") from error
+
+    def _require_sound(self) -> None:
+        """See that all is what `calibrate` makes.
+
+        Raises:
+            ValueError, TypeError, AttributeError: it is not.
+        """
+        for one in self.moments:
+            size = (len(one.count), one.inputs, one.inputs)
+            if one.gram.dtype != torch.float64 or one.gram.shape != size or one.count.dtype != torch.int64:
+                raise ValueError(f"the sums of {one.names} have another form")
+            if not one.pieces or not all(
+                0 <= start < stop <= self.shapes[name].numel() for name, start, stop in one.pieces
+            ):
+                raise ValueError(f"the rows of {one.names} are not there")
+            if sum(self.shapes[name].numel() for name in one.names) % one.inputs:
+                raise ValueError(f"{one.names} have other inputs")
+        for run in (run for runs in self.runs.values() for run in runs):
+            if run.input.dtype != torch.float32 or run.input.ndim != 3 or run.lengths.shape != run.input.shape[1:2]:
+                raise ValueError("the inputs of a recurrent module have another form")
+            if not isinstance(run.state, tuple) or not all(one.ndim == 3 for one in run.state):
+                raise ValueError("the states of a recurrent module have another form")
+        if not isinstance(self.held, list) or not isinstance(self.kept, list):
+            raise TypeError("the batches are no list")
+        for batch in self.checks:
+            if not self.gradients:  # batches for a loss are of any kind
+                arguments(batch)
+        for name, total in self.gradients.items():
+            if total.shape != self.shapes[name]:
+                raise ValueError(f"the gradients of {name} have another form")
 
     def table(self) -> Table:
         """One row for what reads one input: its inputs, samples, and what else reads the same."""

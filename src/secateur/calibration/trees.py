@@ -104,7 +104,8 @@ def read(path: Path, kind: str, device: str | torch.device) -> tuple[dict[str, A
             metadata = file.metadata() or {}
             if metadata.get("format") != kind or metadata.get("version") != "1":
                 raise FileError(f"{path} is no file of {kind}, version 1: give one that was saved as that")
-            tensors = [file.get_tensor(str(number)) for number in range(len(list(file.keys())))]
+            # a copy: where a number lies in a file may change how a product rounds
+            tensors = [file.get_tensor(str(number)).clone() for number in range(len(list(file.keys())))]
         return dict(json.loads(metadata["contents"])), tensors
     except (SafetensorError, KeyError, ValueError, TypeError, RecursionError) as error:
         if isinstance(error, FileError):
