@@ -16,6 +16,17 @@ from secateur.calibration import sequential
 from secateur.errors import InputError, SecateurWarning
 
 
+def prune(model, batches, solve, *, scope, settings, folder=None):
+    """What the context pruned, in the model for good."""
+    running = sequential.pruned(model, batches, solve, scope=scope, settings=settings, folder=folder)
+    with running as (masks, tensors):
+        pass
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            scope[name].copy_(tensor)
+    return masks
+
+
 class Block(nn.Module):
     def __init__(self, width=12, hidden=20):
         super().__init__()
@@ -85,9 +96,7 @@ class Wanda:
 
 
 def pruned(model, batches=None, folder=None, solve=None, **settings):
-    return sequential.prune(
-        model, batches or data(), solve or Wanda(), scope=sc.weights(model), settings=settings, folder=folder
-    )
+    return prune(model, batches or data(), solve or Wanda(), scope=sc.weights(model), settings=settings, folder=folder)
 
 
 def bits_of(model):
@@ -202,7 +211,7 @@ def test_a_folder_with_other_files_is_refused(tmp_path):
     with pytest.raises(InputError, match=r"thesis.tex.*give a new folder"):
         pruned(made(), folder=tmp_path)
     with pytest.raises(InputError, match="batches is empty: give some"):
-        sequential.prune(made(), [], Wanda(), scope=sc.weights(made()), settings={})
+        prune(made(), [], Wanda(), scope=sc.weights(made()), settings={})
 
 
 def test_the_model_is_as_it_was_after_an_error():

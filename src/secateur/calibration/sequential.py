@@ -58,31 +58,6 @@ Solve = Callable[[Mapping[str, Member], Forwards], Iterable[Solved]]
 what was given before. Members come in the order in which their modules run."""
 
 
-def prune(
-    model: nn.Module,
-    batches: Sequence[Any],
-    solve: Solve,
-    *,
-    scope: Scope,
-    settings: Mapping[str, object],
-    folder: StrPath | None = None,
-    progress: bool = False,
-) -> Masks:
-    """Prune a model block by block, in place; as `pruned`, which says what the arguments are.
-
-    An error, or an interruption, leaves the model as it was.
-    """
-    with pruned(model, batches, solve, scope=scope, settings=settings, folder=folder, progress=progress) as (
-        masks,
-        tensors,
-    ):
-        pass
-    with torch.no_grad():
-        for name, tensor in tensors.items():
-            scope[name].copy_(tensor)
-    return masks
-
-
 @contextmanager
 def pruned(
     model: nn.Module,
