@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import pack_sequence
 
-from secateur.calibration.closed_loop import solve
+from secateur.calibration.closed_loop import product, solve
 from secateur.calibration.recurrent import moments, run
 from secateur.calibration.solvers.alps import alps
 from secateur.calibration.solvers.refit import refit
@@ -182,3 +182,11 @@ def test_the_module_and_random_numbers_stay_as_they_are_and_results_repeat():
     assert torch.equal(state, torch.get_rng_state())
     assert all(torch.equal(v, before[k]) for k, v in module.state_dict().items())
     assert all(torch.equal(a[pieces][0], b[pieces][0]) for pieces in a)
+
+
+def test_products_are_added_up_in_float64():
+    a, b = (
+        torch.randn(5000, 3, generator=torch.Generator().manual_seed(0)),
+        torch.randn(5000, 4, generator=torch.Generator().manual_seed(1)),
+    )
+    torch.testing.assert_close(product(a, b), a.double().T @ b.double(), rtol=1e-6, atol=1e-4)

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence
 
-from secateur.calibration.recurrent import Run, cell, directions, moments, passed, product, run, turned
+from secateur.calibration.recurrent import Run, cell, directions, moments, passed, run, turned
 from secateur.errors import InputTypeError, NotFiniteError
 
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
@@ -199,11 +199,6 @@ def test_turning_round_twice_changes_nothing_and_leaves_the_padding_behind():
     assert torch.equal(once[:3, 1], x[:3, 1].flip(0))
     assert torch.equal(once[3:, 1], x[3:, 1])
     assert torch.equal(turned(once, lengths), x)
-
-
-def test_products_are_added_up_in_float64():
-    a, b = noise(5000, 3), noise(5000, 4, seed=1)
-    torch.testing.assert_close(product(a, b), a.double().T @ b.double(), rtol=1e-6, atol=1e-4)
 
 
 def test_nan_is_told_with_the_weights_that_read_it():

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.calibration.moments import Piece
-from secateur.calibration.recurrent import Direction, Pass, Run, directions, ordered, passed, product
+from secateur.calibration.recurrent import Direction, Pass, Run, directions, ordered, passed
 from secateur.calibration.solvers.base import Select, Solver
 from secateur.calibration.solvers.curvature import Curvature
 from secateur.calibration.solvers.refit import refit
@@ -27,6 +27,8 @@ CHOICES = 1
 """Rounds, the first ones, in which what stays is chosen anew: what a layer makes of itself is known only then."""
 STEPS = 30
 """Of conjugate gradients in each round."""
+_CHUNK = 4096
+"""Samples whose products are added up in float32, before they are in float64."""
 
 Pieces = tuple[Piece, ...]
 Solution = tuple[Tensor, Tensor]
@@ -171,6 +173,14 @@ def _ridge(off: Tensor, curvature: Curvature) -> Tensor:
     scale = curvature.scale[0]
     factor = torch.linalg.cholesky(curvature.matrix[0])
     return torch.cholesky_solve((off / scale).mT, factor).mT / scale
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """a^T b of samples [samples, n] and [samples, m], added up in float64: [n, m]."""
+    total = a.new_zeros(a.shape[1], b.shape[1], dtype=torch.float64)
+    for one, other in zip(torch.split(a, _CHUNK), torch.split(b, _CHUNK), strict=True):
+        total += one.T @ other
+    return total
 
 
 def _error(made: Pass, target: Pass) -> float:

@@ -115,9 +115,7 @@ class Listener(TorchFunctionMode):
         h = state[0] if isinstance(state, tuple | list) else state
         h = x.new_zeros(len(x), module.hidden_size) if h is None else h.detach().float().reshape(len(x), -1)
         direction = recurrent.cell(module, self._recurrent[module])
-        for pieces, inputs in zip(direction.parts, direction.read(x, h), strict=True):
-            reader = Reader(tuple(piece.name for piece in pieces), pieces[0].start, pieces[0].stop)
-            self.grams.add(reader, inputs, "cell", [inputs.unsqueeze(0)].copy)
+        direction.add(self.grams, direction.read(x, h))
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

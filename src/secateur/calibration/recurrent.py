@@ -17,12 +17,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
+from secateur.calibration.grams import Grams, Matrices, Reader
 from secateur.calibration.moments import Moments, Piece
-from secateur.errors import InputTypeError, NotFiniteError, listed
+from secateur.errors import InputTypeError
 from secateur.support import checks
 
-_CHUNK = 4096
-"""Samples whose products are added up in float32, before they are in float64."""
 _CALLS = {"LSTM": torch.lstm, "GRU": torch.gru, "RNN_TANH": torch.rnn_tanh, "RNN_RELU": torch.rnn_relu}
 _ROLES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")  # the order in which torch takes them
 
@@ -140,6 +139,12 @@ class Direction:
             gate += sum(self.tensors[key][:reset] for key in ("bias_ih", "bias_hh") if key in self.tensors)
             found.append(torch.cat([x, h * gate.sigmoid_().square_().mean(1, keepdim=True).sqrt_()], 1))
         return found
+
+    def add(self, grams: Grams, inputs: Sequence[Tensor]) -> None:
+        """Add what each of the matrices reads, in the order of `parts`, to sums."""
+        for pieces, x in zip(self.parts, inputs, strict=True):
+            reader = Reader(tuple(piece.name for piece in pieces), pieces[0].start, pieces[0].stop)
+            grams.add(reader, x, "recurrent", [x.unsqueeze(0)].copy)
 
     def outputs(self, x: Tensor, state: tuple[Tensor, ...]) -> Tensor:
         """Run it: [steps, sequences, inputs] to [steps, sequences, units].
@@ -274,32 +279,6 @@ def turned(x: Tensor, lengths: Tensor) -> Tensor:
     return x.gather(0, source.unsqueeze(-1).expand_as(x))
 
 
-def product(a: Tensor, b: Tensor) -> Tensor:
-    """a^T b of samples [samples, n] and [samples, m], added up in float64: [n, m]."""
-    total = a.new_zeros(a.shape[1], b.shape[1], dtype=torch.float64)
-    for one, other in zip(torch.split(a, _CHUNK), torch.split(b, _CHUNK), strict=True):
-        total += one.T @ other
-    return total
-
-
-class _Sum:
-    def __init__(self, inputs: Tensor) -> None:
-        self.gram = inputs.new_zeros(1, inputs.shape[1], inputs.shape[1], dtype=torch.float64)
-        self.count = inputs.new_zeros(1, dtype=torch.int64)
-
-    def add(self, inputs: Tensor) -> None:
-        self.gram += product(inputs, inputs)
-        self.count += len(inputs)
-
-    def moments(self, pieces: tuple[Piece, ...]) -> Moments:
-        if not self.gram.isfinite().all():
-            raise NotFiniteError(
-                f"the inputs of {listed([piece.name for piece in pieces])} hold NaN or inf: look for them in the "
-                "batches, or in a weight of a layer before it"
-            )
-        return Moments(pieces, self.gram, self.count)
-
-
 @torch.no_grad()
 def moments(module: nn.RNNBase, prefix: str, runs: Iterable[Run]) -> list[Moments]:
     """The moments of what each layer and direction reads: of [x, h(t-1)], jointly.
@@ -315,14 +294,18 @@ def moments(module: nn.RNNBase, prefix: str, runs: Iterable[Run]) -> list[Moment
     Raises:
         NotFiniteError: NaN or inf in what a layer reads.
     """
-    sums: dict[tuple[Piece, ...], _Sum] = {}
+    layers, grams = directions(module, prefix), Grams()
     for one in runs:
-        for direction, made in _through(directions(module, prefix), one):
-            for pieces, inputs in zip(direction.parts, made.read(direction), strict=True):
-                if pieces not in sums:
-                    sums[pieces] = _Sum(inputs)
-                sums[pieces].add(inputs)
-    return [total.moments(pieces) for pieces, total in sums.items()]
+        for direction, made in _through(layers, one):
+            direction.add(grams, made.read(direction))
+    return grams.moments(
+        {
+            direction.names[role]: Matrices(1, len(tensor))
+            for layer in layers
+            for direction in layer
+            for role, tensor in direction.tensors.items()
+        }
+    )
 
 
 def _through(layers: list[list[Direction]], run: Run) -> Iterator[tuple[Direction, Pass]]:
