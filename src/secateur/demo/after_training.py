@@ -18,10 +18,9 @@ from torch import nn
 
 import secateur as sc
 from secateur.calibration.contest import Pruned
-from secateur.demo import elsewhere
-from secateur.demo.digits import Digits, LSTMClassifier, accuracy, alone, load
+from secateur.demo.digits import Digits, accuracy, alone, load
 from secateur.demo.stage import Watch, finish, progress, require, unwatched, versions, write
-from secateur.demo.story import load_elsewhere, save_answers, train_dense
+from secateur.demo.story import begin, load_elsewhere, save_answers, train_dense
 from secateur.errors import InputError
 from secateur.sparsity import fraction
 from secateur.support.tables import percent, size
@@ -81,11 +80,8 @@ def run(
     require(epochs, seed, out.parent, out)
     if not 0 < fraction(sparsity) < 1:
         raise InputError(f"sparsity is {sparsity!r}: give the fraction of the weights that go, between 0 and 1")
+    begin(out, lambda model: by_magnitude(model, sparsity, "uniform"))
     data = load()
-    with alone(0):
-        by_magnitude(LSTMClassifier(), sparsity, "uniform")  # can so many weights go?
-    out.mkdir(parents=True, exist_ok=True)
-    write(out / "elsewhere.py", Path(elsewhere.__file__).read_bytes())
     with progress(console, epochs + 3) as (say, tick):
         watch: Watch = unwatched if console is None else lambda model: tick(1)
         say("training a dense model")

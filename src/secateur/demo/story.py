@@ -10,6 +10,7 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -244,9 +245,8 @@ def run(
     began = time.perf_counter()
     out = Path(out)
     require(epochs, seed, out)
-    _require_sparsity(sparsity)
-    out.mkdir(parents=True, exist_ok=True)
-    write(out / "elsewhere.py", Path(elsewhere.__file__).read_bytes())
+    fraction(sparsity)
+    begin(out, lambda model: sc.prune(model, sparsity))
     data = load()
     history: dict[str, list[dict[str, float]]] = {"dense": [], "gradual": [], "dense_longer": []}
 
@@ -311,15 +311,22 @@ def run(
     return finish(result, began, out, console, pictures.tell)
 
 
+def begin(out: Path, attempt: Callable[[LSTMClassifier], object]) -> None:
+    """Make the folder of a story, with the script that loads its model without secateur; first see that it can be told.
+
+    Args:
+        out: the folder.
+        attempt: done to a new model: raises if so much cannot go.
+    """
+    with alone(0):
+        attempt(LSTMClassifier())
+    out.mkdir(parents=True, exist_ok=True)
+    write(out / "elsewhere.py", Path(elsewhere.__file__).read_bytes())
+
+
 def look_at(model: nn.Module, data: Digits) -> dict[str, float]:
     """Count the zeros among the weights that may be pruned, and test the model."""
     weights = sc.weights(model)
     zeros = sum(int((weight == 0).sum()) for weight in weights.values())
     with alone(0):
         return {"zeros": zeros, "sparsity": zeros / weights.size, "accuracy": accuracy(model, data)}
-
-
-def _require_sparsity(sparsity: float) -> None:
-    fraction(sparsity)
-    with alone(0):
-        sc.prune(LSTMClassifier(), sparsity)  # can so many weights go?

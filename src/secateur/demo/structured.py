@@ -15,10 +15,9 @@ from safetensors.torch import save as to_bytes
 from torch import nn
 
 import secateur as sc
-from secateur.demo import elsewhere
 from secateur.demo.digits import Digits, LSTMClassifier, accuracy, adam, alone, load, train
 from secateur.demo.stage import Watch, finish, progress, require, unwatched, versions, write
-from secateur.demo.story import load_elsewhere, prune_gradually, save_answers, speed_up, train_dense, train_on
+from secateur.demo.story import begin, load_elsewhere, prune_gradually, save_answers, speed_up, train_dense, train_on
 from secateur.errors import InputError
 from secateur.measurement.timing import compare, duration
 from secateur.sparsity import fraction
@@ -113,10 +112,7 @@ def run(
     if not 0 < fraction(sparsity) < 1:
         raise InputError(f"sparsity is {sparsity!r}: give the fraction of the units that go, between 0 and 1")
     data = load()
-    with alone(0):
-        sc.shrink(LSTMClassifier(), data.train_images[:8], sparsity)  # can so many units go?
-    out.mkdir(parents=True, exist_ok=True)
-    write(out / "elsewhere.py", Path(elsewhere.__file__).read_bytes())
+    begin(out, lambda model: sc.shrink(model, data.train_images[:8], sparsity))
     with progress(console, 6 * epochs + 3) as (say, tick):
 
         def watch(model: nn.Module) -> None:

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from secateur import anatomy
 from secateur.anatomy import Layout
 from secateur.calibration.moments import Moments
 from secateur.calibration.solvers.curvature import Curvature
@@ -16,6 +15,7 @@ from secateur.errors import InputError, InputTypeError
 from secateur.scope import unwrap
 from secateur.storage.coding import BLOCK, MOST_STEPS, Level, step_of
 from secateur.storage.stored import Alias, Rounded, Stored
+from secateur.structure.columns import layout
 from secateur.support import bits, checks
 
 SWEEPS = 3
@@ -74,17 +74,11 @@ def rounded(tensors: Sequence[Stored], model: nn.Module, level: Level, stats: St
             continue
         for name in moments.names:
             if name not in found:
-                found[name] = _Weight(own[name], _layout(model, name), level)
+                found[name] = _Weight(own[name], layout(model, name, model.get_parameter(name)), level)
         _descend(moments, found)
     made = {weight.stored.name: weight.made() for weight in found.values()}
     replaced = [made.get(tensor.name, tensor) for tensor in tensors]
     return [Alias(t.name, made.get(t.of.name, t.of)) if isinstance(t, Alias) else t for t in replaced]
-
-
-def _layout(model: nn.Module, name: str) -> Layout:
-    place, _, attribute = name.rpartition(".")
-    module = model.get_submodule(place)
-    return anatomy.layout(module, attribute, model.get_parameter(name))
 
 
 class _Weight:
