@@ -87,16 +87,8 @@ def oneshot(
     checks.flag("progress", progress)
     solve, measured = resolve(solver), allocation == "sensitivity"
     if sequential is not False:
-        if evaluate is not None:
-            raise InputError(
-                "evaluate judges among several ways, and block by block there is one: leave one of them out"
-            )
-        if isinstance(stats, Statistics):
-            raise checks.wrong("stats", stats, "the batches themselves with sequential")
         task = Task(sparsity, fast if effort == "fast" else solver, allocation, pattern)
-        folder = None if sequential is True else checks.path("sequential", sequential)
-        masks = prune_by_blocks(model, stats, task, scope=scope, folder=folder, progress=progress)
-        return Pruned.of(masks, [], {}, "block by block")
+        return _by_blocks(model, stats, task, scope, evaluate, sequential, progress)
     if not isinstance(stats, Statistics):
         raise checks.wrong(
             "stats", stats, "what sc.calibrate(model, batches) returned, or batches with sequential=True"
@@ -104,44 +96,67 @@ def oneshot(
     if evaluate is not None:
         checks.function("evaluate", evaluate, "a function (model) -> float, higher is better")
     inner = opened(model, stats)
-    even: Any = "uniform" if measured else allocation
+    even = "uniform" if measured else allocation
     made = plan.make(inner, sparsity, score="magnitude", allocation=even, pattern=pattern, scope=scope)
-    if measured and made.pattern is not None and made.pattern.sparsity is not None:
-        raise InputError(
-            f"the pattern {made.pattern} gives all layers one sparsity, which leaves nothing to share: ask for no "
-            "allocation"
-        )
     masks = made.masks(made.counts())  # by magnitude: what is taken of it are the counts, and what no batch reached
     parts = [part for part in matrices(made.scope, stats.moments) if set(part.moments.names) <= set(masks)]
+    judge, inside = Judge(inner, stats, made.scope, evaluate), loops(inner, stats, parts)
+    if measured:
+        _require_measurable(made.pattern, judge)
+
+    def select(part: Matrix, zeros: int, within: Within) -> Select:
+        return selector(part.moments, part.shapes, part.weights(), zeros, pattern=made.pattern, within=within)
 
     def solutions(zeros: Mapping[Matrix, int]) -> Solutions:
-        def select(part: Matrix, within: Within) -> Select:
-            return selector(part.moments, part.shapes, part.weights(), zeros[part], pattern=made.pattern, within=within)
+        return Solutions(parts, lambda part, within: select(part, zeros[part], within), inside)
 
-        return Solutions(parts, select, inside)
-
-    zeros, inside = _shared(parts, masks.counts()), loops(inner, stats, parts)
-    judge, work = Judge(inner, stats, made.scope, evaluate), solutions(zeros)
-    if measured and not judge:
-        raise InputError(
-            "sensitivity is measured in the whole model, and statistics with a loss keep no batches that the model is "
-            "called with: give evaluate=, a function (model) -> float, or leave loss= out of sc.calibrate"
-        )
-    contest = Contest(judge, masked(made.scope, masks, parts))
-    every = ways(solve, effort, bool(inside))
+    zeros = _shared(parts, masks.counts())
+    contest, work = Contest(judge, masked(made.scope, masks, parts)), solutions(zeros)
+    every = ways(solve, effort, bool(inside))[: None if judge else 1]
     steps = len(every) + (levels.measurements(parts) if measured else 0)
     with progress_bar("pruning", steps, shown=progress) as advance:
-        for way in every if judge else every[:1]:
+        for way in every:
             contest.enter(way, work.of(way))
             advance(1)
         if measured:
             way, _ = contest.best
             some = replace(stats, held=stats.checks[::2])  # of which there are many judgements
-            zeros = _by_sensitivity(parts, zeros, Judge(inner, some, made.scope, evaluate), made.pattern, advance)
+            zeros = _by_sensitivity(zeros, Judge(inner, some, made.scope, evaluate), select, advance)
             contest.enter(way._replace(name=f"{way.name}, by sensitivity"), solutions(zeros).of(way))
     found = contest.result(made.scope)
     contest.draft.write(made.scope)
     return found
+
+
+def _by_blocks(
+    model: nn.Module,
+    batches: Statistics | Sequence[Any],
+    task: Task,
+    scope: Mapping[str, nn.Parameter] | None,
+    evaluate: Evaluate | None,
+    sequential: bool | StrPath,
+    progress: bool,
+) -> Pruned:
+    if evaluate is not None:
+        raise InputError("evaluate judges among several ways, and block by block there is one: leave one of them out")
+    if isinstance(batches, Statistics):
+        raise checks.wrong("stats", batches, "the batches themselves with sequential")
+    folder = None if sequential is True else checks.path("sequential", sequential)
+    masks = prune_by_blocks(model, batches, task, scope=scope, folder=folder, progress=progress)
+    return Pruned.of(masks, [], {}, "block by block")
+
+
+def _require_measurable(pattern: Pattern | None, judge: Judge) -> None:
+    """See that layers can lose by their sensitivity."""
+    if pattern is not None and pattern.sparsity is not None:
+        raise InputError(
+            f"the pattern {pattern} gives all layers one sparsity, which leaves nothing to share: ask for no allocation"
+        )
+    if not judge:
+        raise InputError(
+            "sensitivity is measured in the whole model, and statistics with a loss keep no batches that the model is "
+            "called with: give evaluate=, a function (model) -> float, or leave loss= out of sc.calibrate"
+        )
 
 
 def _shared(parts: Sequence[Matrix], counts: Mapping[str, int]) -> dict[Matrix, int]:
@@ -155,16 +170,13 @@ def _shared(parts: Sequence[Matrix], counts: Mapping[str, int]) -> dict[Matrix, 
 
 
 def _by_sensitivity(
-    parts: Sequence[Matrix],
     zeros: Mapping[Matrix, int],
     judge: Judge,
-    pattern: Pattern | None,
+    select: Callable[[Matrix, int, Within], Select],
     advance: Callable[[float], None],
 ) -> dict[Matrix, int]:
     def solve(part: Matrix, count: int) -> Solution:
-        weights = part.weights()
-        select = selector(part.moments, part.shapes, weights, count, pattern=pattern, within="row")
-        return part, *fast(weights, part.curvature, select)
+        return part, *fast(part.weights(), part.curvature, select(part, count, "row"))
 
     def quality(solutions: Sequence[Solution]) -> float:
         draft = Draft()
@@ -172,4 +184,4 @@ def _by_sensitivity(
             draft.put(*solution)
         return judge.of(draft, "sensitivity")
 
-    return levels.zeros(parts, zeros, solve, quality, advance)
+    return levels.zeros([*zeros], zeros, solve, quality, advance)
