@@ -62,7 +62,7 @@ def test_several_workers_see_what_one_would_have_seen():
     merged = parts[0].merge(parts[1])
     same(merged, whole, exact=False)
     assert merged.of("a.weight")[0].gram is merged.of("b.weight")[0].gram
-    assert [x is y for x, y in zip(merged.checks, data, strict=True)] == [True] * 8
+    assert [x is y for x, y in zip(merged.kept, data, strict=True)] == [True] * 8
     torch.testing.assert_close(merged.gradients, whole.gradients)
     assert [len(runs) for runs in merged.runs.values()] == [8]
 
@@ -235,7 +235,7 @@ def test_sums_of_all_processes():
         same(one, wanted, exact=False)
         assert one.moments[0].gram is one.moments[1].gram
         torch.testing.assert_close(one.gradients, wanted.gradients)
-    assert [len(one.checks) for one in found] == [1, 3]
+    assert [len(one.kept) for one in found] == [1, 3]
     assert mine[0].moments[0].count.tolist() == [56]  # its own are as they were
 
 

@@ -96,7 +96,8 @@ def test_the_outputs_come_nearer_to_those_of_the_given_model(kind, score):
 def test_a_reader_is_the_least_squares_solution_on_what_stays():
     model, batches = made(mlp)
     stats, kept = sc.calibrate(model, batches), [0, 2, 3, 5, 7, 11, 13, 20, 21, 30]
-    found = fit(model, {"0.weight": {0: kept}, "0.bias": {0: kept}, "2.weight": {1: kept}}, stats)
+    cut = {"0.weight": {0: kept}, "0.bias": {0: kept}, "2.weight": {1: kept}}
+    found = dict(fit(model, cut, stats, ["2.weight", "4.weight"]))
     assert found.keys() == {"2.weight"}
     read = torch.relu(model[0](torch.cat([x for i, x in enumerate(batches) if i not in (4, 9)]))).detach().double()
     damping = (0.01 * read.square().sum(0).mean()).sqrt() * torch.eye(32, dtype=torch.float64)
@@ -182,3 +183,21 @@ def test_what_cannot_be_used():
         sc.shrink(model, x, depth=0.5, stats=stats)
     with pytest.raises(InputError, match="meta device, without weights that tell how layers are fitted anew"):
         sc.shrink(copy.deepcopy(model).to("meta"), x.to("meta"), 0.5, verify=False, score="random", stats=stats)
+
+
+def test_in_the_end_batches_that_were_held_out_are_fitted_to_as_well():
+    model, batches = made(mlp)
+    stats, held = sc.calibrate(model, batches), [*batches[:4], *batches[5:9], batches[4], batches[9]]
+    small = sc.shrink(model, batches[0], 0.5, score="l2", stats=stats)
+    whole = replace(sc.calibrate(model, [torch.cat(held)]), kept=[])  # all in the sums, none to check on
+    wanted = sc.shrink(model, batches[0], 0.5, score="l2", stats=whole)
+    for a, b in zip(small.parameters(), wanted.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_statistics_with_a_loss_have_no_batches_to_check_on_and_serve_too():
+    model, batches = made(mlp)
+    labelled = [(x, torch.randn(*x.shape[:-1], 5, generator=GENERATOR)) for x in batches]
+    stats = sc.calibrate(model, labelled, loss=lambda model, pair: (model(pair[0]) - pair[1]).square().mean())
+    plan = propose(model, batches[0], 0.5, stats=stats)
+    assert plan.fitted == ("2.weight", "4.weight")

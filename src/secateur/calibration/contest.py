@@ -81,9 +81,7 @@ class Judge:
 
     def __init__(self, model: nn.Module, stats: Statistics, scope: Scope, evaluate: Evaluate | None) -> None:
         self._model, self._scope, self._evaluate = model, scope, evaluate
-        # batches for a loss are called by that, and nobody else knows how the model takes them
-        usable = evaluate is None and stats.checks and not stats.gradients
-        self._fidelity = Fidelity(model, stats.checks) if usable else None
+        self._fidelity = Fidelity(model, stats.checks) if evaluate is None and stats.checks else None
 
     def __bool__(self) -> bool:
         return self._evaluate is not None or self._fidelity is not None

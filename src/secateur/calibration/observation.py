@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -79,6 +80,25 @@ def calibrate(
             run.take(batch)
             advance(1)
     return run.statistics()
+
+
+def completed(model: nn.Module, stats: Statistics) -> Statistics:
+    """The statistics with the batches in the sums, too, that were held out: for what no check is to follow.
+
+    Args:
+        model: of which they are; as it was afterwards.
+        stats: stay as they are. Batches for a loss are left out.
+    """
+    if not stats.held or not stats.checks:
+        return stats
+    listener = Listener(scopes.weights(model, only=list(stats.shapes)).members)
+    with _undisturbed(model):
+        for batch in stats.held:
+            call = arguments(batch)
+            with listener.forward(real_positions(model, call)):
+                model(*call[0], **call[1])
+    more = replace(stats, moments=tuple(listener.moments()), held=[], kept=[], runs=listener.runs)
+    return stats.merge(more)
 
 
 class _Pass:

@@ -47,8 +47,11 @@ class Statistics(Printed):
 
     @property
     def checks(self) -> list[Any]:
-        """The batches to check on: those held out, or where there are none those in the sums."""
-        return self.held or self.kept
+        """The batches to check on: those held out, or where there are none those in the sums.
+
+        None for a loss, which alone knows how the model takes them.
+        """
+        return [] if self.gradients else self.held or self.kept
 
     def of(self, name: str) -> list[Moments]:
         """The moments that a tensor has part in, in the order of its rows."""
@@ -200,8 +203,7 @@ class Statistics(Printed):
         if not isinstance(self.held, list) or not isinstance(self.kept, list):
             raise TypeError("the batches are no list")
         for batch in self.checks:
-            if not self.gradients:  # batches for a loss are of any kind
-                arguments(batch)
+            arguments(batch)
         for name, total in self.gradients.items():
             if total.shape != self.shapes[name]:
                 raise ValueError(f"the gradients of {name} have another form")
