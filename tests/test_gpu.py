@@ -1,11 +1,18 @@
 """On a CUDA device: the same masks as on the CPU, and the same promises."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 
 import secateur as sc
 from models import Net, Tagger, build, example, k, zeros
+from secateur.errors import StateError
+from secateur.runtime import check_weights, tuning
+from secateur.runtime.kernel_plans import Gain
 from secateur.support import bits
+from sparse_models import fake_times
 
 pytestmark = [
     pytest.mark.gpu,
@@ -86,3 +93,51 @@ def test_attach(kind, options, scaled):
     again.load_state_dict({**state, "bits": {name: packed.cpu() for name, packed in state["bits"].items()}})
     assert again.masks == masks
     assert all(again.masks.packed(name).is_cuda for name in masks)
+
+
+@pytest.fixture
+def two_of_four():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(1024, 4096), torch.nn.GELU(), torch.nn.Linear(4096, 1024))
+    sc.prune(model, 0.5, pattern="2:4")
+    return model.cuda()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_2_4_layers_compute_what_the_dense_ones_do(two_of_four, dtype):
+    model, x = two_of_four.to(dtype), torch.randn(4, 512, 1024, device="cuda", dtype=dtype)
+    fast = sc.accelerate(model, [x, x[0, :1]])
+    print(sc.explain(fast))
+    for layer in fast.plan.layers:
+        assert len(layer.timings) == 2, layer.reason  # tried, whether or not it gained
+    with torch.inference_mode():
+        for part in (x, x[0, :1], x[0, :333], x[:0], x[..., :512].repeat(1, 1, 2)):
+            torch.testing.assert_close(fast(part), model(part), rtol=0.03, atol=0.03)
+    assert all(torch.equal(value, fast.state_dict()[name]) for name, value in model.state_dict().items())
+    assert [type(one) for one in sc.dense(fast).modules()] == [type(one) for one in model.modules()]
+
+
+def test_torchs_2_4_product_is_used_copied_and_moved(two_of_four, monkeypatch):
+    model, x = two_of_four.half(), torch.randn(64, 1024, device="cuda", dtype=torch.float16)
+    monkeypatch.setattr(tuning, "_CACHE", {})
+    fake_times(monkeypatch, lambda name, bucket: (2e-3, 1e-3))
+    monkeypatch.setattr(tuning, "gain", lambda *_: Gain(2.0, 1.9, 2.1))
+    fast = sc.accelerate(model, x)
+    assert fast.plan.sparse == ("0", "2"), str(fast.plan)
+    assert fast.plan.gpu == torch.cuda.get_device_name()
+    with torch.inference_mode():
+        right = model(x)
+        for one in (fast, copy.deepcopy(fast), pickle.loads(pickle.dumps(fast))):
+            torch.testing.assert_close(one(x), right, rtol=0.02, atol=0.02)
+            assert isinstance(one[0]._packed, torch.sparse.SparseSemiStructuredTensor)
+        here = copy.deepcopy(fast).cpu()
+        assert torch.equal(here(x.cpu()), copy.deepcopy(model).cpu()(x.cpu()))
+        torch.testing.assert_close(here.cuda()(x), right, rtol=0.02, atol=0.02)
+    fast[0].weight.data.mul_(2)
+    with pytest.raises(StateError, match=r"sc\.dense\(fast\)"):
+        check_weights(fast)
+
+
+def test_float32_stays_dense_and_says_why(two_of_four):
+    fast = sc.accelerate(two_of_four, torch.randn(8, 1024, device="cuda"))
+    assert "the kernels are for float16 and bfloat16 on CUDA" in fast.plan.layers[0].reason

@@ -7,7 +7,7 @@ from torch.nn.utils import parametrizations, prune
 
 from secateur import anatomy
 from secateur.anatomy import Layer
-from secateur.runtime import attention, candidates, convolutions, linears, recurrences, swapping
+from secateur.runtime import attention, candidates, convolutions, linears, recurrences, semi_structured, swapping
 from sparse_models import off, sparse, thin
 
 SPARSE = {
@@ -32,7 +32,7 @@ def test_each_sparse_kind_takes_its_layers(isa, kind):
 
 
 def test_each_registered_kind_is_tried_here():
-    assert set(swapping.KINDS) == {*SPARSE, linears.SparseTransposedLinear}
+    assert set(swapping.KINDS) == {*SPARSE, linears.SparseTransposedLinear, semi_structured.SemiStructuredLinear}
 
 
 def test_the_out_projection_is_the_attentions():

@@ -49,6 +49,10 @@ def accelerate(
     nn.Sequential, with ReLU, Dropout and Identity between, are timed as one call too. If in the end the whole model
     is not faster, all of it stays dense. Results equal the plain ones up to rounding.
 
+    On a CUDA device Linear layers in float16 or bfloat16 are tried that are 2:4 (`pattern="2:4"`): as torch's
+    semi-structured tensors, whose results are compared with the dense ones. There a change of weights that torch does
+    not count shows in `check_weights` alone, and graphs of `torch.compile` are dense. This has not been run on a GPU.
+
     The copy is in evaluation mode and its parameters require no gradients. Its `state_dict()` is that of `model`;
     `fast.plan` holds what was chosen (unless the model has a `plan` of its own: then `sc.explain` alone does). A
     layer whose weights change afterwards, through `.data` or NumPy too, raises a StateError when it is called: at the
@@ -62,8 +66,8 @@ def accelerate(
         example_inputs: a tensor, a tuple of positional or a dict of keyword arguments, as it will be in use; a list
             of these for several batch sizes. Any other size runs as the nearest one.
         threads: CPU threads to tune for; by default as many as torch has now.
-        values: dtype of the packed weights. `torch.float16` rounds them (a relative error of 0.0005 at most), which
-            makes layers that have to be read from memory faster still; inputs and sums stay float32.
+        values: dtype of the packed weights on the CPU. `torch.float16` rounds them (a relative error of 0.0005 at
+            most), which makes layers that have to be read from memory faster still; inputs and sums stay float32.
         check_inputs: run a layer dense where its inputs have a NaN or an infinity, so that the result is that of the
             plain model. Costs a sum over the inputs of each layer, and runs of Linear are not fused. Without it such an
             input affects only outputs that have a kept weight for it, as pruned weights are skipped.

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from secateur import anatomy
-from secateur.runtime import attention, convolutions, linears, recurrences
+from secateur.runtime import attention, convolutions, linears, recurrences, semi_structured
 from secateur.runtime.kernel_plans import LayerPlan
 from secateur.runtime.swapping import KINDS, SPARSE_ENOUGH, Sparse, Swapped, swap, zero_share
 from secateur.support.tables import percent
 
 __all__: list[str] = []  # reached through secateur.accelerate alone
 
-_ROOMS = (linears, convolutions, recurrences, attention)  # importing them registers what they hold
+_ROOMS = (linears, convolutions, recurrences, attention, semi_structured)  # importing them registers what they hold
 
 
 def survey(model: nn.Module) -> Iterator[LayerPlan]:
@@ -41,7 +41,9 @@ def zeros_of(weights: Sequence[Tensor]) -> float:
 
 def _mixin(module: nn.Module) -> type[Sparse] | None:
     kind, layer = anatomy.entry(type(module))
-    return None if layer is None else next((mixin for mixin in KINDS if mixin.takes(kind, layer)), None)
+    taking = [] if layer is None else [mixin for mixin in KINDS if mixin.takes(kind, layer)]
+    devices = {parameter.device.type for parameter in module.parameters()}
+    return next((mixin for mixin in taking if mixin.device in devices), next(iter(taking), None))
 
 
 def _obstacle(module: nn.Module, mixin: type[Sparse], zeros: float) -> str:
@@ -54,8 +56,8 @@ def _obstacle(module: nn.Module, mixin: type[Sparse], zeros: float) -> str:
     for name, parameter in module.named_parameters():
         if type(parameter.data) is not Tensor or parameter.layout is not torch.strided:
             return f"{name} is not a plain tensor"
-        if parameter.dtype is not torch.float32 or not parameter.is_cpu:
-            return f"{name} is {parameter.dtype} on {parameter.device}, and the kernels are for float32 on the CPU"
+        if not mixin.suits(parameter):
+            return f"{name} is {parameter.dtype} on {parameter.device}, and the kernels are for {mixin.serves}"
         if parameter.dim() == 1 and not parameter.is_contiguous():
             return f"{name} is not contiguous"
     return mixin.obstacle(module) or ("" if zeros >= SPARSE_ENOUGH else f"too dense: {percent(zeros)} zeros")

@@ -105,7 +105,8 @@ class KernelPlan(Printed):
         threads: CPU threads at the time.
         layers: one `LayerPlan` for each layer with a weight matrix, in the model's order, then for each run.
         gains: of the whole model, one for each example; a rejected one went back to dense.
-        values: dtype of the packed weights; "float16" is lossy.
+        values: dtype of the packed weights; "float16" is lossy. On a CUDA device they are those of the model.
+        gpu: names of the model's CUDA devices; empty if there are none.
     """
 
     cpu: str
@@ -114,6 +115,7 @@ class KernelPlan(Printed):
     layers: tuple[LayerPlan, ...]
     gains: tuple[Gain, ...] = ()
     values: str = "float32"
+    gpu: str = ""
 
     @property
     def sparse(self) -> tuple[str, ...]:
@@ -142,7 +144,9 @@ class KernelPlan(Printed):
                 raise ValueError(f"version {data['version']}")
             layers = tuple(_layer(layer) for layer in data["layers"])
             gains = tuple(Gain(**gain) for gain in data["gains"])
-            return KernelPlan(data["cpu"], data["isa"], data["threads"], layers, gains, data["values"])
+            return KernelPlan(
+                data["cpu"], data["isa"], data["threads"], layers, gains, data["values"], data.get("gpu", "")
+            )
         except (KeyError, TypeError, ValueError) as error:
             raise FileError(
                 f"this is not a plan of this version of secateur: {error!r}. Tune again, without plan."
@@ -156,6 +160,8 @@ class KernelPlan(Printed):
             f"native kernels: {self.isa}{lossy}" if self.isa else "no native library: torch's CSR and dense kernels"
         )
         notes = [*self._verdicts(), f"{library}; threads: {self.threads}; CPU: {self.cpu}"]
+        if self.gpu:
+            notes.append(f"GPU: {self.gpu}; sparse there: torch's semi-structured (2:4) products")
         runs = [layer.name for layer in self.layers if layer.kind == "Sequential"]
         if runs:
             notes.insert(

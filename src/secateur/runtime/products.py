@@ -76,7 +76,7 @@ def pack(weight: Tensor, groups: int = 1, half: bool = False) -> Tensor:
 def linear(x: Tensor, weight: Tensor, packed: Tensor, bias: Tensor | None, choices: int) -> Tensor:
     """`F.linear(x, weight, bias)`; x: float32 [..., columns] of any number of dimensions but none."""
     rows, columns = weight.shape
-    if (found := _matrix(x, columns, choices)) is None:
+    if (found := matrix(x, columns, choices)) is None:
         return F.linear(x, weight, bias)
     x, n, source = found
     if (lib := native.library()) is None:
@@ -102,7 +102,7 @@ def chain(
         choices: as for `linear`.
     """
     columns, rows = widths
-    if choices & CHECKED or (found := _matrix(x, columns, choices)) is None:  # each layer looks at its own input
+    if choices & CHECKED or (found := matrix(x, columns, choices)) is None:  # each layer looks at its own input
         return None
     x, n, source = found
     if (lib := native.library()) is None:
@@ -114,8 +114,8 @@ def chain(
     return out
 
 
-def _matrix(x: Tensor, columns: int, choices: int) -> tuple[Tensor, int, int] | None:
-    """An input in one piece, its rows and its address; None if no sparse product can, or is to, take it."""
+def matrix(x: Tensor, columns: int, choices: int) -> tuple[Tensor, int, int] | None:
+    """An input in one piece, its rows and its address; None if no sparse product can or is to take it."""
     try:
         n = x.numel() // columns
         if n == 0 or x.shape[-1] != columns or not choices >> (n - 1).bit_length() & 1:

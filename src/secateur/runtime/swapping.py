@@ -54,6 +54,11 @@ _made: dict[tuple[type[Swapped], type[nn.Module]], type[Swapped]] = {}
 class Sparse(Swapped):
     """A layer that computes with packed weights for the row classes in `_choices`, else as the class it was."""
 
+    device: ClassVar[str] = "cpu"
+    """The type of the devices whose layers it takes."""
+    serves: ClassVar[str] = "float32 on the CPU"
+    """What its kernels compute, in words."""
+
     _choices: int
     _place: str
     _form: str
@@ -70,6 +75,11 @@ class Sparse(Swapped):
     def takes(cls, kind: type[nn.Module], layer: Layer) -> bool:
         """Whether it is for layers of this class, of which anatomy has this entry."""
         return kind is cls.plain
+
+    @classmethod
+    def suits(cls, tensor: Tensor) -> bool:
+        """Whether a tensor is of a dtype and on a device that its kernels compute with."""
+        return tensor.dtype is torch.float32 and tensor.is_cpu
 
     @classmethod
     def obstacle(cls, module: nn.Module) -> str:
@@ -151,8 +161,7 @@ class Sparse(Swapped):
             raise self._no_gradient()
         if (
             type(x) is not Tensor
-            or x.dtype is not torch.float32
-            or not x.is_cpu
+            or not self.suits(x)
             or _autocast()
             or _modes()
             or _tracing()
@@ -199,6 +208,10 @@ class Sparse(Swapped):
         if not self._packed_from:  # stale before
             self._packed_from = None
             return
+        self._revive()
+
+    def _revive(self) -> None:
+        """Be ready again after a copy, or in another process, where the weights are those that were packed."""
         packed = any(name.startswith("packed_") for name in self._buffers)
         if packed and self._form != products.form():  # from a machine with, or without, the native library
             self.pack(self._half)
@@ -207,9 +220,14 @@ class Sparse(Swapped):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         fresh = self.fresh()
         result = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if fresh and self.fresh():
-            self.stamp()
+        if fresh:
+            self._moved()
         return result
+
+    def _moved(self) -> None:
+        """Go on after weights that were those that were packed went elsewhere, perhaps to another dtype and back."""
+        if self.fresh():
+            self.stamp()
 
 
 KINDS: list[type[Sparse]] = []

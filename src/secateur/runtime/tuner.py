@@ -14,6 +14,7 @@ from secateur.runtime import native, tuning
 from secateur.runtime.candidates import enclose, make_sparse, matrices, survey, zeros_of
 from secateur.runtime.chains import Chain, Span, SparseSequential, runs
 from secateur.runtime.kernel_plans import Gain, KernelPlan, LayerPlan, Timing, without
+from secateur.runtime.semi_structured import SemiStructuredLinear, disagreement
 from secateur.runtime.swapping import Sparse, Swapped, swap
 from secateur.support.inputs import Arguments
 
@@ -32,6 +33,7 @@ class Tuning:
         self.values = "float16" if half else "float32"
         self.plans = {layer.name: layer for layer in survey(fast)}
         self.gains: tuple[Gain, ...] = ()
+        self.gpu = tuning.gpus(fast)
         modules = dict(fast.named_modules())
         self.layers = {name: make_sparse(modules[name], name) for name, layer in self.plans.items() if not layer.reason}
         enclose(fast)
@@ -72,6 +74,7 @@ class Tuning:
         for name, layer in self.layers.items():
             layer.choose(self.plans[name].choices)
         self._time(self._reached(), done)
+        self._agree()
         self._settle()
         if any(layer.choices for layer in self.plans.values()):
             for call in self.calls:
@@ -104,10 +107,27 @@ class Tuning:
                 self.plans[name] = replace(self.plans[name], reason="the example does not reach it")
         return {name: chain for name, chain in found.items() if not self.plans[name].reason}
 
+    def _agree(self) -> None:
+        """Have the layers on a CUDA device dense if with them the model computes something else."""
+        tried = {
+            name: layer
+            for name, layer in self.layers.items()
+            if isinstance(layer, SemiStructuredLinear) and self.plans[name].choices
+        }
+        for call in self.calls if tried else ():
+            for name, layer in tried.items():
+                layer.choose(self.plans[name].choices)
+            if told := disagreement(self.fast, call, [*tried.values()]):
+                for name in tried:
+                    self.plans[name] = without(self.plans[name], {t.bucket for t in self.plans[name].timings}, told)
+                return
+
     def found(self) -> KernelPlan:
         """All that was chosen, and where."""
         layers = tuple(self.plans.values())
-        return KernelPlan(tuning.cpu(), native.isa(), torch.get_num_threads(), layers, self.gains, self.values)
+        return KernelPlan(
+            tuning.cpu(), native.isa(), torch.get_num_threads(), layers, self.gains, self.values, self.gpu
+        )
 
     def take(self, plan: KernelPlan) -> None:
         """Choose as an earlier run did.
@@ -115,11 +135,12 @@ class Tuning:
         Raises:
             InputError: it was for other weights, or measured elsewhere.
         """
-        here = (tuning.cpu(), native.isa(), torch.get_num_threads())
-        if (plan.cpu, plan.isa, plan.threads) != here:
+        here = (tuning.cpu(), native.isa(), torch.get_num_threads(), self.gpu)
+        if (plan.cpu, plan.isa, plan.threads, plan.gpu) != here:
             raise InputError(
-                f"the plan was measured on {plan.cpu} with {plan.isa} kernels and {plan.threads} threads, and this is "
-                f"{here[0]}, {here[1]}, {here[2]}. Leave plan out, and the model is tuned here."
+                f"the plan was measured on {plan.cpu} with {plan.isa} kernels and {plan.threads} threads"
+                f"{plan.gpu and f' on {plan.gpu}'}, and this is {', '.join(str(one) for one in here if one != '')}. "
+                "Leave plan out, and the model is tuned here."
             )
         if plan.values != self.values:
             raise InputError(f"the plan is for values=torch.{plan.values}, and this call is for torch.{self.values}")

@@ -10,7 +10,7 @@ import functools
 import hashlib
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from statistics import median
 from typing import Any
@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from secateur.measurement.costs import devices
 from secateur.measurement.timing import evaluating, interval, quantile, time_blocks
 from secateur.runtime import native, products
 from secateur.runtime.chains import Chain
@@ -45,6 +46,7 @@ class Recorder:
         self.name, self.layer = name, layer
         self.mode = "dense"
         self.seconds: dict[tuple[str, int], list[float]] = defaultdict(list)
+        self.clock = _clock(layer)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         layer = self.layer
@@ -53,9 +55,9 @@ class Recorder:
         layer.choose(products.ALL if sparse else 0)
         if self.mode == "look":
             layer.observe(*args, **kwargs)
-        start = time.perf_counter()
+        start = self.clock()
         out = kind.forward(layer, *args, **kwargs)
-        spent = time.perf_counter() - start
+        spent = self.clock() - start
         self.seconds[self.mode, products.bucket(layer.rows(*args, **kwargs))].append(spent)
         return out
 
@@ -89,13 +91,14 @@ def times(
     for mode in ("dense", "sparse"):  # the first pass of each is not counted
         _run(model, recorders, call, mode)
     _forget(recorders)
-    stream = torch.zeros(_CACHE_BYTES // 4, device="cpu")
+    streams = [torch.zeros(_CACHE_BYTES // 4, device=device) for device in devices(model)]
     start = time.perf_counter()
     for i in range(_ROUNDS.stop):
         if i >= _ROUNDS.start and time.perf_counter() - start > _SECONDS:
             break
         for mode in ("dense", "sparse", "sparse", "dense"):
-            stream.add_(1)
+            for stream in streams:
+                stream.add_(1)
             _run(model, recorders, call, mode)
     found = {
         (r.name, b): (median(spent), median(r.seconds["sparse", b]))
@@ -140,17 +143,33 @@ def gain(plain: nn.Module, fast: nn.Module, call: Arguments) -> Gain:
     return found
 
 
+def gpus(model: nn.Module) -> str:
+    """Names of the CUDA devices that a model is on; empty if there are none."""
+    return " + ".join(sorted({torch.cuda.get_device_name(one) for one in devices(model) if one.type == "cuda"}))
+
+
 def pattern(weights: Sequence[Tensor], half: bool = False) -> str:
     """Hash of where the zeros of some weights are, and of whether the others are packed in float16."""
     digest = hashlib.blake2b(b"half" if half else b"", digest_size=16)
     for weight in weights:
-        digest.update(str(tuple(weight.shape)).encode())
-        digest.update(bits.pack(weight.detach() != 0).numpy().tobytes())
+        exact = weight.dtype is torch.float32
+        digest.update(f"{tuple(weight.shape)}{'' if exact else weight.dtype}".encode())
+        digest.update(bits.pack(weight.detach() != 0).cpu().numpy().tobytes())
     return digest.hexdigest()
 
 
 def _key(layer: Sparse | Chain, hashed: str, bucket: int) -> tuple[Any, ...]:
-    return cpu(), native.isa(), torch.get_num_threads(), type(layer).__name__, repr(layer), hashed, bucket
+    machine = cpu(), native.isa(), torch.get_num_threads(), gpus(layer) if isinstance(layer, Sparse) else ""
+    return *machine, type(layer).__name__, repr(layer), hashed, bucket
+
+
+def _clock(layer: Sparse | Chain) -> Callable[[], float]:
+    """Seconds; on a CUDA device once all that it was told is done."""
+    if not isinstance(layer, Sparse) or layer.device == "cpu":
+        return time.perf_counter
+    from torch.utils.benchmark import timer
+
+    return timer
 
 
 def _wins(pair: tuple[float, float]) -> bool:

@@ -19,6 +19,7 @@ from secateur.runtime import native
 __all__: list[str] = []  # reached through secateur.accelerate and secateur.runtime alone
 
 _ANCHORS, _PIECES, _SMALLEST = 8, 2048, 256  # as in native/weights.cpp
+_AT_ONCE = 1 << 22  # bytes, which take eight times as much while they are summed up
 
 
 class Snapshot:
@@ -144,6 +145,14 @@ def version(tensor: Tensor | None) -> int | None:
     return None if tensor is None or tensor.is_inference() else tensor._version
 
 
+def checksum(tensor: Tensor) -> int:
+    """A number of all bits of a tensor on any device, and of where in it they are."""
+    total = 0
+    for part in torch.split(tensor.detach().flatten().view(torch.uint8), _AT_ONCE):
+        total = (31 * total + _checksum(part)) % (1 << 64)
+    return total
+
+
 def _bits(address: int, count: int) -> Tensor:
     if count == 0:
         return torch.empty(0, dtype=torch.int32)
@@ -151,4 +160,4 @@ def _bits(address: int, count: int) -> Tensor:
 
 
 def _checksum(bits: Tensor) -> int:
-    return int((bits * torch.arange(1, 2 * len(bits), 2, dtype=torch.int64)).sum())
+    return int((bits * torch.arange(1, 2 * len(bits), 2, dtype=torch.int64, device=bits.device)).sum())

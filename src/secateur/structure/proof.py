@@ -322,7 +322,7 @@ def apart(
         settled: calls that may see another scale, because their operands are multiplied.
     """
     outs = zip(want.out, got.out, strict=True)
-    worst = max((_apart(a, b) for a, b in outs), default=0.0)
+    worst = max((distance(a, b) for a, b in outs), default=0.0)
     for at, (call, a, b) in enumerate(zip(want.calls, want.prints, got.prints, strict=True)):
         if call.elastic or (between and str(call) in between):
             continue
@@ -346,7 +346,8 @@ def _factor(a: Sequence[Print], b: Sequence[Print]) -> float | None:
     return factor if prints_apart(a[0], (b[0][0], *(n * factor for n in b[0][1:]))) < _STEP else None
 
 
-def _apart(a: Tensor, b: Tensor) -> float:
+def distance(a: Tensor, b: Tensor) -> float:
+    """The largest difference, relative to the largest number of `a`; infinite where others are finite."""
     if a.shape != b.shape or not torch.equal(a.isfinite(), b.isfinite()):
         return float("inf")
     if not a.is_floating_point():
