@@ -96,6 +96,18 @@ def test_readers_that_part_later_have_their_own_sums():
     assert (q.count.item(), k.count.item()) == (4, 10)
 
 
+def test_what_read_alone_at_first_and_then_with_another():
+    grams, inputs = Grams(), [torch.randn(n, 3) for n in (4, 5, 6)]
+    for x, readers in zip(inputs, ([Q], [Q, K], [K, Q]), strict=True):
+        for reader in readers:
+            grams.add(reader, x, "", rows(x))
+        grams.flush()
+    k, q = sorted(grams.moments(ONE), key=lambda one: one.names)
+    assert close(q.gram, exact(*inputs))
+    assert close(k.gram, exact(*inputs[1:]))
+    assert (q.count.item(), k.count.item()) == (15, 11)
+
+
 def test_rows_that_overlap_are_cut_and_equal_ones_joined():
     grams, x, y = Grams(), torch.randn(4, 3), torch.randn(6, 3)
     grams.add(Reader(("w",), 0, 6), x, "", rows(x))
@@ -120,5 +132,9 @@ def test_experts_that_read_apart_are_one_with_zeros_for_those_without_tokens():
 
 def test_nan_names_the_weight():
     x = torch.tensor([[1.0, float("nan")]])
-    with pytest.raises(NotFiniteError, match="inputs of q hold NaN or inf: look for them in the batches"):
-        Grams().add(Q, x, "", rows(x))
+    grams = Grams()
+    for _ in range(2):  # in the first batch, and in one that is added to others
+        with pytest.raises(NotFiniteError, match="inputs of q hold NaN or inf: look for them in the batches"):
+            grams.add(Q, x, "", rows(x))
+        grams.add(Q, torch.ones(1, 2), "", rows(torch.ones(1, 2)))
+        grams.flush()

@@ -89,13 +89,15 @@ class Grams:
                 fresh.readers.append(reader)
                 return
             self._keep(self._fresh.pop(key))  # it reads the same once more
-        found = summed(rows())
+        alone = self._sums.get((reader,))  # a layer that reads alone, as the widest ones do, needs no second sum
+        found = summed(rows(), alone)
         if not found[0].diagonal(dim1=1, dim2=2).isfinite().all():
             raise NotFiniteError(
                 f"the inputs of {listed(reader.names)} hold NaN or inf: look for them in the batches, or in a weight "
                 "of a layer before it"
             )
-        self._fresh[key] = _Fresh(found, storage, [reader])
+        if alone is None:
+            self._fresh[key] = _Fresh(found, storage, [reader])
 
     def flush(self) -> None:
         """Say that a forward has ended: what comes next is read anew."""
@@ -215,13 +217,15 @@ def _atoms(slabs: Mapping[tuple[int, int], list[Source]], height: int) -> dict[t
     return found
 
 
-def summed(rows: Iterable[Tensor]) -> Sum:
+def summed(rows: Iterable[Tensor], before: Sum | None = None) -> Sum:
     """Sum x x^T over samples, in float32 for some rows at a time and in float64 over these.
 
     Args:
         rows: [groups, samples, inputs] each, at least one.
+        before: a sum of others, to which these are added in place.
     """
-    total, samples = torch.zeros(0), 0
+    total, count = before or (torch.zeros(0), torch.zeros(0, dtype=torch.int64))
+    samples = 0
     for piece in rows:
         samples += piece.shape[1]
         for some in torch.split(piece, _ROWS, 1):
@@ -229,11 +233,13 @@ def summed(rows: Iterable[Tensor]) -> Sum:
             if not total.numel():
                 wide = x.device if x.device.type != "mps" else "cpu"  # which has no float64
                 total = torch.zeros(len(x), x.shape[2], x.shape[2], dtype=torch.float64, device=wide)
+                count = torch.zeros(len(x), dtype=torch.int64, device=wide)
             for at in range(0, x.shape[2], _BLOCK):  # the half above the diagonal
                 total[:, at : at + _BLOCK, at:] += (x[:, :, at : at + _BLOCK].mT @ x[:, :, at:]).to(total.device)
     for at in range(0, total.shape[-1], _BLOCK):
         total[:, at + _BLOCK :, at : at + _BLOCK] = total[:, at : at + _BLOCK, at + _BLOCK :].mT
-    return total, torch.full((len(total),), samples, dtype=torch.int64, device=total.device)
+    count += samples
+    return total, count
 
 
 def _place(x: Tensor) -> tuple[StorageWeakRef | None, Hashable]:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from secateur.calibration.solvers.base import Select, solver
 from secateur.calibration.solvers.curvature import Curvature
-from secateur.calibration.solvers.factors import inverse
+from secateur.calibration.solvers.factors import invert_
 from secateur.calibration.solvers.refit import descend
 
 FIRST_PENALTY = 0.1
@@ -35,28 +35,29 @@ def alps(weights: Tensor, curvature: Curvature, select: Select) -> tuple[Tensor,
     One copy of the weights minimises the error of the outputs, another has the zeros; a growing penalty on their
     difference, and its multipliers, lead them together. In scaled weights, in which H has a unit diagonal.
     """
-    target = weights * curvature.scale
-    kept = select(target.square())
+    kept = select((weights * curvature.scale).square())
     if bool(kept.all()):
         return weights, kept
-    kept, sparse = _alternate(target, curvature, select, kept)
-    sparse += descend(sparse - target, kept, curvature, POLISH)
-    return sparse / curvature.scale, kept
+    kept, sparse = _alternate(weights * curvature.scale, curvature, select, kept)
+    sparse += descend(sparse - weights * curvature.scale, kept, curvature, POLISH)
+    return sparse.div_(curvature.scale), kept
 
 
 def _alternate(target: Tensor, curvature: Curvature, select: Select, kept: Tensor) -> tuple[Tensor, Tensor]:
-    """The support, and the weights on it."""
+    """The support, and the weights on it; the target is written over."""
     fitted = target @ curvature.matrix
-    sparse, multiplier, penalty = target * kept.float(), torch.zeros_like(target), FIRST_PENALTY
+    sparse, multiplier, penalty = target.mul_(kept.float()), torch.zeros_like(target), FIRST_PENALTY
     for _ in range(PERIODS):
         inverted, before = _inverse(curvature.matrix, penalty), kept
         for _ in range(PERIOD):
-            pulled = torch.add(fitted, sparse - multiplier, alpha=penalty)
+            pulled = sparse - multiplier
+            torch.add(fitted, pulled, alpha=penalty, out=pulled)
             multiplier.add_(sparse, alpha=1.0 - RELAXATION)
-            wanted = torch.baddbmm(multiplier, pulled, inverted, alpha=RELAXATION)
-            kept = select(wanted.square())
-            sparse = wanted * kept.float()
-            multiplier = wanted - sparse  # in units of the penalty
+            wanted = multiplier.baddbmm_(pulled, inverted, alpha=RELAXATION)
+            kept = select(torch.square(wanted, out=pulled))
+            torch.mul(wanted, kept.float(), out=sparse)
+            multiplier = wanted.sub_(sparse)  # in units of the penalty
+        del inverted, pulled  # before the next inverse
         moved = int((kept ^ before).count_nonzero()) / max(int(kept.count_nonzero()), 1)
         if moved < STABLE:
             break
@@ -70,4 +71,4 @@ def _inverse(matrix: Tensor, penalty: float) -> Tensor:
     """Of H + penalty: by this and one product an iteration, without eigenvectors, which cost more than all the rest."""
     raised = matrix.clone()
     raised.diagonal(dim1=-2, dim2=-1).add_(penalty)
-    return inverse(raised)
+    return invert_(raised)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from secateur.errors import NotFiniteError
@@ -11,6 +12,9 @@ DAMPING = 0.01
 
 OWN_DAMPING = 1e-4
 """Of each input's own diagonal, added to it: two loud inputs that say the same leave float32 something to divide by."""
+
+_ROWS = 256
+"""Of the matrix, scaled at a time: a second one in float64 would be the largest tensor of all."""
 
 
 class Curvature:
@@ -36,8 +40,8 @@ class Curvature:
         damped = (1 + OWN_DAMPING) * diagonal + DAMPING * diagonal.mean(-1, keepdim=True)
         damped = damped.where(damped > 0, 1.0)  # no input at all ever came
         root = damped.sqrt()
-        exact = gram / root.unsqueeze(-1)
-        exact /= root.unsqueeze(-2)
-        exact.diagonal(dim1=-2, dim2=-1).fill_(1.0)
         self.scale = root.unsqueeze(1).float()
-        self.matrix = exact.float()
+        self.matrix = torch.empty_like(gram, dtype=torch.float32)
+        for new, rows, own in zip(*(torch.split(one, _ROWS, 1) for one in (self.matrix, gram, root)), strict=True):
+            new.copy_(rows / own.unsqueeze(-1) / root.unsqueeze(-2))
+        self.matrix.diagonal(dim1=-2, dim2=-1).fill_(1.0)

@@ -13,21 +13,20 @@ _SMALL = 32
 """Up to here LAPACK works with one thread."""
 
 
-def inverse(matrix: Tensor) -> Tensor:
-    """The inverse of positive definite matrices, [groups, n, n]."""
+def invert_(matrix: Tensor) -> Tensor:
+    """Turn positive definite matrices, [groups, n, n], into their inverses, in place."""
     half = matrix.shape[-1] // 2
     if half < _SMALL // 2 + 1:
-        return torch.cholesky_inverse(torch.linalg.cholesky(matrix))
-    first = inverse(matrix[:, :half, :half])
-    across = first @ matrix[:, :half, half:]
-    last = inverse(torch.baddbmm(matrix[:, half:, half:], matrix[:, half:, :half], across, alpha=-1))
-    found = torch.empty_like(matrix)
-    found[:, half:, half:] = last
+        return matrix.copy_(torch.cholesky_inverse(torch.linalg.cholesky(matrix)))
+    first, upper = matrix[:, :half, :half], matrix[:, :half, half:]
+    last, lower = matrix[:, half:, half:], matrix[:, half:, :half]
+    across = invert_(first) @ upper
+    invert_(last.baddbmm_(lower, across, alpha=-1))
     mixed = across @ last
-    torch.neg(mixed, out=found[:, :half, half:])
-    found[:, half:, :half] = found[:, :half, half:].mT
-    found[:, :half, :half] = torch.baddbmm(first, mixed, across.mT)
-    return found
+    first.baddbmm_(mixed, across.mT)
+    torch.neg(mixed, out=upper)
+    lower.copy_(upper.mT)
+    return matrix
 
 
 def cholesky(matrix: Tensor) -> Tensor:

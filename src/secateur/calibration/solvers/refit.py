@@ -36,18 +36,18 @@ def refit(weights: Tensor, target: Tensor, kept: Tensor, curvature: Curvature, *
 
 def descend(error: Tensor, kept: Tensor, curvature: Curvature, steps: int) -> Tensor:
     """The change of the weights that stay which makes an error least: all in scaled weights, [groups, rows, n]."""
-    mask = kept.to(error.dtype)
-    change = torch.zeros_like(error)
-    residual = -(error @ curvature.matrix) * mask
-    direction = residual.clone()
+    residual = (error @ curvature.matrix).neg_().mul_(kept)
+    del error  # whoever called may hold it no longer, and it is as large as all the others
+    change, direction = torch.zeros_like(residual), residual.clone()
     size = residual.square().sum(-1, keepdim=True)
     for _ in range(steps):
-        curved = (direction @ curvature.matrix) * mask
+        curved = (direction @ curvature.matrix).mul_(kept)
         length = _ratio(size, (direction * curved).sum(-1, keepdim=True))
         change.addcmul_(direction, length)
         residual.addcmul_(curved, length, value=-1.0)
+        del curved
         before, size = size, residual.square().sum(-1, keepdim=True)
-        direction = residual + direction * _ratio(size, before)
+        direction.mul_(_ratio(size, before)).add_(residual)
     return change
 
 
