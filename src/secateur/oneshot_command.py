@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
 from safetensors.torch import save_model
 from torch import nn
 
@@ -138,8 +139,9 @@ def run(
     model = source.model().eval()
     only, skip = chosen
     scope = weights_of(model, only=list(only) or None, skip=list(skip))
-    stats = calibrate(model, source.batches(), scope=scope)
-    masks = oneshot(model, stats, sparsity, allocation=allocation, pattern=pattern, scope=scope)
+    progress = Console(stderr=True).is_terminal
+    stats = calibrate(model, source.batches(), scope=scope, progress=progress)
+    masks = oneshot(model, stats, sparsity, allocation=allocation, pattern=pattern, scope=scope, progress=progress)
     if out is not None and source.hf is not None:
         _write_folder(model, source.hf, out, pack)
     elif out is not None and pack is not None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from secateur.calibration.fidelity import Fidelity, evaluating
+from secateur.calibration.fidelity import Fidelity
 from secateur.errors import InputError, NotFiniteError
 
 
@@ -88,10 +88,24 @@ def test_no_numbers():
         Fidelity(Says(), [torch.randn(2, 3)])
 
 
-def test_evaluating():
-    model = nn.Sequential(nn.Dropout(), nn.Linear(2, 2)).train()
-    model[1].eval()
-    with evaluating(model):
-        assert not model.training
-        assert not torch.is_grad_enabled()
-    assert [module.training for module in model.modules()] == [True, True, False]
+def test_modes_buffers_and_random_numbers_are_as_they_were():
+    class Draws(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.drop = nn.Linear(4, 3), nn.Dropout()
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, x):
+            assert not self.drop.training
+            self.calls += 1
+            return torch.dropout(self.layer(x), 0.5, train=True)  # in eval mode too
+
+    model = Draws()
+    model.drop.train()
+    model.layer.eval()
+    state = torch.get_rng_state()
+    judge = Fidelity(model, [torch.randn(8, 4, generator=torch.Generator().manual_seed(0))])
+    assert judge.of(model) == 1  # the same numbers are dropped each time
+    assert torch.equal(torch.get_rng_state(), state)
+    assert model.calls == 0
+    assert [module.training for module in model.modules()] == [True, False, True]

@@ -42,7 +42,7 @@ def test_what_matters_less_loses_more():
         return judge.of(draft, "some")
 
     even = dict.fromkeys(parts, 128)
-    counts = levels.zeros(parts, even, solve, quality, done.append)
+    counts = levels.zeros(even, solve, quality, done.append)
     assert sum(counts.values()) == 256
     assert counts[parts[0]] < 80
     assert counts[parts[1]] > 176

@@ -10,8 +10,10 @@ from secateur.calibration.one_shot import oneshot as oneshot
 from secateur.calibration.recover import recover as recover
 from secateur.calibration.refitting import refit as refit
 from secateur.calibration.sensitivity import scan as scan
+from secateur.calibration.statistics import Statistics as Statistics
 
 __all__ = [
+    "Statistics",
     "Task",
     "calibrate",
     "choose_allocation",

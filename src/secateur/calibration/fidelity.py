@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from secateur.calibration.observation import undisturbed
 from secateur.calibration.padding import kept, real_positions
 from secateur.errors import InputError, NotFiniteError, SecateurError
 from secateur.support.inputs import arguments
@@ -24,7 +24,7 @@ class Fidelity:
     outputs of floating-point numbers count alike, such as logits and hidden states.
 
     Args:
-        model: run in eval mode, without gradients; its mode is restored.
+        model: run in eval mode, without gradients; its mode, buffers and torch's random numbers are as before then.
         batches: what it is called with: a tensor, a tuple of positional or a dict of keyword arguments each.
 
     Raises:
@@ -71,22 +71,9 @@ class Fidelity:
         return total / count
 
 
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Let a model, each of its modules, be in eval mode and without gradients for a while."""
-    modes = {module: module.training for module in model.modules()}
-    try:
-        model.eval()
-        with torch.no_grad():
-            yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
-
-
 def _outputs(model: nn.Module, batches: Sequence[Any]) -> Iterator[list[Tensor]]:
     """The outputs for each batch, each as vectors [n, numbers]."""
-    with evaluating(model):
+    with undisturbed(model):
         for batch in batches:
             call = arguments(batch)
             yield _vectors(model(*call[0], **call[1]), real_positions(model, call))

@@ -24,12 +24,11 @@ Quality = Callable[[Sequence[Solution]], float]
 
 
 def measurements(parts: Sequence[Matrix]) -> int:
-    """Qualities that `zeros` measures, each with a forward of all batches to check on."""
+    """Qualities that `zeros` measures and tells of, each with a forward of all batches to check on."""
     return len(parts) * (1 + ROUNDS)
 
 
 def zeros(
-    parts: Sequence[Matrix],
     even: Mapping[Matrix, int],
     solve: Solve,
     quality: Quality,
@@ -42,19 +41,19 @@ def zeros(
     the last weight of each matrix costs the same (Lagrange's condition).
 
     Args:
-        parts: the matrices.
-        even: zeros of each, which add up to the total.
+        even: zeros of each of the matrices, which add up to the total.
         solve: prunes one of them, and must be quick.
         quality: of the model with some of them pruned, the others dense; higher is better.
-        advance: called with the qualities that were measured: len(parts) in each of `1 + ROUNDS` rounds.
+        advance: called with the qualities that were measured: len(even) in each of `1 + ROUNDS` rounds.
     """
+    parts, count = list(even), sum(even.values())
     curves = {part: [_noise(part, solve(part, round(part.size * level))) for level in LEVELS] for part in parts}
     dense, stakes, counts = quality([]), {}, dict(even)
     for part in parts:
         alone = solve(part, counts[part])
         stakes[part] = max(dense - quality([alone]), _LEAST) / _noise(part, alone)
         advance(1)
-    counts = _cheapest(parts, stakes, curves, sum(even.values()))
+    counts = _cheapest(stakes, curves, count)
     for _ in range(ROUNDS):
         solved = {part: solve(part, counts[part]) for part in parts}
         together, met = quality(list(solved.values())), {}
@@ -64,7 +63,7 @@ def zeros(
             advance(1)
         scale = sum(stakes.values()) / sum(met.values())
         stakes = {part: (stakes[part] * met[part] * scale) ** 0.5 for part in parts}
-        counts = _cheapest(parts, stakes, curves, sum(even.values()))
+        counts = _cheapest(stakes, curves, count)
     return counts
 
 
@@ -75,10 +74,10 @@ def _noise(part: Matrix, solution: Solution) -> float:
 
 
 def _cheapest(
-    parts: Sequence[Matrix], stakes: Mapping[Matrix, float], curves: Mapping[Matrix, Sequence[float]], count: int
+    stakes: Mapping[Matrix, float], curves: Mapping[Matrix, Sequence[float]], count: int
 ) -> dict[Matrix, int]:
     """The zeros of each matrix, `count` in all, that cost least together."""
-    names = {str(i): part for i, part in enumerate(parts)}
+    names = {str(i): part for i, part in enumerate(stakes)}
     costs = {name: tuple(-stakes[part] * _between(curves[part])) for name, part in names.items()}
     sizes = {name: part.size for name, part in names.items()}
     scan = Scan(tuple(_GRID), 0.0, (0.0,) * len(_GRID), costs, sizes, {})

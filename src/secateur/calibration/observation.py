@@ -75,7 +75,7 @@ def calibrate(
     _require_here(chosen)
     run = _Pass(model, chosen, loss)
     total = len(batches) if isinstance(batches, Sized) else None
-    with progress_bar("calibration", total, shown=progress) as advance, _undisturbed(model):
+    with progress_bar("calibration", total, shown=progress) as advance, undisturbed(model):
         for batch in batches:
             run.take(batch)
             advance(1)
@@ -92,7 +92,7 @@ def completed(model: nn.Module, stats: Statistics) -> Statistics:
     if not stats.held or not stats.checks:
         return stats
     listener = Listener(scopes.weights(model, only=list(stats.shapes)).members)
-    with _undisturbed(model):
+    with undisturbed(model):
         for batch in stats.held:
             call = arguments(batch)
             with listener.forward(real_positions(model, call)):
@@ -194,7 +194,7 @@ def _require_here(scope: Scope) -> None:
 
 
 @contextmanager
-def _undisturbed(model: nn.Module) -> Iterator[None]:
+def undisturbed(model: nn.Module) -> Iterator[None]:
     """Eval mode without gradients; modes, buffers and random numbers are as before afterwards."""
     modules = list(model.modules())
     modes = [(module, module.training) for module in modules]

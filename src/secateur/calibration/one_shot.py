@@ -184,4 +184,4 @@ def _by_sensitivity(
             draft.put(*solution)
         return judge.of(draft, "sensitivity")
 
-    return levels.zeros([*zeros], zeros, solve, quality, advance)
+    return levels.zeros(zeros, solve, quality, advance)
