@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from secateur.calibration import fidelity
 from secateur.calibration.fidelity import Fidelity
 from secateur.errors import InputError, NotFiniteError
 
@@ -86,6 +87,16 @@ def test_no_numbers():
 
     with pytest.raises(InputError, match="evaluate="):
         Fidelity(Says(), [torch.randn(2, 3)])
+
+
+def test_of_large_outputs_some_vectors_are_compared(monkeypatch):
+    x = torch.randn(8, 5, 4)
+    model, other = nn.Linear(4, 6), nn.Linear(4, 6)
+    monkeypatch.setattr(fidelity, "_MOST", 60)  # of 240
+    judge = Fidelity(model, [x])
+    with torch.no_grad():
+        expected = torch.cosine_similarity(model(x), other(x), dim=-1).flatten()[::4].mean()
+    assert judge.of(other) == pytest.approx(float(expected), abs=1e-6)
 
 
 def test_modes_buffers_and_random_numbers_are_as_they_were():

@@ -14,6 +14,9 @@ from secateur.calibration.padding import kept, real_positions
 from secateur.errors import InputError, NotFiniteError, SecateurError
 from secateur.support.inputs import arguments
 
+_MOST = 1 << 24
+"""Numbers of an output that are held, 64 MB: of the logits of a language model, vectors at even steps tell as much."""
+
 
 class Fidelity:
     """The outputs of a model as it is now; `of(model)` is the mean cosine between them and those of a changed model.
@@ -85,5 +88,7 @@ def _vectors(out: Any, masks: Sequence[Tensor]) -> list[Tensor]:
         if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.numel():
             rows = leaf.reshape(-1, leaf.shape[-1]) if leaf.ndim > 1 and leaf.shape[-1] > 1 else leaf.reshape(1, -1)
             real = kept(masks, leaf.shape[:-1]) if leaf.ndim > 2 else None
-            found.append(rows if real is None else rows[real.to(rows.device)])
+            rows = rows if real is None else rows[real.to(rows.device)]
+            step = -(-rows.numel() // _MOST)
+            found.append(rows[::step].clone() if step > 1 else rows)  # the whole is not held any longer
     return found
