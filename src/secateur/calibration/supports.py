@@ -16,8 +16,8 @@ from secateur.errors import InputError, PatternError, listed
 from secateur.patterns import Joined, Pattern, Picked
 from secateur.support import bits
 
-Within = Literal["matrix", "group", "row"]
-"""Where weights are compared: in the whole matrix, in each group of a convolution or expert, for each output."""
+Within = Literal["matrix", "row"]
+"""Where weights are compared: in the whole matrix, with all of its groups, or for each output."""
 
 
 def selector(
@@ -40,7 +40,7 @@ def selector(
         weights: of the matrix, [groups, rows, n]: zeros stay out.
         zeros: weights of the matrix that are zero in the end.
         pattern: laid on each tensor; then the groups of weights are compared in the whole matrix.
-        within: where else; each group or row has as many, and a remainder goes by score.
+        within: where else; each row has as many, and a remainder goes by score.
 
     Raises:
         PatternError: the pattern cannot be laid on a tensor, or cannot give so many zeros.
@@ -57,11 +57,10 @@ def selector(
 
 
 class _Counted:
-    """Any weights: as many in each unit (row, group or all) as is even, each no more than it has."""
+    """Any weights: as many in each unit (a row, or all) as is even, each no more than it has."""
 
     def __init__(self, alive: Tensor, zeros: int, within: Within) -> None:
-        groups, rows, _ = alive.shape
-        units = {"matrix": 1, "group": groups, "row": groups * rows}[within]
+        units = alive.shape[0] * alive.shape[1] if within == "row" else 1
         self._alive = None if bool(alive.all()) else alive
         has = alive.reshape(units, -1).sum(1)
         keep = min(alive.numel() - zeros, int(has.sum()))
