@@ -8,6 +8,8 @@ from torch import nn
 
 import secateur as sc
 from secateur.calibration.by_blocks import Task, prune_by_blocks, pruned_by_blocks
+from secateur.calibration.solvers import SOLVERS
+from secateur.calibration.ways import ways
 from secateur.errors import InputError, SecateurWarning, UnknownNameError
 
 
@@ -86,6 +88,44 @@ def test_a_solver_of_ones_own_and_the_context():
         assert float(model[0].weight.abs().max()) < float(before["0.weight"].abs().max())
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert masks.sparsity == 0.5
+
+
+class Speech(nn.Module):
+    def __init__(self, kind=nn.LSTM):
+        super().__init__()
+        self.rnn, self.out = kind(6, 24, 2), nn.Linear(24, 3)
+
+    def forward(self, x):
+        return self.out(self.rnn(x)[0])
+
+
+def speech(solver="alps", kind=nn.LSTM, **scope):
+    """How much a model with a recurrent module loses; and its masks."""
+    torch.manual_seed(0)
+    dense = Speech(kind).eval()
+    with torch.no_grad():
+        for parameter in dense.rnn.parameters():
+            parameter.mul_(2)  # so that errors of the state grow
+    model, batches = copy.deepcopy(dense), list(torch.randn(4, 40, 8, 6).cumsum(1).sin())
+    with pytest.warns(SecateurWarning, match="the whole model is one block"):
+        masks = prune_by_blocks(model, batches, Task(0.8, solver=solver), scope=sc.weights(model, **scope))
+    with torch.no_grad():
+        return float(sum((model(x) - dense(x)).square().sum() for x in batches)), masks
+
+
+def test_recurrent_modules_are_fitted_to_their_own_states(monkeypatch):
+    closed, masks = speech()
+    assert masks.pruned == round(0.8 * masks.size)
+    opened = [ways(SOLVERS.find("alps"), "full", looped=True)[0]._replace(rounds=0)]
+    monkeypatch.setattr("secateur.calibration.by_blocks.ways", lambda *args, **named: opened)
+    assert closed < speech()[0]
+
+
+def test_recurrent_modules_of_which_a_part_is_pruned():
+    _, masks = speech(only="*ih*")
+    assert list(masks) == ["rnn.weight_ih_l0", "rnn.weight_ih_l1"]
+    assert masks.sparsity == pytest.approx(0.8, abs=0.01)
+    assert speech(kind=nn.GRU)[1].sparsity == pytest.approx(0.8, abs=0.01)
 
 
 def test_what_cannot_be_done():

@@ -7,6 +7,7 @@ from torch import nn
 import secateur as sc
 from secateur.calibration.matrices import Draft, masked, matrices, opened, restored
 from secateur.calibration.moments import Moments, Piece
+from secateur.calibration.solvers.curvature import Curvature
 from secateur.errors import InputError, InputTypeError, NotFiniteError, SecateurWarning
 
 
@@ -57,7 +58,7 @@ def test_one_curvature_for_one_input():
 def test_one_side_alone(name, columns):
     found = matrices(sc.weights(net(), only=[name]), [JOINT])[0]
     assert found.moments.names == (name,)
-    assert torch.equal(found.moments.gram, JOINT.gram[:, columns, columns])
+    assert torch.equal(found.curvature.matrix, Curvature(JOINT.gram[:, columns, columns]).matrix)
 
 
 def test_rows_without_moments():

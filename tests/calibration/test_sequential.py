@@ -224,7 +224,7 @@ def test_the_model_is_as_it_was_after_an_error():
     model = made(Broken).train()
     model.broken = True
     before, places = bits_of(model), {name: id(p) for name, p in model.named_parameters()}
-    with pytest.raises(ValueError, match="no"):
+    with pytest.raises(InputError, match=r"does not take batch 1, a dict \{x: float32 \[9, 7\].*ValueError: no"):
         pruned(model)
     model.broken = False
 
@@ -239,6 +239,19 @@ def test_the_model_is_as_it_was_after_an_error():
     assert {name: id(p) for name, p in model.named_parameters()} == places
     assert all(module.training for module in model.modules())
     assert not any("forward" in vars(module) or module._forward_pre_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("change", [{"x": torch.zeros(9, 6)}, {"bias": torch.zeros(11)}], ids=["before", "in a block"])
+def test_a_batch_that_the_model_does_not_take_is_told(change):
+    model, batches = made(), data()
+    before = bits_of(model)
+    batches[2] |= change
+    with pytest.raises(
+        InputError,
+        match=r"not take batch 3, a dict \{x: float32 .*RuntimeError: .*size of tensor.*: give each batch as",
+    ):
+        pruned(model, batches)
+    assert same(bits_of(model), before)
 
 
 def test_within_the_context_the_model_is_pruned_and_then_dense():

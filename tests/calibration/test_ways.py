@@ -60,7 +60,7 @@ def test_recurrent_modules_are_solved_as_a_whole_and_the_others_once():
         model, batches = Tagger().eval(), list(torch.randn(6, 15, 8, 6).cumsum(1).sin())
     stats, scope = sc.calibrate(model, batches), sc.weights(model)
     parts = matrices(scope, stats.moments)
-    (loop,) = loops(model, stats, parts)
+    (loop,) = loops(model, stats.runs, parts)
     assert (loop.prefix, len(loop.parts), len(parts)) == ("lstm", 4, 5)
 
     def select(part, within):
@@ -79,7 +79,7 @@ def test_a_module_of_which_a_part_stays_dense_is_none_of_them():
     model = Tagger().eval()
     stats = sc.calibrate(model, list(torch.randn(6, 15, 8, 6)))
     parts = matrices(sc.weights(model, skip=["*_l1*"]), stats.moments)
-    assert loops(model, stats, parts) == []
+    assert loops(model, stats.runs, parts) == []
 
 
 def test_oneshot_says_which_way_it_took_and_a_refit_serves_any_mask():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
@@ -12,18 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from secateur import plan
-from secateur.allocation import Allocation, Rule, apportion
+from secateur.allocation import Allocation, Rule
 from secateur.calibration import sequential
 from secateur.calibration.listening import Listener
-from secateur.calibration.moments import Moments
+from secateur.calibration.matrices import Draft, Matrix, complete, matrices, shared
 from secateur.calibration.padding import real_positions
 from secateur.calibration.sequential import Forward, Forwards, Solved
-from secateur.calibration.solvers import SOLVERS
-from secateur.calibration.solvers.base import Solver, resolve
-from secateur.calibration.solvers.curvature import Curvature
-from secateur.calibration.supports import selector
-from secateur.calibration.ways import fast
-from secateur.errors import InputError, NotFiniteError, listed, warn
+from secateur.calibration.solvers.base import Select, Solver, resolve
+from secateur.calibration.supports import Within, selector
+from secateur.calibration.ways import Solutions, Way, fast, loops, ways
+from secateur.errors import InputError, listed, warn
 from secateur.masks import Masks
 from secateur.patterns import Pattern
 from secateur.scope import Member, Scope, unwrap
@@ -129,7 +127,9 @@ def pruned_by_blocks(
         inner, task.sparsity, score="magnitude", allocation=task.allocation, pattern=task.pattern, scope=scope
     )
     masks = made.masks(made.counts())
-    solve = _BlockSolver(inner, masks, made.pattern, fast if task.solver is fast else resolve(task.solver))
+    solver = fast if task.solver is fast else resolve(task.solver)
+    way = ways(solver, "fast" if solver is fast else "full", looped=True)[0]
+    solve = _BlockSolver(inner, masks, made.pattern, way)
     settings = task.told(masks.counts())
     pruned = Scope({name: made.scope.members[name] for name in masks}, {}, made.scope.parameters)
     running = sequential.pruned(
@@ -147,61 +147,57 @@ class _BlockSolver:
         model: of which they are.
         masks: by magnitude: they tell how many weights go, and which where no batch comes.
         pattern: of the zeros.
-        solver: of a matrix.
+        way: to prune them.
     """
 
-    def __init__(self, model: nn.Module, masks: Masks, pattern: Pattern | None, solver: Solver) -> None:
-        self._model, self._masks, self._pattern, self._solver = model, masks, pattern, solver
+    def __init__(self, model: nn.Module, masks: Masks, pattern: Pattern | None, way: Way) -> None:
+        self._model, self._masks, self._pattern, self._way = model, masks, pattern, way
+        self._counts = masks.counts()
         self._few: list[str] = []
         self._unreached: list[str] = []
 
     def __call__(self, members: Mapping[str, Member], forwards: Forwards) -> Iterator[Solved]:
         left = dict(members)
-        for names in self._together(members, forwards):
-            yield self._pruned({name: left.pop(name) for name in names}, forwards)
+        for names in self._together(Scope(members, {}, 0), forwards):
+            yield self._pruned(Scope({name: left.pop(name) for name in names}, {}, 0), forwards)
         self._unreached += left
         yield {name: self._masked(member) for name, member in left.items()}
 
-    def _together(self, members: Mapping[str, Member], forwards: Forwards) -> list[list[str]]:
+    def _together(self, scope: Scope, forwards: Forwards) -> list[list[str]]:
         """The tensors that read something, and all of whose rows do: those that share a Gram matrix are together.
 
-        One batch tells. Each lot then reads what those before it give when they are pruned, and one Gram matrix is in
-        memory at a time, as a rule.
+        So are those of a recurrent module, which is fitted as a whole. One batch tells. Each lot then reads what those
+        before it give when they are pruned, and one Gram matrix is in memory at a time, as a rule.
         """
-        moments = _heard(self._model, members, islice(forwards(), 1))
-        rows = dict.fromkeys(members, 0)
+        moments = self._heard(scope, islice(forwards(), 1)).moments()
+        whole = complete(scope, moments)
+        ties: dict[int, set[str]] = {}
         for one in moments:
-            for piece in one.pieces:
-                rows[piece.name] += piece.stop - piece.start
-        whole = [name for name, member in members.items() if rows[name] == _shape(member)[0]]
+            ties.setdefault(id(one.gram), set()).update(one.names)
+        for name in whole:
+            if isinstance(module := scope.members[name].module, nn.RNNBase):
+                ties.setdefault(id(module), set()).add(name)
         lots = {name: {name} for name in whole}
-        by_gram: dict[int, set[str]] = {}
-        for one in moments:
-            by_gram.setdefault(id(one.gram), set()).update(set(one.names).intersection(whole))
-        for names in by_gram.values():
-            joined = set[str]().union(*(lots[name] for name in names))
-            lots |= dict.fromkeys(joined, joined)
-        return [
-            [other for other in whole if other in lots[name]] for name in whole if name == _first(lots[name], whole)
-        ]
+        for names in ties.values():
+            lot = set[str]().union(*(lots[name] for name in names.intersection(whole)))
+            lots |= dict.fromkeys(lot, lot)
+        return [[name for name in whole if name in lot] for lot in {id(lot): lot for lot in lots.values()}.values()]
 
-    def _pruned(self, members: Mapping[str, Member], forwards: Forwards) -> Solved:
-        moments = _heard(self._model, members, forwards())
-        self._few += [one.names[0] for one in moments if int(one.count.min()) < one.inputs]
-        zeros = self._zeros(moments, members)
-        found = {name: _room(member) for name, member in members.items()}
-        for at in _by_gram(moments):
-            gram = moments[at[0]].gram
-            for i in at:  # their shapes are needed still, the numbers no longer than for the curvature
-                moments[i] = replace(moments[i], gram=gram.new_empty(()).expand(gram.shape))
-            try:
-                curvature = Curvature(gram)
-            except NotFiniteError as error:
-                raise NotFiniteError(f"{listed([name for i in at for name in moments[i].names])}: {error}") from error
-            del gram
-            for i in at:
-                self._solve(moments[i], curvature, zeros[i], members, found)
-        return {name: _stored(member, found[name]) for name, member in members.items()}
+    def _pruned(self, scope: Scope, forwards: Forwards) -> Solved:
+        listener = self._heard(scope, forwards())
+        parts, runs = matrices(scope, listener.moments()), listener.runs
+        del listener  # its sums are the largest tensors of all
+        self._few += [part.name for part in parts if int(part.moments.count.min()) < part.moments.inputs]
+        zeros, draft = shared(parts, self._counts), Draft()
+
+        def select(part: Matrix, within: Within) -> Select:
+            return selector(
+                part.moments, part.shapes, part.weights(), zeros[part], pattern=self._pattern, within=within
+            )
+
+        for solution in Solutions(parts, select, loops(self._model, runs, parts)).of(self._way):
+            draft.put(*solution)
+        return draft.stored(scope)
 
     def warn(self) -> None:
         """Say what was short of data.
@@ -216,83 +212,20 @@ class _BlockSolver:
             )
         if self._few:
             warn(
-                f"{listed(self._few)} ({counted(len(self._few), 'tensor')}) saw fewer samples than inputs, so that "
-                "what is computed of them rests on damping: give more batches"
+                f"{listed(self._few)} ({counted(len(self._few), 'matrix', 'matrices')}) saw fewer samples than inputs, "
+                "so that what is computed of them rests on damping: give more batches"
             )
 
-    def _zeros(self, moments: Sequence[Moments], members: Mapping[str, Member]) -> list[int]:
-        """How many weights of each matrix go: of a tensor in several of them, in proportion."""
-        counts, zeros = self._masks.counts(), [0] * len(moments)
-        for name in {name for one in moments for name in one.names}:
-            sizes = {
-                str(i): (piece.stop - piece.start) * _shape(members[name])[1:].numel()
-                for i, one in enumerate(moments)
-                for piece in one.pieces
-                if piece.name == name
-            }
-            for i, count in apportion(sizes, sizes, counts[name]).items():
-                zeros[int(i)] += count
-        return zeros
-
-    def _solve(
-        self,
-        moments: Moments,
-        curvature: Curvature,
-        zeros: int,
-        members: Mapping[str, Member],
-        found: Mapping[str, tuple[Tensor, Tensor]],
-    ) -> None:
-        own = {name: members[name] for name in moments.names}
-        tensors = {name: m.layout.outputs_first(m.parameter.detach()).float() for name, m in own.items()}
-        shapes = {name: tensor.shape for name, tensor in tensors.items()}
-        weights = moments.matrix(tensors)
-        each = len(moments.pieces) > 1 or self._solver in (SOLVERS.find("wanda"), fast)
-        within: Any = "row" if each and self._pattern is None else "matrix"  # over all rows an LSTM comes to nothing
-        select = selector(moments, shapes, weights, zeros, pattern=self._pattern, within=within)
-        for at, solved in enumerate(self._solver(weights, curvature, select)):
-            for (name, start, stop), rows in moments.parts(solved, shapes):
-                found[name][at][start:stop] = rows
+    def _heard(self, scope: Scope, forwards: Iterable[Forward]) -> Listener:
+        """A listener to some forwards."""
+        listener = Listener(scope.members)
+        for forward in forwards:
+            with listener.forward(real_positions(self._model, forward.batch)):
+                forward.run()
+        return listener
 
     def _masked(self, member: Member) -> tuple[Tensor, Tensor]:
         """What is left of a tensor by magnitude."""
         parameter = member.parameter.detach()
         kept = self._masks[member.name].to(parameter.device)
         return parameter * kept, kept
-
-
-def _heard(model: nn.Module, members: Mapping[str, Member], forwards: Iterable[Forward]) -> list[Moments]:
-    """What some tensors read in some forwards."""
-    listener = Listener(members)
-    for forward in forwards:
-        with listener.forward(real_positions(model, forward.batch)):
-            forward.run()
-    return listener.moments()
-
-
-def _shape(member: Member) -> torch.Size:
-    return member.layout.shape(member.parameter.shape)
-
-
-def _first(names: set[str], order: Sequence[str]) -> str:
-    return next(name for name in order if name in names)
-
-
-def _room(member: Member) -> tuple[Tensor, Tensor]:
-    """Of a tensor, its outputs first: new weights, and which of them stay."""
-    shape, device = _shape(member), member.parameter.device
-    return torch.zeros(shape, device=device), torch.zeros(shape, dtype=torch.bool, device=device)
-
-
-def _stored(member: Member, new: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """The same as the model stores the tensor."""
-    parameter = member.parameter.detach()
-    weights, kept = (member.layout.as_stored(one, parameter.shape) for one in new)
-    return weights.to(parameter.dtype), kept
-
-
-def _by_gram(moments: Sequence[Moments]) -> list[list[int]]:
-    """Which of them share a Gram matrix; the largest last, when nothing but it is in memory."""
-    groups: dict[int, list[int]] = {}
-    for i, one in enumerate(moments):
-        groups.setdefault(id(one.gram), []).append(i)
-    return sorted(groups.values(), key=lambda at: moments[at[0]].gram.numel())

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
+from secateur.allocation import apportion
 from secateur.calibration.moments import Moments
 from secateur.calibration.solvers.curvature import Curvature
 from secateur.calibration.statistics import Statistics
@@ -23,7 +24,7 @@ class Matrix:
     """One least-squares problem: tensors side by side, and what they read.
 
     Attributes:
-        moments: what they read.
+        moments: what they read, emptied: in its place there is
         curvature: of these; one object for all matrices with the same input.
         members: the tensors, piece by piece.
     """
@@ -77,12 +78,7 @@ def matrices(scope: Scope, moments: Sequence[Moments]) -> list[Matrix]:
     sharded = [name for name in scope if bits.is_sharded(scope[name])]
     if sharded:
         raise InputError(f"{listed(sharded)} is sharded: prune the whole model on one process, before sharding it")
-    rows = dict.fromkeys(scope, 0)
-    for one in moments:
-        for piece in one.pieces:
-            if piece.name in rows:
-                rows[piece.name] += piece.stop - piece.start
-    whole = {name for name, n in rows.items() if n == _shape(scope.members[name])[0]}
+    whole = set(complete(scope, moments))
     curvatures: dict[tuple[int, tuple[int, ...]], Curvature] = {}
     found = []
     for one in moments:
@@ -100,8 +96,26 @@ def matrices(scope: Scope, moments: Sequence[Moments]) -> list[Matrix]:
                 curvatures[key] = Curvature(part.gram)
             except NotFiniteError as error:
                 raise NotFiniteError(f"{', '.join(part.names)}: {error}") from error
-        found.append(Matrix(part, curvatures[key], members))
+        found.append(Matrix(part.emptied(), curvatures[key], members))
     return found
+
+
+def complete(scope: Scope, moments: Iterable[Moments]) -> list[str]:
+    """The tensors in scope of which every row has moments."""
+    rows = dict.fromkeys(scope, 0)
+    for name, start, stop in (piece for one in moments for piece in one.pieces if piece.name in rows):
+        rows[name] += stop - start
+    return [name for name, count in rows.items() if count == _shape(scope.members[name])[0]]
+
+
+def shared(parts: Sequence[Matrix], counts: Mapping[str, int]) -> dict[Matrix, int]:
+    """How many weights of each matrix go, from those of each tensor: in proportion where it has part in several."""
+    zeros = dict.fromkeys(parts, 0)
+    for name, count in counts.items():
+        sizes = {str(i): part.weights_of(name) for i, part in enumerate(parts) if name in part.moments.names}
+        for i, n in apportion(sizes, sizes, count).items() if sizes else ():
+            zeros[parts[int(i)]] += n
+    return zeros
 
 
 def _shape(member: Member) -> torch.Size:
@@ -135,17 +149,26 @@ class Draft:
                 whole = tensors.setdefault(name, torch.zeros(shapes[name], dtype=part.dtype, device=part.device))
                 whole[start:stop] = part
 
+    def stored(self, scope: Scope) -> dict[str, tuple[Tensor, Tensor]]:
+        """Both of each tensor as the model stores it, in the order of the scope."""
+        found = {}
+        for name, member in scope.members.items():
+            if name in self.weights:
+                parameter = member.parameter
+                both = self.weights[name], self.kept[name]
+                weights, kept = (member.layout.as_stored(one, parameter.shape) for one in both)
+                found[name] = weights.to(parameter.dtype), kept
+        return found
+
     def write(self, scope: Scope) -> None:
         """Write the weights into the model."""
         with torch.no_grad():
-            for name, weights in self.weights.items():
-                member = scope.members[name]
-                member.parameter.copy_(member.layout.as_stored(weights, member.parameter.shape))
+            for name, (weights, _) in self.stored(scope).items():
+                scope[name].copy_(weights)
 
     def masks(self, scope: Scope) -> Masks:
         """Which weights stay, in the order of the scope."""
-        shapes = {name: scope[name].shape for name in scope if name in self.kept}
-        return Masks({name: scope.members[name].layout.as_stored(self.kept[name], shapes[name]) for name in shapes})
+        return Masks({name: kept for name, (_, kept) in self.stored(scope).items()})
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -41,6 +41,10 @@ class Moments:
     pieces: tuple[Piece, ...]
     gram: Tensor
     count: Tensor
+
+    def emptied(self) -> Moments:
+        """The same without the numbers of H, only its shape, for where these are needed no longer."""
+        return replace(self, gram=self.gram.new_empty(()).expand(self.gram.shape))
 
     @property
     def groups(self) -> int:

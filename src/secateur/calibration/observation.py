@@ -17,7 +17,7 @@ from secateur.calibration import trees
 from secateur.calibration.listening import Listener
 from secateur.calibration.padding import real_positions
 from secateur.calibration.statistics import Statistics
-from secateur.errors import InputError, SecateurError, listed, warn
+from secateur.errors import InputError, listed, warn
 from secateur.scope import Scope, unwrap
 from secateur.scores import GradientScore, one_number
 from secateur.support import bits, checks
@@ -133,17 +133,8 @@ class _Pass:
 
     def _run(self, batch: Any) -> None:
         call = arguments(batch)
-        try:
-            with self._listener.forward(real_positions(self._model, call)):
-                self._model(*call[0], **call[1])
-        except SecateurError:
-            raise
-        except Exception as error:
-            raise InputError(
-                f"the model does not take batch {self._seen}, {trees.told(batch)} ({type(error).__name__}: {error}): "
-                "give each batch as a tensor, a tuple of positional or a dict of keyword arguments, without labels "
-                "unless the model takes them, on the device of the model"
-            ) from error
+        with trees.taken(batch, self._seen), self._listener.forward(real_positions(self._model, call)):
+            self._model(*call[0], **call[1])
 
     def _learn(self, batch: Any, loss: Callable[..., Tensor]) -> None:
         masks = real_positions(self._model, ((), dict(batch))) if isinstance(batch, Mapping) else []

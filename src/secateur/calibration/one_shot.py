@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 from secateur import plan
-from secateur.allocation import Allocation, Rule, apportion
+from secateur.allocation import Allocation, Rule
 from secateur.calibration import levels
 from secateur.calibration.by_blocks import Task, prune_by_blocks
 from secateur.calibration.contest import Contest, Judge, Pruned
-from secateur.calibration.matrices import Draft, Matrix, masked, matrices, opened
+from secateur.calibration.matrices import Draft, Matrix, masked, matrices, opened, shared
 from secateur.calibration.solvers.base import Select, Solver, resolve
 from secateur.calibration.statistics import Statistics
 from secateur.calibration.supports import Within, selector
@@ -100,7 +100,7 @@ def oneshot(
     made = plan.make(inner, sparsity, score="magnitude", allocation=even, pattern=pattern, scope=scope)
     masks = made.masks(made.counts())  # by magnitude: what is taken of it are the counts, and what no batch reached
     parts = [part for part in matrices(made.scope, stats.moments) if set(part.moments.names) <= set(masks)]
-    judge, inside = Judge(inner, stats, made.scope, evaluate), loops(inner, stats, parts)
+    judge, inside = Judge(inner, stats, made.scope, evaluate), loops(inner, stats.runs, parts)
     if measured:
         _require_measurable(made.pattern, judge)
 
@@ -110,7 +110,7 @@ def oneshot(
     def solutions(zeros: Mapping[Matrix, int]) -> Solutions:
         return Solutions(parts, lambda part, within: select(part, zeros[part], within), inside)
 
-    zeros = _shared(parts, masks.counts())
+    zeros = shared(parts, masks.counts())
     contest, work = Contest(judge, masked(made.scope, masks, parts)), solutions(zeros)
     every = ways(solve, effort, bool(inside))[: None if judge else 1]
     steps = len(every) + (levels.measurements(parts) if measured else 0)
@@ -157,16 +157,6 @@ def _require_measurable(pattern: Pattern | None, judge: Judge) -> None:
             "sensitivity is measured in the whole model, and statistics with a loss keep no batches that the model is "
             "called with: give evaluate=, a function (model) -> float, or leave loss= out of sc.calibrate"
         )
-
-
-def _shared(parts: Sequence[Matrix], counts: Mapping[str, int]) -> dict[Matrix, int]:
-    """How many weights of each matrix go, from those of each tensor: in proportion where it has part in several."""
-    zeros = dict.fromkeys(parts, 0)
-    for name, count in counts.items():
-        sizes = {str(i): part.weights_of(name) for i, part in enumerate(parts) if name in part.moments.names}
-        for i, n in apportion(sizes, sizes, count).items() if sizes else ():
-            zeros[parts[int(i)]] += n
-    return zeros
 
 
 def _by_sensitivity(

@@ -80,7 +80,7 @@ def refit(
     with restored(found):
         for name, tensor in source.items():
             found[name].copy_(tensor)
-        inside = loops(inner, stats, parts)
+        inside = loops(inner, stats.runs, parts)
         judge, work = Judge(inner, stats, found, None), Solutions(parts, select, inside)
         contest, every = Contest(judge, masked(found, masks, parts)), [Way("refit", _survivors)]
         if inside and judge:

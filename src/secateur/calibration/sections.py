@@ -10,9 +10,10 @@ from torch import nn
 
 from secateur.calibration.block_chains import Chain, Course, course
 from secateur.calibration.block_inputs import record
+from secateur.calibration.trees import taken
 from secateur.errors import warn
 from secateur.scope import Member
-from secateur.support.inputs import Arguments
+from secateur.support.inputs import Arguments, given
 
 
 @dataclass(frozen=True)
@@ -39,13 +40,17 @@ def divide(model: nn.Module, batch: Arguments, members: Mapping[str, Member]) ->
 
     Args:
         model: in eval mode.
-        batch: the arguments of a forward, which tells what runs when.
+        batch: the arguments of the first one, whose forward tells what runs when.
         members: the tensors to be pruned, by name.
+
+    Raises:
+        InputError: the model does not take the batch.
 
     Warns:
         SecateurWarning: no chain of blocks can be run by itself, so that all of the model is one section.
     """
-    seen = course(model, batch)
+    with taken(given(batch), 1):
+        seen = course(model, batch)
     reasons = [_why_not(model, batch, chain) for chain in seen.chains]
     usable = [at for at, why in enumerate(reasons) if not why]
     times = {name: _time(name, seen) for name in members}

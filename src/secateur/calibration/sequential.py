@@ -21,12 +21,13 @@ from torch.utils._pytree import tree_leaves
 from secateur.calibration.block_inputs import BlockCall, Key, record, run_until
 from secateur.calibration.run_folder import Inputs, InputsInMemory, RunFolder, batches_digest, digest
 from secateur.calibration.sections import Section, divide
+from secateur.calibration.trees import taken
 from secateur.errors import InputError
 from secateur.masks import Masks
 from secateur.scope import Member, Scope, unwrap
 from secateur.support import checks
 from secateur.support.files import StrPath
-from secateur.support.inputs import Arguments, arguments
+from secateur.support.inputs import Arguments, arguments, given
 from secateur.support.progress import progress_bar
 
 _RECORDED = "recorded"
@@ -87,7 +88,8 @@ def pruned(
         The masks, and the new weights by name.
 
     Raises:
-        InputError: no batch; batches that go different ways through the model; a folder of another run.
+        InputError: no batch, or one that the model does not take; batches that go different ways through the model; a
+            folder of another run.
         WriteError: the system refuses to write. And what `solve` raises.
     """
     checks.several("batches", batches, "a list of what the model is called with")
@@ -159,7 +161,8 @@ class _Work:
         self._calls = []
         assert section.chain is not None
         for number, batch in enumerate(self.batches):
-            found = record(self.model, batch, section.chain)
+            with taken(given(batch), number + 1):
+                found = record(self.model, batch, section.chain)
             self._calls.append(found.calls)
             needed = _keys(found.calls[section.at :])
             self.inputs.lay(_RECORDED, number, {key: found.tensors[key] for key in needed})
@@ -172,13 +175,18 @@ class _Work:
                 self.swaps.put(member, parameter.clone())
         kept: dict[str, Tensor] = {}
         for solved in solve(members, lambda: self._forwards(at)) if members else ():
-            masks = Masks({name: stays for name, (_, stays) in solved.items()})
-            masks.apply({name: weights for name, (weights, _) in solved.items()})
-            kept |= {name: masks.packed(name) for name in masks}
-            for name, (weights, _) in solved.items():
-                self.swaps.put(members[name], weights)
+            kept |= self._taken(members, solved)
+            del solved  # before the next ones are computed
         new = {name: member.parameter.detach() for name, member in members.items()}
         self.run.save(at, new, Masks.from_bits(kept, {name: weights.shape for name, weights in new.items()}))
+
+    def _taken(self, members: Mapping[str, Member], solved: Solved) -> dict[str, Tensor]:
+        """Let the model compute with what was solved; which weights stay, as bits."""
+        masks = Masks({name: stays for name, (_, stays) in solved.items()})
+        masks.apply({name: weights for name, (weights, _) in solved.items()})
+        for name, (weights, _) in solved.items():
+            self.swaps.put(members[name], weights)
+        return {name: masks.packed(name) for name in masks}
 
     def _forwards(self, at: int) -> Iterator[Forward]:
         for number, batch in enumerate(self.batches):
@@ -186,14 +194,16 @@ class _Work:
 
     def _forward(self, at: int, number: int) -> Any:
         """Run a section on one batch; returns the output of a block."""
-        section = self.sections[at]
+        section, batch = self.sections[at], self.batches[number]
         if section.chain is None:
-            return run_until(self.model, self.batches[number], section.until)
+            with taken(given(batch), number + 1):
+                return run_until(self.model, batch, section.until)
         call = self._calls[number][section.at]
         recorded = self.inputs.take(_RECORDED, number, _keys([call]))
-        given = self.inputs.take(_stage(at), number, {*map(str, call.links)})
-        args, kwargs = call.arguments({**recorded, **given})
-        return section.chain[section.at].module(*args, **kwargs)
+        brought = self.inputs.take(_stage(at), number, {*map(str, call.links)})
+        args, kwargs = call.arguments({**recorded, **brought})
+        with taken(given(batch), number + 1):
+            return section.chain[section.at].module(*args, **kwargs)
 
     def _go_on(self, at: int) -> None:
         """Run a block with its new weights: what it gives is what the next one takes."""

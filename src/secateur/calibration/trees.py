@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from secateur.errors import FileError, InputError
+from secateur.errors import FileError, InputError, SecateurError
 from secateur.support import checks
 from secateur.support.files import replacing, require_file
 
@@ -111,6 +112,29 @@ def read(path: Path, kind: str, device: str | torch.device) -> tuple[dict[str, A
         if isinstance(error, FileError):
             raise
         raise FileError(f"{path} cannot be read as {kind} ({error}): make it again") from error
+
+
+@contextmanager
+def taken(batch: Any, number: int) -> Iterator[None]:
+    """Run a model on a batch, which it may not take.
+
+    Args:
+        batch: for the message.
+        number: of it, counted from 1.
+
+    Raises:
+        InputError: in the place of what the model raises.
+    """
+    try:
+        yield
+    except SecateurError:
+        raise
+    except Exception as error:
+        raise InputError(
+            f"the model does not take batch {number}, {told(batch)} ({type(error).__name__}: {error}): give each batch "
+            "as a tensor, a tuple of positional or a dict of keyword arguments, without labels unless the model takes "
+            "them, on the device of the model"
+        ) from error
 
 
 def told(tree: Any, depth: int = 2) -> str:

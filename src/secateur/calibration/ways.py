@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 from torch import Tensor, nn
@@ -14,7 +14,6 @@ from secateur.calibration.solvers import SOLVERS
 from secateur.calibration.solvers.base import Select, Solver
 from secateur.calibration.solvers.curvature import Curvature
 from secateur.calibration.solvers.refit import refit as fit
-from secateur.calibration.statistics import Statistics
 from secateur.calibration.supports import Within
 
 Effort = Literal["full", "fast"]
@@ -29,7 +28,7 @@ class Way(NamedTuple):
         name: for people.
         solver: of all matrices.
         within: where the weights of a matrix are compared.
-        within_recurrent: the same in recurrent modules.
+        within_recurrent: the same in recurrent modules and cells, which read two inputs side by side.
         rounds: in which these are fitted to states of their own; none is the open loop.
     """
 
@@ -49,16 +48,16 @@ class Loop(NamedTuple):
     parts: Sequence[Matrix]
 
 
-def loops(model: nn.Module, stats: Statistics, parts: Sequence[Matrix]) -> list[Loop]:
-    """The recurrent modules that can be fitted to states of their own."""
+def loops(model: nn.Module, runs: Mapping[str, Sequence[Run]], parts: Sequence[Matrix]) -> list[Loop]:
+    """The recurrent modules that can be fitted to states of their own, by the calls of them that were kept."""
     found = []
-    for prefix, runs in stats.runs.items():
+    for prefix, calls in runs.items():
         module = model.get_submodule(prefix)
         weights = [name for name, parameter in module.named_parameters(prefix) if parameter.ndim > 1]
         inside = [part for part in parts if set(part.moments.names) <= set(weights)]
         whole = {name for part in inside for name in part.moments.names} == set(weights)
-        if isinstance(module, nn.RNNBase) and whole and runs:
-            found.append(Loop(module, prefix, runs, inside))
+        if isinstance(module, nn.RNNBase) and whole and calls:
+            found.append(Loop(module, prefix, calls, inside))
     return found
 
 
@@ -84,20 +83,19 @@ class Solutions:
         self._others = [part for part in parts if part not in looped]
         self._order = {part: i for i, part in enumerate(parts)}
         self._select, self._loops = select, loops
-        self._known: dict[tuple[Solver, Within], list[Solution]] = {}
+        self._known: dict[tuple[Matrix, Solver, Within], Solution] = {}
 
     def of(self, way: Way) -> list[Solution]:
         """Solve all matrices in one way."""
-        found = [*self._plain(way), *(one for loop in self._loops for one in self._looped(loop, way))]
+        found = [self._plain(part, way) for part in self._others]
+        found += (one for loop in self._loops for one in self._looped(loop, way))
         return sorted(found, key=lambda solution: self._order[solution[0]])
 
-    def _plain(self, way: Way) -> list[Solution]:
-        key = way.solver, way.within
+    def _plain(self, part: Matrix, way: Way) -> Solution:
+        within = way.within if len(part.members) == 1 else way.within_recurrent
+        key = part, way.solver, within
         if key not in self._known:  # ways may differ in recurrent modules only
-            self._known[key] = [
-                (part, *way.solver(part.weights(), part.curvature, self._select(part, way.within)))
-                for part in self._others
-            ]
+            self._known[key] = part, *way.solver(part.weights(), part.curvature, self._select(part, within))
         return self._known[key]
 
     def _looped(self, loop: Loop, way: Way) -> list[Solution]:

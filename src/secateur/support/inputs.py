@@ -42,3 +42,13 @@ def arguments(inputs: Any, meta: bool = False) -> Arguments:
         f"inputs is {checks.kind(inputs)}: it is not clear how to call a model with it. "
         "Pass a tensor, a tuple of positional arguments, or a dict of keyword arguments." + loader
     )
+
+
+def given(call: Arguments) -> Any:
+    """What `arguments` made a call of; a tuple of one thing comes back as that.
+
+    >>> given(arguments((1, 2))), given(arguments({"x": 3}))
+    ((1, 2), {'x': 3})
+    """
+    args, kwargs = call
+    return kwargs or (args[0] if len(args) == 1 else args)

@@ -55,7 +55,7 @@ def _alternate(target: Tensor, curvature: Curvature, select: Select, kept: Tenso
             multiplier.add_(sparse, alpha=1.0 - RELAXATION)
             wanted = multiplier.baddbmm_(pulled, inverted, alpha=RELAXATION)
             kept = select(torch.square(wanted, out=pulled))
-            torch.mul(wanted, kept.float(), out=sparse)
+            torch.mul(wanted, pulled.copy_(kept), out=sparse)
             multiplier = wanted.sub_(sparse)  # in units of the penalty
         del inverted, pulled  # before the next inverse
         moved = int((kept ^ before).count_nonzero()) / max(int(kept.count_nonzero()), 1)

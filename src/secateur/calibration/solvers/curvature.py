@@ -13,7 +13,7 @@ DAMPING = 0.01
 OWN_DAMPING = 1e-4
 """Of each input's own diagonal, added to it: two loud inputs that say the same leave float32 something to divide by."""
 
-_ROWS = 256
+_ROWS = 64
 """Of the matrix, scaled at a time: a second one in float64 would be the largest tensor of all."""
 
 
