@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import secateur as sc
-from secateur.errors import InputError, MaskError, NotFiniteError
+from secateur.errors import InputError, MaskError, NotFiniteError, SecateurWarning
 
 
 def made(seed=0):
@@ -141,6 +141,48 @@ def test_masks_may_be_given():
     assert sc.check(model, masks) == {}
 
 
+class Sequences(nn.Module):
+    """A GRU that few steps at a high rate make worse."""
+
+    def __init__(self):
+        super().__init__()
+        self.gru = nn.GRU(6, 32, 2, batch_first=True)
+        self.head = nn.Linear(32, 3)
+
+    def forward(self, x):
+        return self.head(self.gru(x)[0])
+
+
+@pytest.mark.parametrize("count", [3, 12])  # held out or not
+def test_what_rises_is_not_kept(count):
+    torch.manual_seed(0)
+    dense = Sequences()
+    model = copy.deepcopy(dense)
+    sc.prune(model, 0.2)
+    data = [torch.randn(8, 12, 6, generator=torch.Generator().manual_seed(seed)) for seed in range(2 * count)]
+    before, other = apart(model, dense, data[count:]), copy.deepcopy(model)
+    losses = sc.recover(model, dense, data[:count], steps=60)
+    assert max(losses[3:]) > 2 * min(losses[:3])  # it did rise
+    assert apart(model, dense, data[count:]) < 0.8 * before
+    state = {name: tensor.clone() for name, tensor in other.state_dict().items()}
+    with pytest.warns(SecateurWarning, match="give more steps, or a lower lr"):
+        sc.recover(other, dense, data[:count], steps=2, lr=0.5)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in other.state_dict().items())
+
+
+def test_batches_that_are_held_out_are_spread_and_not_trained_on():
+    model, dense, _ = pruned()
+    seen = []
+    model.register_forward_pre_hook(lambda module, args: seen.append((int(args[0][0, 0]), torch.is_grad_enabled())))
+    given = batches(10)
+    for i, batch in enumerate(given):
+        batch[0, 0] = i
+    sc.recover(model, dense, iter(given), steps=8)
+    assert {i for i, trained in seen if not trained} == {2, 7}
+    assert [i for i, trained in seen if trained] == [0, 1, 3, 4, 5, 6, 8, 9]
+    assert len([i for i, trained in seen if not trained]) == 2 * 9  # before, and after each step of so few
+
+
 class Falling(nn.Module):
     """Fails, or gives NaN, at a call."""
 
@@ -166,7 +208,7 @@ class Falling(nn.Module):
 )
 def test_after_a_failure_the_model_is_that_of_before(error, kind, words):
     dense = Falling(-1, None)
-    model = Falling(4, error)
+    model = Falling(3, error)
     sc.prune(model, 0.5)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     model.train()

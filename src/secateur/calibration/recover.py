@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from itertools import cycle, islice
 from typing import Any
 
@@ -15,16 +16,18 @@ from torch.utils._pytree import tree_leaves
 from secateur import anatomy
 from secateur import scope as scopes
 from secateur.calibration import trees
+from secateur.calibration.courses import Course
 from secateur.calibration.padding import kept, real_positions
-from secateur.errors import InputError, NotFiniteError, SecateurError
+from secateur.errors import InputError, SecateurError, warn
 from secateur.masks import Masks, as_masks
 from secateur.scope import unwrap
 from secateur.support import bits, checks
 from secateur.support.inputs import arguments
 from secateur.support.progress import progress_bar
+from secateur.support.tables import counted
 
-_WARM_UP = 0.1  # of the steps: Adam's first estimates are poor
-_SMALLEST = 1e-3  # the size that a tensor of zeros, such as a new bias, is taken to have
+_CHECKS = 5  # on what is held out, while it is trained
+_OF_FEW, _MOST_HELD = 5, 4  # one of five batches is held out, and four at most
 
 
 def recover(
@@ -44,11 +47,15 @@ def recover(
     few batches know too little of. Both models run in eval mode, so that BatchNorm keeps its statistics; see
     `recalibrate`. What else the model is, its gradients and modes among it, and torch's random numbers are as before.
 
+    It does not make things worse: one of five batches, four at most, is held out and looked at six times on the way
+    (fewer than five are all trained on, and looked at). Where the loss on them rises, training goes back to the best
+    weights so far, with half the rate; in the end the model has the best, which may be those of before.
+
     Args:
         model: pruned.
         dense: what it was before: `copy.deepcopy(model)`, made then.
         batches: of inputs: a tensor, a tuple of positional or a dict of keyword arguments each. They are kept, and
-            come again when there are fewer than steps.
+            come again when there are fewer than steps; of more than can be used no more are taken.
         steps: of Adam, one a batch; the rate rises over the first tenth and falls to zero along a cosine.
         lr: how far a weight may move in a step, relative to the root mean square of the weights of its tensor that are
             not zero.
@@ -59,11 +66,15 @@ def recover(
         The loss of each step before it was made: the squared distance of the outputs over their variance, plus the mean
         of the same of the modules.
 
+    Warns:
+        SecateurWarning: nothing was better than before on what is held out.
+
     Raises:
         InputTypeError: an argument of another type. UnknownNameError, MaskError: masks of another model.
         InputError: no batch, or one that the models do not take; a dense model that is the pruned one; outputs that
             differ in shape; nothing to train; weights that are sharded.
-        NotFiniteError: a loss of NaN or inf. In each case, and when interrupted, the weights are those of before.
+        NotFiniteError: a loss of NaN or inf in a step.
+        In each case, and when interrupted, the weights are those of before.
 
     Source: Hinton et al. 2015, "Distilling the Knowledge in a Neural Network"; of the modules, Sun et al. 2019,
     "Patient Knowledge Distillation for BERT Model Compression", equation 6. Steps relative to the weights: Shazeer &
@@ -86,29 +97,44 @@ def recover(
     if not 0 < lr < math.inf:
         raise InputError(f"lr is {lr}: give a number above 0, such as 0.02")
     checks.flag("progress", progress)
-    held = Masks.from_zeros(scopes.weights(pupil)) if masks is None else as_masks(masks)
-    masked = held.writable(pupil)
+    stay = Masks.from_zeros(scopes.weights(pupil)) if masks is None else as_masks(masks)
+    masked = stay.writable(pupil)
     trained = _trained(pupil, teacher, masked)
-    before = {name: weight.detach().clone() for name, weight in trained.items()}
+    course = Course(trained, {id(weight): stay[name] for name, weight in masked.items()}, steps, lr)
     losses: list[float] = []
-    done = False
-    try:
-        with progress_bar("recovery", steps, shown=progress) as advance, _undisturbed(pupil, teacher):
-            course = _Course(trained, {id(weight): held[name] for name, weight in masked.items()}, steps, lr)
-            with _Listener(pupil) as said, _Listener(teacher) as wanted:
-                for batch in islice(cycle(batches), steps):
-                    losses.append(course.step(_loss(pupil, teacher, said, wanted, batch)))
-                    advance(1)
-        if not losses:
-            raise InputError("no batch came: give an iterable of at least one batch (a generator runs only once)")
-        done = True
-    finally:
-        if not done:
-            with torch.no_grad():
-                for name, weight in trained.items():
-                    weight.copy_(before[name])
-    held.apply(pupil)
+    with course, progress_bar("recovery", steps, shown=progress) as advance, _undisturbed(pupil, teacher):
+        learned, checked = _divided(batches, steps)
+        with _Listener(pupil) as said, _Listener(teacher) as wanted:
+            apart = partial(_loss, pupil, teacher, said, wanted)
+            course.check(_mean(apart, checked))
+            for number, batch in enumerate(islice(cycle(learned), steps), 1):
+                losses.append(course.step(apart(batch)))
+                if number % max(steps // _CHECKS, 1) == 0 or number == steps:
+                    course.check(_mean(apart, checked))
+                advance(1)
+    stay.apply(pupil)
+    if not course.gained:
+        warn(
+            f"recovery found nothing better in {counted(steps, 'step')}, so the weights are those of before: "
+            "give more steps, or a lower lr"
+        )
     return losses
+
+
+def _divided(batches: Iterable[Any], steps: int) -> tuple[list[Any], list[Any]]:
+    """What is trained on, and what is held out, spread over all: they may be sorted, by length for one."""
+    found = list(islice(batches, steps + _MOST_HELD))
+    if not found:
+        raise InputError("no batch came: give an iterable of at least one batch (a generator runs only once)")
+    count = min(len(found) // _OF_FEW, _MOST_HELD)
+    held = {(2 * i + 1) * len(found) // (2 * count) for i in range(count)}
+    checked = [found[i] for i in sorted(held)]
+    return [one for i, one in enumerate(found) if i not in held], checked or found
+
+
+@torch.no_grad()
+def _mean(apart: Callable[[Any], Tensor], batches: list[Any]) -> float:
+    return math.fsum(float(apart(batch)) for batch in batches) / len(batches)
 
 
 def _trained(model: nn.Module, dense: nn.Module, masked: Mapping[str, Tensor]) -> dict[str, nn.Parameter]:
@@ -137,49 +163,6 @@ def _trained(model: nn.Module, dense: nn.Module, masked: Mapping[str, Tensor]) -
     if not found:
         raise InputError("no parameter that could be trained requires a gradient: call model.requires_grad_() first")
     return found
-
-
-class _Course:
-    """Adam on copies in float32, which share memory where they can: gradients of the user's stay as they are."""
-
-    def __init__(self, trained: Mapping[str, nn.Parameter], kept: Mapping[int, Tensor], steps: int, lr: float) -> None:
-        self._trained = list(trained.values())
-        self._kept = [kept.get(id(weight)) for weight in self._trained]
-        self._copies = [weight.detach().float() for weight in self._trained]
-        self._peaks = [lr * _size(copy) for copy in self._copies]
-        self._adam = torch.optim.Adam([{"params": [copy]} for copy in self._copies])
-        self._rates = [_rate(step, steps) for step in reversed(range(steps))]
-
-    def step(self, loss: Tensor) -> float:
-        """Make a step, and return the loss."""
-        value = float(loss.detach())
-        if not math.isfinite(value):
-            raise NotFiniteError(f"the loss is {value}: look for NaN or inf in the batches, or give a lower lr")
-        gradients = torch.autograd.grad(loss, self._trained, allow_unused=True)
-        for copy, gradient, mask in zip(self._copies, gradients, self._kept, strict=True):
-            copy.grad = None if gradient is None else gradient.float()
-            if copy.grad is not None and mask is not None:
-                copy.grad.masked_fill_(~mask.to(copy.device), 0)  # NaN times 0 would be NaN
-        rate = self._rates.pop()
-        for group, peak in zip(self._adam.param_groups, self._peaks, strict=True):
-            group["lr"] = rate * peak
-        self._adam.step()
-        with torch.no_grad():
-            for weight, copy in zip(self._trained, self._copies, strict=True):
-                weight.copy_(copy)
-        return value
-
-
-def _size(weight: Tensor) -> float:
-    """The root mean square of the numbers that are not zero."""
-    count = int(weight.count_nonzero())
-    return max(float(weight.norm()) / math.sqrt(count), _SMALLEST) if count else _SMALLEST
-
-
-def _rate(step: int, steps: int) -> float:
-    """The share of the rate at a step."""
-    rising = max(round(_WARM_UP * steps), 1)
-    return min((step + 1) / rising, 0.5 + 0.5 * math.cos(math.pi * step / steps))
 
 
 def _loss(pupil: nn.Module, teacher: nn.Module, said: _Listener, wanted: _Listener, batch: Any) -> Tensor:
