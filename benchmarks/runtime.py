@@ -161,7 +161,7 @@ def bf16(case: Case, model: nn.Module) -> Callable[[], object]:
 
 
 def int8(case: Case, model: nn.Module) -> Callable[[], object]:
-    kinds = {nn.Linear, nn.LSTM, nn.GRU}
+    kinds = {nn.Linear, nn.LSTM, nn.GRU, nn.LSTMCell, nn.GRUCell, nn.RNNCell}
     if not any(type(m) in kinds for m in model.modules()):
         raise Unsuitable
     x, holder = case.example(), nn.ModuleList([model])  # a bare LSTM has no parent that could hold its successor

@@ -98,6 +98,21 @@ class SpeakerEncoder(nn.Module):
         return raw / torch.norm(raw, dim=1, keepdim=True)
 
 
+class Stream(nn.Module):
+    """A cell that is called frame by frame, from zero states: frames [steps, batch, inputs] to all its states."""
+
+    def __init__(self, cell: nn.RNNCellBase) -> None:
+        super().__init__()
+        self.cell = cell
+
+    def forward(self, frames: Tensor) -> Tensor:
+        state, outputs = None, []
+        for frame in frames.unbind():
+            state = self.cell(frame, state)
+            outputs.append(state[0] if isinstance(state, tuple) else state)
+        return torch.stack(outputs)
+
+
 def inside(package: str, path: str) -> Path | None:
     """Find a file in an installed package, which is not imported: what it depends on is not there."""
     spec = find_spec(package)
@@ -153,9 +168,14 @@ def convolution(channels: int, kernel: int, side: int, chain: int, goals: Goals)
                 channels_last=True)  # fmt: skip
 
 
-def recurrent(kind: type[nn.LSTM] | type[nn.GRU], batch: int, must: float, aim: float) -> Case:
+def recurrent(kind: type[nn.LSTM] | type[nn.GRU] | type[nn.RNN], batch: int, goal: tuple[float, float] | None) -> Case:
     return Case(f"{kind.__name__} 2x512 (256 inputs), 50 steps, batch {batch}", lambda: kind(256, 512, 2),
-                lambda: torch.randn(50, batch, 256), {"hot": (must, aim)})  # fmt: skip
+                lambda: torch.randn(50, batch, 256), {"hot": goal})  # fmt: skip
+
+
+def stream(kind: type[nn.RNNCellBase], goal: tuple[float, float] | None) -> Case:
+    return Case(f"{kind.__name__} 512, 50 frames one by one, batch 1", lambda: Stream(kind(512, 512)),  # type: ignore[call-arg]
+                lambda: torch.randn(50, 1, 512), {"hot": goal})  # fmt: skip
 
 
 def tokens(count: int) -> Callable[[], Tensor]:
@@ -203,10 +223,15 @@ def model_cases() -> list[Case]:
 
 def recurrent_cases() -> list[Case]:
     return [
-        recurrent(nn.LSTM, 1, 9, 13),
-        recurrent(nn.LSTM, 16, 4.5, 6),
-        recurrent(nn.GRU, 1, 8, 13),
-        recurrent(nn.GRU, 16, 4.5, 6),
+        recurrent(nn.LSTM, 1, (9, 13)),
+        recurrent(nn.LSTM, 16, (4.5, 6)),
+        recurrent(nn.GRU, 1, (8, 13)),
+        recurrent(nn.GRU, 16, (4.5, 6)),
+        recurrent(nn.RNN, 1, None),
+        recurrent(nn.RNN, 16, None),
+        stream(nn.LSTMCell, (4, 7)),
+        stream(nn.GRUCell, None),
+        stream(nn.RNNCell, None),
         Case("resemblyzer (LSTM 3x256), one utterance of 160 frames", SpeakerEncoder, lambda: torch.rand(1, 160, 40),
              {"hot": (5, 9)}),
     ]  # fmt: skip

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from runtime_cases import Case, Fan
 from secateur.runtime import native
+from secateur.runtime.recurrent_products import KINDS
 
 Step = Callable[[Tensor], Tensor]  # writes into a buffer of its own, and returns it
 
@@ -18,7 +19,7 @@ def call(case: Case, model: nn.Module) -> Callable[[], object]:
     """Packs the model's layers; the call runs them all, in order, on one thread.
 
     Raises:
-        NotImplementedError: the model has others than Linear, ReLU, Conv2d, or is no plain LSTM or GRU.
+        NotImplementedError: the model has others than Linear, ReLU, Conv2d, or is no plain LSTM, GRU or RNN.
     """
     x = case.example()
     if isinstance(model, nn.RNNBase):
@@ -79,16 +80,17 @@ def convolution(layer: nn.Conv2d, x: Tensor) -> Step:
 def recurrent(model: nn.RNNBase, x: Tensor) -> Callable[[], object]:
     """One direction, time-major, from zero states, as the cases have it."""
     lib, (steps, batch, _) = library(), x.shape
-    sizes, hidden, kind = torch.full((steps,), batch), model.hidden_size, 0 if isinstance(model, nn.LSTM) else 1
+    sizes, hidden, kind = torch.full((steps,), batch), model.hidden_size, KINDS.index(model.mode)
+    lstm, gru = isinstance(model, nn.LSTM), isinstance(model, nn.GRU)
     layers = []
     for k in range(model.num_layers):
         w_ih, w_hh, b_ih, b_hh = (getattr(model, f"{name}_l{k}") for name in ("weight_ih", "weight_hh", "bias_ih",
                                                                               "bias_hh"))  # fmt: skip
-        project = linear(w_ih, b_ih if kind else b_ih + b_hh, steps * batch)
+        project = linear(w_ih, b_ih if gru else b_ih + b_hh, steps * batch)
         state = torch.zeros(2, batch, hidden)
         layers.append((project, native.pack(w_hh), b_hh, state, torch.empty(steps, batch, hidden)))
 
-    states = [state[which] for which in range(1 if kind else 2) for *_, state, _ in layers]
+    states = [state[which] for which in range(2 if lstm else 1) for *_, state, _ in layers]
 
     def run() -> list[Tensor]:
         into = x
@@ -97,7 +99,7 @@ def recurrent(model: nn.RNNBase, x: Tensor) -> Callable[[], object]:
             state.zero_()
             lib.secateur_recurrent(
                 kind, blob.data_ptr(), None, gates.data_ptr(), sizes.data_ptr(), steps, batch,
-                bias.data_ptr() if kind else None, state[0].data_ptr(), None if kind else state[1].data_ptr(),
+                bias.data_ptr() if gru else None, state[0].data_ptr(), state[1].data_ptr() if lstm else None,
                 out.data_ptr(), hidden, 0, 1)  # fmt: skip
             into = out
         return [into, *states]

@@ -502,6 +502,15 @@ INLINE void units(i64 hidden, const float* const (&in)[kIn], float* const (&out)
     }
 }
 
+void tanh(float* x, i64 count) {
+    const float* const in[1] = {x};
+    float* const out[1] = {x};
+    units(count, in, out, [](const vec(&a)[1], vec(&b)[1]) {
+        const Fraction t = tangent(a[0]);
+        b[0] = t.n / t.d;
+    });
+}
+
 void lstm(const float* gates, i64 units_, float* c, float* h) {
     const float* const in[5] = {gates, gates + units_, gates + 2 * units_, gates + 3 * units_, c};
     float* const out[2] = {c, h};
@@ -526,6 +535,6 @@ void gru(const float* x, const float* s, i64 units_, float* h) {
 }  // namespace
 
 const Kernels TABLE = {NAME,   LANES == 16, small_pack, small, panel_pack, panel, panel_unpack,
-                       gather, put,         relu,       lstm,  gru};
+                       gather, put,         relu,       tanh,  lstm,         gru};
 
 }  // namespace secateur

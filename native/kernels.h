@@ -33,6 +33,9 @@ struct Kernels {
     // x = max(x, 0), a NaN stays one.
     void (*relu)(float* x, i64 count);
 
+    // x = tanh(x)
+    void (*tanh)(float* x, i64 count);
+
     // One step of `units` units. LSTM: gates[4][units] = i f g o before their nonlinearities; c is updated, h written.
     void (*lstm)(const float* gates, i64 units, float* c, float* h);
     // GRU: x[3][units] and s[3][units] = r z n from the input and from the state; h is updated.

@@ -1,4 +1,4 @@
-// LSTM and GRU: one layer and direction from the first step to the last.
+// LSTM, GRU and plain RNN: one layer and direction from the first step to the last, or one step of a cell.
 #include <cstring>
 
 #include "linear.h"
@@ -7,19 +7,32 @@
 namespace secateur {
 namespace {
 
+enum Kind : int32_t { kLstm, kGru, kTanh, kRelu };
+
+constexpr i64 kGates[] = {4, 3, 1, 1};  // of each kind
+
 struct Recurrent {
-    bool gru;
+    int32_t kind;
     Blob input, recurrent, projection;
     const float *x, *input_bias;
     float* gates;  // the input's part for all steps, if there is no blob for it
     const i64* sizes;
     i64 steps, batch, hidden, state;
     const float* bias;
-    float *h, *c, *out;
+    float *h, *c, *out;  // out: NULL, if the last states are enough
     i64 out_stride;
     bool reverse;
+    int threads;  // of a product
 
-    i64 gate_rows() const { return (gru ? 3 : 4) * hidden; }
+    i64 gate_rows() const { return kGates[kind] * hidden; }
+
+    // The states of `units` units, of one sequence or of a panel of them, from their gates in[gates][units]; the cells of
+    // an LSTM are updated.
+    void activate(const float* in, i64 units, float* cells, float* to) const {
+        if (kind == kLstm) return kernels->lstm(in, units, cells, to);
+        std::memcpy(to, in, units * sizeof(float));
+        (kind == kTanh ? kernels->tanh : kernels->relu)(to, units);
+    }
 
     // Calls step(sequences of [begin, end) that are live, row of the first of them, the input's part of its gates) for
     // each step, in order. That part is computed for a few steps at a time, so that it stays in the cache.
@@ -55,7 +68,7 @@ struct Recurrent {
                             ready += more > 0 ? more : 0;
                         }
                         const float* from = copies ? copies : x + (reverse ? last : offset) * columns;
-                        if (!linear(input, from, ready, input_bias, part, false, 1)) return false;
+                        if (!linear(input, from, ready, input_bias, part, false, threads)) return false;
                     }
                     // rows are in the order of x; without copies a reverse pass takes them from the end
                     const i64 at = reverse && !copies ? ready - used - live : used;
@@ -82,17 +95,17 @@ struct Recurrent {
         if (!scratch) return false;
         return each(begin, end, [&](i64 live, i64 row, float* in) {
             float* h0 = h + begin * state;
-            if (gru) {
-                if (!linear(recurrent, h0, live, bias, scratch, false, 1)) return false;
+            if (kind == kGru) {
+                if (!linear(recurrent, h0, live, bias, scratch, false, threads)) return false;
                 for (i64 b = 0; b < live; b++) kernels->gru(in + b * rows, scratch + b * rows, hidden, h0 + b * state);
             } else {
                 float* to = projection.head ? scratch : h0;
-                if (!linear(recurrent, h0, live, nullptr, in, true, 1)) return false;
+                if (!linear(recurrent, h0, live, nullptr, in, true, threads)) return false;
                 for (i64 b = 0; b < live; b++)
-                    kernels->lstm(in + b * rows, hidden, c + (begin + b) * hidden, to + b * hidden);
-                if (projection.head && !linear(projection, scratch, live, nullptr, h0, false, 1)) return false;
+                    activate(in + b * rows, hidden, c ? c + (begin + b) * hidden : c, to + b * hidden);
+                if (projection.head && !linear(projection, scratch, live, nullptr, h0, false, threads)) return false;
             }
-            for (i64 b = 0; b < live; b++)
+            for (i64 b = 0; out && b < live; b++)
                 std::memcpy(out + (row + b) * out_stride, h0 + b * state, state * sizeof(float));
             return true;
         });
@@ -114,21 +127,21 @@ struct Recurrent {
             const bool all = live == n;
             float *to_h = all ? hp : fresh_h, *to_c = all ? cp : fresh_c;
             k.panel_pack(in, rows, int(live), width, rows, part);
-            if (gru) {
+            if (kind == kGru) {
                 multiply(recurrent, hp, width, start, s);
                 if (!all) std::memcpy(to_h, hp, states * sizeof(float));
                 k.gru(part, s, cells, to_h);
             } else {
                 multiply(recurrent, hp, width, nullptr, part);
-                if (!all) std::memcpy(to_c, cp, cells * sizeof(float));
-                k.lstm(part, cells, to_c, projection.head ? before : to_h);
+                if (c && !all) std::memcpy(to_c, cp, cells * sizeof(float));
+                activate(part, cells, to_c, projection.head ? before : to_h);
                 if (projection.head) multiply(projection, before, width, zeros.get(state), to_h);
             }
             if (!all) {  // the other sequences have ended, or not begun
                 keep(to_h, hp, states, width, live);
                 if (c) keep(to_c, cp, cells, width, live);
             }
-            k.panel_unpack(hp, int(live), width, state, out + row * out_stride, out_stride);
+            if (out) k.panel_unpack(hp, int(live), width, state, out + row * out_stride, out_stride);
             return true;
         });
         if (!done) return false;
@@ -151,22 +164,46 @@ int32_t secateur_recurrent(int32_t kind, const void* input, const float* x, cons
                            const void* recurrent, const void* projection, const int64_t* sizes, int64_t steps,
                            int64_t batch, const float* bias, float* h, float* c, float* out, int64_t out_stride,
                            int32_t reverse, int32_t threads) {
-    if (!valid(recurrent) || (projection && !valid(projection)) || (kind == 0) != (c != nullptr)) return -1;
-    if (input ? !valid(input) || !x : !gates) return -1;
+    if (kind < kLstm || kind > kRelu || (kind == kLstm) != (c != nullptr) || (projection && kind != kLstm)) return -1;
+    if (!valid(recurrent) || (projection && !valid(projection)) || (input ? !valid(input) || !x : !gates)) return -1;
     const Blob i{static_cast<const Header*>(input)}, r{static_cast<const Header*>(recurrent)},
         p{static_cast<const Header*>(projection)};
-    const i64 count = kind ? 3 : 4, hidden = r.head->rows / count, state = r.head->columns;
+    const i64 count = kGates[kind], hidden = r.head->rows / count, state = r.head->columns;
     if (r.head->rows % count || (projection ? p.head->columns != hidden || p.head->rows != state : hidden != state))
         return -1;
     if (input && i.head->rows != r.head->rows) return -1;
-    const Recurrent layer{kind == 1, i,     r,      p,     x,    input_bias, gates, sizes, steps,
-                          batch,     hidden, state, bias, h,    c,          out,   out_stride, reverse != 0};
-    // Sequences do not wait for each other: each part runs from the first step to the last, on one thread.
+    // Sequences do not wait for each other: each part runs from the first step to the last, on one thread. A single step
+    // of few sequences has nothing but its products to share.
     const i64 fit = (batch + kWidth - 1) / kWidth, shared = batch / 8 < threads ? batch / 8 : threads;
     const i64 parts = fit > shared ? fit : shared;
+    const int each = parts == 1 && steps == 1 ? threads : 1;
+    const Recurrent layer{kind,   i,     r,    p, x, input_bias, gates,      sizes,        steps, batch,
+                          hidden, state, bias, h, c, out,        out_stride, reverse != 0, each};
     std::atomic<bool> enough{true};
     share(parts, threads, [&](i64 i) {
         if (!layer.run(batch * i / parts, batch * (i + 1) / parts)) enough = false;
     });
     return enough ? 0 : -2;
+}
+
+int32_t secateur_cell(int32_t kind, const void* input, const float* x, float* gates, const void* recurrent, int64_t n,
+                      const float* input_bias, const float* bias, const float* h, const float* c, float* next_h,
+                      float* next_c, int32_t threads) {
+    if (!valid(recurrent) || n < 0) return -1;
+    const Header& head = *static_cast<const Header*>(recurrent);
+    const std::size_t state = n * head.columns * sizeof(float);
+    auto start = [&](const float* from, float* to) {
+        if (from && to) std::memcpy(to, from, state);
+        if (!from && to) std::memset(to, 0, state);
+    };
+    start(h, next_h);
+    start(c, next_c);
+    if (kind != kGru && input_bias && bias) {
+        float* both = biases.get(head.rows);
+        if (!both) return -2;
+        for (u32 r = 0; r < head.rows; r++) both[r] = input_bias[r] + bias[r];
+        input_bias = both;
+    }
+    return secateur_recurrent(kind, input, x, input_bias, gates, recurrent, nullptr, &n, 1, n, bias, next_h, next_c,
+                              nullptr, 0, 0, threads);
 }

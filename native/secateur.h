@@ -17,7 +17,7 @@
 extern "C" {
 #endif
 
-#define SECATEUR_ABI 5
+#define SECATEUR_ABI 6
 
 /* SECATEUR_ABI of the library. */
 SECATEUR_API int32_t secateur_abi(void);
@@ -56,22 +56,30 @@ SECATEUR_API int32_t secateur_chain(int32_t layers, const void* const* blobs, co
 SECATEUR_API int32_t secateur_conv2d(const void* blob, const float* x, const int64_t shape[12], const float* bias,
                                      float* y, int32_t threads);
 
-/* One layer and direction of an LSTM (kind 0; gates i f g o) or GRU (kind 1; gates r z n) over `steps` steps.
+/* One layer and direction of an LSTM (kind 0; gates i f g o), a GRU (kind 1; gates r z n) or a plain RNN (one gate; kind
+ * 2: tanh, 3: ReLU) over `steps` steps.
  * Rows of all steps lie one after the other (time-major); step t has sizes[t] rows, its first sequences (as in a
  * packed sequence; all equal to batch otherwise).
- *   input      blob of weight_ih; x [rows of all steps][input] is what it sees, input_bias is added (LSTM: b_ih + b_hh;
- *              GRU: b_ih; or NULL). Or NULL: then gates holds all this,
+ *   input      blob of weight_ih; x [rows of all steps][input] is what it sees, input_bias is added (GRU: b_ih;
+ *              others: b_ih + b_hh; or NULL). Or NULL: then gates holds all this,
  *   gates      [rows of all steps][gates * hidden], overwritten; else NULL
  *   recurrent  blob of weight_hh, [gates * hidden][state]; state = hidden, or proj if projection != NULL
- *   projection blob of weight_hr [proj][hidden], or NULL
+ *   projection blob of weight_hr [proj][hidden] of an LSTM, or NULL
  *   bias       GRU: b_hh [3 * hidden], or NULL
  *   h          [batch][state], c [batch][hidden] (LSTM, else NULL): initial state in, final state out
- *   out        h of every step, rows out_stride floats apart
+ *   out        h of every step, rows out_stride floats apart, or NULL
  *   reverse    != 0: from the last step to the first */
 SECATEUR_API int32_t secateur_recurrent(int32_t kind, const void* input, const float* x, const float* input_bias,
                                         float* gates, const void* recurrent, const void* projection,
                                         const int64_t* sizes, int64_t steps, int64_t batch, const float* bias, float* h,
                                         float* c, float* out, int64_t out_stride, int32_t reverse, int32_t threads);
+
+/* One step of such a cell: next_h [n][hidden] and, of an LSTM, next_c [n][hidden] (else NULL) from h and c, which may be
+ * NULL: zeros. input, x, gates and recurrent as above, for one step of n rows; input_bias is b_ih and bias is b_hh, each
+ * [gates * hidden], or both are NULL. With gates these hold b_ih and, unless it is a GRU, b_hh already. */
+SECATEUR_API int32_t secateur_cell(int32_t kind, const void* input, const float* x, float* gates, const void* recurrent,
+                                   int64_t n, const float* input_bias, const float* bias, const float* h,
+                                   const float* c, float* next_h, float* next_c, int32_t threads);
 
 /* Takes down what count floats are into watch, memory on 8 bytes, and returns the bytes needed. With watch == NULL only
  * counts. */

@@ -112,7 +112,8 @@ def test_family_and_entry():
 
     assert anatomy.family(Own(1, 1)) == "recurrent"
     assert anatomy.entry(Own) == (nn.LSTM, anatomy.known(nn.LSTM))
-    assert anatomy.entry(nn.RNN)[0] is nn.RNNBase
+    assert anatomy.entry(nn.RNN)[0] is nn.RNN
+    assert anatomy.entry(type("Mine", (nn.RNNBase,), {}))[0] is nn.RNNBase
     assert anatomy.family(nn.ReLU()) is None
     assert anatomy.entry(nn.ReLU) == (nn.Module, None)
 

@@ -7,7 +7,7 @@ from torch.nn.utils import parametrizations, prune
 
 from secateur import anatomy
 from secateur.anatomy import Layer
-from secateur.runtime import attention, candidates, convolutions, linears, recurrences, semi_structured, swapping
+from secateur.runtime import attention, candidates, cells, convolutions, linears, recurrences, semi_structured, swapping
 from sparse_models import off, sparse, thin
 
 SPARSE = {
@@ -16,6 +16,10 @@ SPARSE = {
     convolutions.SparseConv2d: lambda: nn.Conv2d(4, 8, 3),
     recurrences.SparseLSTM: lambda: nn.LSTM(8, 8, num_layers=2, bidirectional=True, proj_size=3),
     recurrences.SparseGRU: lambda: nn.GRU(8, 8),
+    recurrences.SparseRNN: lambda: nn.RNN(8, 8),
+    cells.SparseLSTMCell: lambda: nn.LSTMCell(8, 8),
+    cells.SparseGRUCell: lambda: nn.GRUCell(8, 8),
+    cells.SparseRNNCell: lambda: nn.RNNCell(8, 8),
     attention.SparseMultiheadAttention: lambda: nn.MultiheadAttention(8, 2),
 }
 
@@ -45,9 +49,6 @@ DENSE = {
     "ConvTranspose1d": lambda: nn.ConvTranspose1d(4, 8, 3),
     "ConvTranspose2d": lambda: nn.ConvTranspose2d(4, 8, 3),
     "ConvTranspose3d": lambda: nn.ConvTranspose3d(4, 8, 3),
-    "RNN": lambda: nn.RNN(4, 8),
-    "LSTMCell": lambda: nn.LSTMCell(4, 8),
-    "GRUCell": lambda: nn.GRUCell(4, 8),
     "Bilinear": lambda: nn.Bilinear(4, 4, 8),
     "Experts": lambda: Experts(),
 }
@@ -102,6 +103,21 @@ REFUSED = {
     "weight is torch.float64 on cpu": lambda: thin(nn.Linear(8, 8)).double(),
     "its class has a forward of its own": lambda: thin(Scaled(8, 8)),
 }
+
+
+class Doubled(nn.GRUCell):
+    def forward(self, input, hx=None):
+        return 2 * super().forward(input, hx)
+
+
+class Leaky(nn.RNNCellBase):
+    def forward(self, input, hx):
+        return 0.5 * hx + 0.5 * (input @ self.weight_ih.T + hx @ self.weight_hh.T).tanh()
+
+
+def test_recurrent_layers_of_the_users_stay_dense(isa):
+    reasons = [plan.reason for plan in candidates.survey(thin(nn.Sequential(Doubled(8, 8), Leaky(8, 8, False, 1))))]
+    assert reasons == ["its class has a forward of its own", "no sparse kernel for Leaky"]
 
 
 class Scaled(nn.Linear):

@@ -7,14 +7,14 @@ import torch
 from torch import nn
 
 from secateur.errors import InputTypeError, StateError
-from secateur.runtime import operators, products
+from secateur.runtime import operators, products, recurrent_products
 from sparse_models import off, sparse, thin
 
 assert operators
 
 
 class Mixed(nn.Module):
-    """One layer of each kind; `steps` apart from `features`, as dynamo refuses every nn.LSTM by default."""
+    """Layers of most kinds; `steps` apart from `features`, as dynamo refuses every nn.LSTM by default."""
 
     def __init__(self, recurrent=True):
         super().__init__()
@@ -112,13 +112,14 @@ def test_opcheck(isa, batch):
     torch.library.opcheck(torch.ops.secateur.conv2d, (*given, products.ALL), test_utils=checks)
 
 
-@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
 @pytest.mark.parametrize("choices", [0, products.ALL])
 def test_opcheck_recurrent(isa, kind, choices):
     fast = sparse(thin(kind(8, 16, 2, bidirectional=True)))
     states = fast._zeros(X, 3)
     h, c = (*states, None)[:2]
-    given = (torch.randn(5, 3, 8), None, h, c, list(fast._flat_weights), fast._packed(X), True, choices)
+    given = (torch.randn(5, 3, 8), None, h, c, list(fast._flat_weights), fast._packed(X), True)
+    given = (*given, recurrent_products.KINDS.index(fast.mode), choices)
     checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
     torch.library.opcheck(torch.ops.secateur.recurrent, given, test_utils=checks)
 

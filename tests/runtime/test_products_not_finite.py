@@ -30,6 +30,10 @@ KINDS = {
     "Conv2d": (lambda: nn.Conv2d(4, 8, 3, padding=1), (2, 4, 8, 8)),
     "LSTM": (lambda: nn.LSTM(16, 8, 2, batch_first=True), (2, 5, 16)),
     "GRU": (lambda: nn.GRU(16, 8, bidirectional=True), (5, 2, 16)),
+    "RNN": (lambda: nn.RNN(16, 8, 2), (5, 2, 16)),
+    "LSTMCell": (lambda: nn.LSTMCell(16, 8), (2, 16)),
+    "GRUCell": (lambda: nn.GRUCell(16, 8), (2, 16)),
+    "RNNCell": (lambda: nn.RNNCell(16, 8, nonlinearity="relu"), (2, 16)),
     "attention": (Attend, (2, 5, 16)),
 }
 
@@ -89,6 +93,16 @@ def test_states_of_recurrent_layers_are_looked_at(isa):
             states[spoiled][0, 0, 1] = float("nan")
             with torch.inference_mode():
                 assert same(fast(x, tuple(states))[0], model(x, tuple(states))[0])
+
+
+def test_states_of_cells_are_looked_at(isa):
+    model = thin(nn.LSTMCell(16, 8))
+    fast, x = careful(model), torch.randn(2, 16)
+    for spoiled in range(2):
+        states = [torch.zeros(2, 8), torch.zeros(2, 8)]
+        states[spoiled][0, 1] = float("nan")
+        with torch.inference_mode():
+            assert same(fast(x, tuple(states))[0], model(x, tuple(states))[0])
 
 
 def test_a_packed_sequence(isa):

@@ -1,4 +1,4 @@
-"""Sparse LSTM and GRU in every setting, packed sequences and states among them."""
+"""Sparse LSTM, GRU and plain RNN in every setting, packed sequences and states among them."""
 
 import copy
 import itertools
@@ -10,13 +10,13 @@ from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence
 
 from secateur.runtime import candidates, products
-from secateur.runtime.recurrences import SparseGRU, SparseLSTM
+from secateur.runtime.recurrences import SparseGRU, SparseLSTM, SparseRNN
 from sparse_models import off, sparse, thin
 
 SETTINGS = [
     {"kind": kind, "num_layers": layers, "bidirectional": both, "proj_size": proj, "batch_first": first, "bias": bias}
     for kind, layers, both, proj, first, bias in itertools.product(
-        ["LSTM", "GRU"], [1, 2], [False, True], [0, 5], [False, True], [True, False]
+        ["LSTM", "GRU", "RNN"], [1, 2], [False, True], [0, 5], [False, True], [True, False]
     )
     if kind == "LSTM" or not proj
 ]
@@ -32,7 +32,7 @@ def states(layer, batch, seed=0):
     generator = torch.Generator().manual_seed(seed)
     count = layer.num_layers * (2 if layer.bidirectional else 1)
     h = torch.randn(count, batch, layer.proj_size or layer.hidden_size, generator=generator)
-    if isinstance(layer, nn.GRU):
+    if not isinstance(layer, nn.LSTM):
         return h
     return h, torch.randn(count, batch, layer.hidden_size, generator=generator)
 
@@ -86,24 +86,24 @@ def test_packed(isa, options):
     check(layer, pack_sequence([torch.randn(n, 17) for n in (5, 5, 2)]), states(layer, 3))
 
 
-@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
 @pytest.mark.parametrize("first", [False, True])
 def test_without_a_batch(isa, kind, first):
     layer = build(kind, batch_first=first, num_layers=2, bidirectional=True)
     given = states(layer, 1)
-    one = given[:, 0] if kind == "GRU" else tuple(state[:, 0] for state in given)
+    one = tuple(state[:, 0] for state in given) if kind == "LSTM" else given[:, 0]
     check(layer, torch.randn(6, 17))
     check(layer, torch.randn(6, 17), one)
 
 
 @pytest.mark.parametrize("batch", [1, 2, 7, 8, 9, 16, 33])
-@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
 def test_batches(isa, kind, batch):
     check(build(kind, 33, 64), torch.randn(5, batch, 33))
 
 
 @pytest.mark.parametrize("sizes", [(1, 1), (3, 1), (1, 3), (100, 17), (64, 128)], ids=str)
-@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
 @pytest.mark.parametrize("sparsity", [0.0, 0.9, 1.0])
 def test_sizes_and_patterns(isa, kind, sizes, sparsity):
     layer = thin(getattr(nn, kind)(*sizes, num_layers=2), sparsity)
@@ -174,6 +174,13 @@ def test_choices_go_by_batch(isa):
 def test_classes(isa):
     assert isinstance(sparse(build()), SparseLSTM)
     assert isinstance(sparse(build("GRU")), SparseGRU)
+    assert isinstance(sparse(build("RNN")), SparseRNN)
+
+
+@pytest.mark.parametrize("batch", [1, 3, 12])
+def test_relu_in_place_of_tanh(isa, batch):
+    layer = build("RNN", num_layers=2, bidirectional=True, nonlinearity="relu")
+    check(layer, torch.randn(6, batch, 17), states(layer, batch))
 
 
 def test_without_the_library_they_stay_dense(without_native):

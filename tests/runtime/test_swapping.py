@@ -19,6 +19,10 @@ INPUTS = {
     "Conv2d": (lambda: nn.Conv2d(4, 8, 3), (2, 4, 8, 8)),
     "LSTM": (lambda: nn.LSTM(16, 8, batch_first=True), (2, 5, 16)),
     "GRU": (lambda: nn.GRU(16, 8), (5, 2, 16)),
+    "RNN": (lambda: nn.RNN(16, 8), (5, 2, 16)),
+    "LSTMCell": (lambda: nn.LSTMCell(16, 8), (2, 16)),
+    "GRUCell": (lambda: nn.GRUCell(16, 8), (2, 16)),
+    "RNNCell": (lambda: nn.RNNCell(16, 8), (2, 16)),
     "MultiheadAttention": (lambda: Attend(), (2, 5, 16)),
 }
 

@@ -44,10 +44,10 @@ def accelerate(
 ) -> nn.Module:
     """Copy a model for inference in which every layer runs the faster of its dense and its sparse kernel.
 
-    Linear, Conv1d, Conv2d, LSTM, GRU, MultiheadAttention and transformers' Conv1D are tried, in float32 on the
-    CPU. Each is timed in the model, on the example, and stays dense where sparse is not faster. Runs of Linear in an
-    nn.Sequential, with ReLU, Dropout and Identity between, are timed as one call too. If in the end the whole model
-    is not faster, all of it stays dense. Results equal the plain ones up to rounding.
+    Linear, Conv1d, Conv2d, LSTM, GRU, RNN, their cells, MultiheadAttention and transformers' Conv1D are tried, in
+    float32 on the CPU. Each is timed in the model, on the example, and stays dense where sparse is not faster. Runs of
+    Linear in an nn.Sequential, with ReLU, Dropout and Identity between, are timed as one call too. If in the end the
+    whole model is not faster, all of it stays dense. Results equal the plain ones up to rounding.
 
     On a CUDA device Linear layers in float16 or bfloat16 are tried that are 2:4 (`pattern="2:4"`): as torch's
     semi-structured tensors, whose results are compared with the dense ones. There a change of weights that torch does
@@ -58,7 +58,7 @@ def accelerate(
     layer whose weights change afterwards, through `.data` or NumPy too, raises a StateError when it is called: at the
     next call if all of them changed, within 2,048 calls if a single one did. `secateur.runtime.check_weights` compares
     every weight, `secateur.runtime.trust_weights` ends the search. Under `torch.compile` and in an exported program
-    nothing looks for such changes. (`torch.compile` refuses every LSTM and GRU, these too, unless
+    nothing looks for such changes. (`torch.compile` refuses every LSTM, GRU and RNN, these too, unless
     `torch._dynamo.config.allow_rnn` is True; then each is one operator.)
 
     Args:

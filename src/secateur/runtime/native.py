@@ -18,7 +18,7 @@ from torch import Tensor
 
 from secateur.errors import InputError
 
-ABI = 5
+ABI = 6
 _FUNCTION = re.compile(r"^SECATEUR_API (.+?)(secateur_\w+)\((.*?)\);", re.MULTILINE | re.DOTALL)
 _NUMBERS: dict[str, type | None] = {"int64_t": ctypes.c_int64, "int32_t": ctypes.c_int32, "void": None}
 

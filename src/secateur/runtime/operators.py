@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from secateur.errors import InputTypeError, StateError
-from secateur.runtime import products
+from secateur.runtime import products, recurrent_products
 
 _LINEAR = "(Tensor x, Tensor weight, Tensor packed, Tensor? bias, int choices) -> Tensor"
 _CONV2D = (
@@ -22,7 +22,10 @@ _CONV2D = (
 )
 _RECURRENT = (
     "(Tensor x, Tensor? sizes, Tensor h, Tensor? c, Tensor[] weights, Tensor[] packed, bool bidirectional, "
-    "int choices) -> (Tensor, Tensor, Tensor)"
+    "int kind, int choices) -> (Tensor, Tensor, Tensor)"
+)
+_CELL = (
+    "(int kind, Tensor x, Tensor h, Tensor? c, Tensor?[] weights, Tensor?[] packed, int choices) -> (Tensor, Tensor)"
 )
 
 
@@ -53,10 +56,27 @@ def _recurrent_shape(
     weights: Sequence[Tensor],
     packed: Sequence[Tensor],
     bidirectional: bool,
+    kind: int,
     choices: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     out = x.new_empty((*x.shape[:-1], h.shape[-1] * (2 if bidirectional else 1)))
-    return out, h.new_empty(h.shape), h.new_empty(0) if c is None else c.new_empty(c.shape)
+    return out, *_states_shape(h, c)
+
+
+def _cell_shape(
+    kind: int,
+    x: Tensor,
+    h: Tensor,
+    c: Tensor | None,
+    weights: Sequence[Tensor | None],
+    packed: Sequence[Tensor | None],
+    choices: int,
+) -> tuple[Tensor, Tensor]:
+    return _states_shape(h, c)
+
+
+def _states_shape(h: Tensor, c: Tensor | None) -> tuple[Tensor, Tensor]:
+    return h.new_empty(h.shape), h.new_empty(0) if c is None else c.new_empty(c.shape)
 
 
 def _linear(x: Tensor, *rest: Any) -> Tensor:
@@ -72,7 +92,18 @@ def _conv2d(x: Tensor, *rest: Any) -> Tensor:
 
 def _recurrent(x: Tensor, sizes: Tensor | None, h: Tensor, c: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
     require_float(*(tensor for tensor in (x, h, c) if tensor is not None))
-    return tuple(tensor.contiguous() for tensor in products.recurrent(x, sizes, h, c, *rest))
+    return tuple(tensor.contiguous() for tensor in recurrent_products.recurrent(x, sizes, h, c, *rest))
+
+
+def _cell(
+    kind: int, x: Tensor, h: Tensor, c: Tensor | None, weights: Sequence[Tensor | None], *rest: Any
+) -> tuple[Tensor, Tensor]:
+    require_float(*(tensor for tensor in (x, h, c) if tensor is not None))
+    found: Any = recurrent_products.cell(kind, x, h, c, weights, *rest)
+    if found is None:
+        found = recurrent_products.dense_cell(kind, x, h, c, weights)
+    next_h, next_c = found if isinstance(found, tuple) else (found, None)
+    return next_h, h.new_empty(0) if next_c is None else next_c
 
 
 def require_float(*inputs: Tensor) -> None:
@@ -103,3 +134,4 @@ def register(name: str, schema: str, kernel: Callable[..., Any], shape: Callable
 register("linear", _LINEAR, _linear, _linear_shape)
 register("conv2d", _CONV2D, _conv2d, _conv2d_shape)
 register("recurrent", _RECURRENT, _recurrent, _recurrent_shape)
+register("cell", _CELL, _cell, _cell_shape)

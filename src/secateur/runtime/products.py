@@ -10,7 +10,6 @@ from __future__ import annotations
 import ctypes
 import functools
 import math
-import threading
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -24,9 +23,6 @@ from secateur.runtime import native
 
 __all__: list[str] = []  # reached through secateur.accelerate alone
 
-LSTM, GRU = 0, 1
-"""Kinds of recurrent layers, as the native library counts them."""
-
 ALL = (1 << 61) - 1
 """Sparse for every number of rows."""
 
@@ -35,8 +31,6 @@ CHECKED = 1 << 61
 
 _CSR = b"csr-0001"  # how a blob begins that torch can read
 _HALF_END = 65520.0  # from here on float16 is infinite
-_KEPT_FLOATS = 1 << 20  # of what a thread keeps between the layers of its recurrent calls, twice
-_room = threading.local()
 _twelve = ctypes.c_int64 * 12
 
 
@@ -201,117 +195,6 @@ def conv_size(
     """
     axes = zip(image, kernel, stride, padding, dilation, strict=True)
     return [(size + 2 * pad - spread * (width - 1) - 1) // step + 1 for size, width, step, pad, spread in axes]
-
-
-def recurrent(
-    x: Tensor,
-    sizes: Tensor | None,
-    h: Tensor,
-    c: Tensor | None,
-    weights: Sequence[Tensor],
-    packed: Sequence[Tensor],
-    bidirectional: bool,
-    choices: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """All layers and directions of an LSTM or GRU.
-
-    Args:
-        x: float32 [steps, batch, features], or [rows of all steps, features] with `sizes`.
-        sizes: int64 [steps], the sequences that each step of a packed input still has.
-        h: first states [layers * directions, batch, state].
-        c: first cells [layers * directions, batch, hidden] of an LSTM; None makes it a GRU.
-        weights: as the module's `_flat_weights`.
-        packed: for each layer and direction the packed weight_ih (empty: take the dense one), weight_hh and
-            (with projections) weight_hr.
-        bidirectional: whether every other one of the layers runs backwards.
-        choices: sparse for these classes of batch; the caller has torch do the others.
-
-    Returns:
-        All states [steps, batch, directions * state] (or [rows, ...]), last states, last cells (empty for a GRU).
-    """
-    lib = native.library()
-    dense = functools.partial(_dense_recurrent, x, sizes, h, c, weights, bidirectional)
-    if lib is None or not x.numel() or not choices >> bucket(h.shape[1]) & 1:
-        return dense()
-    if choices & CHECKED and not finite(x, h, *(() if c is None else (c,))):
-        return dense()
-    layers, directions = h.shape[0], 2 if bidirectional else 1
-    per, batch, state = len(weights) // layers, h.shape[1], h.shape[2]
-    steps = x.shape[0] if sizes is None else sizes.shape[0]
-    if sizes is None:
-        sizes = _equal(steps, batch)
-    h, c = _own(h), None if c is None else _own(c)
-    shape, rows = x.shape[:-1], x.reshape(-1, x.shape[-1]).contiguous()
-    counts, threads = (sizes.data_ptr(), steps, batch), torch.get_num_threads()
-    first_h, first_c = h.data_ptr(), 0 if c is None else c.data_ptr()
-    for first in range(0, layers, directions):
-        last = first + directions == layers
-        wide = (rows.shape[0], directions * state)
-        out = x.new_empty(wide) if last else _between(x, wide, first // directions % 2)
-        for i in range(first, first + directions):
-            w_ih, _, *rest = weights[i * per : (i + 1) * per]
-            ih, hh, *hr = packed[i * len(packed) // layers : (i + 1) * len(packed) // layers]
-            biases = rest[:2] if per >= 4 else [None, None]
-            bias = biases[0] if c is None or biases[0] is None else biases[0] + biases[1]
-            gates = None if ih.numel() else F.linear(rows, w_ih, bias)
-            failed = lib.secateur_recurrent(
-                GRU if c is None else LSTM,
-                ih.data_ptr() if gates is None else None,
-                rows.data_ptr() if gates is None else None,
-                bias.data_ptr() if gates is None and bias is not None else None,
-                None if gates is None else gates.data_ptr(),
-                hh.data_ptr(),
-                hr[0].data_ptr() if hr else None,
-                *counts,
-                biases[1].data_ptr() if c is None and biases[1] is not None else None,
-                first_h + i * batch * state * 4,
-                None if c is None else first_c + i * batch * c.shape[2] * 4,
-                out.data_ptr() + (i - first) * state * 4,
-                directions * state,
-                i - first,
-                threads,
-            )
-            if failed:
-                raise failure(failed)
-        rows = out
-    if choices & CHECKED and not finite(rows, h, *(() if c is None else (c,))):  # gates beyond float32
-        return dense()
-    return rows.view(*shape, -1), h, h.new_empty(0) if c is None else c
-
-
-@functools.lru_cache(64)
-def _equal(steps: int, batch: int) -> Tensor:
-    """The sizes of all steps of a batch that is not packed."""
-    with torch.inference_mode(False):
-        return torch.full((steps,), batch, dtype=torch.int64, device="cpu")
-
-
-def _between(like: Tensor, shape: tuple[int, int], turn: int) -> Tensor:
-    """Room for what one layer tells the next; a small one is kept by the thread, as fresh memory costs page faults."""
-    if math.prod(shape) > _KEPT_FLOATS:
-        return like.new_empty(shape)
-    kept: list[Tensor | None] = _room.__dict__.setdefault("kept", [None, None])
-    room = kept[turn]
-    if room is None or room.numel() < math.prod(shape):
-        with torch.inference_mode(False):
-            room = kept[turn] = torch.empty(math.prod(shape), device="cpu")
-    return room[: math.prod(shape)].view(shape)
-
-
-def _dense_recurrent(
-    x: Tensor, sizes: Tensor | None, h: Tensor, c: Tensor | None, weights: Sequence[Tensor], bidirectional: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    directions = 2 if bidirectional else 1
-    layers, biases = h.shape[0] // directions, len(weights) // h.shape[0] >= 4
-    run: Any = torch.gru if c is None else torch.lstm
-    hidden: Any = h if c is None else (h, c)
-    common = (list(weights), biases, layers, 0.0, False, bidirectional)
-    out, *last = run(x, hidden, *common, False) if sizes is None else run(x, sizes, hidden, *common)
-    return out, last[0], h.new_empty(0) if c is None else last[1]
-
-
-def _own(states: Tensor) -> Tensor:
-    return states.clone(memory_format=torch.contiguous_format)
 
 
 @functools.cache

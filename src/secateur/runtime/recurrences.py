@@ -1,4 +1,4 @@
-"""Sparse LSTM and GRU: all layers and directions, projections, packed sequences, initial states."""
+"""Sparse LSTM, GRU and plain RNN: all layers and directions, projections, packed sequences, initial states."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from secateur.runtime import operators as operators  # registers torch.ops.secateur
-from secateur.runtime import products
+from secateur.runtime import products, recurrent_products
 from secateur.runtime.swapping import Sparse, sparse, worth_packing
 
 __all__: list[str] = []  # reached through secateur.accelerate alone
@@ -19,7 +19,7 @@ _States = tuple[Tensor, ...]
 
 
 class _SparseRecurrent(Sparse, nn.RNNBase):
-    """What LSTM and GRU share."""
+    """What the layers share."""
 
     @classmethod
     def obstacle(cls, module: nn.Module) -> str:
@@ -98,10 +98,11 @@ class _SparseRecurrent(Sparse, nn.RNNBase):
         return x.shape[-1] == self.input_size and [tuple(state.shape) for state in states] == shapes
 
     def _run(self, x: Tensor, sizes: Tensor | None, states: _States) -> list[Tensor]:
-        run = torch.ops.secateur.recurrent if self._compiling() else products.recurrent
+        run = torch.ops.secateur.recurrent if self._compiling() else recurrent_products.recurrent
         h, c = (*states, None)[:2]
         weights = [self._parameters[name] for name in self._flat_weights_names]
-        given: Any = (x, sizes, h, c, weights, self._packed(x), self.bidirectional, self._choices)
+        kind = recurrent_products.KINDS.index(self.mode)
+        given: Any = (x, sizes, h, c, weights, self._packed(x), self.bidirectional, kind, self._choices)
         return list(run(*given))[: 1 + len(states)]
 
     def _packed(self, x: Tensor) -> list[Tensor]:
@@ -124,3 +125,10 @@ class SparseGRU(_SparseRecurrent, nn.GRU):
     """An nn.GRU with packed weights."""
 
     plain = nn.GRU
+
+
+@sparse
+class SparseRNN(_SparseRecurrent, nn.RNN):
+    """An nn.RNN, of tanh or ReLU, with packed weights."""
+
+    plain = nn.RNN

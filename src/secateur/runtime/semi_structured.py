@@ -83,8 +83,9 @@ class SemiStructuredLinear(Sparse, nn.Linear):
         out = F.linear(found[0].view(-1, self.in_features), self._packed, self.bias)
         return out.view(*input.shape[:-1], self.out_features)
 
-    def _takes_input(self, x: Tensor) -> bool:
-        return super()._takes_input(x) and x.dtype is self.weight.dtype and x.device == self.weight.device
+    def _takes_input(self, *inputs: Tensor) -> bool:
+        dtype, device = self.weight.dtype, self.weight.device
+        return super()._takes_input(*inputs) and all(x.dtype is dtype and x.device == device for x in inputs)
 
     def _revive(self) -> None:
         self._packed = None

@@ -153,23 +153,19 @@ class Sparse(Swapped):
         Raises:
             StateError: gradients are asked for, or the weights are not those that were packed.
         """
-        return all(map(self._takes_input, inputs)) and self.current()
+        return self._takes_input(*inputs) and self.current()
 
-    def _takes_input(self, x: Tensor) -> bool:
-        """Whether an input is one for the sparse kernels; raises a StateError if gradients are asked for."""
-        if torch.is_grad_enabled() and (x.requires_grad or self.training):
+    def _takes_input(self, *inputs: Tensor) -> bool:
+        """Whether all inputs are for the sparse kernels; raises a StateError if gradients are asked for."""
+        if torch.is_grad_enabled() and (self.training or any(x.requires_grad for x in inputs)):
             raise self._no_gradient()
-        if (
-            type(x) is not Tensor
-            or not self.suits(x)
-            or _autocast()
-            or _modes()
-            or _tracing()
-            or (_function_modes() and _watched_over())
-        ):
+        if _autocast() or _modes() or _tracing() or (_function_modes() and _watched_over()):
             if _autocast():
                 _warn_once("autocast is on, so sparse layers run dense in its dtype. Switch it off for their speed.")
             return False
+        for x in inputs:  # noqa: SIM110 (a generator would cost as much as a small product)
+            if type(x) is not Tensor or not self.suits(x):
+                return False
         return True
 
     def current(self) -> bool:
