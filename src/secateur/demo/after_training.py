@@ -19,7 +19,7 @@ from torch import nn
 import secateur as sc
 from secateur.calibration.contest import Pruned
 from secateur.demo.digits import Digits, accuracy, alone, load
-from secateur.demo.stage import Watch, finish, progress, require, unwatched, versions, write
+from secateur.demo.stage import Watch, finish, progress, require, same_answers, unwatched, versions, write
 from secateur.demo.story import begin, load_elsewhere, save_answers, train_dense
 from secateur.errors import InputError
 from secateur.sparsity import fraction
@@ -139,8 +139,7 @@ _FILES = (
 
 def meaning(result: dict[str, Any]) -> list[str]:
     """Put the numbers into words: one line for each finding."""
-    fresh, tests, images = result["fresh_process"], result["data"]["test"], result["settings"]["images"]
-    same = fresh["same_bits"] and not fresh["secateur_importable"]
+    tests, images = result["data"]["test"], result["settings"]["images"]
     ways = ", ".join(f"{way} {found:.3f}" for way, found in result["tried"].items())
     return [
         f"{result['zeros']:,} of {result['weights']:,} weights are zero in each pruned model; none was trained again",
@@ -148,6 +147,5 @@ def meaning(result: dict[str, Any]) -> list[str]:
         f"what was tried, and the cosine to the dense outputs on images held out: {ways}",
         f"accuracy is on {tests} test images, of which each is {100 / tests:.2f} %",
         f"the file: {size(result['files']['dense'])} dense, {size(result['files']['packed'])} packed",
-        "the pruned model in a process without secateur: "
-        + ("the same answers, bit for bit" if same else "OTHER answers"),
+        f"the pruned model in a process without secateur: {same_answers(result['fresh_process'])}",
     ]

@@ -59,6 +59,12 @@ def versions() -> dict[str, str]:
     return {"secateur": secateur_version(), "torch": torch.__version__, "python": platform.python_version()}
 
 
+def same_answers(fresh: dict[str, Any]) -> str:
+    """Say in words what `elsewhere.py` found."""
+    same = fresh["same_bits"] and not fresh["secateur_importable"]
+    return "the same answers, bit for bit" if same else "OTHER answers"
+
+
 def write(path: Path, content: bytes) -> None:
     """Write a file that is whole or not there at all."""
     with replacing(path) as unfinished:

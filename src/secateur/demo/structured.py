@@ -16,7 +16,7 @@ from torch import nn
 
 import secateur as sc
 from secateur.demo.digits import Digits, LSTMClassifier, accuracy, adam, alone, load, train
-from secateur.demo.stage import Watch, finish, progress, require, unwatched, versions, write
+from secateur.demo.stage import Watch, finish, progress, require, same_answers, unwatched, versions, write
 from secateur.demo.story import begin, load_elsewhere, prune_gradually, save_answers, speed_up, train_dense, train_on
 from secateur.errors import InputError
 from secateur.measurement.timing import compare, duration
@@ -191,8 +191,7 @@ def meaning(result: dict[str, Any]) -> list[str]:
     """Put the numbers into words: one line for each finding."""
     before, after = result["hidden"]
     epochs = result["settings"]["epochs"]
-    fresh, tests = result["fresh_process"], result["data"]["test"]
-    same = fresh["same_bits"] and not fresh["secateur_importable"]
+    tests = result["data"]["test"]
     verdicts = {_images(n): one["verdict"] for n, one in result["comparisons"].items()}
 
     def told(name: str) -> str:
@@ -207,8 +206,7 @@ def meaning(result: dict[str, Any]) -> list[str]:
         f"smaller, in plain torch: {told('smaller')}",
         f"sparse, in plain torch: {told('sparse')}",
         f"fast: {told('fast')}",
-        "the smaller model in a process without secateur: "
-        + ("the same answers, bit for bit" if same else "OTHER answers"),
+        f"the smaller model in a process without secateur: {same_answers(result['fresh_process'])}",
     ]
 
 

@@ -52,7 +52,8 @@ class Options(TypedDict, total=False):
         verify: compare with the masked original, on the examples and on fresh inputs. Default: True.
         stats: from `sc.calibrate` of this model: the layers that read removed units are fitted anew, by least squares
             on what stays, and "energy" and "greedy" rank units by it. Where that brings the outputs, on the batches to
-            check on, no nearer to the given model's, the layers are only cut. Not with masks, dead units or a depth.
+            check on, no nearer to the given model's, the layers are only cut; else these batches are fitted to in the
+            end, too. Not with masks, dead units or a depth.
         optimizer: of the model; it trains the small model from then on, with what it remembers cut.
     """
 
