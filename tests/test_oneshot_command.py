@@ -132,3 +132,12 @@ def test_a_folder_and_its_texts(place, tmp_path):
     small = transformers.BertModel.from_pretrained("small")
     assert sc.check(small, done.masks) == {}
     assert transformers.AutoTokenizer.from_pretrained("small").vocab_size == 13
+
+
+def test_a_factory_without_data_is_told_what_is_missing(place):
+    result = call("prune", f"{place}:mlp", "--sparsity", 0.5, "-o", "out.safetensors")
+    assert result.exit_code == 2
+    assert "give --data MODULE:BATCHES" in " ".join(result.output.split())
+    missing = call("prune", "missing.safetensors", "--sparsity", 0.5, "-o", "out.safetensors")
+    assert "--data" not in missing.output
+    assert "missing.safetensors" in missing.output

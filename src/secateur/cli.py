@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,10 +20,11 @@ import typer
 from rich.console import Console
 from typer.core import TyperCommand, TyperGroup
 
-from secateur.errors import SecateurError, printable
+from secateur.errors import InputError, SecateurError, printable
 from secateur.support.tables import Table
 
 _LONGEST = 1200  # characters of an error
+_FACTORY = re.compile(r"[^\W\d][\w.]*:[^\W\d][\w.]*")  # MODULE:FACTORY
 
 
 class _Group(TyperGroup):
@@ -171,6 +173,8 @@ def prune(
         return
     if checkpoint is None or weights is not None:
         raise typer.BadParameter("give a checkpoint; or MODULE:FACTORY with --data, and --weights")
+    if not Path(checkpoint).exists() and _FACTORY.fullmatch(checkpoint):
+        raise InputError(f"{checkpoint} is a model of MODULE:FACTORY: give --data MODULE:BATCHES, too, to prune it by")
     from secateur.storage.checkpoints import opened
     from secateur.storage.pruning import Recipe, prune_checkpoint, work
 

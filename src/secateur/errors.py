@@ -85,6 +85,7 @@ class SecateurWarning(UserWarning):
     """Something works, but not as one would hope."""
 
 
+_PASSED = ("secateur", "torch", "contextlib")
 _BLANK = frozenset("\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\uffa0") | {
     chr(mark) for marks in (range(0x180B, 0x1810), range(0xFE00, 0xFE10), range(0xE0100, 0xE01F0)) for mark in marks
 }
@@ -104,9 +105,12 @@ def printable(text: str) -> str:
 
 
 def warn(message: str) -> None:
-    """Issue a SecateurWarning that points at the first line outside this package and torch, whose hooks may call it."""
+    """Issue a SecateurWarning that points at the first line of the caller's.
+
+    So one outside this package, torch, whose hooks may call it, and contextlib, through which contexts are entered.
+    """
     level, frame = 1, sys._getframe()
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("secateur", "torch"):
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _PASSED:
         level, frame = level + 1, frame.f_back
     warnings.warn(message, SecateurWarning, stacklevel=level)
 

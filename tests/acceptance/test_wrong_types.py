@@ -46,8 +46,8 @@ def net():
     return nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Dropout(0.5), nn.Linear(4, 2)).eval()
 
 
-WAYS = {"solver": "alps", "effort": "full", "allocation": "uniform", "progress": False}
-WAYS |= dict.fromkeys(("pattern", "scope", "evaluate"))
+WAYS = {"effort": "full", "allocation": "uniform", "progress": False}
+WAYS |= dict.fromkeys(("solver", "pattern", "scope", "evaluate"))
 
 
 def read_by_net():

@@ -4,7 +4,9 @@ import copy
 
 import pytest
 import torch
-from torch import nn
+from torch import distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 import secateur as sc
 from secateur.calibration.fidelity import Fidelity
@@ -263,6 +265,7 @@ def test_not_reached():
     ({"solver": "obc"}, InputError, "choose alps"),
     ({"solver": 3}, InputTypeError, "function"),
     ({"effort": "max"}, InputError, "'full' or 'fast'"),
+    ({"effort": "fast", "solver": "alps"}, InputError, "leave out effort or solver"),
     ({"allocation": "best"}, InputError, "choose"),
     ({"pattern": "3:5"}, PatternError, "tail='keep'"),
     ({"evaluate": 3}, InputTypeError, "function"),
@@ -317,6 +320,39 @@ def test_sensitivity_has_nothing_to_judge_by_after_a_loss():
     stats = sc.calibrate(model, inputs(6, 16, 8), loss=lambda model, x: model(x).square().mean())
     with pytest.raises(InputError, match="evaluate="):
         sc.oneshot(model, stats, 0.5, allocation="sensitivity")
+
+
+def test_a_metric_that_tells_nothing_is_said_to(dense, stats):
+    model = copy.deepcopy(dense)
+    masks = sc.oneshot(model, stats, 0.5, evaluate=lambda model: 1.0)
+    assert len(masks.tried) > 1
+    assert f"all of these are equal, so that none is better: {masks.way} is the first of them" in str(masks)
+    assert "are equal" not in str(sc.oneshot(copy.deepcopy(dense), stats, 0.5))
+
+
+def test_a_sharded_model_is_refused_and_stays_as_it_is(dense, stats, tmp_path):
+    masks = sc.prune(copy.deepcopy(dense), 0.5)
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
+    try:
+        model = fully_shard(copy.deepcopy(dense), mesh=init_device_mesh("cpu", (1,)))
+        before = {name: weight.full_tensor().clone() for name, weight in model.state_dict().items()}
+        for call, remedy in (
+            (lambda: sc.calibrate(model, inputs(2, 8, 24)), "calibrate before sharding"),
+            (lambda: sc.oneshot(model, stats, 0.5), "prune the whole model on one process, before sharding it"),
+            (lambda: sc.refit(model, masks, stats), "prune the whole model on one process, before sharding it"),
+            (lambda: sc.recover(model, dense, inputs(2, 8, 24), steps=2), "recover before sharding"),
+        ):
+            with pytest.raises(InputError, match=rf"0\.weight.* is sharded(.|\n)*{remedy}"):
+                call()
+        assert all(torch.equal(weight.full_tensor(), before[name]) for name, weight in model.state_dict().items())
+    finally:
+        distributed.destroy_process_group()
+
+
+def test_a_warning_of_blocks_points_at_the_caller():
+    with pytest.warns(SecateurWarning, match="the whole model is one block") as seen:
+        sc.oneshot(nn.Linear(8, 4), inputs(2, 16, 8), 0.5, sequential=True)
+    assert {warning.filename for warning in seen} == {__file__}
 
 
 @pytest.mark.filterwarnings("ignore:no blocks were found")

@@ -59,6 +59,8 @@ class Pruned(Masks, Printed):
             zeros = self.counts()
             rows = [(name, number(zeros[name]), percent(zeros[name] / max(n, 1)), "") for name, n in sizes.items()]
         notes = [f"{way}: {found:.4f}{' (taken)' if way == self.way else ''}" for way, found in self.tried.items()]
+        if len(self.tried) > 1 and len({*self.tried.values()}) == 1:
+            notes.append(f"all of these are equal, so that none is better: {self.way} is the first of them")
         title = f"{number(self.pruned)} of {counted(self.size, 'weight')} pruned, {percent(self.sparsity)}"
         return Table(("weights", "zeros", "sparsity", "output lost"), rows, title, notes)
 

@@ -75,9 +75,7 @@ def matrices(scope: Scope, moments: Sequence[Moments]) -> list[Matrix]:
     Raises:
         InputTypeError: complex weights. InputError: sharded ones. NotFiniteError: moments with NaN or inf.
     """
-    sharded = [name for name in scope if bits.is_sharded(scope[name])]
-    if sharded:
-        raise InputError(f"{listed(sharded)} is sharded: prune the whole model on one process, before sharding it")
+    require_whole(scope)
     whole = set(complete(scope, moments))
     curvatures: dict[tuple[int, tuple[int, ...]], Curvature] = {}
     found = []
@@ -181,6 +179,13 @@ def restored(scope: Mapping[str, Tensor]) -> Iterator[None]:
         with torch.no_grad():
             for name, tensor in scope.items():
                 tensor.copy_(before[name])
+
+
+def require_whole(scope: Scope) -> None:
+    """Raise an InputError if tensors are sharded."""
+    sharded = [name for name in scope if bits.is_sharded(scope[name])]
+    if sharded:
+        raise InputError(f"{listed(sharded)} is sharded: prune the whole model on one process, before sharding it")
 
 
 def opened(model: nn.Module, stats: Statistics) -> nn.Module:

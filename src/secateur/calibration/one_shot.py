@@ -34,7 +34,7 @@ def oneshot(
     stats: Statistics | Sequence[Any],
     sparsity: Sparsity,
     *,
-    solver: str | Solver = "alps",
+    solver: str | Solver | None = None,
     effort: Effort = "full",
     allocation: str | Allocation | Rule = "uniform",
     pattern: str | Pattern | None = None,
@@ -48,14 +48,16 @@ def oneshot(
     Each layer is pruned so that what it makes of the calibration data changes as little as it can. LSTM, GRU and RNN
     are fitted to states of their own too. Biases stay, and so do names and shapes. With full effort several ways are
     tried, the fast one among them, and that one is taken with which the model stays truest to itself on the batches
-    that `calibrate` held out. Weights that are zero already stay zero, and count.
+    that `calibrate` held out. Weights that are zero already stay zero, and count. Weights of any dtype are solved in
+    float32: those of float64 come back in float64, but are exact to float32 only.
 
     Args:
         model: the dense one, of which the statistics are; pruned in place.
         stats: from `sc.calibrate(model, batches)`; with `sequential` the batches themselves.
         sparsity: the fraction of all weights in scope that become zero, a `sc.Count`, or `{glob: fraction}`.
-        solver: a name of `secateur.calibration.solvers.SOLVERS`, or a function like those.
-        effort: "full", or "fast": Wanda's choice with a refit of the survivors, and nothing is compared.
+        solver: a name of `secateur.calibration.solvers.SOLVERS`, or a function like those; by default "alps".
+        effort: "full", or "fast": Wanda's choice with a refit of the survivors, without a solver, and nothing is
+            compared.
         allocation: how many weights each tensor loses, as for `prune`; or "sensitivity": by what each layer, pruned
             alone, costs the whole model, if that proves better than the same fraction of each.
         pattern, scope: as for `prune`; a pattern must be one of single tensors.
@@ -85,6 +87,9 @@ def oneshot(
     if effort not in ("full", "fast"):
         raise InputError(f"effort is {effort!r}: choose 'full' or 'fast'")
     checks.flag("progress", progress)
+    if solver is not None and effort == "fast":
+        raise InputError("effort is 'fast', which is a way of its own without a solver: leave out effort or solver")
+    solver = "alps" if solver is None else solver
     solve, measured = resolve(solver), allocation == "sensitivity"
     if sequential is not False:
         task = Task(sparsity, fast if effort == "fast" else solver, allocation, pattern)

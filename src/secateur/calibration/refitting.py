@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from secateur import scope as scopes
 from secateur.calibration.contest import Contest, Judge, Pruned
-from secateur.calibration.matrices import Matrix, masked, matrices, opened, restored
+from secateur.calibration.matrices import Matrix, masked, matrices, opened, require_whole, restored
 from secateur.calibration.solvers.base import Select
 from secateur.calibration.solvers.curvature import Curvature
 from secateur.calibration.solvers.refit import refit as fit
@@ -34,7 +34,8 @@ def refit(
 ) -> Pruned:
     """Prune a model by given masks, and fit the weights that stay so that its outputs change least.
 
-    It serves for masks of any origin: of a score, a pattern, another solver. The masks stay as they are.
+    It serves for masks of any origin: of a score, a pattern, another solver. The masks stay as they are. Weights of any
+    dtype are solved in float32: those of float64 come back in float64, but are exact to float32 only.
 
     Args:
         model: the dense one, or with `dense` one that the masks have pruned already; changed in place.
@@ -69,6 +70,7 @@ def refit(
         raise checks.wrong("masks", masks, "what sc.prune returned, or sc.Masks({name: bool tensor})")
     masks.writable(inner)
     found = scopes.weights(inner, only=list(masks))
+    require_whole(found)
     masks = masks.named({name: _name_in(masks, name, *member.aliases) for name, member in found.members.items()})
     source = _source(found, masks, dense)
     parts = matrices(found, stats.moments)
