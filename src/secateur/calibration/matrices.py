@@ -41,7 +41,7 @@ class Matrix:
     @property
     def shapes(self) -> dict[str, torch.Size]:
         """Of the tensors, outputs first."""
-        return {m.name: m.layout.shape(m.parameter.shape) for m in self.members}
+        return {member.name: _shape(member) for member in self.members}
 
     @property
     def size(self) -> int:

@@ -44,18 +44,18 @@ def alps(weights: Tensor, curvature: Curvature, select: Select) -> tuple[Tensor,
 
 
 def _alternate(target: Tensor, curvature: Curvature, select: Select, kept: Tensor) -> tuple[Tensor, Tensor]:
-    """The support, and the weights on it; the target is written over."""
+    """The support, and the weights on it; in place, since of a wide layer each copy counts, the target too."""
     fitted = target @ curvature.matrix
     sparse, multiplier, penalty = target.mul_(kept.float()), torch.zeros_like(target), FIRST_PENALTY
     for _ in range(PERIODS):
         inverted, before = _inverse(curvature.matrix, penalty), kept
+        pulled = torch.empty_like(sparse)
         for _ in range(PERIOD):
-            pulled = sparse - multiplier
-            torch.add(fitted, pulled, alpha=penalty, out=pulled)
+            torch.add(fitted, torch.sub(sparse, multiplier, out=pulled), alpha=penalty, out=pulled)
             multiplier.add_(sparse, alpha=1.0 - RELAXATION)
             wanted = multiplier.baddbmm_(pulled, inverted, alpha=RELAXATION)
             kept = select(torch.square(wanted, out=pulled))
-            torch.mul(wanted, pulled.copy_(kept), out=sparse)
+            torch.mul(wanted, pulled.copy_(kept), out=sparse)  # the mask as numbers, which multiply fastest
             multiplier = wanted.sub_(sparse)  # in units of the penalty
         del inverted, pulled  # before the next inverse
         moved = int((kept ^ before).count_nonzero()) / max(int(kept.count_nonzero()), 1)
