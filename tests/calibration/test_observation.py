@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import secateur as sc
+from secateur.calibration.observation import completed
 from secateur.errors import InputError, InputTypeError, NotFiniteError, SecateurWarning
 
 
@@ -51,6 +52,17 @@ def test_every_fifth_batch_is_held_out():
     used = [x for i, x in enumerate(data) if i not in (4, 9)]
     torch.testing.assert_close(stats.moments[0].gram[0], exact(used), rtol=1e-6, atol=1e-5)
     assert stats.moments[0].count.tolist() == [9 * 20]
+
+
+def test_batches_that_were_held_out_come_into_the_sums_in_the_end():
+    model, data = nn.Sequential(nn.GRU(6, 8, batch_first=True)), batches(11)
+    stats = sc.calibrate(model, data)
+    before, whole = [one.gram.clone() for one in stats.moments], completed(model, stats)
+    assert [one.count.tolist() for one in whole.moments] == [[11 * 20]] * 2
+    torch.testing.assert_close(whole.moments[0].gram[0, :6, :6], exact(data), rtol=1e-6, atol=1e-5)
+    assert len(whole.runs["0"]) == 11
+    assert all(torch.equal(one.gram, gram) for one, gram in zip(stats.moments, before, strict=True))
+    assert completed(model, sc.calibrate(model, data[:4])).moments[0].count.tolist() == [4 * 20]
 
 
 def test_of_few_batches_none_is_held_out():
