@@ -339,6 +339,7 @@ def test_a_sharded_model_is_refused_and_stays_as_it_is(dense, stats, tmp_path):
         for call, remedy in (
             (lambda: sc.calibrate(model, inputs(2, 8, 24)), "calibrate before sharding"),
             (lambda: sc.oneshot(model, stats, 0.5), "prune the whole model on one process, before sharding it"),
+            (lambda: sc.oneshot(model, inputs(2, 8, 24), 0.5, sequential=True), "prune the whole model on one process"),
             (lambda: sc.refit(model, masks, stats), "prune the whole model on one process, before sharding it"),
             (lambda: sc.recover(model, dense, inputs(2, 8, 24), steps=2), "recover before sharding"),
         ):

@@ -15,7 +15,7 @@ from secateur import plan
 from secateur.allocation import Allocation, Rule
 from secateur.calibration import sequential
 from secateur.calibration.listening import Listener
-from secateur.calibration.matrices import Draft, Matrix, complete, matrices, shared
+from secateur.calibration.matrices import Draft, Matrix, complete, matrices, require_whole, shared
 from secateur.calibration.padding import real_positions
 from secateur.calibration.sequential import Forward, Forwards, Solved
 from secateur.calibration.solvers.base import Select, Solver, resolve
@@ -126,6 +126,7 @@ def pruned_by_blocks(
     made = plan.make(
         inner, task.sparsity, score="magnitude", allocation=task.allocation, pattern=task.pattern, scope=scope
     )
+    require_whole(made.scope)
     masks = made.masks(made.counts())
     solver = fast if task.solver is fast else resolve(task.solver)
     way = ways(solver, "fast" if solver is fast else "full", looped=True)[0]
