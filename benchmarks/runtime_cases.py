@@ -178,6 +178,14 @@ def stream(kind: type[nn.RNNCellBase], goal: tuple[float, float] | None) -> Case
                 lambda: torch.randn(50, 1, 512), {"hot": goal})  # fmt: skip
 
 
+def volume(kind: type[nn.Conv3d] | type[nn.ConvTranspose1d] | type[nn.ConvTranspose2d], channels: tuple[int, int],
+           kernel: int, stride: int, sides: tuple[int, ...]) -> Case:  # fmt: skip
+    padding = (kernel - stride + 1) // 2
+    return Case(f"{kind.__name__} {kernel} stride {stride}, {channels[0]} to {channels[1]} channels, "
+                f"{'x'.join(map(str, sides))}", lambda: nn.Sequential(kind(*channels, kernel, stride, padding)),
+                lambda: torch.randn(1, channels[0], *sides), {"hot": None})  # fmt: skip
+
+
 def tokens(count: int) -> Callable[[], Tensor]:
     return lambda: torch.randint(1000, 30000, (1, count))
 
@@ -209,6 +217,13 @@ def conv_cases() -> list[Case]:
         convolution(channels, kernel, side, chain, {regime: (must, aim)})
         for channels, kernel, side, must, aim in shapes
         for chain, regime in ((1, "hot"), (8, "steady"))
+    ] + [
+        volume(nn.Conv3d, (64, 64), 3, 1, (8, 28, 28)),
+        volume(nn.Conv3d, (256, 256), 3, 1, (4, 14, 14)),
+        volume(nn.Conv3d, (32, 64), 3, 2, (16, 28, 28)),
+        volume(nn.ConvTranspose2d, (256, 128), 4, 2, (14, 14)),
+        volume(nn.ConvTranspose2d, (64, 64), 3, 1, (28, 28)),
+        volume(nn.ConvTranspose1d, (512, 256), 16, 8, (64,)),
     ]
 
 

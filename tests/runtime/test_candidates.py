@@ -7,13 +7,26 @@ from torch.nn.utils import parametrizations, prune
 
 from secateur import anatomy
 from secateur.anatomy import Layer
-from secateur.runtime import attention, candidates, cells, convolutions, linears, recurrences, semi_structured, swapping
+from secateur.runtime import (
+    attention,
+    candidates,
+    cells,
+    convolutions,
+    linears,
+    recurrences,
+    semi_structured,
+    swapping,
+    transposed,
+)
 from sparse_models import off, sparse, thin
 
 SPARSE = {
     linears.SparseLinear: lambda: nn.Linear(8, 8),
     convolutions.SparseConv1d: lambda: nn.Conv1d(4, 8, 3),
     convolutions.SparseConv2d: lambda: nn.Conv2d(4, 8, 3),
+    convolutions.SparseConv3d: lambda: nn.Conv3d(4, 8, 3),
+    transposed.SparseConvTranspose1d: lambda: nn.ConvTranspose1d(4, 8, 3),
+    transposed.SparseConvTranspose2d: lambda: nn.ConvTranspose2d(4, 8, 3),
     recurrences.SparseLSTM: lambda: nn.LSTM(8, 8, num_layers=2, bidirectional=True, proj_size=3),
     recurrences.SparseGRU: lambda: nn.GRU(8, 8),
     recurrences.SparseRNN: lambda: nn.RNN(8, 8),
@@ -45,9 +58,6 @@ def test_the_out_projection_is_the_attentions():
 
 
 DENSE = {
-    "Conv3d": lambda: nn.Conv3d(4, 8, 3),
-    "ConvTranspose1d": lambda: nn.ConvTranspose1d(4, 8, 3),
-    "ConvTranspose2d": lambda: nn.ConvTranspose2d(4, 8, 3),
     "ConvTranspose3d": lambda: nn.ConvTranspose3d(4, 8, 3),
     "Bilinear": lambda: nn.Bilinear(4, 4, 8),
     "Experts": lambda: Experts(),

@@ -1,4 +1,4 @@
-"""Sparse Conv1d and Conv2d in every setting that they take; the others stay dense and say why."""
+"""Sparse Conv1d, Conv2d and Conv3d in every setting that they take; the others stay dense and say why."""
 
 import copy
 import re
@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from secateur.runtime import candidates
-from secateur.runtime.convolutions import SparseConv1d, SparseConv2d
+from secateur.runtime import candidates, products
+from secateur.runtime.convolutions import SparseConv1d, SparseConv2d, SparseConv3d
 from sparse_models import off, sparse, thin
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding=.same. with even kernel")
@@ -55,6 +55,31 @@ def test_conv1d(isa, options, shape):
     assert fast.rows(x) == reference.numel() // 8
 
 
+THREE = [
+    {},
+    {"padding": 1, "stride": 2},
+    {"padding": (2, 1, 0), "stride": (3, 1, 2), "kernel_size": (3, 2, 1)},
+    {"padding": "same", "kernel_size": (4, 3, 2)},
+    {"padding": "same", "dilation": (2, 1, 1)},
+    {"padding": "valid", "dilation": 2},
+    {"groups": 2, "padding": 1, "bias": False},
+    {"kernel_size": 1},
+]
+
+
+@pytest.mark.parametrize("options", THREE, ids=str)
+@pytest.mark.parametrize("shape", [(2, 4, 6, 9, 7), (4, 6, 9, 7), (0, 4, 6, 9, 7)], ids=str)
+def test_conv3d(isa, options, shape):
+    layer, x = thin(nn.Conv3d(4, 8, **{"kernel_size": 3, **options}), 0.7), torch.randn(shape)
+    fast, reference = sparse(layer), copy.deepcopy(layer).double()(x.double())
+    assert isinstance(fast, SparseConv3d)
+    assert off(fast(x), reference) <= 1e-5
+    assert fast(x).is_contiguous()
+    assert fast.rows(x) == reference.numel() // 8
+    if x.dim() == 5:
+        assert off(fast(x.to(memory_format=torch.channels_last_3d)), reference) <= 1e-5
+
+
 def test_channels_last_weights(isa):
     layer, x = thin(nn.Conv2d(4, 8, 3)).to(memory_format=torch.channels_last), torch.randn(2, 4, 8, 8)
     assert off(sparse(layer)(x), layer(x)) <= 1e-5
@@ -68,6 +93,26 @@ def test_what_torch_refuses_is_refused(isa, shape):
     with pytest.raises(RuntimeError, match=re.escape(str(plain.value))) as ours:
         sparse(layer)(x)
     assert str(ours.value) == str(plain.value)
+
+
+@pytest.mark.parametrize(
+    "shape", [(2, 3, 9, 9, 9), (2, 4, 2, 9, 9), (2, 4, 9, 2, 9), (9, 9), (1, 2, 4, 9, 9, 9)], ids=str
+)
+def test_what_torch_refuses_of_a_volume_is_refused(isa, shape):
+    layer, x = thin(nn.Conv3d(4, 8, 3)), torch.randn(shape)
+    with pytest.raises(RuntimeError, match=r".+"):
+        layer(x)
+    with pytest.raises(RuntimeError, match=r"[Cc]alculated padded input size|Kernel size|channels|Expected"):
+        sparse(layer)(x)
+
+
+def test_volumes_go_by_the_places_of_their_output(isa):
+    layer, x = thin(nn.Conv3d(4, 8, 3)), torch.randn(2, 4, 6, 9, 7)
+    fast = sparse(layer)
+    fast.packed_weight = products.pack(torch.zeros(8, 4 * 27))  # shows which kernel ran
+    assert fast(x).equal(layer.bias.view(8, 1, 1, 1).expand_as(fast(x)))
+    fast.choose(products.ALL & ~(1 << products.bucket(fast.rows(x))))
+    assert off(fast(x), layer(x)) <= 1e-5
 
 
 @pytest.mark.parametrize("mode", ["reflect", "replicate", "circular"])

@@ -28,6 +28,8 @@ KINDS = {
     "chain": (lambda: nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 8)), (3, 16)),
     "Conv1d": (lambda: nn.Conv1d(4, 8, 3), (2, 4, 16)),
     "Conv2d": (lambda: nn.Conv2d(4, 8, 3, padding=1), (2, 4, 8, 8)),
+    "Conv3d": (lambda: nn.Conv3d(4, 8, 3, padding=1), (2, 4, 3, 8, 8)),
+    "ConvTranspose2d": (lambda: nn.ConvTranspose2d(4, 8, 4, stride=2), (2, 4, 8, 8)),
     "LSTM": (lambda: nn.LSTM(16, 8, 2, batch_first=True), (2, 5, 16)),
     "GRU": (lambda: nn.GRU(16, 8, bidirectional=True), (5, 2, 16)),
     "RNN": (lambda: nn.RNN(16, 8, 2), (5, 2, 16)),

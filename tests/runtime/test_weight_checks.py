@@ -30,6 +30,8 @@ KINDS = {
     "Linear": (lambda: nn.Sequential(nn.Linear(16, 32)), (4, 16)),
     "Conv1d": (lambda: nn.Sequential(nn.Conv1d(4, 8, 3)), (2, 4, 16)),
     "Conv2d": (lambda: nn.Sequential(nn.Conv2d(4, 8, 3, groups=2)), (2, 4, 8, 8)),
+    "Conv3d": (lambda: nn.Sequential(nn.Conv3d(4, 8, 3)), (2, 4, 4, 5, 6)),
+    "ConvTranspose2d": (lambda: nn.Sequential(nn.ConvTranspose2d(4, 8, 3)), (2, 4, 8, 8)),
     "channels_last": (lambda: nn.Sequential(nn.Conv2d(4, 8, 3).to(memory_format=torch.channels_last)), (2, 4, 8, 8)),
     "LSTM": (lambda: nn.Sequential(nn.LSTM(16, 8, 2, bidirectional=True, proj_size=4)), (5, 2, 16)),
     "GRU": (lambda: nn.Sequential(nn.GRU(16, 8)), (5, 2, 16)),

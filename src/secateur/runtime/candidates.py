@@ -9,21 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from secateur import anatomy
-from secateur.runtime import attention, cells, convolutions, linears, recurrences, semi_structured
+from secateur.runtime import attention, cells, convolutions, linears, recurrences, semi_structured, transposed
 from secateur.runtime.kernel_plans import LayerPlan
 from secateur.runtime.swapping import KINDS, SPARSE_ENOUGH, Sparse, Swapped, swap, zero_share
 from secateur.support.tables import percent
 
 __all__: list[str] = []  # reached through secateur.accelerate alone
 
-_ROOMS = (
-    linears,
-    convolutions,
-    recurrences,
-    cells,
-    attention,
-    semi_structured,
-)  # importing them registers what they hold
+_ROOMS = (linears, convolutions, transposed, recurrences, cells, attention, semi_structured)  # each registers its own
 
 
 def survey(model: nn.Module) -> Iterator[LayerPlan]:

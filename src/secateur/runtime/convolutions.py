@@ -1,4 +1,8 @@
-"""Sparse Conv1d and Conv2d with zero padding: stride, dilation and groups as they are."""
+"""Sparse Conv1d, Conv2d and Conv3d with zero padding: stride, dilation and groups as they are.
+
+A signal is an image of one row. Of a volume, each place along the depth is an image that has the depth taps of the
+kernel for channels.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +22,7 @@ __all__: list[str] = []  # reached through secateur.accelerate alone
 
 
 class _SparseConvolution(Sparse):
-    """What both share: a signal is an image of one row."""
+    """What all share."""
 
     packed_weight: Tensor
     weight: Tensor
@@ -38,13 +42,16 @@ class _SparseConvolution(Sparse):
         return _pixels(self._image(input), self)
 
     def forward(self, input: Tensor) -> Any:
-        """As the plain class: [batch, in, height, width] or [batch, in, length], or without the batch."""
+        """As the plain class: [batch, in, (depth, height,) width], or without the batch."""
         usable = self._traceable(input) if torch.compiler.is_compiling() else self._ready(input)
-        if not usable or input.dim() not in (self._single, self._single + 1):
+        if not usable or input.dim() not in (self._single, self._single + 1) or not self._fits(input):
             return super().forward(input)
-        out = _convolve(self, self._image(input))
-        out = out if self._single == 3 else out.squeeze(2)
+        out = self._result(_convolve(self, self._image(input)), input)
         return out[0] if input.dim() == self._single else out
+
+    def _fits(self, input: Tensor) -> bool:
+        """Whether an input can be made an image; if not, torch says why."""
+        return True
 
     @property
     def _single(self) -> int:
@@ -55,6 +62,10 @@ class _SparseConvolution(Sparse):
         """[batch, in, height, width]"""
         batch = input[None] if input.dim() == self._single else input
         return batch if self._single == 3 else batch.unsqueeze(2)
+
+    def _result(self, image: Tensor, input: Tensor) -> Tensor:
+        """[batch, out, ...] from the image that was computed."""
+        return image if self._single == 3 else image.squeeze(2)
 
 
 @sparse
@@ -71,6 +82,39 @@ class SparseConv1d(_SparseConvolution, nn.Conv1d):
     plain = nn.Conv1d
 
 
+@sparse
+class SparseConv3d(_SparseConvolution, nn.Conv3d):
+    """An nn.Conv3d with packed weights; what it gives is contiguous."""
+
+    plain = nn.Conv3d
+
+    def _fits(self, input: Tensor) -> bool:
+        before, after, reach = self._along_depth()
+        return input.shape[-4] == self.in_channels and input.shape[-3] + before + after >= reach
+
+    def _image(self, input: Tensor) -> Tensor:
+        """[batch * depth of the output, in * depth taps, height, width]"""
+        batch = input[None] if input.dim() == self._single else input
+        before, after, reach = self._along_depth()
+        if before or after:
+            batch = F.pad(batch, (0, 0, 0, 0, before, after))
+        windows = batch.unfold(2, reach, self.stride[0])[..., :: self.dilation[0]]
+        return windows.permute(0, 2, 1, 5, 3, 4).flatten(2, 3).flatten(0, 1)
+
+    def _result(self, image: Tensor, input: Tensor) -> Tensor:
+        before, after, reach = self._along_depth()
+        depth = (input.shape[-3] + before + after - reach) // self.stride[0] + 1
+        return image.view(-1, depth, *image.shape[1:]).transpose(1, 2).contiguous()
+
+    def _along_depth(self) -> tuple[int, int, int]:
+        """Padding at both ends of the depth, and how far the taps reach."""
+        reach = self.dilation[0] * (self.kernel_size[0] - 1) + 1
+        if isinstance(self.padding, str):
+            total = 0 if self.padding == "valid" else reach - 1
+            return total // 2, total - total // 2, reach
+        return self.padding[0], self.padding[0], reach
+
+
 def _spread(
     kernel_size: tuple[int, ...], stride: tuple[int, ...], padding: str | tuple[int, ...], dilation: tuple[int, ...]
 ) -> tuple[tuple[int, ...], ...]:
@@ -85,7 +129,8 @@ def _spread(
 
 
 def _two(values: tuple[int, ...], fill: int) -> tuple[int, ...]:
-    return (fill, *values) if len(values) == 1 else values
+    """Those for height and width, of one, two or three dimensions."""
+    return (fill, *values)[-2:]
 
 
 _remembered = functools.cache(_spread)
@@ -104,7 +149,8 @@ def _convolve(layer: Any, image: Tensor) -> Tensor:
     stride, padding, more, dilation = spread(layer.kernel_size, layer.stride, layer.padding, layer.dilation)
     if any(more):
         image = F.pad(image, (0, more[1], 0, more[0]))
-    weight = layer.weight if layer.weight.dim() == 4 else layer.weight.unsqueeze(2)
+    weight = layer.weight.unsqueeze(2) if layer.weight.dim() == 3 else layer.weight
+    weight = weight.flatten(1, 2) if weight.dim() == 5 else weight
     run = torch.ops.secateur.conv2d if compiling else products.conv2d
     found: Tensor = run(
         image, weight, layer.packed_weight, layer.bias, stride, padding, dilation, layer.groups, layer._choices

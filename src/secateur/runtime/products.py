@@ -145,21 +145,38 @@ def conv2d(
     choices: int,
 ) -> Tensor:
     """`F.conv2d(x, weight, bias, ...)`; x: float32 [batch, channels, height, width]; gives it contiguous."""
+    found = convolved(x, tuple(weight.shape), packed, bias, (stride, padding, dilation), groups, choices)
+    return F.conv2d(x, weight, bias, stride, padding, dilation, groups) if found is None else found
+
+
+def convolved(
+    x: Tensor,
+    shape: tuple[int, ...],
+    packed: Tensor,
+    bias: Tensor | None,
+    steps: tuple[Sequence[int], Sequence[int], Sequence[int]],
+    groups: int,
+    choices: int,
+) -> Tensor | None:
+    """A sparse `F.conv2d` of a weight of this shape; None where dense has to do it.
+
+    Args:
+        steps: stride, padding and dilation.
+    """
     lib, sizes = native.library(), x.shape
-    geometry, (out_h, out_w) = _geometry(tuple(sizes), tuple(weight.shape), stride, padding, dilation)
+    geometry, (out_h, out_w) = _geometry(tuple(sizes), shape, *steps)
     pixels = sizes[0] * out_h * out_w
-    fits = pixels > 0 and out_h > 0 and sizes[1] == weight.shape[1] * groups
+    fits = pixels > 0 and out_h > 0 and sizes[1] == shape[1] * groups
     if lib is None or not fits or not choices >> bucket(pixels) & 1:
-        return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+        return None
     x = x.contiguous()
     try:
         source = x.data_ptr()
-        fits = not choices & CHECKED or finite(x)
+        if choices & CHECKED and not finite(x):
+            return None
     except RuntimeError:  # under vmap
-        fits = False
-    if not fits:
-        return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
-    out = x.new_empty(sizes[0], weight.shape[0], out_h, out_w)
+        return None
+    out = x.new_empty(sizes[0], shape[0], out_h, out_w)
     offset = None if bias is None else bias.data_ptr()
     threads = torch.get_num_threads()
     failed = lib.secateur_conv2d(packed.data_ptr(), source, geometry, offset, out.data_ptr(), threads)
