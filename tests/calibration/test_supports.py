@@ -27,12 +27,13 @@ def drawn(shape, seed, levels):
 def brute(scores, weights, zeros, units):
     """Level by level: each unit may have one more, those with the highest scores first."""
     alive = (weights != 0).view(units, -1)
-    ranks = scores.reshape(units, -1).masked_fill(~alive, -math.inf)
-    orders = [sorted(range(ranks.shape[1]), key=lambda i: (ranks[u, i], i), reverse=True) for u in range(units)]
+    ranks = scores.reshape(units, -1).masked_fill(~alive, -math.inf).tolist()
+    orders = [sorted(range(len(own)), key=lambda i: (own[i], i), reverse=True) for own in ranks]
+    has = alive.sum(1).tolist()
     kept, left = torch.zeros_like(alive), min(scores.numel() - zeros, int(alive.sum()))
-    for place in range(ranks.shape[1]):
-        able = [u for u in range(units) if place < int(alive[u].sum())]
-        able.sort(key=lambda u: (ranks[u, orders[u][place]], u), reverse=True)
+    for place in range(max(has)):
+        able = [u for u in range(units) if place < has[u]]
+        able.sort(key=lambda u: (ranks[u][orders[u][place]], u), reverse=True)
         for u in able[:left]:
             kept[u, orders[u][place]] = True
         left -= min(left, len(able))
