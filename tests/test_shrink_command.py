@@ -227,3 +227,35 @@ def test_a_config_that_transformers_does_not_know(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(InputError, match=r"does not know the config\.json"):
         class_of(tmp_path)
+
+
+@pytest.mark.parametrize("spelling", ["w.safetensors", "./w.safetensors", "sub/../w.safetensors", "link.safetensors"])
+@pytest.mark.parametrize("command", ["prune", "shrink"])
+def test_the_weights_are_never_written_over(place, tmp_path, command, spelling):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "link.safetensors").symlink_to("w.safetensors")
+    save_file(nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2)).state_dict(), tmp_path / "w.safetensors")
+    before = (tmp_path / "w.safetensors").read_bytes()
+    more = ["--input", "2x8"] if command == "shrink" else ["--data", place.replace("mlp", "batches")]
+    words = [command, place, "--weights", "w.safetensors", *more, "--sparsity", "0.5", "-o", spelling]
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 2
+    assert "the source is never touched: give another place" in result.output
+    assert (tmp_path / "w.safetensors").read_bytes() == before
+
+
+def test_nor_is_a_shard_of_them_nor_a_folder(place, tmp_path):
+    state = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2)).state_dict()
+    (tmp_path / "shards").mkdir()
+    save_file(state, tmp_path / "one.safetensors")
+    (tmp_path / "shards/part.safetensors").symlink_to(tmp_path / "one.safetensors")
+    index = {"weight_map": dict.fromkeys(state, "part.safetensors")}
+    (tmp_path / "shards/model.safetensors.index.json").write_text(json.dumps(index))
+    for weights in ("shards", "shards/model.safetensors.index.json"):
+        for out in ("one.safetensors", "shards/part.safetensors"):
+            with pytest.raises(InputError, match="the source is never touched: give another place"):
+                run(place, ["2x8"], weights=tmp_path / weights, out=tmp_path / out, sparsity=0.5)
+    (tmp_path / "one.safetensors").unlink()
+    for out in ("shards", "shards/small"):
+        with pytest.raises(InputError, match="the source is never touched: give another place"):
+            run(None, [], hf=tmp_path / "shards", out=tmp_path / out, sparsity=0.5)

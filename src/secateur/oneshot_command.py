@@ -17,12 +17,12 @@ from secateur.calibration.contest import Pruned
 from secateur.errors import InputError
 from secateur.runtime.bench import model_of, named
 from secateur.scope import weights as weights_of
-from secateur.shrink_command import class_of
+from secateur.shrink_command import class_of, require_target
 from secateur.storage import load, save, save_pretrained
 from secateur.storage.coding import STEPS
 from secateur.storage.pretrained import load_pretrained
 from secateur.support import checks
-from secateur.support.files import replacing, replacing_folder, require_file, require_place
+from secateur.support.files import replacing, replacing_folder, require_file
 from secateur.support.tables import Table
 
 _AT_ONCE = 16  # texts
@@ -131,11 +131,7 @@ def run(
             clear which model or data is meant. WriteError: `out` cannot be written.
     """
     if out is not None:
-        require_place(out)
-        if source.hf is not None and out.exists():
-            raise InputError(f"{out} is there already: give a new folder")
-        if source.hf is None and out.suffix != ".safetensors":
-            raise InputError(f"{out} is no name of a .safetensors file: give one, such as pruned.safetensors")
+        require_target(out, source.hf, source.weights)
     model = source.model().eval()
     only, skip = chosen
     scope = weights_of(model, only=list(only) or None, skip=list(skip))

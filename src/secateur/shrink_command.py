@@ -16,7 +16,8 @@ from typing_extensions import Unpack
 from secateur.errors import InputError, InputTypeError, UnknownNameError
 from secateur.runtime.bench import input_of, model_of
 from secateur.storage import load, shrink_checkpoint
-from secateur.storage.checkpoints import opened
+from secateur.storage.checkpoints import INDEX, opened
+from secateur.storage.conversion import refuse_same
 from secateur.storage.pretrained import load_pretrained
 from secateur.structure import Options, Plan, propose
 from secateur.support.files import replacing, replacing_folder, require_file, require_place
@@ -82,11 +83,7 @@ def run(
     if (target is None) == (hf is None):
         raise InputError("it is not clear which model is meant: give either MODULE:FACTORY or --hf FOLDER")
     if out is not None:
-        require_place(out)
-        if hf is not None and out.exists():
-            raise InputError(f"{out} is there already: give a new folder")
-        if hf is None and out.suffix != ".safetensors":
-            raise InputError(f"{out} is no name of a .safetensors file: give one, such as small.safetensors")
+        require_target(out, hf, weights)
     model: Any
     if hf is not None:
         model = load_pretrained(hf, class_of(hf))
@@ -146,6 +143,28 @@ def _config(folder: Path, plan: Plan) -> Any:
 
 def _count(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
+
+
+def require_target(out: Path, hf: Path | None, weights: Path | None) -> None:
+    """See that a model of a folder, or one that is filled with weights, can be written to `out`.
+
+    Raises:
+        InputError: it is there already, no .safetensors file, or a source. WriteError: it cannot be written.
+    """
+    require_place(out)
+    if hf is not None:
+        refuse_same(hf, out)
+        if out.exists():
+            raise InputError(f"{out} is there already: give a new folder")
+        return
+    if out.suffix != ".safetensors":
+        raise InputError(f"{out} is no name of a .safetensors file: give one, such as small.safetensors")
+    if weights is None:
+        return
+    refuse_same(weights, out)
+    if weights.is_dir() or weights.name.endswith(INDEX):
+        for shard in opened(weights).shards:  # which may be links to files elsewhere
+            refuse_same(shard.file, out)
 
 
 def class_of(folder: Path) -> Any:

@@ -192,12 +192,12 @@ def target_of(checkpoint: Checkpoint, dst: StrPath, rename: Callable[[str], str]
                 raise InputError(f"{shard.file} leads out of its folder: copy the file there in place of the link")
     if checkpoint.index is None and not (source.is_dir() and target.suffix != _ENDING):
         target = packed_name(target)
-        _refuse_same(first.file, target)
+        refuse_same(first.file, target)
         require_place(target)
         return _Target(target)
     if target.suffix == _ENDING and not target.is_file():  # what is one is refused below
         raise InputError(f"{target}: the source is a folder of several files, so give the name of a folder")
-    _refuse_same(folder, target)
+    refuse_same(folder, target)
     beside, left_out = _beside(folder, checkpoint)
     sources = [*(shard.file for shard in checkpoint.shards), *filter(None, [checkpoint.index])]
     made: dict[Path, Path] = {}
@@ -260,7 +260,12 @@ def _contents(
     return Contents(str(dst), tuple(tensors), size, said, sum(t.nbytes for t in checkpoint.tensors.values()))
 
 
-def _refuse_same(source: Path, target: Path) -> None:
+def refuse_same(source: Path, target: Path) -> None:
+    """See that a target is not a source, by whatever name, and does not lie in it.
+
+    Raises:
+        InputError: it is, or does.
+    """
     source, resolved = Path(os.path.realpath(source)), Path(os.path.realpath(target))  # resolve() stumbles over loops
     if resolved == source or (source.is_dir() and source in resolved.parents):
         raise InputError(f"{target} is the source, or lies in it, and the source is never touched: give another place")
