@@ -129,7 +129,9 @@ def test_recurrent_modules_of_which_a_part_is_pruned():
 
 
 def test_what_cannot_be_done():
-    with pytest.raises(InputError, match="'sensitivity', which looks at the whole model: choose 'uniform'"):
+    with pytest.raises(
+        InputError, match="'sensitivity', which looks at the whole model: choose global, uniform, erk, lamp, or"
+    ):
         pruned(Task(0.5, allocation="sensitivity"))
     with pytest.raises(InputError, match=r"no solver named 'alp': choose .*alps"):
         pruned(Task(0.5, solver="alp"))

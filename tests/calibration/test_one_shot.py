@@ -369,3 +369,28 @@ def test_block_by_block_with_padding_of_a_torch_transformer():
     fast_path = torch.backends.mha.get_fastpath_enabled()
     masks = sc.oneshot(model, batches, 0.5, sequential=True)
     assert (masks.pruned, torch.backends.mha.get_fastpath_enabled()) == (masks.size // 2, fast_path)
+
+
+def test_an_unknown_allocation_is_told_all_that_there_are(dense, stats):
+    with pytest.raises(InputError, match="choose global, uniform, erk, lamp, sensitivity, or a function"):
+        sc.oneshot(dense, stats, 0.5, allocation="sensitive")
+    with pytest.raises(InputError, match="choose global, uniform, erk, lamp, or a function"):
+        sc.oneshot(dense, [inputs(8, 12)], 0.5, allocation="sensitive", sequential=True)
+
+
+@pytest.mark.filterwarnings("ignore:no blocks were found")
+@pytest.mark.parametrize("sequential", [False, True])
+def test_the_table_tells_what_whole_groups_miss(sequential):
+    torch.manual_seed(0)
+    model, batches = nn.Linear(12, 7), [torch.randn(40, 12) for _ in range(4)]
+    stats = batches if sequential else sc.calibrate(model, batches)
+    masks = sc.oneshot(model, stats, 0.5, pattern="rows", sequential=sequential)
+    assert (masks.asked, masks.pruned) == (42, 48)
+    assert "6 weights more than asked: those of a group of the pattern go together" in str(masks)
+    assert "than asked" not in str(sc.oneshot(nn.Linear(12, 7), batches, 0.5, sequential=True))
+
+
+@pytest.mark.filterwarnings("ignore:no blocks were found")
+def test_block_by_block_has_no_column_of_what_is_not_known():
+    masks = sc.oneshot(nn.Linear(12, 7), [torch.randn(40, 12)] * 2, 0.5, sequential=True)
+    assert list(masks.table().header) == ["weights", "zeros", "sparsity"]

@@ -66,11 +66,23 @@ def test_every_damaged_file_says_what_to_do(tmp_path, name, content):
 
 def test_another_run_is_refused(tmp_path):
     RunFolder(tmp_path, {"settings": 1, "model": "a", "batches": "b"}).finish(0)
-    with pytest.raises(InputError, match="of which settings and model were other: give another folder"):
+    with pytest.raises(InputError, match="another run, with other settings and of another model: give another folder"):
         RunFolder(tmp_path, {"settings": 2, "model": "c", "batches": "b"})
     (tmp_path / "run.json").write_text("[]")
     with pytest.raises(FileError, match=r"run.json is damaged .*give another folder"):
         RunFolder(tmp_path, {})
+
+
+def test_the_settings_that_differ_are_named(tmp_path):
+    settings = {"solver": "alps", "sparsity": 0.8, "zeros": {"a": 8, "b": 8}}
+    RunFolder(tmp_path, {"settings": settings}).finish(0)
+    found = r"with other settings \(solver: asked wanda, there alps; sparsity: asked 0.7, there 0.8\): give another"
+    with pytest.raises(InputError, match=found):
+        RunFolder(tmp_path, {"settings": {"solver": "wanda", "sparsity": 0.7, "zeros": {"a": 7, "b": 7}}})
+    with pytest.raises(InputError, match=r"\(zeros of b: asked 7, there 8\): give another folder"):
+        RunFolder(tmp_path, {"settings": {**settings, "zeros": {"a": 8, "b": 7}}})
+    with pytest.raises(InputError, match=r"\(more: asked 1, there none\): give another folder"):
+        RunFolder(tmp_path, {"settings": {**settings, "more": 1}})
 
 
 def test_batches_are_told_from_one_another():

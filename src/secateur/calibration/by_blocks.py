@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur import plan
-from secateur.allocation import Allocation, Rule
+from secateur.allocation import ALLOCATIONS, Allocation, Rule
 from secateur.calibration import sequential
 from secateur.calibration.listening import Listener
 from secateur.calibration.matrices import Draft, Matrix, complete, matrices, require_whole, shared
@@ -29,6 +29,9 @@ from secateur.sparsity import Sparsity
 from secateur.support import checks
 from secateur.support.files import StrPath
 from secateur.support.tables import counted
+
+SENSITIVITY = "sensitivity"
+"""The allocation that is measured in the whole model."""
 
 
 @dataclass(frozen=True)
@@ -47,10 +50,16 @@ class Task:
     allocation: str | Allocation | Rule = "uniform"
     pattern: str | Pattern | None = None
 
-    def told(self, counts: Mapping[str, int]) -> dict[str, object]:
+    def planned(self, model: nn.Module, scope: Mapping[str, nn.Parameter] | None) -> plan.Plan:
+        """The choices, checked against a model."""
+        given: Any = {"allocation": self.allocation, "pattern": self.pattern, "scope": scope}
+        return plan.make(model, self.sparsity, score="magnitude", **given)
+
+    def told(self, counts: Mapping[str, int], weights: int) -> dict[str, object]:
         """As JSON holds it, so that another task is told from this one."""
         solver = self.solver if isinstance(self.solver, str) else getattr(self.solver, "__qualname__", "")
-        return {"solver": solver, "pattern": str(self.pattern), "zeros": dict(counts)}
+        share = round(sum(counts.values()) / max(weights, 1), 6)
+        return {"solver": solver, "pattern": str(self.pattern), "sparsity": share, "zeros": dict(counts)}
 
 
 def prune_by_blocks(
@@ -117,21 +126,20 @@ def pruned_by_blocks(
 ) -> Iterator[tuple[Masks, dict[str, Tensor]]]:
     """As `prune_by_blocks`, but the model is pruned within the context only; yields masks and weights, by name."""
     checks.flag("progress", progress)
-    if isinstance(task.allocation, str) and task.allocation == "sensitivity":
+    if isinstance(task.allocation, str) and task.allocation == SENSITIVITY:
         raise InputError(
-            "allocation is 'sensitivity', which looks at the whole model: choose 'uniform', 'erk' or {glob: fraction} "
-            "with sequential, or leave that out"
+            f"allocation is {SENSITIVITY!r}, which looks at the whole model: choose "
+            f"{', '.join(ALLOCATIONS.written())}, or {ALLOCATIONS.otherwise}, or give {{glob: fraction}} as the "
+            "sparsity; or leave sequential out"
         )
     inner = unwrap(model)
-    made = plan.make(
-        inner, task.sparsity, score="magnitude", allocation=task.allocation, pattern=task.pattern, scope=scope
-    )
+    made = task.planned(inner, scope)
     require_whole(made.scope)
     masks = made.masks(made.counts())
     solver = fast if task.solver is fast else resolve(task.solver)
     way = ways(solver, "fast" if solver is fast else "full", looped=True)[0]
     solve = _BlockSolver(inner, masks, made.pattern, way)
-    settings = task.told(masks.counts())
+    settings = task.told(masks.counts(), masks.size)
     pruned = Scope({name: made.scope.members[name] for name in masks}, {}, made.scope.parameters)
     running = sequential.pruned(
         inner, batches, solve, scope=pruned, settings=settings, folder=folder, progress=progress

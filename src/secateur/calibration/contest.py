@@ -26,11 +26,13 @@ class Pruned(Masks, Printed):
         tried: the ways that were tried, and how true the model is with each on the batches to check on: the mean
             cosine between its outputs and the dense model's, or the user's metric.
         way: the one that was taken.
+        asked: how many weights were to go; under a pattern others may, since its groups go whole. None if not known.
     """
 
     losses: Mapping[str, tuple[int, int, float]]
     tried: Mapping[str, float]
     way: str
+    asked: int | None = None
 
     @classmethod
     def of(cls, masks: Masks, solutions: Sequence[Solution], tried: Mapping[str, float], way: str) -> Pruned:
@@ -50,19 +52,25 @@ class Pruned(Masks, Printed):
 
     def table(self) -> Table:
         """One row a matrix: its zeros, and what they cost; then the ways that were tried."""
-        rows = [
+        rows: list[tuple[str, ...]] = [
             (names, number(zeros), percent(zeros / max(size, 1)), percent(loss))
             for names, (zeros, size, loss) in self.losses.items()
         ]
         if not rows:  # block by block, where no output of the dense model is kept to compare with
             sizes = {name: self.shape(name).numel() for name in self}
             zeros = self.counts()
-            rows = [(name, number(zeros[name]), percent(zeros[name] / max(n, 1)), "") for name, n in sizes.items()]
+            rows = [(name, number(zeros[name]), percent(zeros[name] / max(n, 1))) for name, n in sizes.items()]
         notes = [f"{way}: {found:.4f}{' (taken)' if way == self.way else ''}" for way, found in self.tried.items()]
         if len(self.tried) > 1 and len({*self.tried.values()}) == 1:
             notes.append(f"all of these are equal, so that none is better: {self.way} is the first of them")
+        if missed := self.pruned - (self.pruned if self.asked is None else self.asked):
+            less = "fewer" if missed < 0 else "more"
+            notes.append(
+                f"{counted(abs(missed), 'weight')} {less} than asked: those of a group of the pattern go together"
+            )
         title = f"{number(self.pruned)} of {counted(self.size, 'weight')} pruned, {percent(self.sparsity)}"
-        return Table(("weights", "zeros", "sparsity", "output lost"), rows, title, notes)
+        header = ("weights", "zeros", "sparsity", "output lost")
+        return Table(header[: len(rows[0])] if rows else header, rows, title, notes)
 
 
 def _rows(part: Matrix) -> str:

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from secateur import plan
-from secateur.allocation import Allocation, Rule
+from secateur.allocation import ALLOCATIONS, Allocation, Rule
 from secateur.calibration import levels
-from secateur.calibration.by_blocks import Task, prune_by_blocks
+from secateur.calibration.by_blocks import SENSITIVITY, Task, prune_by_blocks
 from secateur.calibration.contest import Contest, Judge, Pruned
 from secateur.calibration.matrices import Draft, Matrix, masked, matrices, opened, shared
 from secateur.calibration.solvers.base import Select, Solver, resolve
@@ -22,6 +22,7 @@ from secateur.calibration.trials import Evaluate
 from secateur.calibration.ways import Effort, Solution, Solutions, fast, loops, ways
 from secateur.errors import InputError
 from secateur.patterns import Pattern
+from secateur.scope import unwrap
 from secateur.sparsity import Sparsity
 from secateur.support import checks
 from secateur.support.files import StrPath
@@ -90,7 +91,9 @@ def oneshot(
     if solver is not None and effort == "fast":
         raise InputError("effort is 'fast', which is a way of its own without a solver: leave out effort or solver")
     solver = "alps" if solver is None else solver
-    solve, measured = resolve(solver), allocation == "sensitivity"
+    solve, measured = resolve(solver), isinstance(allocation, str) and allocation == SENSITIVITY
+    if isinstance(allocation, str) and not measured and allocation not in ALLOCATIONS:
+        raise ALLOCATIONS.unknown(allocation, more=() if sequential is not False else (SENSITIVITY,))
     if sequential is not False:
         task = Task(sparsity, fast if effort == "fast" else solver, allocation, pattern)
         return _by_blocks(model, stats, task, scope, evaluate, sequential, progress)
@@ -129,6 +132,7 @@ def oneshot(
             zeros = _by_sensitivity(zeros, Judge(inner, some, made.scope, evaluate), select, advance)
             contest.enter(way._replace(name=f"{way.name}, by sensitivity"), solutions(zeros).of(way))
     found = contest.result(made.scope)
+    found.asked = sum(made.counts())
     contest.draft.write(made.scope)
     return found
 
@@ -148,7 +152,9 @@ def _by_blocks(
         raise checks.wrong("stats", batches, "the batches themselves with sequential")
     folder = None if sequential is True else checks.path("sequential", sequential)
     masks = prune_by_blocks(model, batches, task, scope=scope, folder=folder, progress=progress)
-    return Pruned.of(masks, [], {}, "block by block")
+    found = Pruned.of(masks, [], {}, "block by block")
+    found.asked = sum(task.planned(unwrap(model), scope).counts())
+    return found
 
 
 def _require_measurable(pattern: Pattern | None, judge: Judge) -> None:

@@ -24,6 +24,7 @@ from secateur.support.files import refusals, replacing
 from secateur.support.inputs import Arguments
 
 _FORMAT = "secateur.sequential 1"
+_OTHER = {"model": "of another model", "format": "of another version of secateur"}
 _NOTES, _INPUTS, _SECTIONS = "run.json", "inputs", "sections"
 
 
@@ -184,13 +185,32 @@ class RunFolder:
             done, told = int(read.pop("done")), dict(read)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise FileError(f"{notes} is damaged ({error!r}): remove {self.folder}, or give another folder") from error
-        differ = [key for key, value in self._told.items() if told.get(key) != json.loads(json.dumps(value))]
-        if differ:
+        asked: dict[str, object] = json.loads(json.dumps(self._told))
+        differ = [_difference(key, value, told.get(key)) for key, value in asked.items()]
+        if any(differ):
             raise InputError(
-                f"{self.folder} holds a run of which {' and '.join(differ)} {'was' if len(differ) == 1 else 'were'} "
-                "other: give another folder, or remove it"
+                f"{self.folder} holds another run, {' and '.join(filter(None, differ))}: give another folder, or "
+                "remove it"
             )
         return done
+
+
+def _difference(key: str, asked: object, there: object) -> str:
+    """What another run has in place of what is asked, in words; empty if it is the same."""
+    if not (isinstance(asked, dict) and isinstance(there, dict)):
+        return "" if asked == there else _OTHER.get(key, f"with other {key}")
+    names = dict.fromkeys([*asked, *there])
+    other = {one: (asked.get(one, "none"), there.get(one, "none")) for one in names if asked.get(one) != there.get(one)}
+    told = [_setting(name, *values) for name, values in other.items() if name != "zeros" or "sparsity" not in other]
+    return f"with other {key} ({'; '.join(told)})" if told else ""
+
+
+def _setting(name: str, asked: object, there: object) -> str:
+    """How two runs differ in one setting; in one that has a value for each tensor, in the first of these."""
+    if isinstance(asked, dict) and isinstance(there, dict):
+        first = next(one for one in (*asked, *there) if asked.get(one) != there.get(one))
+        name, asked, there = f"{name} of {first}", asked.get(first, "none"), there.get(first, "none")
+    return f"{name}: asked {asked}, there {there}"
 
 
 def digest(tensors: Iterable[tuple[str, Tensor]], words: str = "") -> str:

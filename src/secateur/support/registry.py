@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -83,10 +83,12 @@ class Registry(Mapping[str, Choice[T]], Generic[T]):
             raise InputError(f"{self.kind} {name!r} needs more than its name: write {self.kind}={choice.call}")
         return choice.value
 
-    def unknown(self, name: str, where: str = "", among: Callable[[T], bool] = lambda value: True) -> InputError:
-        """Word the error for a name that is not there: the choices, those for which `among` holds."""
+    def unknown(
+        self, name: str, where: str = "", among: Callable[[T], bool] = lambda value: True, more: Sequence[str] = ()
+    ) -> InputError:
+        """Word the error for a name that is not there: the choices, those for which `among` holds, and some more."""
         otherwise = f", or {self.otherwise}" if self.otherwise and not where else ""
-        listed = ", ".join(self.written(among))
+        listed = ", ".join([*self.written(among), *more])
         return InputError(f"no {self.kind} named {name!r}{where}: choose {listed}{otherwise}")
 
     def written(self, among: Callable[[T], bool] = lambda value: True) -> list[str]:
