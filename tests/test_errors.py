@@ -43,6 +43,14 @@ def test_each_is_also_a_built_in(name, built_in):
     assert str(again) == "what"
 
 
+@pytest.mark.parametrize("name", TREE)
+def test_a_remedy_for_python_alone_ends_the_message(name):
+    error = getattr(errors, name)("ask for less", in_python=", or say so=True\x07")
+    again = pickle.loads(pickle.dumps(error))
+    assert str(error) == str(again) == r"ask for less, or say so=True\x07"
+    assert str(again).removesuffix(again.in_python) == "ask for less"
+
+
 def test_unknown_name_prints_no_quotes():
     assert str(UnknownNameError("no 'x'; try 'y'")) == "no 'x'; try 'y'"
     assert str(UnknownNameError()) == ""

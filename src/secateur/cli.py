@@ -43,7 +43,8 @@ class _Group(TyperGroup):
             typer.echo("secateur: there is not enough memory for this: use a machine that has more", err=True)
             raise typer.Exit(2) from None
         except (SecateurError, OSError) as error:
-            typer.echo(f"secateur: {_sentence(str(error))}", err=True)
+            told = str(error).removesuffix(getattr(error, "in_python", ""))
+            typer.echo(f"secateur: {_sentence(told)}", err=True)
             raise typer.Exit(2) from None
 
 
@@ -119,10 +120,17 @@ class _Prune(TyperCommand):
     def format_help(self, ctx: Any, formatter: Any) -> None:
         from secateur import allocation, patterns
 
-        choices = {"allocation": allocation.names_for_files(), "pattern": patterns.names_for_files()}
+        more = "sensitivity"  # which is no rule of its own: oneshot measures it
+        choices = {
+            "allocation": (allocation.names_for_files(), [*allocation.ALLOCATIONS.written(), more]),
+            "pattern": (patterns.names_for_files(), patterns.PATTERNS.written()),
+        }
         for option in self.params:
             if option.name in choices:
-                option.help = f"{', '.join(choices[option.name])}. {getattr(option, 'help', '')}"  # type: ignore[attr-defined]
+                files, every = choices[option.name]
+                others = ", ".join(name for name in every if name not in files)
+                listed = f"{', '.join(files)}{'; with data also ' if others else ''}{others}"
+                option.help = f"{listed}. {getattr(option, 'help', '')}"  # type: ignore[attr-defined]
         super().format_help(ctx, formatter)
 
 

@@ -28,10 +28,16 @@ from collections.abc import Iterable, Sequence
 
 
 class SecateurError(Exception):
-    """The base of all errors that secateur raises on purpose; control characters in its message are escaped."""
+    """The base of all errors that secateur raises on purpose; control characters in its message are escaped.
 
-    def __init__(self, *args: object) -> None:
-        super().__init__(*(printable(arg) if isinstance(arg, str) else arg for arg in args))
+    Args:
+        in_python: the end of the message, a remedy that is for Python only: the command line leaves it out.
+    """
+
+    def __init__(self, *args: object, in_python: str = "") -> None:
+        self.in_python = printable(in_python)
+        told = [f"{args[0]}{in_python}", *args[1:]] if in_python else args
+        super().__init__(*(printable(arg) if isinstance(arg, str) else arg for arg in told))
 
 
 class InputError(SecateurError, ValueError):

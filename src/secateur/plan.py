@@ -147,8 +147,8 @@ def _require_possible(possible: int, count: int, allocation: Allocation, pattern
         spared = f"each tensor keeps at least {allocation.min_keep}"
         spared += ", and the pattern keeps some" if pattern is not None else ""
         raise InputError(
-            f"{count:,} weights cannot be pruned: {spared}, so that at most {possible:,} can; ask for less, or allow "
-            "empty tensors with allocation=sc.allocation.global_(allow_empty=True)"
+            f"{count:,} weights cannot be pruned: {spared}, so that at most {possible:,} can; ask for less",
+            in_python=", or allow empty tensors with allocation=sc.allocation.global_(allow_empty=True)",
         )
 
 

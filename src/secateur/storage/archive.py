@@ -347,7 +347,8 @@ def _targets(model: nn.Module, tensors: Mapping[str, Stored], path: Path, strict
         lacks = f"lacks {missing[0]}; {nearest(missing[0], tensors)}" if missing else ""
         has = f"has {unknown[0]}, which the model does not have; {nearest(unknown[0], places)}" if unknown else ""
         raise UnknownNameError(
-            f"{path} is of another model: it {' and '.join(filter(None, (lacks, has)))}; strict=False loads what fits"
+            f"{path} is of another model: it {' and '.join(filter(None, (lacks, has)))}: give one of this model",
+            in_python="; strict=False loads what fits",
         )
     own = {id(t) for t in (*model.parameters(), *model.buffers())}
     last: dict[int, tuple[str, Tensor]] = {}  # of several names for one place, the last counts, as in torch
