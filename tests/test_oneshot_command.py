@@ -134,6 +134,52 @@ def test_a_folder_and_its_texts(place, tmp_path):
     assert transformers.AutoTokenizer.from_pretrained("small").vocab_size == 13
 
 
+def sizes(**more):
+    return {
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+        "max_position_embeddings": 20,
+        **more,
+    }
+
+
+@pytest.mark.parametrize("kind", ["Bert", "GPT2", "Llama", "XLMRoberta"])
+def test_a_folder_without_a_tokenizer_is_refused(tmp_path, kind):
+    transformers = pytest.importorskip("transformers")
+    config = getattr(transformers, f"{kind}Config")(**sizes(vocab_size=64), bos_token_id=0, eos_token_id=1)
+    getattr(transformers, f"{kind}Model")(config).save_pretrained(tmp_path / "hf")
+    (tmp_path / "texts").write_text("some words\nand others\n")
+    with pytest.raises(InputError, match=r"tokenizer.*: save the tokenizer of the model there with save_pretrained"):
+        run(Source(hf=tmp_path / "hf", texts=tmp_path / "texts"), 0.5)
+
+
+def test_a_tokenizer_of_other_words_is_refused(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a"]))
+    transformers.BertModel(transformers.BertConfig(**sizes(vocab_size=6))).save_pretrained(tmp_path / "hf")
+    transformers.BertTokenizer(str(tmp_path / "vocab.txt")).save_pretrained(tmp_path / "hf")
+    (tmp_path / "texts").write_text("some words\nand others\n")
+    with pytest.raises(InputError, match=r"knows no word of .*texts: save the tokenizer"):
+        run(Source(hf=tmp_path / "hf", texts=tmp_path / "texts"), 0.5)
+
+
+@pytest.mark.parametrize(("kind", "most"), [("Bert", 20), ("Roberta", 18)])
+def test_long_lines_are_cut_to_the_positions_of_the_model(tmp_path, kind, most):
+    transformers = pytest.importorskip("transformers")
+    words = ["[UNK]", "[PAD]", "[CLS]", "[SEP]", "[MASK]", *"abcdefgh"]
+    (tmp_path / "vocab.txt").write_text("\n".join(words))
+    config = getattr(transformers, f"{kind}Config")(**sizes(vocab_size=13), pad_token_id=1)
+    model = getattr(transformers, f"{kind}Model")(config)
+    model.save_pretrained(tmp_path / "hf")
+    transformers.BertTokenizer(str(tmp_path / "vocab.txt")).save_pretrained(tmp_path / "hf")
+    (tmp_path / "texts").write_text("\n".join(" ".join("abcdefgh"[i:] * 9) for i in range(8)))
+    source = Source(hf=tmp_path / "hf", texts=tmp_path / "texts")
+    assert [batch["input_ids"].shape[1] for batch in source.batches(model)] == [most]
+    assert run(source, 0.5, chosen=(("*query*",), ())).masks.sparsity == 0.5
+
+
 def test_a_factory_without_data_is_told_what_is_missing(place):
     result = call("prune", f"{place}:mlp", "--sparsity", 0.5, "-o", "out.safetensors")
     assert result.exit_code == 2
@@ -141,3 +187,22 @@ def test_a_factory_without_data_is_told_what_is_missing(place):
     missing = call("prune", "missing.safetensors", "--sparsity", 0.5, "-o", "out.safetensors")
     assert "--data" not in missing.output
     assert "missing.safetensors" in missing.output
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--sparsity", "1.0"], "ask for less"),
+        (["--sparsity", "0.5", "--weights", "other.safetensors"], "give one of this model"),
+    ],
+)
+def test_a_remedy_is_one_for_the_command_line(place, words, told):
+    save_file({"1.weight": torch.zeros(3)}, "other.safetensors")
+    result = call("prune", f"{place}:mlp", "--data", f"{place}:batches", *words, "--dry-run")
+    assert result.exit_code == 2
+    assert result.output.strip().endswith(told)
+
+
+def test_the_help_lists_what_data_allows():
+    help_ = " ".join(CliRunner().invoke(app, ["prune", "--help"], env={"COLUMNS": "300"}).output.split())
+    assert "global, uniform, erk; with data also lamp, sensitivity." in help_

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ from secateur.support.tables import Table
 
 _AT_ONCE = 16  # texts
 _LONGEST = 512  # tokens of a text
+_VOCABULARIES = ("tokenizer*.json", "tokenizer.model*", "tekken.json", "*.tiktoken")
+_TOKENIZER = "save the tokenizer of the model there with save_pretrained, or give --data MODULE:BATCHES"
 
 
 @dataclass(frozen=True)
@@ -58,8 +61,8 @@ class Source:
             load(self.weights, into=model)
         return model
 
-    def batches(self) -> Iterable[Any]:
-        """The inputs."""
+    def batches(self, model: Any) -> Iterable[Any]:
+        """The inputs of the model."""
         if (self.data is None) == (self.texts is None):
             raise InputError("it is not clear which data is meant: give either --data MODULE:BATCHES or --texts FILE")
         if self.data is not None:
@@ -69,7 +72,7 @@ class Source:
             return made  # type: ignore[no-any-return]
         if self.hf is None:
             raise InputError("--texts are for the tokenizer of --hf FOLDER: give --data MODULE:BATCHES")
-        return _tokens(self.hf, Path(str(self.texts)))
+        return _tokens(self.hf, Path(str(self.texts)), model)
 
 
 @dataclass(frozen=True)
@@ -136,7 +139,7 @@ def run(
     only, skip = chosen
     scope = weights_of(model, only=list(only) or None, skip=list(skip))
     progress = Console(stderr=True).is_terminal
-    stats = calibrate(model, source.batches(), scope=scope, progress=progress)
+    stats = calibrate(model, source.batches(model), scope=scope, progress=progress)
     masks = oneshot(model, stats, sparsity, allocation=allocation, pattern=pattern, scope=scope, progress=progress)
     if out is not None and source.hf is not None:
         _write_folder(model, source.hf, out, pack)
@@ -147,20 +150,47 @@ def run(
     return Done(masks, "" if out is None else str(out))
 
 
-def _tokens(folder: Path, texts: Path) -> list[dict[str, Any]]:
+def _tokens(folder: Path, texts: Path, model: Any) -> list[dict[str, Any]]:
     """The lines of a file, as the tokenizer of a folder reads them."""
-    import transformers  # of the folder, so that it is there
-
     require_file(texts)
     lines = [line.strip() for line in texts.read_text(encoding="utf-8").splitlines() if line.strip()]
     if not lines:
         raise InputError(f"{texts} holds no text: give a file with an example a line")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer = _tokenizer(folder)
+    special = {*tokenizer.all_special_ids}  # the one for what is unknown, too
+    if all(special.issuperset(tokenizer(line, add_special_tokens=False)["input_ids"]) for line in lines):
+        raise InputError(f"the tokenizer of {folder} knows no word of {texts}: {_TOKENIZER}")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    most = min(_LONGEST, tokenizer.model_max_length)
+    most = min(tokenizer.model_max_length, *_positions(model))
     chunks = [lines[i : i + _AT_ONCE] for i in range(0, len(lines), _AT_ONCE)]
     return [dict(tokenizer(one, padding=True, truncation=True, max_length=most, return_tensors="pt")) for one in chunks]
+
+
+def _tokenizer(folder: Path) -> Any:
+    """The tokenizer of a folder; where there is none, transformers would make one that knows no word."""
+    import transformers  # of the folder, so that it is there
+
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    except (ValueError, OSError, ImportError, KeyError) as error:
+        raise InputError(f"transformers reads no tokenizer from {folder} ({error}): {_TOKENIZER}") from error
+    names = [*tokenizer.vocab_files_names.values()]  # none where letters are tokens
+    there = [path.name for path in folder.iterdir() if path.name != "tokenizer_config.json"]
+    if names and not any(name in names or any(fnmatch(name, glob) for glob in _VOCABULARIES) for name in there):
+        raise InputError(f"{folder} has no tokenizer, which is in {' and '.join(names)}: {_TOKENIZER}")
+    return tokenizer
+
+
+def _positions(model: Any) -> Iterator[int]:
+    """How many tokens of a text are read, by us and by the model."""
+    yield _LONGEST
+    config = model.config.get_text_config()
+    told = (getattr(config, name, None) for name in ("max_position_embeddings", "n_positions", "max_seq_len"))
+    yield from (most for most in told if isinstance(most, int) and most > 0)
+    for name, table in model.named_modules():  # RoBERTa and its kin count from behind the position of padding
+        if name.endswith("position_embeddings") and getattr(table, "padding_idx", None) is not None:
+            yield table.num_embeddings - table.padding_idx - 1
 
 
 def _write_file(model: nn.Module, out: Path) -> None:
