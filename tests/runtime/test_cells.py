@@ -118,6 +118,34 @@ def test_what_torch_refuses_is_refused(make):
             fast(x, hx)
 
 
+def of_states(cell):
+    """What may be given for states, by mistake or not."""
+    one = torch.randn(3, 19)
+    stacked = [torch.randn(n, 3, 19) for n in (1, 2, 3)]
+    nested = [(), (one,), [one, one], (one,) * 3, (None, one), (one, None), (None, None), {0: one, 1: one}]
+    return [one, *stacked, *nested, 0, "ab", one.numpy()]
+
+
+@BUILT
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("compiling", [False, True])
+def test_states_of_another_kind_are_for_torch(make, grad, compiling, monkeypatch):
+    cell = thin(make(17, 19)).requires_grad_(False)
+    fast, x = sparse(cell), torch.randn(3, 17)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
+    with torch.set_grad_enabled(grad):
+        for hx in of_states(cell):
+            try:
+                plain = cell(x, hx)
+            except (RuntimeError, TypeError, ValueError, AttributeError) as error:
+                if compiling and isinstance(hx, torch.Tensor):
+                    continue  # the operator, too, says what is wrong
+                with pytest.raises(type(error), match=re.escape(str(error))):
+                    fast(x, hx)
+            else:
+                assert off(flat(fast(x, hx)), flat(plain)) <= 1e-5
+
+
 @BUILT
 def test_an_empty_batch(make):
     assert flat(sparse(thin(make(17, 19)))(torch.randn(0, 17))).shape == (0, 19)

@@ -106,6 +106,51 @@ def test_what_torch_refuses_of_a_volume_is_refused(isa, shape):
         sparse(layer)(x)
 
 
+def same_as(layer, fast, x):
+    """Both give the same, or the same error."""
+    try:
+        plain = layer(x)
+    except (RuntimeError, ValueError) as error:
+        with pytest.raises(type(error), match=re.escape(str(error))):
+            fast(x)
+    else:
+        assert off(fast(x), plain) <= 1e-5
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+@pytest.mark.parametrize("padding", ["same", "valid", 1])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("stride", 2), ("stride", 0), ("stride", -1), ("dilation", 2), ("dilation", 0), ("padding", -1)],
+)
+def test_what_was_set_since_is_as_torch_has_it(isa, dims, padding, name, value):
+    layer = thin((nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1](4, 8, 3, padding=padding))
+    fast, x = sparse(layer), torch.randn(2, 4, *[9] * dims)
+    for form in ((value,) * dims, [value] * dims, value):
+        for one in (layer, fast):
+            setattr(one, name, form)
+        same_as(layer, fast, x)
+
+
+def test_a_padding_mode_that_was_set_since_is_as_torch_has_it(isa):
+    layer = thin(nn.Conv2d(4, 8, 3, padding=1))
+    fast = sparse(layer)
+    layer.padding_mode = fast.padding_mode = "circular"
+    same_as(layer, fast, torch.randn(2, 4, 9, 9))
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+@pytest.mark.parametrize("padding", ["same", 1, 2])
+@pytest.mark.parametrize("batch", [(2,), ()], ids=str)
+def test_images_without_places_are_for_torch(isa, dims, padding, batch):
+    layer = thin((nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1](4, 8, 3, padding=padding))
+    fast = sparse(layer)
+    for empty in range(dims):
+        sides = [9] * dims
+        sides[empty] = 0
+        same_as(layer, fast, torch.randn(*batch, 4, *sides))
+
+
 def test_volumes_go_by_the_places_of_their_output(isa):
     layer, x = thin(nn.Conv3d(4, 8, 3)), torch.randn(2, 4, 6, 9, 7)
     fast = sparse(layer)

@@ -85,6 +85,19 @@ def test_an_output_without_places_is_refused(isa):
         sparse(layer)(x)
 
 
+@pytest.mark.parametrize("sides", [(0, 3), (3, 0), (0, 0), (0,)], ids=str)
+@pytest.mark.parametrize("options", [{}, {"stride": 2}, {"padding": 1}], ids=str)
+def test_an_input_without_places_is_for_torch(isa, options, sides):
+    kind = nn.ConvTranspose2d if len(sides) == 2 else nn.ConvTranspose1d
+    layer = thin(kind(4, 8, 3, **options))
+    fast = sparse(layer)
+    for x in (torch.randn(2, 4, *sides), torch.randn(4, *sides)):
+        with pytest.raises(RuntimeError, match=r".+") as plain:
+            layer(x)
+        with pytest.raises(RuntimeError, match=re.escape(str(plain.value))):
+            fast(x)
+
+
 def marked(layer):
     """A sparse copy whose packed weights are zeros, which show which kernel ran."""
     fast = sparse(layer)
@@ -106,8 +119,9 @@ def test_an_output_size_or_another_stride_is_dense(isa):
     layer, x = thin(nn.ConvTranspose2d(4, 8, 3, stride=2)), torch.randn(2, 4, 5, 7)
     fast = marked(layer)
     assert fast(x, output_size=(12, 15)).equal(layer(x, output_size=(12, 15)))
-    layer.stride = fast.stride = (1, 2)
-    assert fast(x).equal(layer(x))
+    for stride in ((1, 2), [1, 2], 1):
+        layer.stride = fast.stride = stride
+        assert fast(x).equal(layer(x))
 
 
 def test_under_vmap_it_is_dense(isa):

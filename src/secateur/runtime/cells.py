@@ -37,7 +37,9 @@ class _SparseCell(Sparse, nn.RNNCellBase):
 
     def forward(self, input: Tensor, hx: Any = None) -> Any:
         """As the plain cell: [batch, features] or [features], and states likewise."""
-        h, c = states = self._states(hx)
+        if (states := self._states(hx)) is None:
+            return super().forward(input, hx)
+        h, c = states
         given = [input, *(state for state in states if state is not None)]
         own, packed = self._parameters, self._buffers
         weights = own["weight_ih"], own["weight_hh"], own["bias_ih"], own["bias_hh"]
@@ -55,8 +57,9 @@ class _SparseCell(Sparse, nn.RNNCellBase):
         """Which of `recurrent_products.KINDS`."""
         raise NotImplementedError
 
-    def _states(self, hx: Any) -> _States:
-        return hx, None
+    def _states(self, hx: Any) -> _States | None:
+        """States and cells; None of what is neither, as torch says why."""
+        return (hx, None) if hx is None or isinstance(hx, Tensor) else None
 
     def _traced(self, x: Tensor, states: _States, weights: Any, blobs: Any) -> Any:
         """The cell in a graph, whose operator takes [batch, features] and states alone."""
@@ -78,8 +81,11 @@ class SparseLSTMCell(_SparseCell, nn.LSTMCell):
     def _kind(self) -> int:
         return recurrent_products.LSTM
 
-    def _states(self, hx: Any) -> _States:
-        return (None, None) if hx is None else (hx[0], hx[1])
+    def _states(self, hx: Any) -> _States | None:
+        if hx is None:
+            return None, None
+        pair = isinstance(hx, tuple | list) and len(hx) == 2 and all(isinstance(one, Tensor) for one in hx)
+        return (hx[0], hx[1]) if pair else None
 
 
 @sparse

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,10 @@ class _SparseConvolution(Sparse):
     weight: Tensor
     groups: int
     kernel_size: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: str | tuple[int, ...]
+    dilation: tuple[int, ...]
+    padding_mode: Literal["zeros", "reflect", "replicate", "circular"]
 
     @classmethod
     def obstacle(cls, module: Any) -> str:
@@ -50,8 +54,13 @@ class _SparseConvolution(Sparse):
         return out[0] if input.dim() == self._single else out
 
     def _fits(self, input: Tensor) -> bool:
-        """Whether an input can be made an image; if not, torch says why."""
-        return True
+        """Whether an input can be made an image, by a layer set as torch allows; if not, torch says why."""
+        dims, settings = self._single - 1, (self.stride, self.padding, self.dilation)
+        if 0 in input.shape[-dims:] or self.padding_mode != "zeros":
+            return False
+        if not all(isinstance(one, str) or (isinstance(one, tuple) and len(one) == dims) for one in settings):
+            return False
+        return (_allowed if torch.compiler.is_compiling() else _remembered_allowed)(*settings)
 
     @property
     def _single(self) -> int:
@@ -89,6 +98,8 @@ class SparseConv3d(_SparseConvolution, nn.Conv3d):
     plain = nn.Conv3d
 
     def _fits(self, input: Tensor) -> bool:
+        if not super()._fits(input):
+            return False
         before, after, reach = self._along_depth()
         return input.shape[-4] == self.in_channels and input.shape[-3] + before + after >= reach
 
@@ -133,7 +144,16 @@ def _two(values: tuple[int, ...], fill: int) -> tuple[int, ...]:
     return (fill, *values)[-2:]
 
 
-_remembered = functools.cache(_spread)
+def _allowed(stride: tuple[int, ...], padding: str | tuple[int, ...], dilation: tuple[int, ...]) -> bool:
+    """Whether torch computes with these, which may have been set since the layer was made."""
+    if min(*stride, *dilation) < 1:
+        return False
+    if isinstance(padding, str):
+        return padding == "valid" or (padding == "same" and max(stride) == 1)
+    return min(padding) >= 0
+
+
+_remembered, _remembered_allowed = functools.cache(_spread), functools.cache(_allowed)
 
 
 def _pixels(image: Tensor, layer: Any) -> int:

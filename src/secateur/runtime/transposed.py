@@ -37,7 +37,7 @@ def conv_transpose2d(
     """
     (high, wide), (top, left), _, groups, _ = steps
     height, width = _size(x.shape[2:], weight.shape[2:], steps)
-    if x.shape[1] != weight.shape[0] or min(height, width) < 1:
+    if x.shape[1] != weight.shape[0] or 0 in x.shape[2:] or min(height, width) < 1:
         return None
     taps = phase_taps(weight.shape[2:], steps)
     shape = (weight.shape[1] * groups * high * wide, weight.shape[0] // groups, *taps)
@@ -142,7 +142,9 @@ class _SparseTransposed(Sparse):
     def _steps(self) -> _Steps:
         layer: Any = self
         sides = ((layer.stride, 1), (layer.padding, 0), (layer.output_padding, 0), (layer.dilation, 1))
-        stride, padding, more, dilation = ((fill, *values)[-2:] for values, fill in sides)
+        dims = self.weight.dim() - 2  # a number that was set since stands for all
+        each = (((values,) * dims if isinstance(values, int) else values, fill) for values, fill in sides)
+        stride, padding, more, dilation = ((fill, *values)[-2:] for values, fill in each)
         return stride, padding, more, layer.groups, dilation
 
     def _extras(self) -> tuple[str, ...]:
