@@ -170,6 +170,95 @@ def test_what_rises_is_not_kept(count):
     assert all(torch.equal(tensor, state[name]) for name, tensor in other.state_dict().items())
 
 
+class Last(nn.Module):
+    """The last step of an LSTM."""
+
+    def __init__(self):
+        super().__init__()
+        self.lstm = nn.LSTM(6, 32, batch_first=True)
+        self.head = nn.Linear(32, 4)
+
+    def forward(self, x):
+        return self.head(self.lstm(x)[0][:, -1])
+
+
+def recovered(dense, data, held, steps=200):
+    """What is left of the error, and the losses."""
+    model = copy.deepcopy(dense)
+    sc.prune(model, 0.7, allocation="uniform")
+    before = apart(model, dense, held)
+    losses = sc.recover(model, dense, data, steps=steps)
+    return apart(model, dense, held) / before, losses
+
+
+def test_a_last_batch_of_one_row_weighs_as_others_do():
+    torch.manual_seed(0)
+    dense = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 4))
+    rows, held = torch.randn(353, 8), [torch.randn(500, 8)]
+    without, _ = recovered(dense, rows[:352].split(32), held, 300)
+    left, losses = recovered(dense, rows.split(32), held, 300)
+    assert without < 0.5
+    assert left < 1.1 * without
+    assert max(losses) < 10
+
+
+@pytest.mark.parametrize(("kind", "shape"), [(made, (1, 12)), (Last, (1, 9, 6))])
+def test_batches_of_one_row_each(kind, shape):
+    torch.manual_seed(0)
+    dense = kind()
+    left, losses = recovered(dense, [torch.randn(shape) for _ in range(100)], [torch.randn(200, *shape[1:])])
+    assert left < 0.8
+    assert max(losses) < 100
+
+
+def test_one_row_that_comes_again_and_again_is_learned():
+    torch.manual_seed(0)
+    row = torch.randn(1, 12)
+    for data in ([row], [row] * 10, [row.expand(8, 12)]):
+        left, _ = recovered(made().eval(), data, [row], 60)
+        assert left < 0.8
+
+
+class Closed(nn.Module):
+    """A module that says next to nothing, or one constant, beside another."""
+
+    def __init__(self, activation, bias):
+        super().__init__()
+        torch.manual_seed(0)
+        self.shut = nn.Sequential(nn.Linear(12, 16), activation, nn.Linear(16, 6))
+        self.open = nn.Sequential(nn.Linear(12, 32), nn.ReLU(), nn.Linear(32, 6))
+        with torch.no_grad():
+            self.shut[0].bias += bias
+            self.shut[0].weight *= 8
+
+    def forward(self, x):
+        return self.shut(x) + self.open(x)
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU(), nn.GELU(), nn.SiLU(), nn.Sigmoid()], ids=str)
+@pytest.mark.parametrize("bias", [-60.0, 60.0])
+def test_a_module_that_says_a_constant_does_not_outweigh_the_others(activation, bias):
+    generator = torch.Generator().manual_seed(1)
+    data = [torch.randn(32, 12, generator=generator) for _ in range(8)]
+    left, losses = recovered(Closed(activation, bias).eval(), data[:7], data[7:])
+    assert left < 0.6
+    assert max(losses) < 100
+
+
+def test_a_batch_without_rows_says_nothing():
+    model, dense, _ = pruned()
+    losses = sc.recover(model, dense, [torch.randn(0, 12), *batches(3)], steps=8)
+    assert losses[0] == losses[4] == 0
+    assert losses[5] > 0
+
+
+def test_where_all_the_dense_model_says_is_zero_nothing_is_learned():
+    model, dense, _ = pruned()
+    for one in (model, dense):
+        nn.init.zeros_(one[5].weight), nn.init.zeros_(one[5].bias)
+    assert all(loss < 100 for loss in sc.recover(model, dense, batches(), steps=8))
+
+
 def test_batches_that_are_held_out_are_spread_and_not_trained_on():
     model, dense, _ = pruned()
     seen = []

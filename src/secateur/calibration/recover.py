@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from itertools import cycle, islice
@@ -18,6 +19,7 @@ from secateur import scope as scopes
 from secateur.calibration import trees
 from secateur.calibration.courses import Course
 from secateur.calibration.padding import kept, real_positions
+from secateur.calibration.spreads import Spreads
 from secateur.errors import InputError, SecateurError, warn
 from secateur.masks import Masks, as_masks
 from secateur.scope import unwrap
@@ -28,6 +30,7 @@ from secateur.support.tables import counted
 
 _CHECKS = 5  # on what is held out, while it is trained
 _OF_FEW, _MOST_HELD = 5, 4  # one of five batches is held out, and four at most
+_MEASURED = 32  # batches, at most, whose outputs tell how much an error weighs
 
 
 def recover(
@@ -63,8 +66,9 @@ def recover(
         progress: draw a bar on stderr.
 
     Returns:
-        The loss of each step before it was made: the squared distance of the outputs over their variance, plus the mean
-        of the same of the modules.
+        The loss of each step before it was made: the squared distance of the outputs over their variance in the dense
+        model, plus the mean of the same of the modules. The variance is that over the batches that are trained on (32
+        of them at most); of outputs that hardly vary, a hundredth of their mean square.
 
     Warns:
         SecateurWarning: nothing was better than before on what is held out.
@@ -105,7 +109,8 @@ def recover(
     with course, progress_bar("recovery", steps, shown=progress) as advance, _undisturbed(pupil, teacher):
         learned, checked = _divided(batches, steps)
         with _Listener(pupil) as said, _Listener(teacher) as wanted:
-            apart = partial(_loss, pupil, teacher, said, wanted)
+            spreads = _measured(pupil, teacher, wanted, learned)
+            apart = partial(_loss, pupil, teacher, said, wanted, spreads)
             course.check(_mean(apart, checked))
             for number, batch in enumerate(islice(cycle(learned), steps), 1):
                 losses.append(course.step(apart(batch)))
@@ -165,13 +170,62 @@ def _trained(model: nn.Module, dense: nn.Module, masked: Mapping[str, Tensor]) -
     return found
 
 
-def _loss(pupil: nn.Module, teacher: nn.Module, said: _Listener, wanted: _Listener, batch: Any) -> Tensor:
+def _measured(pupil: nn.Module, teacher: nn.Module, wanted: _Listener, batches: list[Any]) -> tuple[Spreads, Spreads]:
+    """How much an error weighs, of the outputs and of those of the modules.
+
+    The batches together tell it: one of a single row has no variance, by which an error would weigh without end.
+    """
+    ends, inside = Spreads(alike=False), Spreads(alike=True)
+    for batch in batches[:: -(-len(batches) // _MEASURED)]:
+        call = arguments(batch)
+        padding = real_positions(pupil, call)
+        with torch.no_grad(), _explained(batch):
+            right = _numbers(teacher(*call[0], **call[1]))
+        for spreads, found in ((ends, dict(enumerate(right))), (inside, wanted.taken())):
+            for place, one in found.items():
+                spreads.note(place, _rows(one, _real(one, padding)))
+    return ends, inside
+
+
+def _loss(
+    pupil: nn.Module,
+    teacher: nn.Module,
+    said: _Listener,
+    wanted: _Listener,
+    spreads: tuple[Spreads, Spreads],
+    batch: Any,
+) -> Tensor:
     """How far the outputs are apart, and those of the modules."""
     call = arguments(batch)
-    try:
+    with _explained(batch):
         with torch.no_grad():
             right = teacher(*call[0], **call[1])
         out = pupil(*call[0], **call[1])
+    padding = real_positions(pupil, call)
+    ends = list(zip(_numbers(out), _numbers(right), strict=False))
+    if not ends or any(one.shape != other.shape for one, other in ends):
+        raise InputError(
+            f"the outputs are {trees.told(out)} and {trees.told(right)}: give the dense model of the pruned one, with "
+            "outputs of floating-point numbers"
+        )
+    heard, asked = said.taken(), wanted.taken()
+    outer, inner = spreads
+    terms = [
+        [_apart(*pair, padding, outer, place) for place, pair in enumerate(ends)],
+        [
+            _apart(one, asked[place], padding, inner, place)
+            for place, one in heard.items()
+            if place in asked and one.shape == asked[place].shape
+        ],
+    ]
+    return sum((torch.stack(each).mean() for each in terms if each), start=torch.zeros(()))
+
+
+@contextmanager
+def _explained(batch: Any) -> Iterator[None]:
+    """Says what a batch should be where a model fails on it."""
+    try:
+        yield
     except SecateurError:
         raise
     except Exception as error:
@@ -180,27 +234,27 @@ def _loss(pupil: nn.Module, teacher: nn.Module, said: _Listener, wanted: _Listen
             "tensor, a tuple of positional or a dict of keyword arguments, without labels unless the model takes them, "
             "on the device of the model"
         ) from error
-    padding = real_positions(pupil, call)
-    ends = list(zip(_numbers(out), _numbers(right), strict=False))
-    if not ends or any(one.shape != other.shape for one, other in ends):
-        raise InputError(
-            f"the outputs are {trees.told(out)} and {trees.told(right)}: give the dense model of the pruned one, with "
-            "outputs of floating-point numbers"
-        )
-    inside = [pair for name, one in said.taken().items() for pair in zip(one, wanted.heard.get(name, ()), strict=False)]
-    wanted.taken()
-    terms = [[_apart(*pair, padding) for pair in pairs if pair[0].shape == pair[1].shape] for pairs in (ends, inside)]
-    return sum((torch.stack(each).mean() for each in terms if each), start=torch.zeros(()))
 
 
-def _apart(said: Tensor, wanted: Tensor, padding: list[Tensor]) -> Tensor:
-    """The squared distance over the variance, of samples [..., numbers] that are no padding."""
-    real = kept(padding, wanted.shape[:-1])
-    said, wanted = said.float().flatten(0, -2), wanted.float().flatten(0, -2)
-    if real is not None:
-        said, wanted = said[real], wanted[real]
-    spread = (wanted - wanted.mean(0)).square().sum()
-    return (said - wanted).square().sum() / spread.clamp_min(torch.finfo(torch.float32).tiny)
+def _apart(said: Tensor, wanted: Tensor, padding: list[Tensor], spreads: Spreads, place: Hashable) -> Tensor:
+    """The mean squared distance over the variance at a place, of samples [..., numbers] that are no padding."""
+    real = _real(wanted, padding)
+    said, wanted = _rows(said, real), _rows(wanted, real)
+    spread = spreads.of(place, wanted)
+    squares = (said - wanted).square().sum()
+    if spread < torch.finfo(torch.float32).tiny:  # all is zero: there is nothing to measure an error by
+        return squares * 0
+    return squares / (spread * max(wanted.numel(), 1))
+
+
+def _real(output: Tensor, padding: list[Tensor]) -> Tensor | None:
+    return kept(padding, output.shape[:-1])
+
+
+def _rows(output: Tensor, real: Tensor | None) -> Tensor:
+    """In float32 [samples, numbers], those that are no padding."""
+    rows = output.float().flatten(0, -2)
+    return rows if real is None else rows[real]
 
 
 def _numbers(output: Any) -> list[Tensor]:
@@ -212,7 +266,8 @@ class _Listener:
     """Hears what the modules of a ModuleList or a Sequential say, while it is entered."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.heard: dict[str, list[Tensor]] = {}
+        self.heard: dict[tuple[str, int], Tensor] = {}
+        self._calls: Counter[str] = Counter()
         lists = [(name, one) for name, one in model.named_modules() if isinstance(one, nn.ModuleList | nn.Sequential)]
         self._modules = {f"{name}.{key}": module for name, one in lists for key, module in one.named_children()}
 
@@ -224,14 +279,17 @@ class _Listener:
         for hook in self._hooks:
             hook.remove()
 
-    def taken(self) -> dict[str, list[Tensor]]:
-        """What was heard since the last time."""
+    def taken(self) -> dict[tuple[str, int], Tensor]:
+        """What was heard since the last time, by the name of the module and the number of the tensor."""
         found, self.heard = self.heard, {}
+        self._calls.clear()
         return found
 
     def _hook(self, name: str) -> Callable[[nn.Module, Any, Any], None]:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
-            self.heard.setdefault(name, []).extend(_numbers(output))
+            for one in _numbers(output):
+                self.heard[name, self._calls[name]] = one
+                self._calls[name] += 1
 
         return hook
 
