@@ -381,6 +381,7 @@ def test_a_warning_is_one_line_on_stderr(tmp_path):
     assert result.exit_code == 0
     assert json.loads(result.stdout)["total"]["zeros"] == 1000
     assert result.stderr.startswith("secateur: warning: small keeps under 1 % of its weights")
+    assert result.stderr.endswith("try the allocation erk or uniform\n")  # min_keep= is for Python
     assert result.stderr.count("\n") == 1
 
 

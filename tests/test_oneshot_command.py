@@ -193,6 +193,7 @@ def test_a_factory_without_data_is_told_what_is_missing(place):
     ("words", "told"),
     [
         (["--sparsity", "1.0"], "ask for less"),
+        (["--sparsity", "0.5", "--allocation", "erc"], "choose global, uniform, erk, lamp, sensitivity"),
         (["--sparsity", "0.5", "--weights", "other.safetensors"], "give one of this model"),
     ],
 )

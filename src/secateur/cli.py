@@ -43,13 +43,17 @@ class _Group(TyperGroup):
             typer.echo("secateur: there is not enough memory for this: use a machine that has more", err=True)
             raise typer.Exit(2) from None
         except (SecateurError, OSError) as error:
-            told = str(error).removesuffix(getattr(error, "in_python", ""))
-            typer.echo(f"secateur: {_sentence(told)}", err=True)
+            typer.echo(f"secateur: {_sentence(_told(error))}", err=True)
             raise typer.Exit(2) from None
 
 
 def _warn(message: Warning | str, *_: Any, **__: Any) -> None:
-    typer.echo(f"secateur: warning: {_sentence(str(message))}", err=True)
+    typer.echo(f"secateur: warning: {_sentence(_told(message))}", err=True)
+
+
+def _told(message: BaseException | str) -> str:
+    """A message without what of it is for Python only."""
+    return str(message).removesuffix(getattr(message, "in_python", ""))
 
 
 def _sentence(text: str) -> str:

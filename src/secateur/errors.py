@@ -88,7 +88,15 @@ class WriteError(SecateurError, OSError):
 
 
 class SecateurWarning(UserWarning):
-    """Something works, but not as one would hope."""
+    """Something works, but not as one would hope.
+
+    Args:
+        in_python: as of a SecateurError.
+    """
+
+    def __init__(self, *args: object, in_python: str = "") -> None:
+        self.in_python = in_python
+        super().__init__(*([f"{args[0]}{in_python}", *args[1:]] if in_python else args))
 
 
 _PASSED = ("secateur", "torch", "contextlib")
@@ -110,7 +118,7 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() and c not in _BLANK else c.encode("unicode_escape").decode() for c in text)
 
 
-def warn(message: str) -> None:
+def warn(message: str, in_python: str = "") -> None:
     """Issue a SecateurWarning that points at the first line of the caller's.
 
     So one outside this package, torch, whose hooks may call it, and contextlib, through which contexts are entered.
@@ -118,7 +126,7 @@ def warn(message: str) -> None:
     level, frame = 1, sys._getframe()
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _PASSED:
         level, frame = level + 1, frame.f_back
-    warnings.warn(message, SecateurWarning, stacklevel=level)
+    warnings.warn(SecateurWarning(message, in_python=in_python), stacklevel=level)
 
 
 def listed(names: Sequence[str], shown: int = 3) -> str:

@@ -532,6 +532,6 @@ def warn_of_collapse(pruned: Mapping[str, int], sizes: Mapping[str, int]) -> Non
         its, they = ("keeps under 1 % of its", "it") if len(starved) == 1 else ("keep under 1 % of their", "they")
         warn(
             f"{listed(starved)} {its} weights while all together keep more than ten times as many: {they} may no "
-            "longer let anything through; try allocation='erk' or 'uniform', or "
-            "allocation=sc.allocation.global_(min_keep=0.05)"
+            "longer let anything through; try the allocation erk or uniform",
+            in_python=", or allocation=sc.allocation.global_(min_keep=0.05)",
         )

@@ -89,7 +89,7 @@ class Registry(Mapping[str, Choice[T]], Generic[T]):
         """Word the error for a name that is not there: the choices, those for which `among` holds, and some more."""
         otherwise = f", or {self.otherwise}" if self.otherwise and not where else ""
         listed = ", ".join([*self.written(among), *more])
-        return InputError(f"no {self.kind} named {name!r}{where}: choose {listed}{otherwise}")
+        return InputError(f"no {self.kind} named {name!r}{where}: choose {listed}", in_python=otherwise)
 
     def written(self, among: Callable[[T], bool] = lambda value: True) -> list[str]:
         """What to write for each choice."""
