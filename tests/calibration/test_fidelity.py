@@ -120,3 +120,24 @@ def test_modes_buffers_and_random_numbers_are_as_they_were():
     assert torch.equal(torch.get_rng_state(), state)
     assert model.calls == 0
     assert [module.training for module in model.modules()] == [True, False, True]
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_padding_of_which_only_the_attention_is_told_does_not_count():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.table, self.head = nn.Embedding(9, 8), nn.Linear(8, 6)
+            self.encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 1)
+
+        def forward(self, ids):
+            return self.head(self.encoder(self.table(ids), src_key_padding_mask=ids == 0))
+
+    ids = torch.tensor([[1, 2, 3, 0, 0], [4, 5, 6, 7, 8]])
+    model = Model()
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.head.weight.add_(torch.randn(6, 8))
+        cosines = torch.cosine_similarity(model.eval()(ids).double(), other.eval()(ids).double(), dim=-1)
+    assert Fidelity(model, [ids]).of(other) == pytest.approx(float(cosines[ids != 0].mean()))

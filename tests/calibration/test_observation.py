@@ -192,3 +192,38 @@ def test_nothing_is_warned_of_where_all_is_well():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         sc.calibrate(Attention(), batches())
+
+
+def test_padding_that_the_model_itself_tells_its_attention_of():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table = nn.Embedding(9, 8)
+            self.encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2)
+            self.head = nn.Linear(8, 3)
+
+        def forward(self, ids):
+            return self.head(self.encoder(self.table(ids), src_key_padding_mask=ids == 0))
+
+    batches = [torch.randint(1, 9, (6, 7)) * (torch.arange(7) < torch.randint(3, 8, (6, 1))) for _ in range(4)]
+    stats = sc.calibrate(Model(), batches)
+    assert {one.count.item() for one in stats.moments} == {sum(int((ids != 0).sum()) for ids in batches)}
+
+
+def test_padding_in_models_with_positions_first_of_which_a_part_is_in_scope():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16), 1, enable_nested_tensor=False)
+            self.head = nn.Linear(8, 3)
+
+        def forward(self, x):
+            return self.head(self.encoder(x, src_key_padding_mask=x[..., 0].T == 0))
+
+    x = torch.randn(5, 5, 8)  # as many positions as examples, so that the shape tells nothing
+    x[3:, 1, 0] = 0
+    model = Model()
+    stats = sc.calibrate(model, [x], scope=sc.weights(model, only=["head.weight"]))
+    with torch.no_grad():
+        read = model.eval().encoder(x, src_key_padding_mask=x[..., 0].T == 0)[x[..., 0] != 0].double()
+    torch.testing.assert_close(stats.moments[0].gram[0], read.T @ read, rtol=1e-4, atol=1e-4)

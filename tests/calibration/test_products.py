@@ -197,3 +197,93 @@ def test_an_encoder_of_torch_is_heard_without_its_padding():
     assert len(found) == 8
     assert {one.count.item() for one in found} == {17}
     same(found[0], X[real])
+
+
+def counts(model, call):
+    """How many samples each weight read."""
+    listener = Listener(sc.weights(model).members)
+    with torch.no_grad(), listener.forward():
+        call(model.eval())
+    return {name: one.count.item() for one in listener.moments() for name in one.names}
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("added", [False, True])
+@pytest.mark.parametrize("kind", ["attention", "layer", "encoder"])
+def test_padding_of_which_only_the_attention_is_told(kind, added, batch_first):
+    real = torch.ones(4, 5, dtype=torch.bool)
+    real[1, 2:] = False
+    mask = torch.zeros(4, 5).masked_fill(~real, -torch.inf) if added else ~real
+    x = X if batch_first else X.transpose(0, 1).contiguous()
+    layer = nn.TransformerEncoderLayer(6, 2, 8, batch_first=batch_first)
+    inner = {
+        "attention": nn.MultiheadAttention(6, 2, batch_first=batch_first),
+        "layer": layer,
+        "encoder": nn.TransformerEncoder(layer, 2, enable_nested_tensor=False),
+    }[kind]
+    model = nn.ModuleDict(
+        {"before": nn.Linear(6, 6), "inner": inner, "after": nn.Linear(6, 3), "side": nn.Linear(6, 3)}
+    )
+
+    def call(model):
+        x_in = model["before"](x)
+        if kind == "attention":
+            out = model["inner"](x_in, x_in, x_in, key_padding_mask=mask)[0]
+        else:
+            out = model["inner"](x_in, src_key_padding_mask=mask)
+        model["after"](out)
+        model["side"](out.reshape(-1, 2, 6))  # positions that the mask does not fit
+
+    found = counts(model, call)
+    assert (found.pop("before.weight"), found.pop("side.weight")) == (20, 20)
+    assert set(found.values()) == {17}
+
+
+def test_a_mask_of_keys_says_nothing_of_queries():
+    real = torch.ones(4, 5, dtype=torch.bool)
+    real[1, 2:] = False
+    attention = nn.MultiheadAttention(6, 2, kdim=6, vdim=5, batch_first=True)  # three matrices
+    model = nn.ModuleDict({"inner": attention, "after": nn.Linear(6, 3)})
+
+    def call(model):
+        model["after"](model["inner"](X + 1, X, X[..., :5], key_padding_mask=~real)[0])
+
+    assert counts(model, call) == {
+        "inner.q_proj_weight": 20,
+        "inner.k_proj_weight": 17,
+        "inner.v_proj_weight": 17,
+        "inner.out_proj.weight": 20,
+        "after.weight": 20,
+    }
+
+
+def test_a_decoder_has_padding_of_its_own():
+    source, target = torch.ones(4, 5, dtype=torch.bool), torch.ones(4, 5, dtype=torch.bool)
+    source[1, 2:], target[0, 4:] = False, False
+    model = nn.Transformer(6, 2, 1, 1, 8, batch_first=True)
+
+    def call(model):
+        model(X, X + 1, src_key_padding_mask=~source, tgt_key_padding_mask=~target, memory_key_padding_mask=~source)
+
+    found = counts(model, call)
+    assert {n for name, n in found.items() if name.startswith("encoder")} == {17}
+    assert found["decoder.layers.0.linear1.weight"] == 19
+    assert (
+        counts(model, lambda model: model(X, X + 1, src_key_padding_mask=~source))["decoder.layers.0.linear1.weight"]
+        == 20
+    )
+
+
+def test_one_input_that_is_read_before_and_after_its_mask_is_known():
+    real = torch.arange(5) < torch.tensor([5, 2, 3, 4])[:, None]
+    model = nn.ModuleDict(
+        {"a": nn.Linear(6, 3), "inner": nn.MultiheadAttention(6, 2, batch_first=True), "b": nn.Linear(6, 3)}
+    )
+
+    def call(model):
+        model["a"](X)
+        model["inner"](X, X, X, key_padding_mask=~real)
+        model["b"](X)
+
+    found = counts(model, call)
+    assert (found["a.weight"], found["b.weight"]) == (20, 14)

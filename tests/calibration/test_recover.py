@@ -338,3 +338,29 @@ def test_what_cannot_be_is_refused(change, kind, remedy):
     with pytest.raises(kind, match=remedy):
         sc.recover(given.pop("model"), given.pop("dense"), given.pop("batches"), **given)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items() if name in before)
+
+
+class Told(nn.Module):
+    """Makes the mask of its attention itself."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 1)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.head(self.encoder(x, src_key_padding_mask=x[..., 0] == 0))
+
+
+def test_padding_of_which_only_the_attention_is_told_is_not_compared():
+    losses = []
+    for rubbish in (1.0, 50.0):
+        x = torch.randn(6, 5, 8, generator=torch.Generator().manual_seed(0))
+        x[:, 3:, 0] = 0
+        x[:, 3:, 1:] *= rubbish
+        dense = Told()
+        model = copy.deepcopy(dense)
+        sc.prune(model, 0.5)
+        losses.append(sc.recover(model, dense, [x], steps=1)[0])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)

@@ -227,7 +227,7 @@ class _BlockSolver:
 
     def _heard(self, scope: Scope, forwards: Iterable[Forward]) -> Listener:
         """A listener to some forwards."""
-        listener = Listener(scope.members)
+        listener = Listener(scope.members, self._model)
         for forward in forwards:
             with listener.forward(real_positions(self._model, forward.batch)):
                 forward.run()

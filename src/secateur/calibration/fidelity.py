@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from secateur.calibration.observation import undisturbed
-from secateur.calibration.padding import kept, real_positions
+from secateur.calibration.padding import kept, real_positions, told
 from secateur.errors import InputError, NotFiniteError, SecateurError
 from secateur.support.inputs import arguments
 
@@ -23,8 +23,9 @@ class Fidelity:
 
     A vector is what the last dimension of an output holds, for each sample and position; of an output [samples], or
     of a last dimension of one number, all samples are one vector. Positions that a mask among the inputs says are
-    padding do not count, nor do numbers that are NaN or inf before the change, such as logits that are masked. All
-    outputs of floating-point numbers count alike, such as logits and hidden states.
+    padding do not count, nor those of which the attention of torch is told inside, nor numbers that are NaN or inf
+    before the change, such as logits that are masked. All outputs of floating-point numbers count alike, such as
+    logits and hidden states.
 
     Args:
         model: run in eval mode, without gradients; its mode, buffers and torch's random numbers are as before then.
@@ -79,7 +80,9 @@ def _outputs(model: nn.Module, batches: Sequence[Any]) -> Iterator[list[Tensor]]
     with undisturbed(model):
         for batch in batches:
             call = arguments(batch)
-            yield _vectors(model(*call[0], **call[1]), real_positions(model, call))
+            with told(model) as inside:
+                out = model(*call[0], **call[1])
+            yield _vectors(out, [*real_positions(model, call), *inside.values()])
 
 
 def _vectors(out: Any, masks: Sequence[Tensor]) -> list[Tensor]:

@@ -10,7 +10,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -31,17 +31,25 @@ Replacement = Callable[..., Any]
 _REPLACED: dict[str, Replacement] = {}
 
 
+class _Told(NamedTuple):
+    """Which positions are real: [examples, positions], as attention has them inside, and as the model has them."""
+
+    inside: Tensor
+    outside: Tensor
+
+
 class Listener(TorchFunctionMode):
     """Sums what weights read while a model runs under it.
 
     Args:
         members: the weights, by name.
+        model: whose attention may be told what is padding; by default that whose weights are among the members.
 
     Attributes:
         runs: the calls of recurrent modules, by their names: what these read is told from the whole sequences.
     """
 
-    def __init__(self, members: Mapping[str, Member]) -> None:
+    def __init__(self, members: Mapping[str, Member], model: nn.Module | None = None) -> None:
         super().__init__()
         self.weights = Weights(members)
         self.grams = Grams()
@@ -51,7 +59,15 @@ class Listener(TorchFunctionMode):
             for name, member in members.items()
             if isinstance(member.module, nn.RNNBase | nn.RNNCellBase) and anatomy.rank(member.attribute) is not None
         }
-        self._masks: Sequence[Tensor] = ()
+        modules = {member.module for member in members.values()} if model is None else model.modules()
+        self._turned = {
+            id(weight)
+            for module in modules
+            if isinstance(module, nn.MultiheadAttention) and not module.batch_first
+            for weight in module.parameters(recurse=False)
+        }
+        self._of_batch: Sequence[Tensor] = ()
+        self._told: dict[padding.Shape, _Told] = {}
         self._time_first = False
         self._gathered: dict[int, tuple[weakref.ref[Tensor], Tensor, Tensor]] = {}
 
@@ -60,9 +76,11 @@ class Listener(TorchFunctionMode):
         """Listen to one forward.
 
         Args:
-            masks: of its batch, from `padding.real_positions`: samples that are padding are left out.
+            masks: of its batch, from `padding.real_positions`: samples that are padding are left out. So are those
+                of which an attention of torch is told on the way.
         """
-        self._masks = masks
+        self._of_batch = masks
+        self._told.clear()
         hooks = [module.register_forward_pre_hook(self._before, with_kwargs=True) for module in self._recurrent]
         try:
             with self:
@@ -81,6 +99,28 @@ class Listener(TorchFunctionMode):
             yield
         finally:
             self._time_first = False
+
+    def tell(self, weight: object, x: Tensor, masks: Sequence[Tensor]) -> None:
+        """Leave out the padding of which an attention is told, in what is read from now on and has its positions.
+
+        Args:
+            weight: of its first projection.
+            x: what it reads, [positions, examples, inputs] or [positions, inputs].
+            masks: from `padding.real_keys`.
+        """
+        shape = (x.shape[1] if x.ndim > 2 else 1, x.shape[0])
+        before = self._told.pop(shape, None)
+        for real in masks:
+            if before is not None and torch.equal(before.inside, real):  # the very same one, as sums go by it
+                self._told[shape] = before
+            else:
+                turned = id(weight) in self._turned
+                self._told[shape] = _Told(real, real.T.contiguous() if turned else real)
+
+    def _masks(self) -> list[Tensor]:
+        """Those that attention was told of, in place of others of that shape, and those of the batch."""
+        found = [one.inside if self._time_first else one.outside for one in self._told.values()]
+        return [*found, *(mask for mask in self._of_batch if tuple(mask.shape) not in self._told)]
 
     def moments(self) -> list[Moments]:
         """What was summed over all forwards, in the order of the weights and their rows."""
@@ -101,7 +141,9 @@ class Listener(TorchFunctionMode):
 
     def _run(self, module: nn.RNNBase, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         run = recurrent.run(module, args, kwargs)
-        for mask in self._masks:
+        with self.time_first():
+            masks = self._masks()
+        for mask in masks:
             ends = mask.sum(1).to(run.lengths)
             behind = mask.shape == run.input.shape[1::-1] and not (mask[:, 1:] & ~mask[:, :-1]).any()
             if behind and int(ends.min()) > 0:  # padding that the module reads, after all that counts
@@ -143,7 +185,15 @@ class Listener(TorchFunctionMode):
         if isinstance(index, Tensor) and index.ndim == 1 and index.dtype in (torch.int32, torch.int64):
             self._gathered[id(out)] = weakref.ref(out), weight, index
 
-    def product(self, weight: object, letters: str, x: object, x_letters: str, order: Sequence[int] = ()) -> None:
+    def product(
+        self,
+        weight: object,
+        letters: str,
+        x: object,
+        x_letters: str,
+        order: Sequence[int] = (),
+        masks: Sequence[Tensor] = (),
+    ) -> None:
         """Add what a weight reads in a product; nothing if it is none of the weights.
 
         Args:
@@ -152,6 +202,7 @@ class Listener(TorchFunctionMode):
             x: the other operand.
             x_letters: of its dimensions; "s" are samples.
             order: for each dimension of the weight, that of x which goes along it, where it has more than one input.
+            masks: which samples of x are no padding, if that is known better than from the forward.
         """
         if not isinstance(x, Tensor):
             return
@@ -166,7 +217,9 @@ class Listener(TorchFunctionMode):
         inputs = [d for d, letter in enumerate(x_letters) if letter == "i"]
         if order:
             inputs.sort(key=[order[d] for d in held.inputs].index)
-        real = padding.kept(self._masks, [x.shape[d] for d in samples], self._time_first) if not groups else None
+        masks = [] if groups else list(masks) or self._masks()
+        real = padding.kept(masks, [x.shape[d] for d in samples], self._time_first)
+        how = (x_letters, self._time_first, None if real is None else tuple(map(id, masks)))
 
         def rows() -> Iterator[Tensor]:
             count = held.groups if groups else 1
@@ -178,7 +231,7 @@ class Listener(TorchFunctionMode):
         height = (held.stop - held.start) // parts
         for part in range(parts):
             start = held.start + part * height
-            self.grams.add(Reader((held.name,), start, start + height), x, (x_letters, self._time_first), rows)
+            self.grams.add(Reader((held.name,), start, start + height), x, how, rows)
 
     def _gathered_product(self, weight: object, letters: str, x: Tensor, x_letters: str) -> None:
         """Add what experts read of which a copy was made for each token: the tokens of each expert together."""

@@ -42,7 +42,8 @@ def calibrate(
     A few hundred examples without labels are enough. The model runs in eval mode, whatever its mode, because dropout
     would falsify the sums; its mode, buffers, gradients and hooks, and torch's random numbers, are as before
     afterwards. Weights are recognised in the functions of torch that they are given to, so that a layer of the user's
-    own counts too. Positions that a mask in the batch marks as padding are left out. Of the large maps of a
+    own counts too. Positions that a mask in the batch marks as padding are left out; those that a mask made inside
+    the model marks, from the attention of torch.nn on that is given it. Of the large maps of a
     convolution some positions are left out, see `patches.patches`. An expert of a mixture reads the tokens that it is
     given, among which may be padding, because they are dealt out without their mask.
 
@@ -91,7 +92,7 @@ def completed(model: nn.Module, stats: Statistics) -> Statistics:
     """
     if not stats.held or not stats.checks:
         return stats
-    listener = Listener(scopes.weights(model, only=list(stats.shapes)).members)
+    listener = Listener(scopes.weights(model, only=list(stats.shapes)).members, model)
     with undisturbed(model):
         for batch in stats.held:
             call = arguments(batch)
@@ -106,7 +107,7 @@ class _Pass:
 
     def __init__(self, model: nn.Module, scope: Scope, loss: Callable[..., Tensor] | None) -> None:
         self._model, self._scope, self._loss = model, scope, loss
-        self._listener = Listener(scope.members)
+        self._listener = Listener(scope.members, model)
         self._squares = GradientScore("gradients", lambda weight, gradient: gradient.abs().square(), forget=False)
         self._trained = {name: weight for name, weight in scope.items() if weight.requires_grad}
         if loss is not None and not self._trained:

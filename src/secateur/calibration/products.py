@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from secateur.calibration import padding as paddings
 from secateur.calibration.grams import Reader
 from secateur.calibration.listening import Listener, handles, replaces
 from secateur.calibration.patches import Geometry
@@ -162,10 +163,14 @@ def _attention(listener: Listener, func: Any, args: tuple[Any, ...], kwargs: dic
         weights = list(given["in_proj_weight"].chunk(3))
     letters = "s" * (sides[0].ndim - 1) + "i"
     last, bias = given["out_proj_weight"], given["out_proj_bias"]
+    real = paddings.real_keys(given["key_padding_mask"])
+    if sides[0].is_set_to(sides[1]):  # it attends to itself, so that the mask tells of all that follows
+        listener.tell(given["q_proj_weight" if given["use_separate_proj_weight"] else "in_proj_weight"], sides[0], real)
+        real = []
     given |= {"out_proj_weight": torch.eye(len(last), dtype=last.dtype, device=last.device), "out_proj_bias": None}
     with listener.time_first():
-        for weight, x in zip(weights, sides, strict=True):
-            listener.product(weight, "oi", x, letters)
+        for weight, x, masks in zip(weights, sides, ([], real, real), strict=True):
+            listener.product(weight, "oi", x, letters, masks=masks)
         inner, *rest = func(**given)
         listener.product(last, "oi", inner, letters)
     return F.linear(inner, last, bias), *rest

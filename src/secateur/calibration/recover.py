@@ -18,7 +18,7 @@ from secateur import anatomy
 from secateur import scope as scopes
 from secateur.calibration import trees
 from secateur.calibration.courses import Course
-from secateur.calibration.padding import kept, real_positions
+from secateur.calibration.padding import kept, real_positions, told
 from secateur.calibration.spreads import Spreads
 from secateur.errors import InputError, SecateurError, warn
 from secateur.masks import Masks, as_masks
@@ -178,9 +178,9 @@ def _measured(pupil: nn.Module, teacher: nn.Module, wanted: _Listener, batches: 
     ends, inside = Spreads(alike=False), Spreads(alike=True)
     for batch in batches[:: -(-len(batches) // _MEASURED)]:
         call = arguments(batch)
-        padding = real_positions(pupil, call)
-        with torch.no_grad(), _explained(batch):
+        with torch.no_grad(), _explained(batch), told(teacher) as masks:
             right = _numbers(teacher(*call[0], **call[1]))
+        padding = [*real_positions(pupil, call), *masks.values()]
         for spreads, found in ((ends, dict(enumerate(right))), (inside, wanted.taken())):
             for place, one in found.items():
                 spreads.note(place, _rows(one, _real(one, padding)))
@@ -200,8 +200,9 @@ def _loss(
     with _explained(batch):
         with torch.no_grad():
             right = teacher(*call[0], **call[1])
-        out = pupil(*call[0], **call[1])
-    padding = real_positions(pupil, call)
+        with told(pupil) as masks:
+            out = pupil(*call[0], **call[1])
+    padding = [*real_positions(pupil, call), *masks.values()]
     ends = list(zip(_numbers(out), _numbers(right), strict=False))
     if not ends or any(one.shape != other.shape for one, other in ends):
         raise InputError(
