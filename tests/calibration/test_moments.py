@@ -2,7 +2,7 @@
 
 import torch
 
-from secateur.calibration.moments import Moments, Piece
+from secateur.calibration.moments import Moments, Piece, titles
 
 
 def test_a_matrix_taken_apart_is_what_it_was_made_of():
@@ -17,3 +17,8 @@ def test_a_matrix_taken_apart_is_what_it_was_made_of():
     assert found.names == ("a", "b")
     assert parts[0][1].equal(tensors["a"])
     assert parts[1][1].equal(tensors["b"][2:6])
+
+
+def test_titles_have_rows_only_where_names_come_twice():
+    pieces = [(Piece("a", 0, 4), Piece("b", 0, 4)), (Piece("a", 4, 6), Piece("b", 4, 6)), (Piece("c", 0, 2),)]
+    assert titles(pieces) == ["a[0:4] + b[0:4]", "a[4:6] + b[4:6]", "c"]

@@ -203,6 +203,7 @@ def test_metric_of_the_user(dense, stats):
         return -seen[-1]
 
     masks = sc.oneshot(model, stats, 0.5, evaluate=evaluate)
+    assert seen.pop() == float(dense[0].weight.detach().abs().sum())  # how good it was before
     assert masks.tried == dict(zip(masks.tried, [-x for x in seen], strict=True))
     assert masks.tried[masks.way] == max(masks.tried.values())
 
@@ -394,3 +395,28 @@ def test_the_table_tells_what_whole_groups_miss(sequential):
 def test_block_by_block_has_no_column_of_what_is_not_known():
     masks = sc.oneshot(nn.Linear(12, 7), [torch.randn(40, 12)] * 2, 0.5, sequential=True)
     assert list(masks.table().header) == ["weights", "zeros", "sparsity"]
+
+
+def test_what_may_help_where_the_outputs_are_kept_badly():
+    """A convolution with BatchNorm of which three quarters go."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=8), nn.Flatten())
+    stats = sc.calibrate(model, [torch.randn(16, 3, 8, 8) for _ in range(5)])
+    text = " ".join(str(sc.oneshot(copy.deepcopy(model), stats, 0.9)).split())
+    assert "the outputs are not kept well (a mean cosine of 0." in text
+    assert 'try allocation="sensitivity"; a lower sparsity; sc.recalibrate(model, batches), for its BatchNorm;' in text
+    text = str(sc.oneshot(copy.deepcopy(model), stats, 0.9, allocation="sensitivity"))
+    assert "not kept well" in text
+    assert 'allocation="sensitivity"' not in text
+    assert "kept well" not in str(sc.oneshot(copy.deepcopy(model), stats, 0.1))
+
+
+def test_what_may_help_by_the_metric_of_the_user_and_with_a_pattern(dense, stats):
+    def share(model):
+        return float((model[0].weight != 0).double().mean())
+
+    masks = sc.oneshot(copy.deepcopy(dense), stats, 0.5, pattern="2:4", evaluate=share)
+    assert masks.advice.startswith("the outputs are not kept well (a metric of 0.5, before it was 1): try sc.recover(")
+    assert sc.oneshot(copy.deepcopy(dense), stats, 0.05, evaluate=share).advice == ""
+    assert sc.oneshot(copy.deepcopy(dense), stats, 0.05, evaluate=lambda model: share(model) - 2).advice == ""
+    assert sc.oneshot(copy.deepcopy(dense), stats, 0.5, evaluate=lambda model: share(model) - 2).advice != ""

@@ -251,3 +251,9 @@ def test_processes_that_saw_different_things_stop_together():
 def test_runs_are_not_summed():
     with pytest.raises(InputError, match=r"lstm keeps its inputs whole.* merge them in one"):
         sc.calibrate(Net(), batches(1)).reduced(lambda t: t)
+
+
+def test_matrices_of_the_same_tensors_are_told_apart():
+    text = str(sc.calibrate(nn.GRU(6, 8), [torch.randn(5, 16, 6)]))
+    assert "weight_ih_l0[0:16] + weight_hh_l0[0:16] " in text
+    assert "weight_ih_l0[16:24] + weight_hh_l0[16:24] " in text

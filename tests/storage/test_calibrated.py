@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import secateur as sc
 from secateur.calibration.by_blocks import Task, prune_by_blocks
-from secateur.errors import InputError
+from secateur.errors import InputError, SecateurWarning
 from secateur.storage.calibrated import oneshot_checkpoint
 
 
@@ -125,3 +125,11 @@ def test_what_cannot_be_done_is_told_before(tmp_path):
     with pytest.raises(InputError, match=r"is the source.*: give another place"):
         oneshot_checkpoint(empty(), tmp_path / "in.safetensors", tmp_path / "in.safetensors", data(), TASK)
     assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_a_warning_points_at_the_caller(tmp_path):
+    save_file(made().state_dict(), tmp_path / "in.safetensors")
+    few = [batch[:2] for batch in data()]
+    with pytest.warns(SecateurWarning, match="saw fewer samples than inputs") as seen:
+        oneshot_checkpoint(empty(), tmp_path / "in.safetensors", tmp_path / "out.safetensors", few, TASK)
+    assert {warning.filename for warning in seen} == {__file__}

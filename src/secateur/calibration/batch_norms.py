@@ -44,7 +44,7 @@ def recalibrate(model: nn.Module, batches: Iterable[Any], *, progress: bool = Fa
     scripted = [n for n, m in model.named_modules() if "BatchNorm" in getattr(m, "original_name", "")]
     if scripted:
         raise InputError(f"{listed(scripted)} is of torch.jit and cannot be reset: recalibrate the model before that")
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, _BatchNorm) and m.running_mean is not None}
+    layers = counting(model)
     before = {layer: ({k: t.clone() for k, t in layer.named_buffers()}, layer.momentum) for layer in layers.values()}
     modes = {module: module.training for module in model.modules()}
     means = {layer: _Mean() for layer in layers.values()}
@@ -86,6 +86,11 @@ def recalibrate(model: nn.Module, batches: Iterable[Any], *, progress: bool = Fa
             for key, t in old.items() if name not in kept else ():
                 layer.get_buffer(key).copy_(t)
     return [name for name in layers if name in kept]
+
+
+def counting(model: nn.Module) -> dict[str, _BatchNorm]:
+    """The layers, by name, of which `recalibrate` estimates the statistics anew."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, _BatchNorm) and m.running_mean is not None}
 
 
 class _Mean:

@@ -6,14 +6,19 @@ from collections.abc import Mapping, Sequence
 
 from torch import nn
 
+from secateur.calibration.batch_norms import counting
 from secateur.calibration.fidelity import Fidelity
-from secateur.calibration.matrices import Draft, Matrix, restored
+from secateur.calibration.matrices import Draft, restored
+from secateur.calibration.moments import titles
 from secateur.calibration.statistics import Statistics
 from secateur.calibration.trials import Evaluate, tried
 from secateur.calibration.ways import Solution, Way
 from secateur.masks import Masks
 from secateur.scope import Scope
 from secateur.support.tables import Printed, Table, counted, number, percent
+
+_WELL = 0.9
+"""A mean cosine below this is poor, and so is a metric that has lost more than the rest of that of the dense model."""
 
 
 class Pruned(Masks, Printed):
@@ -27,27 +32,28 @@ class Pruned(Masks, Printed):
             cosine between its outputs and the dense model's, or the user's metric.
         way: the one that was taken.
         asked: how many weights were to go; under a pattern others may, since its groups go whole. None if not known.
+        advice: what may help where the model is far from what it was; empty where it is not, or none can tell.
     """
 
     losses: Mapping[str, tuple[int, int, float]]
     tried: Mapping[str, float]
     way: str
     asked: int | None = None
+    advice: str = ""
 
     @classmethod
-    def of(cls, masks: Masks, solutions: Sequence[Solution], tried: Mapping[str, float], way: str) -> Pruned:
+    def of(
+        cls, masks: Masks, solutions: Sequence[Solution], tried: Mapping[str, float], way: str, advice: str = ""
+    ) -> Pruned:
         """Add to masks how it went; the model must still be the dense one."""
         made = cls({})
         vars(made).update(vars(masks))
-        names = [part.name for part, _, _ in solutions]
-        told = [
-            name if names.count(name) == 1 else _rows(part) for name, (part, _, _) in zip(names, solutions, strict=True)
-        ]
+        told = titles([part.moments.pieces for part, _, _ in solutions])
         made.losses = {
             name: (int((~kept).sum()), part.size, part.loss(weights))
             for name, (part, weights, kept) in zip(told, solutions, strict=True)
         }
-        made.tried, made.way = dict(tried), way
+        made.tried, made.way, made.advice = dict(tried), way, advice
         return made
 
     def table(self) -> Table:
@@ -68,15 +74,10 @@ class Pruned(Masks, Printed):
             notes.append(
                 f"{counted(abs(missed), 'weight')} {less} than asked: those of a group of the pattern go together"
             )
+        notes += [self.advice] if self.advice else []
         title = f"{number(self.pruned)} of {counted(self.size, 'weight')} pruned, {percent(self.sparsity)}"
         header = ("weights", "zeros", "sparsity", "output lost")
         return Table(header[: len(rows[0])] if rows else header, rows, title, notes)
-
-
-def _rows(part: Matrix) -> str:
-    """The name of a matrix that has only some rows of its tensors, as those of the gates of a GRU."""
-    pieces = part.moments.pieces
-    return " + ".join(f"{piece.name}[{piece.start}:{piece.stop}]" for piece in pieces)
 
 
 class Judge:
@@ -104,6 +105,24 @@ class Judge:
                 return tried(self._model, self._evaluate, f"the model pruned by {name}")
             assert self._fidelity is not None
             return self._fidelity.of(self._model)
+
+    def advice(self, found: float, options: Sequence[str]) -> str:
+        """What may help where a model that was found so good is far from the dense one; else nothing.
+
+        Args:
+            found: what `of` gave.
+            options: of `oneshot`, that were not in use.
+        """
+        if self._evaluate is None:
+            poor, told = found < _WELL, f"a mean cosine of {found:.4f}"
+        else:
+            dense = tried(self._model, self._evaluate, "the model as it is")
+            poor, told = found < dense - (1 - _WELL) * abs(dense), f"a metric of {found:.4g}, before it was {dense:.4g}"
+        if not poor:
+            return ""
+        more = ["sc.recalibrate(model, batches), for its BatchNorm"] if counting(self._model) else []
+        tips = [*options, *more, "sc.recover(model, dense, batches, steps=200)"]
+        return f"the outputs are not kept well ({told}): try {'; '.join(tips)}"
 
 
 class Contest:
@@ -136,7 +155,15 @@ class Contest:
         if self._best is None or (self._judge and self._tried[way.name] > self._tried[self._best[0].name]):
             self._best, self.draft = (way, solutions), draft
 
-    def result(self, scope: Scope) -> Pruned:
-        """The masks of the best, and how it went; the model must still be the dense one."""
+    def result(self, scope: Scope, options: Sequence[str] | None = None) -> Pruned:
+        """The masks of the best, and how it went; the model must still be the dense one.
+
+        Args:
+            scope: what was pruned.
+            options: of `oneshot`, that may help where all ways are poor; None for no advice.
+        """
         way, solutions = self.best
-        return Pruned.of(self.draft.masks(scope), solutions, self._tried, way.name)
+        advice = ""
+        if self._tried and options is not None:
+            advice = self._judge.advice(self._tried[way.name], options)
+        return Pruned.of(self.draft.masks(scope), solutions, self._tried, way.name, advice)

@@ -24,6 +24,15 @@ class Piece(NamedTuple):
     stop: int
 
 
+def titles(several: Sequence[Sequence[Piece]]) -> list[str]:
+    """Names of matrices by those of their tensors; with the rows where several are of the same ones, as in a GRU."""
+    plain = [" + ".join(piece.name for piece in pieces) for pieces in several]
+    return [
+        name if plain.count(name) == 1 else " + ".join(f"{piece.name}[{piece.start}:{piece.stop}]" for piece in pieces)
+        for name, pieces in zip(plain, several, strict=True)
+    ]
+
+
 @dataclass(frozen=True)
 class Moments:
     """What the matrix of some tensors reads: sums over the samples.

@@ -62,14 +62,15 @@ def oneshot(
         allocation: how many weights each tensor loses, as for `prune`; or "sensitivity": by what each layer, pruned
             alone, costs the whole model, if that proves better than the same fraction of each.
         pattern, scope: as for `prune`; a pattern must be one of single tensors.
-        evaluate: `model -> float`, higher is better: judges in place of the mean cosine of the outputs.
+        evaluate: `model -> float`, higher is better: judges in place of the mean cosine of the outputs; once the model
+            as it is, too.
         sequential: prune block by block, each on what the pruned ones before it give. It holds the sums of one layer
             at a time, and compares no ways. A path is that of a folder that keeps what is done and what the batches
             bring to the next block: a run that was killed goes on there. See `by_blocks.prune_by_blocks`.
         progress: draw a bar on stderr.
 
     Returns:
-        The masks, which also print as a table of what was done.
+        The masks, which also print as a table of what was done, with what may help where the outputs are kept badly.
 
     Warns:
         SecateurWarning: tensors without statistics, which are pruned by magnitude.
@@ -131,7 +132,7 @@ def oneshot(
             some = replace(stats, held=stats.checks[::2])  # of which there are many judgements
             zeros = _by_sensitivity(zeros, Judge(inner, some, made.scope, evaluate), select, advance)
             contest.enter(way._replace(name=f"{way.name}, by sensitivity"), solutions(zeros).of(way))
-    found = contest.result(made.scope)
+    found = contest.result(made.scope, _options(made.pattern, measured))
     found.asked = sum(made.counts())
     contest.draft.write(made.scope)
     return found
@@ -155,6 +156,13 @@ def _by_blocks(
     found = Pruned.of(masks, [], {}, "block by block")
     found.asked = sum(task.planned(unwrap(model), scope).counts())
     return found
+
+
+def _options(pattern: Pattern | None, measured: bool) -> list[str]:
+    """What else may be asked for, where a pattern leaves a choice."""
+    if pattern is not None and pattern.sparsity is not None:
+        return []
+    return [*([] if measured else ['allocation="sensitivity"']), "a lower sparsity"]
 
 
 def _require_measurable(pattern: Pattern | None, judge: Judge) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from secateur.calibration import trees
 from secateur.calibration.grams import Grams, Matrices, ordered
-from secateur.calibration.moments import Moments, Piece
+from secateur.calibration.moments import Moments, Piece, titles
 from secateur.calibration.recurrent import Run
 from secateur.errors import FileError, InputError, listed
 from secateur.scope import unwrap
@@ -212,8 +212,7 @@ class Statistics(Printed):
         """One row for what reads one input: its inputs, samples, and what else reads the same."""
         first: dict[int, str] = {}
         rows = []
-        for one in self.moments:
-            name = " + ".join(piece.name for piece in one.pieces)
+        for one, name in zip(self.moments, titles([one.pieces for one in self.moments]), strict=True):
             groups = f"{one.groups} x " if one.groups > 1 else ""
             least, most = int(one.count.min()), int(one.count.max())
             samples = number(least) if least == most else f"{number(least)} to {number(most)}"
