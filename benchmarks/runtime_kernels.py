@@ -58,7 +58,7 @@ def linear(weight: Tensor, bias: Tensor, n: int) -> Step:
     lib, blob, y = library(), native.pack(weight), torch.empty(n, len(weight))
 
     def run(x: Tensor) -> Tensor:
-        lib.secateur_linear(blob.data_ptr(), x.data_ptr(), n, bias.data_ptr(), y.data_ptr(), 1)
+        lib.secateur_linear(blob.data_ptr(), None, x.data_ptr(), n, bias.data_ptr(), y.data_ptr(), 1)
         return y
 
     return run
@@ -71,7 +71,7 @@ def convolution(layer: nn.Conv2d, x: Tensor) -> Step:
     shape = (ctypes.c_int64 * 12)(*(int(number) for number in numbers))
 
     def run(x: Tensor) -> Tensor:
-        lib.secateur_conv2d(blob.data_ptr(), x.data_ptr(), shape, layer.bias.data_ptr(), y.data_ptr(), 1)
+        lib.secateur_conv2d(blob.data_ptr(), None, x.data_ptr(), shape, layer.bias.data_ptr(), y.data_ptr(), 1)
         return y
 
     return run

@@ -1,6 +1,7 @@
 // Linear layers, one or several one after the other.
 #include "linear.h"
 
+#include "generated.h"
 #include "secateur.h"
 
 namespace secateur {
@@ -49,7 +50,8 @@ bool linear(Blob blob, const float* x, i64 n, const float* bias, float* y, bool 
     return by_tiles(tiles, std::size_t(columns + kTile) * kWidth, head.chunks, threads, arrange, compute);
 }
 
-void multiply(Blob blob, const float* panel, int width, const float* start, float* to) {
+void multiply(Blob blob, const Generated* code, const float* panel, int width, const float* start, float* to) {
+    if (code && width == kLanes) return code->run(0, code->blocks, panel, 1, start, to);
     for (u32 i = 0; i < blob.head->chunks; i++)
         kernels->panel(blob, panel, width, start, i, to + i64(i) * blob.head->chunk * width);
 }
@@ -61,10 +63,23 @@ namespace {
 struct Chain {
     int layers;
     const void* const* blobs;
+    const void* const* codes;
     const float* const* biases;
     const int32_t* relu;
 
     Blob blob(int i) const { return {static_cast<const Header*>(blobs[i])}; }
+    const Generated* code(int i) const { return codes ? static_cast<const Generated*>(codes[i]) : nullptr; }
+    bool sound() const {
+        for (int i = 0; i < layers; i++)
+            if (!valid(blobs[i]) || (i && blob(i).head->columns != blob(i - 1).head->rows) || !fits(code(i), blob(i), false))
+                return false;
+        return true;
+    }
+    bool generated() const {
+        for (int i = 0; i < layers; i++)
+            if (code(i)) return true;
+        return false;
+    }
     i64 columns() const { return blob(0).head->columns; }
     i64 rows() const { return blob(layers - 1).head->rows; }
     i64 widest() const {
@@ -80,43 +95,73 @@ struct Chain {
         if (!between) return false;
         for (int i = 0; i < layers; i++) {
             float* to = i + 1 == layers ? y : between + (i % 2) * most;
-            if (!linear(blob(i), x, n, biases[i], to, false, threads)) return false;
+            if (!linear(blob(i), code(i), x, n, biases[i], to, threads)) return false;
             if (relu[i]) kernels->relu(to, n * blob(i).head->rows);
             x = to;
         }
         return true;
     }
 
-    // a tile through all layers, activations [features][width]
-    bool by_panels(const float* x, const Tile& t, float* y) const {
-        const i64 most = widest() * t.width;
+    // The panels of some tiles through all layers, activations [tile][features][width]. `each` calls its argument with
+    // each tile's number, first input and how many it has.
+    template <class Each>
+    bool by_panels(const float* x, i64 tiles, int width, const Each& each, float* y) const {
+        const i64 most = widest() * width * tiles;
         float* between = gathered.get(2 * most);
         const float* none = zeros.get(widest());
         if (!between || !none) return false;
         float *in = between, *to = between + most;
-        kernels->panel_pack(x + t.first * columns(), columns(), t.n, t.width, columns(), in);
+        each([&](i64 t, i64 first, int n) {
+            kernels->panel_pack(x + first * columns(), columns(), n, width, columns(), in + t * columns() * width);
+        });
         for (int i = 0; i < layers; i++) {
-            multiply(blob(i), in, t.width, biases[i] ? biases[i] : none, to);
-            if (relu[i]) kernels->relu(to, blob(i).head->rows * t.width);
+            const Header& head = *blob(i).head;
+            const float* start = biases[i] ? biases[i] : none;
+            if (code(i) && width == kLanes)  // all tiles at once
+                code(i)->run(0, code(i)->blocks, in, tiles, start, to);
+            else
+                for (i64 t = 0; t < tiles; t++)
+                    multiply(blob(i), nullptr, in + t * head.columns * width, width, start, to + t * head.rows * width);
+            if (relu[i]) kernels->relu(to, head.rows * width * tiles);
             float* swap = in;
             in = to, to = swap;
         }
-        kernels->panel_unpack(in, t.n, t.width, rows(), y + t.first * rows(), rows());
+        each([&](i64 t, i64 first, int n) {
+            kernels->panel_unpack(in + t * rows() * width, n, width, rows(), y + first * rows(), rows());
+        });
         return true;
     }
 
-    bool run(const float* x, i64 n, float* y, int threads) const {
+    bool by_code(const float* x, i64 n, float* y, int threads) const {
+        const Groups groups(widest() * 2, n, threads);
+        std::atomic<bool> enough{true};
+        share(groups.count(), threads, [&](i64 i) {
+            auto each = [&](const auto& f) { groups.each(i, f); };
+            if (!by_panels(x, groups.of(i), kLanes, each, y)) enough = false;
+        });
+        const i64 rest = n - groups.inputs;
+        x += groups.inputs * columns(), y += groups.inputs * rows();
+        return enough && (rest == 0 || by_tiles(x, rest, y, threads));
+    }
+
+    bool by_tiles(const float* x, i64 n, float* y, int threads) const {
         const bool jagged = kernels->jagged && blob(0).head->groups;
         const i64 tiles = Tile::count(n, jagged);
         if (tiles < threads) return by_rows(x, n, y, threads);
         std::atomic<bool> enough{true};
         share(tiles, threads, [&](i64 i) {
             const Tile t(i, n, jagged);
-            if (!(t.width >= 8 ? by_panels(x, t, y)
+            auto each = [&](const auto& f) { f(0, t.first, t.n); };
+            if (!(t.width >= 8 ? by_panels(x, 1, t.width, each, y)
                                : by_rows(x + t.first * columns(), t.n, y + t.first * rows(), 1)))
                 enough = false;
         });
         return enough;
+    }
+
+    bool run(const float* x, i64 n, float* y, int threads) const {
+        if (!generated()) return by_tiles(x, n, y, threads);
+        return n < kLanes * threads ? by_rows(x, n, y, threads) : by_code(x, n, y, threads);
     }
 };
 
@@ -125,16 +170,19 @@ struct Chain {
 
 using namespace secateur;
 
-int32_t secateur_linear(const void* blob, const float* x, int64_t n, const float* bias, float* y, int32_t threads) {
+int32_t secateur_linear(const void* blob, const void* code, const float* x, int64_t n, const float* bias, float* y,
+                        int32_t threads) {
     if (!valid(blob) || n < 0) return -1;
-    return linear({static_cast<const Header*>(blob)}, x, n, bias, y, false, threads) ? 0 : -2;
+    const Blob packed{static_cast<const Header*>(blob)};
+    const Generated* made = static_cast<const Generated*>(code);
+    if (!fits(made, packed, false)) return -1;
+    return linear(packed, made, x, n, bias, y, threads) ? 0 : -2;
 }
 
-int32_t secateur_chain(int32_t layers, const void* const* blobs, const float* const* biases, const int32_t* relu,
-                       const float* x, int64_t n, float* y, int32_t threads) {
+int32_t secateur_chain(int32_t layers, const void* const* blobs, const void* const* codes, const float* const* biases,
+                       const int32_t* relu, const float* x, int64_t n, float* y, int32_t threads) {
     if (layers < 1 || n < 0) return -1;
-    const Chain chain{layers, blobs, biases, relu};
-    for (int i = 0; i < layers; i++)
-        if (!valid(blobs[i]) || (i && chain.blob(i).head->columns != chain.blob(i - 1).head->rows)) return -1;
-    return n == 0 || chain.run(x, n, y, threads) ? 0 : -2;
+    const Chain chain{layers, blobs, codes, biases, relu};
+    if (!chain.sound()) return -1;
+    return n == 0 || chain.run(x, n, y, threads < 1 ? 1 : threads) ? 0 : -2;
 }

@@ -7,8 +7,16 @@ namespace secateur {
 // y[n][rows] = W x[n][columns] + (bias, or what y holds if accumulate); false if there is no memory for scratch.
 bool linear(Blob blob, const float* x, i64 n, const float* bias, float* y, bool accumulate, int threads);
 
-// All chunks of to[rows][width] = start + W panel, or to += W panel without start.
-void multiply(Blob blob, const float* panel, int width, const float* start, float* to);
+// The same, without accumulating, by code that was generated from this blob and runs, or without code.
+struct Generated;
+bool linear(Blob blob, const Generated* code, const float* x, i64 n, const float* bias, float* y, int threads);
+
+// All chunks of to[rows][width] = start + W panel, or to += W panel without start; by code, if there is some, where the
+// width is that of its tiles.
+void multiply(Blob blob, const Generated* code, const float* panel, int width, const float* start, float* to);
+
+// Whether this is no code, or code that runs and was generated from a blob like this one, to add or not to.
+bool fits(const Generated* code, Blob blob, bool adds);
 
 // Whether these bytes are a packed matrix of this version.
 inline bool valid(const void* blob) {

@@ -1,6 +1,7 @@
 // LSTM, GRU and plain RNN: one layer and direction from the first step to the last, or one step of a cell.
 #include <cstring>
 
+#include "generated.h"
 #include "linear.h"
 #include "secateur.h"
 
@@ -14,6 +15,7 @@ constexpr i64 kGates[] = {4, 3, 1, 1};  // of each kind
 struct Recurrent {
     int32_t kind;
     Blob input, recurrent, projection;
+    const Generated *input_code, *recurrent_code, *projection_code;
     const float *x, *input_bias;
     float* gates;  // the input's part for all steps, if there is no blob for it
     const i64* sizes;
@@ -68,7 +70,7 @@ struct Recurrent {
                             ready += more > 0 ? more : 0;
                         }
                         const float* from = copies ? copies : x + (reverse ? last : offset) * columns;
-                        if (!linear(input, from, ready, input_bias, part, false, threads)) return false;
+                        if (!linear(input, input_code, from, ready, input_bias, part, threads)) return false;
                     }
                     // rows are in the order of x; without copies a reverse pass takes them from the end
                     const i64 at = reverse && !copies ? ready - used - live : used;
@@ -128,14 +130,14 @@ struct Recurrent {
             float *to_h = all ? hp : fresh_h, *to_c = all ? cp : fresh_c;
             k.panel_pack(in, rows, int(live), width, rows, part);
             if (kind == kGru) {
-                multiply(recurrent, hp, width, start, s);
+                multiply(recurrent, recurrent_code, hp, width, start, s);
                 if (!all) std::memcpy(to_h, hp, states * sizeof(float));
                 k.gru(part, s, cells, to_h);
             } else {
-                multiply(recurrent, hp, width, nullptr, part);
+                multiply(recurrent, recurrent_code, hp, width, nullptr, part);
                 if (c && !all) std::memcpy(to_c, cp, cells * sizeof(float));
                 activate(part, cells, to_c, projection.head ? before : to_h);
-                if (projection.head) multiply(projection, before, width, zeros.get(state), to_h);
+                if (projection.head) multiply(projection, projection_code, before, width, zeros.get(state), to_h);
             }
             if (!all) {  // the other sequences have ended, or not begun
                 keep(to_h, hp, states, width, live);
@@ -160,10 +162,10 @@ struct Recurrent {
 
 using namespace secateur;
 
-int32_t secateur_recurrent(int32_t kind, const void* input, const float* x, const float* input_bias, float* gates,
-                           const void* recurrent, const void* projection, const int64_t* sizes, int64_t steps,
-                           int64_t batch, const float* bias, float* h, float* c, float* out, int64_t out_stride,
-                           int32_t reverse, int32_t threads) {
+int32_t secateur_recurrent(int32_t kind, const void* const* codes, const void* input, const float* x,
+                           const float* input_bias, float* gates, const void* recurrent, const void* projection,
+                           const int64_t* sizes, int64_t steps, int64_t batch, const float* bias, float* h, float* c,
+                           float* out, int64_t out_stride, int32_t reverse, int32_t threads) {
     if (kind < kLstm || kind > kRelu || (kind == kLstm) != (c != nullptr) || (projection && kind != kLstm)) return -1;
     if (!valid(recurrent) || (projection && !valid(projection)) || (input ? !valid(input) || !x : !gates)) return -1;
     const Blob i{static_cast<const Header*>(input)}, r{static_cast<const Header*>(recurrent)},
@@ -172,13 +174,18 @@ int32_t secateur_recurrent(int32_t kind, const void* input, const float* x, cons
     if (r.head->rows % count || (projection ? p.head->columns != hidden || p.head->rows != state : hidden != state))
         return -1;
     if (input && i.head->rows != r.head->rows) return -1;
+    const Generated* code[3] = {};
+    for (int k = 0; codes && k < 3; k++) code[k] = static_cast<const Generated*>(codes[k]);
+    if (input ? !fits(code[0], i, false) : code[0] != nullptr) return -1;
+    if (!fits(code[1], r, kind != kGru) || (projection ? !fits(code[2], p, false) : code[2] != nullptr)) return -1;
     // Sequences do not wait for each other: each part runs from the first step to the last, on one thread. A single step
     // of few sequences has nothing but its products to share.
-    const i64 fit = (batch + kWidth - 1) / kWidth, shared = batch / 8 < threads ? batch / 8 : threads;
+    const i64 widest = code[1] ? kLanes : kWidth, fit = (batch + widest - 1) / widest, shared = batch / 8 < threads ? batch / 8 : threads;
     const i64 parts = fit > shared ? fit : shared;
     const int each = parts == 1 && steps == 1 ? threads : 1;
-    const Recurrent layer{kind,   i,     r,    p, x, input_bias, gates,      sizes,        steps, batch,
-                          hidden, state, bias, h, c, out,        out_stride, reverse != 0, each};
+    const Recurrent layer{kind,    i,     r,     p,      code[0], code[1], code[2], x, input_bias, gates,
+                          sizes,   steps, batch, hidden, state,   bias,    h,       c, out,        out_stride,
+                          reverse != 0, each};
     std::atomic<bool> enough{true};
     share(parts, threads, [&](i64 i) {
         if (!layer.run(batch * i / parts, batch * (i + 1) / parts)) enough = false;
@@ -204,6 +211,6 @@ int32_t secateur_cell(int32_t kind, const void* input, const float* x, float* ga
         for (u32 r = 0; r < head.rows; r++) both[r] = input_bias[r] + bias[r];
         input_bias = both;
     }
-    return secateur_recurrent(kind, input, x, input_bias, gates, recurrent, nullptr, &n, 1, n, bias, next_h, next_c,
-                              nullptr, 0, 0, threads);
+    return secateur_recurrent(kind, nullptr, input, x, input_bias, gates, recurrent, nullptr, &n, 1, n, bias, next_h,
+                              next_c, nullptr, 0, 0, threads);
 }

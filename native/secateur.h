@@ -17,7 +17,7 @@
 extern "C" {
 #endif
 
-#define SECATEUR_ABI 6
+#define SECATEUR_ABI 7
 
 /* SECATEUR_ABI of the library. */
 SECATEUR_API int32_t secateur_abi(void);
@@ -41,25 +41,49 @@ SECATEUR_API void secateur_set_parallel(void* gomp_parallel);
 SECATEUR_API int64_t secateur_pack(const float* weight, int64_t rows, int64_t columns, int64_t groups, int32_t half,
                                    void* blob);
 
-/* y[n][rows] = x[n][columns] * W^T + bias; bias may be NULL. */
-SECATEUR_API int32_t secateur_linear(const void* blob, const float* x, int64_t n, const float* bias, float* y,
-                                     int32_t threads);
+/* Whether code generated here can run: 1 with "avx512" in use and memory that may be made executable, else 0. */
+SECATEUR_API int32_t secateur_generates(void);
 
-/* y[n][rows of the last blob]: x[n][columns of the first] through `layers` products, each with its bias (an entry may be
- * NULL), and where relu[i] != 0 with max(0, .) after it. Between layers activations keep the kernels' layout. */
-SECATEUR_API int32_t secateur_chain(int32_t layers, const void* const* blobs, const float* const* biases,
-                                    const int32_t* relu, const float* x, int64_t n, float* y, int32_t threads);
+/* Machine code for one packed matrix, which it holds no pointer to: for Linear layers, or for convolutions of this shape,
+ * of whatever batch. NULL if the bytes are no packed matrix of float32, or there is no memory. adds != 0: for products that
+ * are added to what is there, as those with the states of an LSTM or plain RNN are. run: 1 to be run, and NULL where
+ * nothing generated can; 0 only to be looked at; 2, for tests on any CPU, to have what it computes computed without it.
+ * Threads may share it. */
+SECATEUR_API void* secateur_generate(const void* blob, int64_t bytes, const int64_t* shape, int32_t adds,
+                                     int32_t run);
+
+/* Frees what secateur_generate returned. */
+SECATEUR_API void secateur_discard(void* code);
+
+/* Copies a part of generated code, 0: the bytes of code (if not to be run), 1: the floats it reads as weights, 2: its
+ * units, int64[4] each: offset of the code in bytes, offset of the weights in floats, first row, rows. Returns the bytes
+ * of the part; with to == NULL only that. */
+SECATEUR_API int64_t secateur_generated(const void* code, int32_t part, void* to);
+
+/* y[n][rows] = x[n][columns] * W^T + bias; bias may be NULL. code: generated from this blob, for where n is 12 or more; it
+ * is passed over if it is only to be looked at; or NULL. */
+SECATEUR_API int32_t secateur_linear(const void* blob, const void* code, const float* x, int64_t n, const float* bias,
+                                     float* y, int32_t threads);
+
+/* y[n][rows of the last blob]: x[n][columns of the first] through `layers` products, each with its code (an entry, or
+ * codes, may be NULL; as for secateur_linear) and its bias (an entry may be NULL), and where relu[i] != 0 with max(0, .) after it. Between layers activations keep the kernels' layout. */
+SECATEUR_API int32_t secateur_chain(int32_t layers, const void* const* blobs, const void* const* codes,
+                                    const float* const* biases, const int32_t* relu, const float* x, int64_t n,
+                                    float* y, int32_t threads);
 
 /* y[batch][out][oh][ow] = conv(x[batch][channels][height][width]); columns of the blob = channels * kh * kw.
  * shape: batch, channels, height, width, kh, kw, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w.
- * Grouped convolutions are packed with groups. Padding is with zeros. */
-SECATEUR_API int32_t secateur_conv2d(const void* blob, const float* x, const int64_t shape[12], const float* bias,
-                                     float* y, int32_t threads);
+ * Grouped convolutions are packed with groups. Padding is with zeros. code: generated from this blob, or NULL; it is
+ * passed over for other shapes, and if it is only to be looked at. */
+SECATEUR_API int32_t secateur_conv2d(const void* blob, const void* code, const float* x, const int64_t shape[12],
+                                     const float* bias, float* y, int32_t threads);
 
 /* One layer and direction of an LSTM (kind 0; gates i f g o), a GRU (kind 1; gates r z n) or a plain RNN (one gate; kind
  * 2: tanh, 3: ReLU) over `steps` steps.
  * Rows of all steps lie one after the other (time-major); step t has sizes[t] rows, its first sequences (as in a
  * packed sequence; all equal to batch otherwise).
+ *   codes      NULL, or code, entries of which may be NULL, generated from input, recurrent (of the latter to add, but
+ *              for a GRU) and projection
  *   input      blob of weight_ih; x [rows of all steps][input] is what it sees, input_bias is added (GRU: b_ih;
  *              others: b_ih + b_hh; or NULL). Or NULL: then gates holds all this,
  *   gates      [rows of all steps][gates * hidden], overwritten; else NULL
@@ -69,10 +93,11 @@ SECATEUR_API int32_t secateur_conv2d(const void* blob, const float* x, const int
  *   h          [batch][state], c [batch][hidden] (LSTM, else NULL): initial state in, final state out
  *   out        h of every step, rows out_stride floats apart, or NULL
  *   reverse    != 0: from the last step to the first */
-SECATEUR_API int32_t secateur_recurrent(int32_t kind, const void* input, const float* x, const float* input_bias,
-                                        float* gates, const void* recurrent, const void* projection,
-                                        const int64_t* sizes, int64_t steps, int64_t batch, const float* bias, float* h,
-                                        float* c, float* out, int64_t out_stride, int32_t reverse, int32_t threads);
+SECATEUR_API int32_t secateur_recurrent(int32_t kind, const void* const* codes, const void* input, const float* x,
+                                        const float* input_bias, float* gates, const void* recurrent,
+                                        const void* projection, const int64_t* sizes, int64_t steps, int64_t batch,
+                                        const float* bias, float* h, float* c, float* out, int64_t out_stride,
+                                        int32_t reverse, int32_t threads);
 
 /* One step of such a cell: next_h [n][hidden] and, of an LSTM, next_c [n][hidden] (else NULL) from h and c, which may be
  * NULL: zeros. input, x, gates and recurrent as above, for one step of n rows; input_bias is b_ih and bias is b_hh, each

@@ -50,6 +50,8 @@ class Facts:
     """The instruction set torch's own kernels use: DEFAULT, AVX2, AVX512, ..."""
     kernels: str | None
     """The instruction set the sparse kernels use: avx512, avx2, neon or portable; None without them."""
+    generates: bool
+    """Whether code that is made at run time can run: with avx512, where memory may be made executable."""
     physical_cores: int | None
     allowed_cores: int
     """Cores this process may use: affinity and container quota."""
@@ -121,6 +123,7 @@ def _facts() -> Facts:
         cpu_flags=tuple(f for f in _FLAGS if f in (first_of(cpu, "flags") or first_of(cpu, "Features") or "").split()),
         torch_isa=backends.cpu.get_cpu_capability(),
         kernels=native.isa(),
+        generates=native.generates(),
         physical_cores=len({(c.get("physical id"), c["core id"]) for c in cpu if "core id" in c}) or None,
         allowed_cores=_allowed_cores(),
         torch_threads=torch.get_num_threads(),
@@ -191,6 +194,13 @@ def _findings(facts: Facts) -> Iterator[Finding]:
         yield Finding(
             "the native kernels use no vector instructions, and this CPU has them",
             "unset SECATEUR_ISA, or install secateur again with a newer compiler",
+        )
+    elif facts.kernels == "avx512" and not facts.generates:
+        yield Finding(
+            "this system lets no memory be made executable: sc.accelerate generates no code, and uses the kernels "
+            "that were compiled",
+            "allow it to this process (SELinux: execmem; systemd: MemoryDenyWriteExecute=no), if that is worth more "
+            "speed to you",
         )
     if not (facts.mkl or facts.onednn):
         yield Finding(

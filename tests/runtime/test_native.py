@@ -32,10 +32,10 @@ SIGNATURES = {
     "secateur_set_isa": (Number, [Text]),
     "secateur_set_parallel": (None, [Address]),
     "secateur_pack": (Long, [Address, Long, Long, Long, Number, Address]),
-    "secateur_linear": (Number, [Address, Address, Long, Address, Address, Number]),
-    "secateur_chain": (Number, [Number, *[Address] * 4, Long, Address, Number]),
-    "secateur_conv2d": (Number, [*[Address] * 5, Number]),
-    "secateur_recurrent": (Number, [Number, *[Address] * 7, Long, Long, *[Address] * 4, Long, Number, Number]),
+    "secateur_linear": (Number, [*[Address] * 3, Long, Address, Address, Number]),
+    "secateur_chain": (Number, [Number, *[Address] * 5, Long, Address, Number]),
+    "secateur_conv2d": (Number, [*[Address] * 6, Number]),
+    "secateur_recurrent": (Number, [Number, *[Address] * 8, Long, Long, *[Address] * 4, Long, Number, Number]),
 }
 
 

@@ -40,6 +40,7 @@ def accelerate(
     plan: KernelPlan | Mapping[str, Any] | None = None,
     values: torch.dtype = torch.float32,
     check_inputs: bool = False,
+    generated: bool = True,
     progress: bool = False,
 ) -> nn.Module:
     """Copy a model for inference in which every layer runs the faster of its dense and its sparse kernel.
@@ -72,6 +73,9 @@ def accelerate(
         check_inputs: run a layer dense where its inputs have a NaN or an infinity, so that the result is that of the
             plain model. Costs a sum over the inputs of each layer, and runs of Linear are not fused. Without it such an
             input affects only outputs that have a kept weight for it, as pruned weights are skipped.
+        generated: False: make no machine code at run time. With AVX-512 it is made for layers that see 12 rows or more,
+            about 16 bytes for each weight that is not zero, and kept where it is measured to be faster still. Where the
+            system forbids memory that is made executable, none is made.
         progress: show on stderr how far the tuning has come.
         plan: `fast.plan`, or its `to_dict()`, of an earlier run for the same weights and machine: nothing is timed.
 
@@ -93,12 +97,13 @@ def accelerate(
     model = unwrap(model)
     calls = [arguments(one) for one in (example_inputs if isinstance(example_inputs, list) else [example_inputs])]
     checks.flag("check_inputs", check_inputs)
+    checks.flag("generated", generated)
     checks.flag("progress", progress)
     given = plan if plan is None or isinstance(plan, KernelPlan) else KernelPlan.from_dict(plan)
     _check(model, calls, threads, values)
     with _threads(threads), torch.inference_mode(False):
         fast, trained = _copy(model)
-        tuned = Tuning(model, fast, calls, half=values is torch.float16, checked=check_inputs)
+        tuned = Tuning(model, fast, calls, half=values is torch.float16, checked=check_inputs, generated=generated)
         if given is not None:
             tuned.take(given)
         else:

@@ -152,9 +152,10 @@ class SparseMultiheadAttention(Sparse, nn.MultiheadAttention):
         packed = self._buffers.get(f"packed_{name}")
         if packed is None:
             return F.linear(x, weight, bias)
-        run = torch.ops.secateur.linear if torch.compiler.is_compiling() else products.linear
-        found: Tensor = run(x, weight, packed, bias, self._choices)
-        return found
+        if torch.compiler.is_compiling():
+            found: Tensor = torch.ops.secateur.linear(x, weight, packed, bias, self._choices)
+            return found
+        return products.linear(x, weight, packed, bias, self._choices, self._codes.get(name))
 
     def _by_head(self, x: Tensor) -> Tensor:
         x = torch.unflatten(x, -1, (self.num_heads, self.head_dim))

@@ -20,6 +20,8 @@ _States = tuple[Tensor | None, Tensor | None]
 class _SparseCell(Sparse, nn.RNNCellBase):
     """What the cells share."""
 
+    code_from = None  # a frame is of one stream, or of a few
+
     @classmethod
     def obstacle(cls, module: nn.Module) -> str:
         return "a recurrent layer needs the native library" if products.form() == "csr" else ""

@@ -7,6 +7,8 @@ inference goes through the modules, one after the other.
 from __future__ import annotations
 
 import ctypes
+import functools
+import operator
 from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, ClassVar
@@ -15,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as everywhere
 
-from secateur.runtime import products
+from secateur.runtime import native, products
 from secateur.runtime.linears import SparseLinear
 from secateur.runtime.swapping import Swapped
 from secateur.runtime.weight_checks import Watch, pointers, seen_to_differ, version
@@ -47,7 +49,7 @@ class Chain(Singly):
 
     def __init__(self, modules: Sequence[nn.Module], choices: int = 0) -> None:
         super().__init__(modules)
-        self.choose(choices)
+        self._choices = choices
         self._own = [module.__dict__ for module in modules]
         self.layers = [module for module in modules if isinstance(module, SparseLinear)]
         self.widths = (self.layers[0].in_features, *(layer.out_features for layer in self.layers))
@@ -61,6 +63,8 @@ class Chain(Singly):
         self._relu = (ctypes.c_int32 * len(relu))(*relu)
         self._pointers = ctypes.c_void_p * len(relu)
         self._blobs = self._biases = self._pointers()
+        self._made: list[native.Code | None] = []
+        self._codes = self._pointers(), 0
         self._known: list[tuple[Any, ...]] = []
         self._tensors: list[Tensor] = []
         self._weights: list[Tensor] = []
@@ -75,7 +79,10 @@ class Chain(Singly):
     def __call__(self, x: Tensor) -> Tensor:
         return self.forward(x)
 
-    def choose(self, choices: int) -> None:
+    has_code: ClassVar[bool] = False
+    """Its code is that of its layers, which was chosen before."""
+
+    def choose(self, choices: int, generated: int = 0) -> None:
         """Run as one native call for these row classes."""
         self._choices = choices
 
@@ -89,7 +96,7 @@ class Chain(Singly):
     def forward(self, x: Tensor) -> Tensor:
         """[..., first width] to [..., last width]."""
         if self._ready(x):
-            given = (len(self.layers), self._blobs, self._biases, self._relu, self._choices)
+            given = (len(self.layers), self._blobs, self._codes, self._biases, self._relu, self._choices)
             out = products.chain(x, self._ends, *given)
             if out is not None:
                 return out
@@ -145,6 +152,10 @@ class Chain(Singly):
         addresses = [layer.weight.data_ptr() for layer in watched]
         self._watched = pointers(addresses), pointers([one.address for one in self._watches])
         self._known = known
+        self._made = [layer._codes.get("weight") for layer in self.layers]  # kept, as it is called by its address
+        chosen = [code.choices for code in self._made if code is not None]
+        handles = self._pointers(*(None if code is None else code.handle for code in self._made))
+        self._codes = handles, functools.reduce(operator.and_, chosen) if chosen else 0
         return True
 
 

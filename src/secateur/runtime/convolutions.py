@@ -7,15 +7,15 @@ kernel for channels.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from secateur.runtime import native, products
 from secateur.runtime import operators as operators  # registers torch.ops.secateur
-from secateur.runtime import products
 from secateur.runtime.swapping import Sparse, sparse
 
 __all__: list[str] = []  # reached through secateur.accelerate alone
@@ -32,6 +32,25 @@ class _SparseConvolution(Sparse):
     padding: str | tuple[int, ...]
     dilation: tuple[int, ...]
     padding_mode: Literal["zeros", "reflect", "replicate", "circular"]
+    _seen: set[tuple[int, ...]]
+    """Sizes of the images of the example, [in, height, width]: code is for one of them."""
+
+    def prepare(self, place: str) -> None:
+        super().prepare(place)
+        self._seen = set()
+
+    def observe(self, input: Tensor) -> None:
+        self._seen.add(tuple(self._image(input).shape[1:]))
+
+    def code_for(self, name: str, packed: Tensor) -> native.Code | None:
+        if len(self._seen) != 1:
+            return None
+        image, weight, spread = _padded(self, torch.empty(1, *self._seen.copy().pop(), device="meta"), _spread)
+        shape, _ = products.conv_shape(tuple(image.shape), tuple(weight.shape), *spread)
+        return native.generate(packed, tuple(shape))
+
+    def _extras(self) -> tuple[str, ...]:
+        return ("_seen",)
 
     @classmethod
     def obstacle(cls, module: Any) -> str:
@@ -165,14 +184,20 @@ def _pixels(image: Tensor, layer: Any) -> int:
 
 def _convolve(layer: Any, image: Tensor) -> Tensor:
     compiling = torch.compiler.is_compiling()
-    spread = _spread if compiling else _remembered
+    image, weight, spread = _padded(layer, image, _spread if compiling else _remembered)
+    stride, padding, dilation = spread
+    given = (image, weight, layer.packed_weight, layer.bias, stride, padding, dilation, layer.groups, layer._choices)
+    if compiling:
+        found: Tensor = torch.ops.secateur.conv2d(*given)
+        return found
+    return products.conv2d(*given, layer._codes.get("weight"))
+
+
+def _padded(layer: Any, image: Tensor, spread: Callable[..., Any]) -> tuple[Tensor, Tensor, tuple[Any, Any, Any]]:
+    """Image, weight, and stride, padding and dilation of a convolution that pads both ends alike."""
     stride, padding, more, dilation = spread(layer.kernel_size, layer.stride, layer.padding, layer.dilation)
     if any(more):
         image = F.pad(image, (0, more[1], 0, more[0]))
     weight = layer.weight.unsqueeze(2) if layer.weight.dim() == 3 else layer.weight
     weight = weight.flatten(1, 2) if weight.dim() == 5 else weight
-    run = torch.ops.secateur.conv2d if compiling else products.conv2d
-    found: Tensor = run(
-        image, weight, layer.packed_weight, layer.bias, stride, padding, dilation, layer.groups, layer._choices
-    )
-    return found
+    return image, weight, (stride, padding, dilation)

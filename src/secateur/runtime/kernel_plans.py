@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from secateur.errors import FileError, listed
 from secateur.measurement.timing import NO_DIFFERENCE, duration
 from secateur.support import checks
-from secateur.support.tables import Printed, Table, percent
+from secateur.support.tables import Printed, Table, percent, size
 
 _VERSION = 1
 _CLASSES = range(48)
@@ -23,13 +23,17 @@ class Timing:
         bucket: row class: above 2**(bucket - 1) rows, up to 2**bucket.
         dense_seconds: median of torch's own layer.
         sparse_seconds: median of the sparse kernel.
-        sparse: whether the sparse kernel was chosen.
+        sparse: whether a sparse kernel was chosen.
+        generated_seconds: median of generated code; None where none was tried.
+        generated: whether that was chosen.
     """
 
     bucket: int
     dense_seconds: float
     sparse_seconds: float
     sparse: bool
+    generated_seconds: float | None = None
+    generated: bool = False
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,8 @@ class LayerPlan:
         pattern: hash of where the zeros are; empty for a layer that was not tried.
         timings: one for each row class that the examples led to it.
         reason: why no kernel but the dense one is in use; empty where the sparse one is.
+        packed_bytes: of its packed weights, which lie beside the dense ones.
+        code_bytes: of generated code, with the weights in it.
     """
 
     name: str
@@ -56,17 +62,27 @@ class LayerPlan:
     pattern: str = ""
     timings: tuple[Timing, ...] = ()
     reason: str = ""
+    packed_bytes: int = 0
+    code_bytes: int = 0
 
     @property
     def choices(self) -> int:
         """Bit b: whether row class b is sparse; a class that was not measured is treated as the nearest one."""
+        return self._classes(lambda timing: timing.sparse)
+
+    @property
+    def generated(self) -> int:
+        """Bit b: whether row class b runs generated code."""
+        return self._classes(lambda timing: timing.generated)
+
+    def _classes(self, chosen: Callable[[Timing], bool]) -> int:
         if self.reason or not self.timings:
             return 0
-        return sum(1 << b for b in _CLASSES if self._nearest(b))
+        return sum(1 << b for b in _CLASSES if all(map(chosen, self._nearest(b))))
 
-    def _nearest(self, bucket: int) -> bool:
+    def _nearest(self, bucket: int) -> list[Timing]:
         near = min(abs(t.bucket - bucket) for t in self.timings)
-        return all(t.sparse for t in self.timings if abs(t.bucket - bucket) == near)
+        return [t for t in self.timings if abs(t.bucket - bucket) == near]
 
 
 @dataclass(frozen=True)
@@ -159,6 +175,10 @@ class KernelPlan(Printed):
         library = (
             f"native kernels: {self.isa}{lossy}" if self.isa else "no native library: torch's CSR and dense kernels"
         )
+        packed, code = (sum(getattr(layer, kind) for layer in self.layers) for kind in ("packed_bytes", "code_bytes"))
+        if packed:
+            also = f", generated code {size(code)}" if code else ""
+            library += f"; beside the dense weights: packed {size(packed)}{also}"
         notes = [*self._verdicts(), f"{library}; threads: {self.threads}; CPU: {self.cpu}"]
         if self.gpu:
             notes.append(f"GPU: {self.gpu}; sparse there: torch's semi-structured (2:4) products")
@@ -167,7 +187,9 @@ class KernelPlan(Printed):
             notes.insert(
                 0, f"{listed(runs)}: layers in a row; dense is one after the other, sparse is one call for all"
             )
-        header = ("layer", "kind", "weights", "zeros", "rows", "dense", "sparse", "runs")
+        header = ["layer", "kind", "weights", "zeros", "rows", "dense", "sparse", "generated", "runs"]
+        if not any(row[7] for row in rows):  # nothing was generated
+            header, rows = [*header[:7], header[8]], [[*row[:7], row[8]] for row in rows]
         return Table(header, rows, notes=notes, keys=(0, 4))
 
     def _verdicts(self) -> list[str]:
@@ -179,7 +201,7 @@ class KernelPlan(Printed):
 
 def without(layer: LayerPlan, buckets: set[int], reason: str) -> LayerPlan:
     """A layer with some row classes back at dense; `reason` is told when no sparse one is left."""
-    timings = tuple(replace(t, sparse=t.sparse and t.bucket not in buckets) for t in layer.timings)
+    timings = tuple(replace(t, sparse=False, generated=False) if t.bucket in buckets else t for t in layer.timings)
     lost = not layer.reason and not any(t.sparse for t in timings)
     return replace(layer, timings=timings, reason=reason if lost else layer.reason)
 
@@ -193,12 +215,14 @@ def _rows(layer: LayerPlan) -> list[list[str]]:
     shape = ("-" if layer.kind == "Sequential" else " x ").join(map(str, layer.shape))
     start = [layer.name or "(the model)", layer.kind, shape, percent(layer.sparsity)]
     if not layer.timings:
-        return [[*start, "", "", "", f"dense: {layer.reason}"]]
+        return [[*start, "", "", "", "", f"dense: {layer.reason}"]]
     rows = []
     for timing in layer.timings:
-        runs = "sparse" if timing.sparse else "dense" + (f": {layer.reason}" if layer.reason else "")
-        times = (duration(timing.dense_seconds), duration(timing.sparse_seconds))
-        rows.append([*start, _span(timing.bucket), *times, runs])
+        runs = "dense" + (f": {layer.reason}" if layer.reason else "")
+        if timing.sparse:
+            runs = "generated" if timing.generated else "sparse"
+        tried = (timing.dense_seconds, timing.sparse_seconds, timing.generated_seconds)
+        rows.append([*start, _span(timing.bucket), *("" if t is None else duration(t) for t in tried), runs])
         start = ["", "", "", ""]
     return rows
 

@@ -38,8 +38,10 @@ class SparseLinear(Sparse, nn.Linear):
             return found
         if not self._ready(input):
             return super().forward(input)
-        own = self._parameters
-        return products.linear(input, own["weight"], self._buffers["packed_weight"], own["bias"], self._choices)  # type: ignore[arg-type]
+        own: Any = self._parameters
+        packed: Any = self._buffers["packed_weight"]
+        code = self._codes.get("weight")
+        return products.linear(input, own["weight"], packed, own["bias"], self._choices, code)
 
 
 @sparse
@@ -65,4 +67,4 @@ class SparseTransposedLinear(Sparse):
         given = (x, self.weight.t(), self.packed_weight, self.bias, self._choices)
         if torch.compiler.is_compiling():
             return torch.ops.secateur.linear(*given) if self._traceable(x) else super().forward(x)
-        return products.linear(*given) if self._ready(x) else super().forward(x)
+        return products.linear(*given, self._codes.get("weight")) if self._ready(x) else super().forward(x)

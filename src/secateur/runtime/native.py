@@ -11,14 +11,17 @@ import functools
 import os
 import re
 import sys
+import weakref
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from secateur.errors import InputError
 
-ABI = 6
+ABI = 7
+Shape = tuple[int, ...]
 _FUNCTION = re.compile(r"^SECATEUR_API (.+?)(secateur_\w+)\((.*?)\);", re.MULTILINE | re.DOTALL)
 _NUMBERS: dict[str, type | None] = {"int64_t": ctypes.c_int64, "int32_t": ctypes.c_int32, "void": None}
 
@@ -91,6 +94,61 @@ def pack(weight: Tensor, groups: int = 1, half: bool = False) -> Tensor:
     blob = torch.empty(size, dtype=torch.uint8)
     lib.secateur_pack(*arguments, blob.data_ptr())
     return blob
+
+
+class Code:
+    """Machine code made for one packed matrix; a copy of it, or what is pickled, is made anew.
+
+    Args:
+        blob: the packed matrix, which is kept.
+        shape: of the convolution that it is for, or None.
+        adds: whether it adds to what is there.
+        handle: of the code, in the native library.
+
+    Attributes:
+        choices: bit b tells whether inputs of row class b are to take it.
+        bytes: of code and of the weights that it reads.
+    """
+
+    def __init__(self, blob: Tensor, shape: Shape | None, adds: bool, handle: int) -> None:
+        lib = library()
+        assert lib is not None
+        self.blob, self.shape, self.adds, self.handle, self.choices = blob, shape, adds, handle, 0
+        self.bytes = sum(int(lib.secateur_generated(handle, part, None)) for part in (0, 1))
+        weakref.finalize(self, lib.secateur_discard, handle)
+
+    def __reduce__(self) -> Any:
+        return _again, (self.blob, self.shape, self.adds, self.choices)
+
+
+def generates() -> bool:
+    """Whether code that is generated can run: AVX-512, and memory that the system lets be executed."""
+    lib = library()
+    return lib is not None and bool(lib.secateur_generates())
+
+
+def generate(blob: Tensor, shape: Shape | None = None, adds: bool = False, run: int = 1) -> Code | None:
+    """Make the code of a packed matrix.
+
+    Args:
+        blob: as `pack` gives it, of float32.
+        shape: twelve numbers as `secateur_conv2d` takes them, for a convolution of whatever batch.
+        adds: as `secateur_recurrent` wants it of a recurrent matrix.
+        run: 0 makes it to be looked at; 2, for tests, has what it computes computed without it, on any CPU.
+
+    Returns:
+        The code; None if the blob is not of float32, or code that is generated cannot run here.
+    """
+    lib = library()
+    sizes = None if shape is None else (ctypes.c_int64 * 12)(*shape)
+    handle = None if lib is None else lib.secateur_generate(blob.data_ptr(), blob.numel(), sizes, adds, run)
+    return None if handle is None else Code(blob, shape, adds, handle)
+
+
+def _again(blob: Tensor, shape: Shape | None, adds: bool, choices: int) -> Code | None:
+    if (code := generate(blob, shape, adds)) is not None:
+        code.choices = choices
+    return code
 
 
 def _path() -> Path | None:

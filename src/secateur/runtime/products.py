@@ -67,8 +67,13 @@ def pack(weight: Tensor, groups: int = 1, half: bool = False) -> Tensor:
     return torch.cat([torch.frombuffer(bytearray(_CSR), dtype=torch.uint8), *(p.view(torch.uint8) for p in parts)])
 
 
-def linear(x: Tensor, weight: Tensor, packed: Tensor, bias: Tensor | None, choices: int) -> Tensor:
-    """`F.linear(x, weight, bias)`; x: float32 [..., columns] of any number of dimensions but none."""
+def linear(
+    x: Tensor, weight: Tensor, packed: Tensor, bias: Tensor | None, choices: int, code: native.Code | None = None
+) -> Tensor:
+    """`F.linear(x, weight, bias)`; x: float32 [..., columns] of any number of dimensions but none.
+
+    With the code of the packed matrix, inputs of its row classes take that.
+    """
     rows, columns = weight.shape
     if (found := matrix(x, columns, choices)) is None:
         return F.linear(x, weight, bias)
@@ -77,14 +82,22 @@ def linear(x: Tensor, weight: Tensor, packed: Tensor, bias: Tensor | None, choic
         return _csr_linear(x, weight, packed, bias)
     out = _result(x, n, rows)
     offset = None if bias is None else bias.data_ptr()
-    failed = lib.secateur_linear(packed.data_ptr(), source, n, offset, out.data_ptr(), torch.get_num_threads())
+    made = code.handle if code is not None and code.choices >> (n - 1).bit_length() & 1 else None
+    failed = lib.secateur_linear(packed.data_ptr(), made, source, n, offset, out.data_ptr(), torch.get_num_threads())
     if failed:
         raise failure(failed)
     return out
 
 
 def chain(
-    x: Tensor, widths: tuple[int, int], layers: int, blobs: Any, biases: Any, relu: Any, choices: int
+    x: Tensor,
+    widths: tuple[int, int],
+    layers: int,
+    blobs: Any,
+    codes: tuple[Any, int],
+    biases: Any,
+    relu: Any,
+    choices: int,
 ) -> Tensor | None:
     """Products one after the other, with `max(0, .)` after some; None where `linear` must do them singly.
 
@@ -93,6 +106,7 @@ def chain(
         widths: columns of the first matrix, rows of the last.
         layers: how many there are.
         blobs: a C array of the addresses of packed matrices; biases: of theirs, or NULL; relu: of 0 or 1.
+        codes: a C array of handles of their code, or NULL, and the row classes that take it.
         choices: as for `linear`.
     """
     columns, rows = widths
@@ -102,7 +116,9 @@ def chain(
     if (lib := native.library()) is None:
         return None
     out = _result(x, n, rows)
-    failed = lib.secateur_chain(layers, blobs, biases, relu, source, n, out.data_ptr(), torch.get_num_threads())
+    made = codes[0] if codes[1] >> (n - 1).bit_length() & 1 else None
+    threads = torch.get_num_threads()
+    failed = lib.secateur_chain(layers, blobs, made, biases, relu, source, n, out.data_ptr(), threads)
     if failed:
         raise failure(failed)
     return out
@@ -143,9 +159,13 @@ def conv2d(
     dilation: Sequence[int],
     groups: int,
     choices: int,
+    code: native.Code | None = None,
 ) -> Tensor:
-    """`F.conv2d(x, weight, bias, ...)`; x: float32 [batch, channels, height, width]; gives it contiguous."""
-    found = convolved(x, tuple(weight.shape), packed, bias, (stride, padding, dilation), groups, choices)
+    """`F.conv2d(x, weight, bias, ...)`; x: float32 [batch, channels, height, width]; gives it contiguous.
+
+    With the code of the packed matrix, inputs of its row classes and of its shape take that.
+    """
+    found = convolved(x, tuple(weight.shape), packed, bias, (stride, padding, dilation), groups, choices, code)
     return F.conv2d(x, weight, bias, stride, padding, dilation, groups) if found is None else found
 
 
@@ -157,6 +177,7 @@ def convolved(
     steps: tuple[Sequence[int], Sequence[int], Sequence[int]],
     groups: int,
     choices: int,
+    code: native.Code | None = None,
 ) -> Tensor | None:
     """A sparse `F.conv2d` of a weight of this shape; None where dense has to do it.
 
@@ -164,7 +185,7 @@ def convolved(
         steps: stride, padding and dilation.
     """
     lib, sizes = native.library(), x.shape
-    geometry, (out_h, out_w) = _geometry(tuple(sizes), shape, *steps)
+    geometry, (out_h, out_w) = conv_shape(tuple(sizes), shape, *steps)
     pixels = sizes[0] * out_h * out_w
     fits = pixels > 0 and out_h > 0 and sizes[1] == shape[1] * groups
     if lib is None or not fits or not choices >> bucket(pixels) & 1:
@@ -179,14 +200,15 @@ def convolved(
     out = x.new_empty(sizes[0], shape[0], out_h, out_w)
     offset = None if bias is None else bias.data_ptr()
     threads = torch.get_num_threads()
-    failed = lib.secateur_conv2d(packed.data_ptr(), source, geometry, offset, out.data_ptr(), threads)
+    made = code.handle if code is not None and code.choices >> bucket(pixels) & 1 else None
+    failed = lib.secateur_conv2d(packed.data_ptr(), made, source, geometry, offset, out.data_ptr(), threads)
     if failed:
         raise failure(failed)
     return out
 
 
 @functools.lru_cache(1024)
-def _geometry(
+def conv_shape(
     image: tuple[int, ...],
     weight: tuple[int, ...],
     stride: Sequence[int],

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
+from secateur.runtime import native, products, recurrent_products
 from secateur.runtime import operators as operators  # registers torch.ops.secateur
-from secateur.runtime import products, recurrent_products
 from secateur.runtime.swapping import Sparse, sparse, worth_packing
 
 __all__: list[str] = []  # reached through secateur.accelerate alone
@@ -21,6 +21,8 @@ _States = tuple[Tensor, ...]
 class _SparseRecurrent(Sparse, nn.RNNBase):
     """What the layers share."""
 
+    code_from = 0  # some steps of a few sequences are one product with the inputs
+
     @classmethod
     def obstacle(cls, module: nn.Module) -> str:
         return "a recurrent layer needs the native library" if products.form() == "csr" else ""
@@ -30,6 +32,9 @@ class _SparseRecurrent(Sparse, nn.RNNBase):
             weight = getattr(self, name)
             if "_ih_" not in name or worth_packing(weight):  # the steps have no dense kernel
                 yield name, weight, 1
+
+    def code_for(self, name: str, packed: Tensor) -> native.Code | None:
+        return native.generate(packed, adds="_hh_" in name and self.mode != "GRU")
 
     def watched(self) -> list[str]:
         return self._matrix_names()
@@ -103,7 +108,8 @@ class _SparseRecurrent(Sparse, nn.RNNBase):
         weights = [self._parameters[name] for name in self._flat_weights_names]
         kind = recurrent_products.KINDS.index(self.mode)
         given: Any = (x, sizes, h, c, weights, self._packed(x), self.bidirectional, kind, self._choices)
-        return list(run(*given))[: 1 + len(states)]
+        codes: Any = () if self._compiling() else ([self._codes.get(name) for name in self._matrix_names()],)
+        return list(run(*given, *codes))[: 1 + len(states)]
 
     def _packed(self, x: Tensor) -> list[Tensor]:
         none = x.new_empty(0, dtype=torch.uint8)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import math
 import threading
@@ -38,6 +39,7 @@ def recurrent(
     bidirectional: bool,
     kind: int,
     choices: int,
+    codes: Sequence[native.Code | None] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """All layers and directions of a recurrent layer.
 
@@ -52,6 +54,7 @@ def recurrent(
         bidirectional: whether every other one of the layers runs backwards.
         kind: which of `KINDS`.
         choices: sparse for these classes of batch; the caller has torch do the others.
+        codes: that of each packed matrix; batches of its row classes take it.
 
     Returns:
         All states [steps, batch, directions * state] (or [rows, ...]), last states, last cells (empty but for an LSTM).
@@ -83,6 +86,7 @@ def recurrent(
             gates = None if ih.numel() else F.linear(rows, w_ih, bias)
             failed = lib.secateur_recurrent(
                 kind,
+                None if codes is None else _handles(codes[i * len(packed) // layers :][: len(hr) + 2], batch),
                 ih.data_ptr() if gates is None else None,
                 rows.data_ptr() if gates is None else None,
                 bias.data_ptr() if gates is None and bias is not None else None,
@@ -104,6 +108,11 @@ def recurrent(
     if choices & products.CHECKED and not _finite(rows, h, c):  # gates were beyond float32
         return dense()
     return rows.view(*shape, -1), h, h.new_empty(0) if c is None else c
+
+
+def _handles(codes: Sequence[native.Code | None], batch: int) -> Any:
+    bit = 1 << products.bucket(batch)
+    return (ctypes.c_void_p * 3)(*(code.handle if code is not None and code.choices & bit else None for code in codes))
 
 
 @functools.lru_cache(64)

@@ -35,6 +35,7 @@ class SemiStructuredLinear(Sparse, nn.Linear):
 
     plain = nn.Linear
     device = "cuda"
+    code_from = None
     serves = "float16 and bfloat16 on CUDA"
     _packed: Tensor | None
     """The semi-structured tensor; no buffer, as those are copied and moved. None where there is no kernel for it."""

@@ -16,7 +16,7 @@ from torch.utils._device import DeviceContext
 
 from secateur.anatomy import Layer
 from secateur.errors import StateError, warn
-from secateur.runtime import products
+from secateur.runtime import native, products
 from secateur.runtime.weight_checks import Snapshot
 from secateur.support import bits
 
@@ -58,6 +58,8 @@ class Sparse(Swapped):
     """The type of the devices whose layers it takes."""
     serves: ClassVar[str] = "float32 on the CPU"
     """What its kernels compute, in words."""
+    code_from: ClassVar[int | None] = 4
+    """Row class from which on generated code may pay, as it takes 12 inputs or more at once; None: it never does."""
 
     _choices: int
     _place: str
@@ -68,6 +70,8 @@ class Sparse(Swapped):
     """Whether a call with inputs that are not finite runs dense."""
     _trusted: bool
     """Whether calls do not look for edits of the weights that torch does not count."""
+    _codes: dict[str, native.Code]
+    """Code generated for packed matrices, by the name of the matrix."""
     _packed_from: Snapshot | None
     """What was packed; holds no tensor of the model, as torch.export would replace it. None where it has changed."""
 
@@ -108,7 +112,7 @@ class Sparse(Swapped):
     def prepare(self, place: str) -> None:
         """Start after the swap: dense for all inputs, nothing packed."""
         self._choices, self._place, self._form, self._half = 0, place, products.form(), False
-        self._checked, self._trusted, self._packed_from = False, False, Snapshot({})
+        self._checked, self._trusted, self._packed_from, self._codes = False, False, Snapshot({}), {}
 
     def pack(self, half: bool = False) -> None:
         """Pack the weights as they are now, rounded to float16 or not.
@@ -121,9 +125,27 @@ class Sparse(Swapped):
         self._form, self._half = products.form(), half
         self.stamp()
 
-    def choose(self, choices: int) -> None:
-        """Use the sparse kernel for these row classes."""
+    def generate(self) -> None:
+        """Make code for the packed matrices whose product can take it, if code can run here at all."""
+        for name, *_ in self.matrices():
+            packed = self._buffers.get(f"packed_{name}")
+            if packed is not None and (code := self.code_for(name, packed)) is not None:
+                self._codes[name] = code
+
+    def code_for(self, name: str, packed: Tensor) -> native.Code | None:
+        """The code of one of its packed matrices, if there can be some."""
+        return native.generate(packed)
+
+    @property
+    def has_code(self) -> bool:
+        """Whether code was generated for some of its products."""
+        return bool(self._codes)
+
+    def choose(self, choices: int, generated: int = 0) -> None:
+        """Use a sparse kernel for these row classes, and for the latter of them generated code where there is some."""
         self._choices = choices | products.CHECKED if choices and self._checked else choices
+        for code in self._codes.values():
+            code.choices = generated
 
     def stamp(self) -> None:
         """Take the weights as they are now for those that were packed."""
@@ -139,7 +161,17 @@ class Sparse(Swapped):
         """Become the plain module again, without packed weights."""
         for name in [name for name in self._buffers if name.startswith("packed_")]:
             delattr(self, name)
-        for name in ("_choices", "_place", "_form", "_half", "_checked", "_trusted", "_packed_from", *self._extras()):
+        for name in (
+            "_choices",
+            "_place",
+            "_form",
+            "_half",
+            "_checked",
+            "_trusted",
+            "_packed_from",
+            "_codes",
+            *self._extras(),
+        ):
             del self.__dict__[name]
         super().restore()
 
@@ -208,8 +240,10 @@ class Sparse(Swapped):
 
     def _revive(self) -> None:
         """Be ready again after a copy, or in another process, where the weights are those that were packed."""
+        self._codes = {name: code for name, code in self._codes.items() if code is not None}  # where it cannot run
         packed = any(name.startswith("packed_") for name in self._buffers)
         if packed and self._form != products.form():  # from a machine with, or without, the native library
+            self._codes = {}
             self.pack(self._half)
         self.stamp()
 

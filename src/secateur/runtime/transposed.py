@@ -94,6 +94,7 @@ operators.register("conv_transpose2d", _SCHEMA, _operator, _shape)
 class _SparseTransposed(Sparse):
     """What both share: a signal is an image of one row."""
 
+    code_from = None  # not tried
     packed_weight: Tensor
     weight: Tensor
     bias: Tensor | None

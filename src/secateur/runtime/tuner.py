@@ -17,8 +17,15 @@ from secateur.runtime.kernel_plans import Gain, KernelPlan, LayerPlan, Timing, w
 from secateur.runtime.semi_structured import SemiStructuredLinear, disagreement
 from secateur.runtime.swapping import Sparse, Swapped, swap
 from secateur.support.inputs import Arguments
+from secateur.support.machine import last_level_cache
 
 __all__: list[str] = []  # reached through secateur.accelerate alone
+
+_ALIKE = 0.02
+"""Difference of sparsity up to which layers of one shape count as one kind."""
+
+_CODE_BYTES = 16
+"""Of generated code and its weights, for a non-zero."""
 
 _Run = tuple[nn.Sequential, Span]
 
@@ -27,9 +34,17 @@ class Tuning:
     """The copy on its way: layers swapped, tried and, where they do not gain, put back."""
 
     def __init__(
-        self, model: nn.Module, fast: nn.Module, calls: Sequence[Arguments], *, half: bool, checked: bool
+        self,
+        model: nn.Module,
+        fast: nn.Module,
+        calls: Sequence[Arguments],
+        *,
+        half: bool,
+        checked: bool,
+        generated: bool,
     ) -> None:
         self.model, self.fast, self.calls, self.half, self.checked = model, fast, calls, half, checked
+        self.generated = generated and not half and native.generates()
         self.values = "float16" if half else "float32"
         self.plans = {layer.name: layer for layer in survey(fast)}
         self.gains: tuple[Gain, ...] = ()
@@ -63,6 +78,8 @@ class Tuning:
             self.plans[name] = replace(self.plans[name], reason=str(error))
             return
         self.plans[name] = replace(self.plans[name], pattern=tuning.pattern(matrices(layer), self.half))
+        if self.generated and _worth_code(layer, max(b for seen in self.seen for b in seen.get(name, ()))):
+            layer.generate()
 
     def measure(self, done: Callable[[float], None]) -> None:
         """Time all layers, then the runs of them that could be fused, then the model, and keep what is faster.
@@ -72,7 +89,7 @@ class Tuning:
         """
         self._time({name: layer for name, layer in self.layers.items() if not self.plans[name].reason}, done)
         for name, layer in self.layers.items():
-            layer.choose(self.plans[name].choices)
+            layer.choose(self.plans[name].choices, self.plans[name].generated)
         self._time(self._reached(), done)
         self._agree()
         self._settle()
@@ -84,17 +101,30 @@ class Tuning:
             self._settle()
 
     def _time(self, tried: Mapping[str, Sparse | Chain], done: Callable[[float], None]) -> None:
-        """Time layers or runs, and plan to have those sparse, or fused, that are faster so."""
-        found: dict[str, dict[int, Timing]] = {name: {} for name in tried}
-        patterns = {name: self.plans[name].pattern for name in tried}
-        with tuning.recording(tried) as recorders, torch.inference_mode():
+        """Time one layer or run of each kind, and plan to have those sparse, or fused, that are faster so."""
+        kinds = self._kinds(tried)
+        first = {name: tried[name] for name in kinds.values()}
+        found: dict[str, dict[int, Timing]] = {name: {} for name in first}
+        patterns = {name: self.plans[name].pattern for name in first}
+        with tuning.recording(first) as recorders, torch.inference_mode():
             for call, seen in zip(self.calls, self.seen, strict=True):
                 for name, timings in tuning.choose(self.fast, recorders, call, seen, patterns).items():
                     found[name].update({timing.bucket: timing for timing in timings})
                 done(1)
         for name in tried:
-            measured = tuple(found[name][b] for b in sorted(found[name]))
+            measured = tuple(found[kinds[name]][b] for b in sorted(found[kinds[name]]))
             self.plans[name] = without(replace(self.plans[name], timings=measured), set(), "not faster")
+
+    def _kinds(self, tried: Mapping[str, Sparse | Chain]) -> dict[str, str]:
+        """For each layer or run the first of its kind, which is timed for all: but for the weights they are equal."""
+        firsts: dict[tuple[Any, ...], str] = {}
+        kinds = {}
+        for name, layer in tried.items():
+            rows = tuple(tuple(sorted(seen.get(name, ()))) for seen in self.seen)
+            near = round(self.plans[name].sparsity / _ALIKE)
+            key = type(layer).__name__, repr(layer), layer.has_code, near, rows
+            kinds[name] = firsts.setdefault(key, name)
+        return kinds
 
     def _reached(self) -> dict[str, Chain]:
         """The runs that the examples lead to, in place, and how many rows they have."""
@@ -124,10 +154,18 @@ class Tuning:
 
     def found(self) -> KernelPlan:
         """All that was chosen, and where."""
-        layers = tuple(self.plans.values())
+        layers = tuple(self._weighed(layer) for layer in self.plans.values())
         return KernelPlan(
             tuning.cpu(), native.isa(), torch.get_num_threads(), layers, self.gains, self.values, self.gpu
         )
+
+    def _weighed(self, plan: LayerPlan) -> LayerPlan:
+        """A layer's plan with what its packed weights and its code take."""
+        layer: Any = self.layers.get(plan.name)
+        if not isinstance(layer, Sparse):  # dense again, or a run
+            return plan
+        packed = sum(buffer.nbytes for name, buffer in layer.named_buffers() if name.startswith("packed_"))
+        return replace(plan, packed_bytes=packed, code_bytes=sum(code.bytes for code in layer._codes.values()))
 
     def take(self, plan: KernelPlan) -> None:
         """Choose as an earlier run did.
@@ -172,7 +210,9 @@ class Tuning:
         for name, layer in self.layers.items():
             if not isinstance(layer, Sparse):
                 continue
-            layer.choose(self.plans[name].choices)
+            layer.choose(self.plans[name].choices, self.plans[name].generated)
+            if not self.plans[name].generated:
+                layer._codes.clear()
             if not layer._choices and id(layer) not in fused:
                 layer.restore()
         self._fuse({name: chosen for name, chosen in choices.items() if chosen})
@@ -191,6 +231,14 @@ class Tuning:
                 fused = module.fuse({span: choices[name] for name, span in spans.items()})
                 found.update(zip(spans, fused, strict=True))
         return found
+
+
+def _worth_code(layer: Sparse, bucket: int) -> bool:
+    """Whether to try generated code for up to 2 ** bucket rows: to read it from memory for a few does not pay."""
+    if layer.code_from is None or bucket < layer.code_from:
+        return False
+    nonzeros = sum(int(matrix.count_nonzero()) for _, matrix, _ in layer.matrices())
+    return bucket > 5 or _CODE_BYTES * nonzeros <= last_level_cache() / 2
 
 
 def _runs(model: nn.Module) -> Iterator[tuple[str, _Run]]:

@@ -1,7 +1,7 @@
-"""Times dense and sparse layers where they stand: in the model, on the example, with weights out of the cache.
+"""Times dense and sparse layers on what they are given in the model, with weights out of the cache.
 
-Whole passes alternate, dense, sparse, sparse, dense, and every layer takes its own time meanwhile. What looks
-faster must be so again in a second, independent measurement.
+The model runs once, and then its layers, one after the other: passes alternate, dense, sparse, sparse, dense, and every
+layer takes its own time meanwhile. What looks faster must be so again in a second, independent measurement.
 """
 
 from __future__ import annotations
@@ -47,18 +47,28 @@ class Recorder:
         self.mode = "dense"
         self.seconds: dict[tuple[str, int], list[float]] = defaultdict(list)
         self.clock = _clock(layer)
+        self.inputs: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] | None = None
+        """The first input of each row class, while these are collected."""
+
+    @property
+    def modes(self) -> tuple[str, ...]:
+        """What can be timed of it."""
+        return ("dense", "sparse", "generated") if self.layer.has_code else ("dense", "sparse")
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         layer = self.layer
-        sparse = self.mode == "sparse"
+        sparse = self.mode in ("sparse", "generated")
         kind: Any = type(layer) if sparse else layer.plain
-        layer.choose(products.ALL if sparse else 0)
+        layer.choose(products.ALL if sparse else 0, products.ALL if self.mode == "generated" else 0)
         if self.mode == "look":
             layer.observe(*args, **kwargs)
         start = self.clock()
         out = kind.forward(layer, *args, **kwargs)
         spent = self.clock() - start
-        self.seconds[self.mode, products.bucket(layer.rows(*args, **kwargs))].append(spent)
+        bucket = products.bucket(layer.rows(*args, **kwargs))
+        self.seconds[self.mode, bucket].append(spent)
+        if self.inputs is not None:
+            self.inputs.setdefault(bucket, (args, kwargs))
         return out
 
 
@@ -84,27 +94,27 @@ def look(model: nn.Module, recorders: Sequence[Recorder], call: Arguments) -> Se
     return seen
 
 
-def times(
-    model: nn.Module, recorders: Sequence[Recorder], call: Arguments
-) -> dict[tuple[str, int], tuple[float, float]]:
-    """Median seconds, dense and sparse, of each layer and row class of an example."""
-    for mode in ("dense", "sparse"):  # the first pass of each is not counted
-        _run(model, recorders, call, mode)
+def times(model: nn.Module, recorders: Sequence[Recorder], call: Arguments) -> dict[tuple[str, int], tuple[float, ...]]:
+    """Median seconds of each layer and row class of an example: dense, sparse and, if it has some, by its code."""
+    modes = max((r.modes for r in recorders), key=len, default=())
+    given = _inputs(model, recorders, call)
+    for mode in modes:  # the first pass of each is not counted
+        _replay(given, mode)
     _forget(recorders)
     streams = [torch.zeros(_CACHE_BYTES // 4, device=device) for device in devices(model)]
     start = time.perf_counter()
     for i in range(_ROUNDS.stop):
         if i >= _ROUNDS.start and time.perf_counter() - start > _SECONDS:
             break
-        for mode in ("dense", "sparse", "sparse", "dense"):
+        for mode in (*modes, *reversed(modes)):
             for stream in streams:
                 stream.add_(1)
-            _run(model, recorders, call, mode)
+            _replay(given, mode)
     found = {
-        (r.name, b): (median(spent), median(r.seconds["sparse", b]))
+        (r.name, b): tuple(median(r.seconds[mode, b]) for mode in r.modes)
         for r in recorders
-        for (mode, b), spent in r.seconds.items()
-        if mode == "dense" and ("sparse", b) in r.seconds
+        for b in {b for _, b in r.seconds}
+        if all((mode, b) in r.seconds for mode in r.modes)
     }
     _forget(recorders)
     return found
@@ -117,12 +127,15 @@ def choose(
     keys = {(r.name, b): _key(r.layer, patterns[r.name], b) for r in recorders for b in seen.get(r.name, ())}
     if any(key not in _CACHE for key in keys.values()):
         first = times(model, recorders, call)
-        promising = any(_wins(pair) for pair in first.values())
+        promising = any(map(_wins, first.values()))
         second = times(model, recorders, call) if promising else first
         for place, key in keys.items():
             if place in first and place in second:
-                dense, sparse = ((a + b) / 2 for a, b in zip(first[place], second[place], strict=True))
-                _CACHE[key] = Timing(place[1], dense, sparse, _wins(first[place]) and _wins(second[place]))
+                both = first[place], second[place]
+                dense, sparse, *code = ((a + b) / 2 for a, b in zip(*both, strict=True))
+                won = all(map(_wins, both))
+                generated = won and bool(code) and all(seconds[2] < seconds[1] for seconds in both)
+                _CACHE[key] = Timing(place[1], dense, sparse, won, code[0] if code else None, generated)
     found: dict[str, list[Timing]] = defaultdict(list)
     for (name, _), key in keys.items():
         if key in _CACHE:
@@ -160,7 +173,7 @@ def pattern(weights: Sequence[Tensor], half: bool = False) -> str:
 
 def _key(layer: Sparse | Chain, hashed: str, bucket: int) -> tuple[Any, ...]:
     machine = cpu(), native.isa(), torch.get_num_threads(), gpus(layer) if isinstance(layer, Sparse) else ""
-    return *machine, type(layer).__name__, repr(layer), hashed, bucket
+    return *machine, type(layer).__name__, repr(layer), layer.has_code, hashed, bucket
 
 
 def _clock(layer: Sparse | Chain) -> Callable[[], float]:
@@ -172,8 +185,28 @@ def _clock(layer: Sparse | Chain) -> Callable[[], float]:
     return timer
 
 
-def _wins(pair: tuple[float, float]) -> bool:
-    return pair[0] > _MARGIN * pair[1]
+def _wins(seconds: tuple[float, ...]) -> bool:
+    return seconds[0] > _MARGIN * min(seconds[1:])
+
+
+_Inputs = list[tuple[Recorder, tuple[Any, ...], dict[str, Any]]]
+
+
+def _inputs(model: nn.Module, recorders: Sequence[Recorder], call: Arguments) -> _Inputs:
+    """What each layer is given in the model, once for each row class."""
+    for recorder in recorders:
+        recorder.inputs = {}
+    _run(model, recorders, call, "dense")
+    found = [(r, *given) for r in recorders for given in (r.inputs or {}).values()]
+    for recorder in recorders:
+        recorder.inputs = None
+    return found
+
+
+def _replay(inputs: _Inputs, mode: str) -> None:
+    for recorder, args, kwargs in inputs:
+        recorder.mode = "sparse" if mode == "generated" and not recorder.layer.has_code else mode
+        recorder(*args, **kwargs)
 
 
 def _run(model: nn.Module, recorders: Sequence[Recorder], call: Arguments, mode: str) -> None:

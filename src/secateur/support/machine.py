@@ -43,6 +43,14 @@ def free_memory(file: Path = Path("/proc/meminfo")) -> int | None:
     return 1024 * sum(map(int, found)) if len(found) == 2 else None
 
 
+def last_level_cache(folder: Path = Path("/sys/devices/system/cpu/cpu0/cache")) -> int:
+    """Return the bytes of the largest cache that the first processor sees; 32 MiB where the system does not say."""
+    found = [file.read_text().strip() for file in sorted(folder.glob("index*/size"))]
+    return max(
+        (1024 * int(text[:-1]) for text in found if text[:-1].isdigit() and text.endswith("K")), default=32 << 20
+    )
+
+
 def first_of(cpu: list[dict[str, str]], key: str) -> str | None:
     """What the first processor that has this entry says, None if none has it."""
     return next((processor[key] for processor in cpu if key in processor), None)

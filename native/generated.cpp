@@ -1,0 +1,142 @@
+// Making code, and Linear layers by it.
+#include "generated.h"
+
+#include <new>
+
+#include "convolution.h"
+#include "linear.h"
+#include "secateur.h"
+
+namespace secateur {
+
+bool Generated::make(const void* blob, i64 bytes, const i64* shape_, int32_t adds, int run_) {
+    if (!read(blob, bytes, matrix)) return false;
+    const Header& head = *static_cast<const Header*>(blob);
+    rows = head.rows, columns = head.columns, nonzeros = i64(head.nonzeros), runs = run_ != 0, program.adds = adds != 0;
+    layout.columns.resize(columns);
+    if (shape_) {
+        std::memcpy(&shape, shape_, sizeof shape);
+        if (!shape.good() || shape.channels * shape.kh * shape.kw != columns) return false;
+        Planes(shape).offsets(columns, layout.columns.data());
+        for (i64& at : layout.columns) at *= i64(sizeof(float));
+        layout.tile = kLanes * i64(sizeof(float));
+    } else {
+        for (i64 j = 0; j < columns; j++) layout.columns[j] = j * kLanes * i64(sizeof(float));
+        layout.tile = columns * kLanes * i64(sizeof(float));
+    }
+    if (!generate(matrix, head, layout, program)) return false;
+    blocks = (rows + kSums - 1) / kSums, code_bytes = i64(program.code.size());
+    if (run_ == kInterpreted) return true;
+    matrix = Rows(), layout = Layout();
+    if (!run_ || !code_bytes) return true;
+    const bool held = memory.hold(program.code.data(), program.code.size());
+    std::vector<u8>().swap(program.code);
+    return held;
+}
+
+void Generated::run(i64 begin, i64 end, const float* x, i64 tiles, const float* bias, float* sums) const {
+    if (!layout.columns.empty()) return interpret(row(begin), row(end), x, tiles, bias, sums);
+    for (i64 i = begin * parts(); i < end * parts(); i++) {
+        const Unit& unit = program.units[i];
+        const auto call = reinterpret_cast<Call>(reinterpret_cast<std::uintptr_t>(memory.at(unit.code)));
+        call(x, program.weights.data() + unit.weights, sums, tiles, bias);
+    }
+}
+
+void Generated::interpret(i64 begin, i64 end, const float* x, i64 tiles, const float* bias, float* sums) const {
+    for (i64 t = 0; t < tiles; t++)
+        for (i64 r = begin; r < end; r++)
+            for (int i = 0; i < kLanes; i++) {
+                float& sum = sums[(t * rows + r) * kLanes + i];
+                if (!program.adds) sum = bias[r];
+                for (u32 k = matrix.begin[r]; k < matrix.begin[r + 1]; k++)
+                    sum += matrix.value[k] * x[(t * layout.tile + layout.columns[matrix.column[k]]) / 4 + i];
+            }
+}
+
+namespace {
+
+bool linear_by_code(const Generated& code, const float* x, const Groups& groups, const float* bias, float* y, int threads) {
+    const i64 rows = code.rows, columns = code.columns;
+    const float* start = bias ? bias : zeros.get(rows);
+    if (!start) return false;
+    auto arrange = [&](i64 i, float* panels) -> const float* {
+        groups.each(i, [&](i64 t, i64 at, int n) {
+            kernels->panel_pack(x + at * columns, columns, n, kLanes, columns, panels + t * columns * kLanes);
+        });
+        return panels;
+    };
+    auto compute = [&](i64 i, const float* panels, i64 part, i64 parts) {
+        float* out = sums.get(groups.together * rows * kLanes);
+        if (!out) return false;
+        const i64 end = code.blocks * (part + 1) / parts;
+        i64 block = code.blocks * part / parts, turned = code.row(block);
+        while (block < end) {
+            const i64 next = block + kStrip < end ? block + kStrip : end;
+            code.run(block, next, panels, groups.of(i), start, out);
+            block = next;
+            const i64 ready = code.row(block) - turned, turn = block == end ? ready : ready / kLanes * kLanes;
+            groups.each(i, [&](i64 t, i64 at, int n) {
+                kernels->panel_unpack(out + (t * rows + turned) * kLanes, n, kLanes, turn, y + at * rows + turned, rows);
+            });
+            turned += turn;
+        }
+        return true;
+    };
+    return by_tiles(groups.count(), groups.together * columns * kLanes, code.blocks, threads, arrange, compute);
+}
+
+}  // namespace
+
+bool linear(Blob blob, const Generated* code, const float* x, i64 n, const float* bias, float* y, int threads) {
+    if (!code) return linear(blob, x, n, bias, y, false, threads);
+    if (n == 0 || code->rows == 0) return true;
+    if (code->nonzeros * n < kWorthSharing || threads < 1) threads = 1;
+    const Groups groups(code->rows + code->columns, n, threads);
+    if (groups.tiles && !linear_by_code(*code, x, groups, bias, y, threads)) return false;
+    const i64 rest = n - groups.inputs;
+    x += groups.inputs * code->columns, y += groups.inputs * code->rows;
+    return rest == 0 || linear(blob, x, rest, bias, y, false, threads);
+}
+
+bool fits(const Generated* code, Blob blob, bool adds) {
+    return !code || (code->runs && !code->shape.channels && code->program.adds == adds &&
+                     i64(blob.head->rows) == code->rows && i64(blob.head->columns) == code->columns);
+}
+
+}  // namespace secateur
+
+using namespace secateur;
+
+void* secateur_generate(const void* blob, int64_t bytes, const int64_t* shape, int32_t adds, int32_t run) {
+    if (run == 1 && !secateur_generates()) return nullptr;
+    Generated* made = new (std::nothrow) Generated{};
+    if (made && made->make(blob, bytes, shape, adds, run)) return made;
+    delete made;
+    return nullptr;
+}
+
+void secateur_discard(void* code) { delete static_cast<Generated*>(code); }
+
+int64_t secateur_generated(const void* code, int32_t part, void* to) {
+    const Generated& made = *static_cast<const Generated*>(code);
+    const Program& program = made.program;
+    const void* from = part == 0   ? static_cast<const void*>(program.code.data())
+                       : part == 1 ? static_cast<const void*>(program.weights.data())
+                                   : program.units.data();
+    const std::size_t bytes = part == 0   ? program.code.size()
+                              : part == 1 ? program.weights.size() * sizeof(float)
+                                          : program.units.size() * sizeof(Unit);
+    if (to && bytes) std::memcpy(to, from, bytes);
+    return part == 0 ? made.code_bytes : i64(bytes);
+}
+
+int32_t secateur_generates(void) {
+#if defined(__x86_64__) || defined(_M_X64)
+    if (std::strcmp(kernels->name, "avx512") != 0) return 0;
+    const u8 nothing = 0xc3;  // ret
+    return Executable().hold(&nothing, 1);
+#else
+    return 0;
+#endif
+}
