@@ -116,9 +116,17 @@ CASES = {
             "plan": None,
             "values": torch.float32,
             "check_inputs": False,
+            "generated": True,
             "progress": False,
         },
-        {"threads": {3, None}, "plan": {None}, "check_inputs": FLAG, "progress": FLAG, "example_inputs": {"inputs"}},
+        {
+            "threads": {3, None},
+            "plan": {None},
+            "check_inputs": FLAG,
+            "generated": FLAG,
+            "progress": FLAG,
+            "example_inputs": {"inputs"},
+        },
     ),
     "accumulate": (
         sc.accumulate,
