@@ -119,14 +119,8 @@ CASES = {
             "generated": True,
             "progress": False,
         },
-        {
-            "threads": {3, None},
-            "plan": {None},
-            "check_inputs": FLAG,
-            "generated": FLAG,
-            "progress": FLAG,
-            "example_inputs": {"inputs"},
-        },
+        {"threads": {3, None}, "plan": {None}, "example_inputs": {"inputs"}}
+        | dict.fromkeys(("check_inputs", "generated", "progress"), FLAG),
     ),
     "accumulate": (
         sc.accumulate,
