@@ -1,8 +1,7 @@
 // Convolutions: products with what each output place sees of the image.
-#include "convolution.h"
-
 #include "generated.h"
 #include "linear.h"
+#include "planes.h"
 #include "secateur.h"
 
 namespace secateur {
@@ -68,8 +67,7 @@ struct Convolution {
     // Tiles read the planes where they lie. Where these are the image itself no vector may reach beyond its end, so that
     // the last tile begins early enough, and some places are computed twice.
     bool by_code(const Generated& code, const float* seen, float* y) const {
-        const i64 tiles = (places + kLanes - 1) / kLanes, each = (tiles + threads - 1) / threads;
-        const i64 fit = kTogether / (kLanes * rows), together = fit < 1 ? 1 : fit < each ? fit : each;
+        const i64 tiles = (places + kLanes - 1) / kLanes, together = together_of(tiles, kLanes * rows, threads);
         const i64 end = planes.g.plain() ? places - kLanes : places;  // the last place where a tile may begin
         auto arrange = [&](i64, float*) { return seen; };
         auto compute = [&](i64 i, const float* in, i64 part, i64 parts) {

@@ -64,7 +64,8 @@ bool each(Blob blob, const F& f) {
 class Writer {
 public:
     Writer(const Rows& rows, const Header& head, const Layout& layout, Program& program)
-        : rows_(rows), head_(head), layout_(layout), program_(program), fetch_(i64(head.nonzeros) * 15 > kCached), next_(rows.begin.begin(), rows.begin.end() - 1) {}
+        : rows_(rows), head_(head), layout_(layout), program_(program),
+          fetch_(i64(head.nonzeros) * 15 > kCached), next_(rows.begin.begin(), rows.begin.end() - 1) {}
 
     bool write() {
         if (64 * i64(head_.rows) > kReach || layout_.tile > kReach) return false;

@@ -1,10 +1,8 @@
-// Making code, and Linear layers by it.
+// Making code, and running it.
 #include "generated.h"
 
 #include <new>
 
-#include "convolution.h"
-#include "linear.h"
 #include "secateur.h"
 
 namespace secateur {
@@ -52,56 +50,6 @@ void Generated::interpret(i64 begin, i64 end, const float* x, i64 tiles, const f
                 for (u32 k = matrix.begin[r]; k < matrix.begin[r + 1]; k++)
                     sum += matrix.value[k] * x[(t * layout.tile + layout.columns[matrix.column[k]]) / 4 + i];
             }
-}
-
-namespace {
-
-bool linear_by_code(const Generated& code, const float* x, const Groups& groups, const float* bias, float* y, int threads) {
-    const i64 rows = code.rows, columns = code.columns;
-    const float* start = bias ? bias : zeros.get(rows);
-    if (!start) return false;
-    auto arrange = [&](i64 i, float* panels) -> const float* {
-        groups.each(i, [&](i64 t, i64 at, int n) {
-            kernels->panel_pack(x + at * columns, columns, n, kLanes, columns, panels + t * columns * kLanes);
-        });
-        return panels;
-    };
-    auto compute = [&](i64 i, const float* panels, i64 part, i64 parts) {
-        float* out = sums.get(groups.together * rows * kLanes);
-        if (!out) return false;
-        const i64 end = code.blocks * (part + 1) / parts;
-        i64 block = code.blocks * part / parts, turned = code.row(block);
-        while (block < end) {
-            const i64 next = block + kStrip < end ? block + kStrip : end;
-            code.run(block, next, panels, groups.of(i), start, out);
-            block = next;
-            const i64 ready = code.row(block) - turned, turn = block == end ? ready : ready / kLanes * kLanes;
-            groups.each(i, [&](i64 t, i64 at, int n) {
-                kernels->panel_unpack(out + (t * rows + turned) * kLanes, n, kLanes, turn, y + at * rows + turned, rows);
-            });
-            turned += turn;
-        }
-        return true;
-    };
-    return by_tiles(groups.count(), groups.together * columns * kLanes, code.blocks, threads, arrange, compute);
-}
-
-}  // namespace
-
-bool linear(Blob blob, const Generated* code, const float* x, i64 n, const float* bias, float* y, int threads) {
-    if (!code) return linear(blob, x, n, bias, y, false, threads);
-    if (n == 0 || code->rows == 0) return true;
-    if (code->nonzeros * n < kWorthSharing || threads < 1) threads = 1;
-    const Groups groups(code->rows + code->columns, n, threads);
-    if (groups.tiles && !linear_by_code(*code, x, groups, bias, y, threads)) return false;
-    const i64 rest = n - groups.inputs;
-    x += groups.inputs * code->columns, y += groups.inputs * code->rows;
-    return rest == 0 || linear(blob, x, rest, bias, y, false, threads);
-}
-
-bool fits(const Generated* code, Blob blob, bool adds) {
-    return !code || (code->runs && !code->shape.channels && code->program.adds == adds &&
-                     i64(blob.head->rows) == code->rows && i64(blob.head->columns) == code->columns);
 }
 
 }  // namespace secateur

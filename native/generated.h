@@ -1,8 +1,8 @@
 // Generated code in memory, and how inputs go through it by tiles of 16.
 #pragma once
-#include "convolution.h"
 #include "executable.h"
 #include "generate.h"
+#include "planes.h"
 #include "threads.h"
 
 #if defined(__x86_64__) || defined(_M_X64)
@@ -43,6 +43,12 @@ private:
     void interpret(i64 begin, i64 end, const float* x, i64 tiles, const float* bias, float* sums) const;
 };
 
+// Of some tiles, each of so many floats, how many go through the code together.
+inline i64 together_of(i64 tiles, i64 floats, int threads) {
+    const i64 fit = kTogether / floats, each = (tiles + threads - 1) / threads;
+    return fit < 1 ? 1 : fit < each ? fit : each;
+}
+
 // Tiles of 16 inputs, in groups that go through the code together; the last tile may be short, and what is left beyond
 // it is for other kernels.
 struct Groups {
@@ -51,8 +57,7 @@ struct Groups {
     Groups(i64 features, i64 n, int threads) {
         tiles = n / kLanes + (n % kLanes >= kAtLeast);
         inputs = n < tiles * kLanes ? n : tiles * kLanes;
-        const i64 fit = kTogether / (kLanes * features), each = (tiles + threads - 1) / threads;
-        together = fit < 1 ? 1 : fit < each ? fit : each;
+        together = together_of(tiles, kLanes * features, threads);
     }
     i64 count() const { return (tiles + together - 1) / together; }
     i64 of(i64 group) const {

@@ -50,6 +50,57 @@ bool linear(Blob blob, const float* x, i64 n, const float* bias, float* y, bool 
     return by_tiles(tiles, std::size_t(columns + kTile) * kWidth, head.chunks, threads, arrange, compute);
 }
 
+namespace {
+
+bool linear_by_code(const Generated& code, const float* x, const Groups& groups, const float* bias, float* y,
+                    int threads) {
+    const i64 rows = code.rows, columns = code.columns;
+    const float* start = bias ? bias : zeros.get(rows);
+    if (!start) return false;
+    auto arrange = [&](i64 i, float* panels) -> const float* {
+        groups.each(i, [&](i64 t, i64 at, int n) {
+            kernels->panel_pack(x + at * columns, columns, n, kLanes, columns, panels + t * columns * kLanes);
+        });
+        return panels;
+    };
+    auto compute = [&](i64 i, const float* panels, i64 part, i64 parts) {
+        float* out = sums.get(groups.together * rows * kLanes);
+        if (!out) return false;
+        const i64 end = code.blocks * (part + 1) / parts;
+        i64 block = code.blocks * part / parts, turned = code.row(block);
+        while (block < end) {
+            const i64 next = block + kStrip < end ? block + kStrip : end;
+            code.run(block, next, panels, groups.of(i), start, out);
+            block = next;
+            const i64 ready = code.row(block) - turned, turn = block == end ? ready : ready / kLanes * kLanes;
+            groups.each(i, [&](i64 t, i64 at, int n) {
+                kernels->panel_unpack(out + (t * rows + turned) * kLanes, n, kLanes, turn, y + at * rows + turned, rows);
+            });
+            turned += turn;
+        }
+        return true;
+    };
+    return by_tiles(groups.count(), groups.together * columns * kLanes, code.blocks, threads, arrange, compute);
+}
+
+}  // namespace
+
+bool linear(Blob blob, const Generated* code, const float* x, i64 n, const float* bias, float* y, int threads) {
+    if (!code) return linear(blob, x, n, bias, y, false, threads);
+    if (n == 0 || code->rows == 0) return true;
+    if (code->nonzeros * n < kWorthSharing || threads < 1) threads = 1;
+    const Groups groups(code->rows + code->columns, n, threads);
+    if (groups.tiles && !linear_by_code(*code, x, groups, bias, y, threads)) return false;
+    const i64 rest = n - groups.inputs;
+    x += groups.inputs * code->columns, y += groups.inputs * code->rows;
+    return rest == 0 || linear(blob, x, rest, bias, y, false, threads);
+}
+
+bool fits(const Generated* code, Blob blob, bool adds) {
+    return !code || (code->runs && !code->shape.channels && code->program.adds == adds &&
+                     i64(blob.head->rows) == code->rows && i64(blob.head->columns) == code->columns);
+}
+
 void multiply(Blob blob, const Generated* code, const float* panel, int width, const float* start, float* to) {
     if (code && width == kLanes) return code->run(0, code->blocks, panel, 1, start, to);
     for (u32 i = 0; i < blob.head->chunks; i++)
@@ -71,7 +122,8 @@ struct Chain {
     const Generated* code(int i) const { return codes ? static_cast<const Generated*>(codes[i]) : nullptr; }
     bool sound() const {
         for (int i = 0; i < layers; i++)
-            if (!valid(blobs[i]) || (i && blob(i).head->columns != blob(i - 1).head->rows) || !fits(code(i), blob(i), false))
+            if (!valid(blobs[i]) || !fits(code(i), blob(i), false) ||
+                (i && blob(i).head->columns != blob(i - 1).head->rows))
                 return false;
         return true;
     }

@@ -180,7 +180,8 @@ int32_t secateur_recurrent(int32_t kind, const void* const* codes, const void* i
     if (!fits(code[1], r, kind != kGru) || (projection ? !fits(code[2], p, false) : code[2] != nullptr)) return -1;
     // Sequences do not wait for each other: each part runs from the first step to the last, on one thread. A single step
     // of few sequences has nothing but its products to share.
-    const i64 widest = code[1] ? kLanes : kWidth, fit = (batch + widest - 1) / widest, shared = batch / 8 < threads ? batch / 8 : threads;
+    const i64 widest = code[1] ? kLanes : kWidth, fit = (batch + widest - 1) / widest;
+    const i64 shared = batch / 8 < threads ? batch / 8 : threads;
     const i64 parts = fit > shared ? fit : shared;
     const int each = parts == 1 && steps == 1 ? threads : 1;
     const Recurrent layer{kind,    i,     r,     p,      code[0], code[1], code[2], x, input_bias, gates,

@@ -60,13 +60,14 @@ SECATEUR_API void secateur_discard(void* code);
  * of the part; with to == NULL only that. */
 SECATEUR_API int64_t secateur_generated(const void* code, int32_t part, void* to);
 
-/* y[n][rows] = x[n][columns] * W^T + bias; bias may be NULL. code: generated from this blob, for where n is 12 or more; it
- * is passed over if it is only to be looked at; or NULL. */
+/* y[n][rows] = x[n][columns] * W^T + bias; bias may be NULL. code: generated from this blob to be run, for where n is 12
+ * or more; or NULL. */
 SECATEUR_API int32_t secateur_linear(const void* blob, const void* code, const float* x, int64_t n, const float* bias,
                                      float* y, int32_t threads);
 
 /* y[n][rows of the last blob]: x[n][columns of the first] through `layers` products, each with its code (an entry, or
- * codes, may be NULL; as for secateur_linear) and its bias (an entry may be NULL), and where relu[i] != 0 with max(0, .) after it. Between layers activations keep the kernels' layout. */
+ * codes, may be NULL; as for secateur_linear) and its bias (an entry may be NULL), and where relu[i] != 0 with
+ * max(0, .) after it. Between layers activations keep the kernels' layout. */
 SECATEUR_API int32_t secateur_chain(int32_t layers, const void* const* blobs, const void* const* codes,
                                     const float* const* biases, const int32_t* relu, const float* x, int64_t n,
                                     float* y, int32_t threads);
