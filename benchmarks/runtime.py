@@ -323,13 +323,13 @@ def packed() -> list[Row]:
         return rows
     for sparsity in (0.5, 0.8, 0.9, 0.95):
         weight = pruned(cases.linear(1024, 1024, 1, 1, {}, sparsity)).layers[0].weight  # type: ignore[union-attr, index]
-        for half in (False, True):
+        for values in native.VALUES:
             library.secateur_set_isa(b"avx512")
-            both = native.pack(weight, half=half).numel()
+            both = native.pack(weight, values=values).numel()
             library.secateur_set_isa(b"portable")
-            panels = native.pack(weight, half=half).numel()
+            panels = native.pack(weight, values=values).numel()
             count, dense = int(weight.count_nonzero()), 4 * weight.numel()
-            rows.append({"1024x1024": f"{sparsity:.0%} pruned, float{16 if half else 32}",
+            rows.append({"1024x1024": f"{sparsity:.0%} pruned, {values}",
                          "tiles, bytes a non-zero": (both - panels) / count, "panels": panels / count,
                          "AVX-512, over dense float32": both / dense, "others": panels / dense})  # fmt: skip
     library.secateur_set_isa(before.encode())

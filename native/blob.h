@@ -1,6 +1,6 @@
 // How a sparse matrix lies in memory. Two layouts of the same weights in one piece of position-independent bytes:
 //
-// Values are float32, or float16 where that was asked for.
+// Values are float32, or float16 or bfloat16 where that was asked for.
 //
 // panel (any n >= 1, every instruction set): the columns are cut into blocks whose part of the input stays in the cache,
 //   the rows into chunks, the units of work of threads. In a block, rows with equally many non-zeros are neighbours and
@@ -20,6 +20,12 @@ using u16 = std::uint16_t;
 using u32 = std::uint32_t;
 using u64 = std::uint64_t;
 using i64 = std::int64_t;
+
+enum Values : u32 { kFloat32, kFloat16, kBfloat16 };
+
+struct Bfloat16 {
+    u16 bits;  // the upper ones of a float32
+};
 
 constexpr u32 kMagic = 0x54434553;  // "SECT"
 constexpr u32 kVersion = 1;
@@ -62,7 +68,7 @@ struct Header {
     u32 block, blocks;  // columns of a block, blocks
     u32 chunk, chunks;  // rows of a chunk, chunks
     u32 groups;         // of the jagged layout; 0: it is absent
-    u32 half;           // 1: values are float16, else float32
+    u32 values;         // what they are: see Values
     u64 nonzeros;
     // offsets of the arrays from the start of the blob, each a multiple of 64
     u64 chunk_table, run_counts, runs, row_order, index, value;

@@ -16,49 +16,6 @@ constexpr i64 kAheadBytes = 8192;   // so far ahead code is fetched where the wh
 constexpr i64 kCached = 512 << 10;  // bytes of code and weights that do
 constexpr i64 kReach = i64(1) << 30;  // displacements and code stay below
 
-// ---- from the blob to rows of columns and values; nothing is taken on trust
-
-// An array in the blob, or NULL if it does not lie in it whole.
-template <class T>
-const T* array(Blob blob, u64 offset, u64 count) {
-    const u64 bytes = blob.head->bytes;
-    return offset % 64 || offset > bytes || count > (bytes - offset) / sizeof(T) ? nullptr : blob.at<T>(offset);
-}
-
-// Calls f(row, column, value) for each non-zero; false if the blob contradicts itself.
-template <class F>
-bool each(Blob blob, const F& f) {
-    const Header& h = *blob.head;
-    const u64 parts = u64(h.chunks) * h.blocks;
-    const Chunk* chunk = array<Chunk>(blob, h.chunk_table, h.chunks);
-    const u32* counts = array<u32>(blob, h.run_counts, parts);
-    if (!chunk || !counts) return false;
-    u64 runs = 0, rows = 0, entry = 0, run = 0, row = 0;
-    for (u64 i = 0; i < parts; i++) runs += counts[i];
-    const Run* all = array<Run>(blob, h.runs, runs);
-    for (u64 i = 0; all && i < runs; i++) rows += all[i].count;
-    const u16* order = array<u16>(blob, h.row_order, rows);
-    const u16* index = array<u16>(blob, h.index, h.nonzeros);
-    const float* value = array<float>(blob, h.value, h.nonzeros);
-    if (!all || !order || !index || !value) return false;
-    for (u32 c = 0; c < h.chunks; c++) {
-        const u64 first = u64(c) * h.chunk;
-        if (chunk[c].entry != entry || chunk[c].row != row || chunk[c].run != run) return false;
-        for (u32 b = 0; b < h.blocks; b++)
-            for (u32 k = counts[u64(c) * h.blocks + b]; k > 0; k--, run++)
-                for (u16 i = 0; i < all[run].count; i++, row++) {
-                    const u64 r = first + order[row], length = all[run].length;
-                    if (order[row] >= h.chunk || r >= h.rows || length > h.nonzeros - entry) return false;
-                    for (const u64 end = entry + length; entry < end; entry++) {
-                        const u64 j = u64(b) * h.block + index[entry];
-                        if (index[entry] >= h.block || j >= h.columns) return false;
-                        f(u32(r), u32(j), value[entry]);
-                    }
-                }
-    }
-    return entry == h.nonzeros;
-}
-
 // ---- code
 
 class Writer {
@@ -180,26 +137,6 @@ private:
 };
 
 }  // namespace
-
-bool read(const void* bytes, i64 size, Rows& out) {
-    const Blob blob{static_cast<const Header*>(bytes)};
-    if (!bytes || size < i64(sizeof(Header))) return false;
-    const Header& h = *blob.head;
-    const u64 most = u64(0xffff) * kTile;
-    if (h.magic != kMagic || h.version != kVersion || h.bytes != u64(size) || h.half) return false;
-    if (h.rows > most || h.columns > most || h.nonzeros > 0xffffffff || !h.block || !h.chunk) return false;
-    if (u64(h.block) * h.blocks < h.columns || u64(h.chunk) * h.chunks < h.rows || h.chunks > h.rows) return false;
-    out.begin.assign(u64(h.rows) + 2, 0);
-    if (!each(blob, [&](u32 r, u32, float) { out.begin[r + 2]++; })) return false;
-    for (u32 r = 0; r < h.rows; r++) out.begin[r + 2] += out.begin[r + 1];
-    out.column.resize(h.nonzeros), out.value.resize(h.nonzeros);
-    each(blob, [&](u32 r, u32 j, float v) {
-        const u32 at = out.begin[r + 1]++;
-        out.column[at] = j, out.value[at] = v;
-    });
-    out.begin.pop_back();
-    return true;
-}
 
 bool generate(const Rows& rows, const Header& head, const Layout& layout, Program& program) {
     return Writer(rows, head, layout, program).write();

@@ -28,7 +28,7 @@ struct Rows {
     std::vector<float> value;
 };
 
-// What these bytes hold, of which nothing is taken on trust; false if they are no packed matrix in float32.
+// What these bytes hold, of which nothing is taken on trust; false if they are no packed matrix. See unpack.cpp.
 bool read(const void* blob, i64 bytes, Rows& rows);
 
 struct Program {

@@ -153,15 +153,33 @@ void panel_pack(const float* x, i64 stride, int n, int width, i64 columns, float
     transposed(x, stride, n, width, columns, panel, width);
 }
 
-// ---- packed values, float32 or float16
+// ---- packed values, float32, float16 or bfloat16
 
 template <class V> INLINE V values(const float* p) { return load<V>(p); }
 
-typedef u16 h4 __attribute__((vector_size(8), aligned(2), may_alias));
+// vectors of N integers, and of N halves of them in memory
+template <int N> struct Ints {
+    typedef int type __attribute__((vector_size(4 * N)));
+    typedef u16 half __attribute__((vector_size(2 * N), aligned(2), may_alias));
+};
+template <class V> INLINE V values(const Bfloat16* p) {
+    constexpr int lanes = sizeof(V) / 4;
+    if constexpr (lanes == 1) {
+        const u32 bits = u32(p->bits) << 16;
+        float value;
+        __builtin_memcpy(&value, &bits, sizeof value);
+        return value;
+    } else {
+        using I = Ints<lanes>;
+        const auto half = *reinterpret_cast<const typename I::half*>(p);
+        return reinterpret_cast<V>(__builtin_convertvector(half, typename I::type) << 16);
+    }
+}
 
 // float16 to float32 by integers: the exponents differ by 112
-template <class V, class H, class I>
-INLINE V widened(H h) {
+INLINE Of<4>::type widened(Ints<4>::half h) {
+    using V = Of<4>::type;
+    using I = Ints<4>::type;
     const I bits = __builtin_convertvector(h, I);
     const I shifted = (bits & 0x7fff) << 13;
     const V magnitude = reinterpret_cast<V>(shifted) * 5.192296858534828e+33f;  // 2^112, right for subnormals too
@@ -180,11 +198,10 @@ template <class V> INLINE V values(const u16* p) {
     else
         return _cvtsh_ss(*p);
 #else
-    typedef int i4 __attribute__((vector_size(16)));
     if constexpr (lanes == 4)
-        return widened<V, h4, i4>(*reinterpret_cast<const h4*>(p));
+        return widened(*reinterpret_cast<const Ints<4>::half*>(p));
     else
-        return widened<Of<4>::type, h4, i4>(h4{*p})[0];
+        return widened(Ints<4>::half{*p})[0];
 #endif
 }
 
@@ -271,10 +288,12 @@ template <int kWidth>
 void product_of_width(Blob blob, const float* inputs, u32 chunk, float* sums) {
     constexpr int lanes = least(kWidth, LANES), vectors = kWidth / lanes;
     constexpr int partial = vectors >= 8 ? 1 : vectors >= 2 ? 2 : 4;
-    if (blob.head->half)
-        product<typename Of<lanes>::type, vectors, partial, u16>(blob, inputs, chunk, sums);
-    else
-        product<typename Of<lanes>::type, vectors, partial, float>(blob, inputs, chunk, sums);
+    using V = typename Of<lanes>::type;
+    switch (blob.head->values) {
+        case kFloat16: return product<V, vectors, partial, u16>(blob, inputs, chunk, sums);
+        case kBfloat16: return product<V, vectors, partial, Bfloat16>(blob, inputs, chunk, sums);
+        default: return product<V, vectors, partial, float>(blob, inputs, chunk, sums);
+    }
 }
 
 INLINE u32 chunk_rows(const Header& head, u32 chunk) {
@@ -454,7 +473,11 @@ void small_of(Blob blob, const float* tiles, int n, const float* bias, bool accu
 }
 
 void small(Blob blob, const float* tiles, int n, const float* bias, bool accumulate, float* y, u32 begin, u32 end) {
-    (blob.head->half ? small_of<u16> : small_of<float>)(blob, tiles, n, bias, accumulate, y, begin, end);
+    switch (blob.head->values) {
+        case kFloat16: return small_of<u16>(blob, tiles, n, bias, accumulate, y, begin, end);
+        case kBfloat16: return small_of<Bfloat16>(blob, tiles, n, bias, accumulate, y, begin, end);
+        default: return small_of<float>(blob, tiles, n, bias, accumulate, y, begin, end);
+    }
 }
 #else
 void small(Blob, const float*, int, const float*, bool, float*, u32, u32) {}

@@ -160,9 +160,18 @@ u16 to_half(float x) {
     return u16(sign | ((size - 0x38000000 + 0xfff + (size >> 13 & 1)) >> 13));
 }
 
-std::vector<u16> halves(const std::vector<float>& values) {
-    std::vector<u16> found(values.size());
-    std::transform(values.begin(), values.end(), found.begin(), to_half);
+// Rounded in the same way.
+u16 to_bfloat(float x) {
+    u32 bits;
+    std::memcpy(&bits, &x, sizeof bits);
+    if ((bits & 0x7fffffff) > 0x7f800000) return u16(bits >> 16 | 0x40);  // NaN
+    return u16((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+std::vector<u16> halves(const std::vector<float>& from, Values values) {
+    if (values == kFloat32) return {};
+    std::vector<u16> found(from.size());
+    std::transform(from.begin(), from.end(), found.begin(), values == kFloat16 ? to_half : to_bfloat);
     return found;
 }
 
@@ -181,7 +190,7 @@ void copy(void* blob, u64 at, const std::vector<T>& array) {
 
 }  // namespace
 
-i64 pack(const float* weight, i64 rows, i64 columns, i64 groups, bool with_jagged, bool half, void* blob) {
+i64 pack(const float* weight, i64 rows, i64 columns, i64 groups, bool with_jagged, Values values, void* blob) {
     const i64 limit = i64(0xffff) * kTile;
     if (rows < 0 || columns < 0 || groups < 1 || rows % groups || columns % groups || rows > limit || columns > limit)
         return -1;
@@ -199,9 +208,9 @@ i64 pack(const float* weight, i64 rows, i64 columns, i64 groups, bool with_jagge
     head.chunks = u32(a.chunks.size());
     if (with_jagged) jagged(w, a);
     head.groups = u32(a.groups.size());
-    head.half = half;
-    const std::vector<u16> value = half ? halves(a.value) : std::vector<u16>();
-    const std::vector<u16> jagged_value = half ? halves(a.jagged_value) : std::vector<u16>();
+    head.values = values;
+    const bool half = values != kFloat32;
+    const std::vector<u16> value = halves(a.value, values), jagged_value = halves(a.jagged_value, values);
     u64 end = (sizeof(Header) + 63) / 64 * 64;
     head.chunk_table = place(end, a.chunks);
     head.run_counts = place(end, a.run_counts);
@@ -242,6 +251,8 @@ i64 pack(const float* weight, i64 rows, i64 columns, i64 groups, bool with_jagge
 
 using namespace secateur;
 
-int64_t secateur_pack(const float* weight, int64_t rows, int64_t columns, int64_t groups, int32_t half, void* blob) {
-    return pack(weight, rows, columns, groups, kernels->jagged, half != 0, blob);
+int64_t secateur_pack(const float* weight, int64_t rows, int64_t columns, int64_t groups, int32_t values,
+                      void* blob) {
+    if (values < 0 || values > kBfloat16) return -1;
+    return pack(weight, rows, columns, groups, kernels->jagged, Values(values), blob);
 }

@@ -17,7 +17,7 @@
 extern "C" {
 #endif
 
-#define SECATEUR_ABI 7
+#define SECATEUR_ABI 8
 
 /* SECATEUR_ABI of the library. */
 SECATEUR_API int32_t secateur_abi(void);
@@ -37,15 +37,21 @@ SECATEUR_API void secateur_set_parallel(void* gomp_parallel);
 
 /* Packs the dense row-major matrix weight[rows][columns] into blob and returns the bytes needed. With blob == NULL only
  * counts. groups > 1: the matrix is block-diagonal, weight holds rows of columns / groups each, and row r sees the
- * (r / (rows / groups))-th block of columns (a grouped convolution). half != 0: values are rounded to float16. */
-SECATEUR_API int64_t secateur_pack(const float* weight, int64_t rows, int64_t columns, int64_t groups, int32_t half,
+ * (r / (rows / groups))-th block of columns (a grouped convolution). values: 0 float32, and rounded
+ * to the nearest, 1 float16, 2 bfloat16. -1 if it cannot be packed. */
+SECATEUR_API int64_t secateur_pack(const float* weight, int64_t rows, int64_t columns, int64_t groups, int32_t values,
                                    void* blob);
+
+/* The dense matrix that a blob was packed from, as secateur_pack takes it: weight[rows][columns / groups], with +0 for what
+ * was zero. 0, or -1 if the bytes are no packed matrix of this size. */
+SECATEUR_API int32_t secateur_unpack(const void* blob, int64_t bytes, int64_t rows, int64_t columns, int64_t groups,
+                                     float* weight);
 
 /* Whether code generated here can run: 1 with "avx512" in use and memory that may be made executable, else 0. */
 SECATEUR_API int32_t secateur_generates(void);
 
 /* Machine code for one packed matrix, which it holds no pointer to: for Linear layers, or for convolutions of this shape,
- * of whatever batch. NULL if the bytes are no packed matrix of float32, or there is no memory. adds != 0: for products that
+ * of whatever batch. NULL if the bytes are no packed matrix, or there is no memory. adds != 0: for products that
  * are added to what is there, as those with the states of an LSTM or plain RNN are. run: 1 to be run, and NULL where
  * nothing generated can; 0 only to be looked at; 2, for tests on any CPU, to have what it computes computed without it.
  * Threads may share it. */

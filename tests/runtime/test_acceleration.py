@@ -338,29 +338,34 @@ def test_the_demo_model(backend, sparse_wins):
     assert off(sc.accelerate(model, x)(x), model(x).detach()) <= 1e-5
 
 
-def test_float16_values_are_rounded_and_half_the_size(isa, sparse_wins):
-    model = thin(nn.Linear(200, 96))
+LOSSY = pytest.mark.parametrize("values", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
+
+
+@LOSSY
+def test_values_of_16_bits_are_rounded_and_half_the_size(isa, sparse_wins, values):
+    model, name = thin(nn.Linear(200, 96)), str(values).removeprefix("torch.")
     x = torch.randn(7, 200)
-    exact, half = sc.accelerate(model, x), sc.accelerate(model, x, values=torch.float16)
+    exact, half = sc.accelerate(model, x), sc.accelerate(model, x, values=values)
     rounded = copy.deepcopy(model).double()
-    rounded.weight.data = model.weight.detach().half().double()
+    rounded.weight.data = model.weight.detach().to(values).double()
     assert off(half(x), rounded(x.double())) <= 1e-5
     assert half.packed_weight.numel() < 0.75 * exact.packed_weight.numel()
     assert all(torch.equal(a, b) for a, b in zip(half.state_dict().values(), model.state_dict().values(), strict=True))
-    assert "float16" in str(sc.explain(half))
-    assert "float16" not in str(sc.explain(exact))
+    assert name in str(sc.explain(half))
+    assert name not in str(sc.explain(exact))
     assert torch.equal(pickle.loads(pickle.dumps(half))(x), half(x))
-    again = sc.accelerate(model, x, plan=half.plan.to_dict(), values=torch.float16)
+    again = sc.accelerate(model, x, plan=half.plan.to_dict(), values=values)
     assert torch.equal(again(x), half(x))
-    with pytest.raises(InputError, match=r"for values=torch\.float16"):
+    with pytest.raises(InputError, match=rf"for values=torch\.{name}"):
         sc.accelerate(model, x, plan=half.plan)
 
 
-def test_float16_refuses_what_it_cannot_hold(isa, sparse_wins):
+@LOSSY
+def test_values_of_16_bits_refuse_what_they_cannot_hold(isa, sparse_wins, values):
     model = thin(nn.Linear(64, 64))
     with torch.no_grad():
-        model.weight[0, 0] = 70000.0
-    layer = sc.accelerate(model, torch.randn(1, 64), values=torch.float16).plan.layers[0]
-    assert "does not fit into float16" in layer.reason
-    with pytest.raises(InputError, match="bfloat16"):
-        sc.accelerate(model, torch.randn(1, 64), values=torch.bfloat16)
+        model.weight[0, 0] = 3.4e38
+    layer = sc.accelerate(model, torch.randn(1, 64), values=values).plan.layers[0]
+    assert f"does not fit into {str(values).removeprefix('torch.')}" in layer.reason
+    with pytest.raises(InputError, match=r"torch\.float16 or torch\.bfloat16"):
+        sc.accelerate(model, torch.randn(1, 64), values=torch.float64)

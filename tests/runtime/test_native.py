@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from secateur.errors import InputError
-from secateur.runtime import native
+from secateur.runtime import native, products
 
 HEADER = (Path(__file__).parents[2] / "native/secateur.h").read_text()
 Address, Number, Long, Text = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_char_p
@@ -84,12 +84,42 @@ def test_an_instruction_set_that_is_not_there_is_refused(loaded, isa):
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (5, 0), (40, 100)])
-@pytest.mark.parametrize("half", [False, True])
-def test_packing_is_deterministic(loaded, shape, half):
+@pytest.mark.parametrize("values", native.VALUES)
+def test_packing_is_deterministic(loaded, shape, values):
     weight = torch.randn(shape) * (torch.rand(shape) < 0.2)
-    blob = native.pack(weight, half=half)
+    blob = native.pack(weight, values=values)
     assert (blob.dtype, blob.dim()) == (torch.uint8, 1)
-    assert blob.equal(native.pack(weight.t().contiguous().t(), half=half))
+    assert blob.equal(native.pack(weight.t().contiguous().t(), values=values))
+
+
+@pytest.mark.parametrize("values", native.VALUES)
+@pytest.mark.parametrize(("shape", "groups"), [((1, 1), 1), ((5, 0), 1), ((0, 3), 1), ((40, 1000), 1), ((300, 7), 6)])
+def test_what_was_packed_comes_back_rounded_to_nearest_even(isa, shape, groups, values):
+    whole = torch.randint(-(2**31), 2**31 - 1, shape, dtype=torch.int32).view(torch.float32)  # all bits
+    weight = torch.where(torch.rand(shape) < 0.5, whole, torch.randn(shape)) * (torch.rand(shape) < 0.4)
+    weight = weight.where(weight.to(values).isfinite() & (weight.to(values) != 0), 0)
+    found = native.unpack(native.pack(weight, groups, values), *shape, groups)
+    assert found.view(torch.int32).equal(weight.to(values).float().view(torch.int32))
+
+
+@pytest.mark.parametrize("values", [torch.float16, torch.bfloat16])
+def test_every_value_of_16_bits_is_kept(isa, values):
+    every = torch.arange(-(2**15), 2**15).short().view(values)
+    weight = every.where(every.isfinite(), 1).float().view(-1, 32)
+    packed = native.pack(weight, values=values)
+    for n in (1, 3, 8, 32):
+        got = products.linear(torch.eye(32)[-n:], weight, packed, None, products.ALL)
+        assert got.equal(weight[:, -n:].t())
+
+
+def test_what_is_no_packed_matrix_is_not_unpacked(isa):
+    blob = native.pack(torch.eye(6, 4))
+    assert native.unpack(blob, 6, 4) is not None
+    for rows, columns, groups in ((4, 6, 1), (6, 2, 2), (6, 4, 4), (12, 2, 1)):
+        assert native.unpack(blob, rows, columns, groups) is None
+    assert native.unpack(blob[:-64].clone(), 6, 4) is None
+    assert native.unpack(torch.zeros_like(blob), 6, 4) is None
+    assert native.unpack(native.pack(torch.ones(4, 4)), 4, 2, groups=2) is None  # not block-diagonal
 
 
 def test_what_is_too_large_to_pack_says_what_to_do(loaded):

@@ -1,5 +1,7 @@
 """Generated code, followed instruction by instruction: it computes the product, and touches nothing else."""
 
+import ctypes
+
 import numpy as np
 import pytest
 import torch
@@ -135,8 +137,17 @@ def test_a_shape_that_the_weights_do_not_have_is_refused():
         assert native.generate(blob, wrong, run=False) is None
 
 
-def test_rounded_weights_are_refused():
-    assert native.generate(native.pack(matrix(8, 8, 0.5)[0], half=True), run=False) is None
+@pytest.mark.parametrize("values", [torch.float16, torch.bfloat16])
+def test_rounded_weights_are_widened(values):
+    weight, _ = matrix(30, 400, 0.5)
+    rounded = native.generate(native.pack(weight.to(values).float()), run=0)
+    found = native.generate(native.pack(weight, values=values), run=0)
+    lib = native.library()
+    for part in (0, 1):  # code, weights
+        one, other = ((ctypes.c_char * lib.secateur_generated(code.handle, part, None))() for code in (rounded, found))
+        lib.secateur_generated(rounded.handle, part, one)
+        lib.secateur_generated(found.handle, part, other)
+        assert bytes(one) == bytes(other)
 
 
 def test_a_damaged_blob_is_refused_or_stays_in_bounds():

@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from secateur.errors import InputError, StateError
+from secateur.runtime import native
 from secateur.runtime.chains import SparseSequential
 from secateur.runtime.kernel_plans import KernelPlan
 from secateur.runtime.swapping import Sparse, Swapped
@@ -68,8 +69,9 @@ def accelerate(
         example_inputs: a tensor, a tuple of positional or a dict of keyword arguments, as it will be in use; a list
             of these for several batch sizes. Any other size runs as the nearest one.
         threads: CPU threads to tune for; by default as many as torch has now.
-        values: dtype of the packed weights on the CPU. `torch.float16` rounds them (a relative error of 0.0005 at
-            most), which makes layers that have to be read from memory faster still; inputs and sums stay float32.
+        values: dtype of the packed weights on the CPU. `torch.float16` rounds them by a relative error of 0.0005 at
+            most, `torch.bfloat16` by 0.004, which makes layers that have to be read from memory faster still; inputs
+            and sums stay float32.
         check_inputs: run a layer dense where its inputs have a NaN or an infinity, so that the result is that of the
             plain model. Costs a sum over the inputs of each layer, and runs of Linear are not fused. Without it such an
             input affects only outputs that have a kept weight for it, as pruned weights are skipped.
@@ -85,7 +87,7 @@ def accelerate(
     Raises:
         InputTypeError: no module, or inputs of another type.
         InputError: `threads` below 1; no example; a lazy or meta parameter; a plan for something else; `values`
-            neither float32 nor float16; sharded weights.
+            neither float32, float16 nor bfloat16; sharded weights.
         StateError: the model is accelerated already.
 
     >>> model = nn.Sequential(nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 8))
@@ -103,7 +105,7 @@ def accelerate(
     _check(model, calls, threads, values)
     with _threads(threads), torch.inference_mode(False):
         fast, trained = _copy(model)
-        tuned = Tuning(model, fast, calls, half=values is torch.float16, checked=check_inputs, generated=generated)
+        tuned = Tuning(model, fast, calls, values=values, checked=check_inputs, generated=generated)
         if given is not None:
             tuned.take(given)
         else:
@@ -223,8 +225,10 @@ def _check(model: nn.Module, calls: Sequence[Arguments], threads: int | None, va
     if not calls:
         raise InputError("example_inputs is an empty list: give at least one example to tune for")
     checks.threads(threads)
-    if values not in (torch.float32, torch.float16):
-        raise InputError(f"values is {values}: packed weights are torch.float32 or, rounded, torch.float16")
+    if values not in native.VALUES:
+        raise InputError(
+            f"values is {values}: packed weights are torch.float32 or, rounded, torch.float16 or torch.bfloat16"
+        )
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if is_lazy(tensor) or tensor.is_meta:
             raise InputError(

@@ -121,7 +121,8 @@ class KernelPlan(Printed):
         threads: CPU threads at the time.
         layers: one `LayerPlan` for each layer with a weight matrix, in the model's order, then for each run.
         gains: of the whole model, one for each example; a rejected one went back to dense.
-        values: dtype of the packed weights; "float16" is lossy. On a CUDA device they are those of the model.
+        values: dtype of the packed weights; "float16" and "bfloat16" are lossy. On a CUDA device they are
+            those of the model.
         gpu: names of the model's CUDA devices; empty if there are none.
     """
 

@@ -20,7 +20,9 @@ from torch import Tensor
 
 from secateur.errors import InputError
 
-ABI = 7
+ABI = 8
+VALUES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+"""What packed values may be, as the library numbers them."""
 Shape = tuple[int, ...]
 _FUNCTION = re.compile(r"^SECATEUR_API (.+?)(secateur_\w+)\((.*?)\);", re.MULTILINE | re.DOTALL)
 _NUMBERS: dict[str, type | None] = {"int64_t": ctypes.c_int64, "int32_t": ctypes.c_int32, "void": None}
@@ -69,13 +71,13 @@ def isa() -> str | None:
     return None if lib is None else str(lib.secateur_isa().decode())
 
 
-def pack(weight: Tensor, groups: int = 1, half: bool = False) -> Tensor:
+def pack(weight: Tensor, groups: int = 1, values: torch.dtype = torch.float32) -> Tensor:
     """Pack a matrix for the kernels.
 
     Args:
         weight: float32 [rows, columns] on the CPU.
         groups: with more than one, row r sees only the (r // (rows // groups))-th block of columns.
-        half: round the values to float16.
+        values: what the values are rounded to, one of `VALUES`.
 
     Returns:
         uint8 [bytes]: position-independent, may be copied and stored.
@@ -87,13 +89,21 @@ def pack(weight: Tensor, groups: int = 1, half: bool = False) -> Tensor:
     assert lib is not None
     dense = weight.detach().contiguous()
     rows, columns = dense.shape
-    arguments = (dense.data_ptr(), rows, columns * groups, groups, half)
+    arguments = (dense.data_ptr(), rows, columns * groups, groups, VALUES[values])
     size = lib.secateur_pack(*arguments, None)
     if size < 0:
         raise InputError(f"a matrix of {rows} x {columns * groups} cannot be packed. Leave this layer dense.")
     blob = torch.empty(size, dtype=torch.uint8)
     lib.secateur_pack(*arguments, blob.data_ptr())
     return blob
+
+
+def unpack(blob: Tensor, rows: int, columns: int, groups: int = 1) -> Tensor | None:
+    """The matrix [rows, columns] of float32 that a blob was packed from; None if it was not packed from such a one."""
+    lib = library()
+    weight = torch.empty(rows, columns)
+    given = (blob.data_ptr(), blob.numel(), rows, columns * groups, groups, weight.data_ptr())
+    return None if lib is None or lib.secateur_unpack(*given) else weight
 
 
 class Code:
@@ -131,13 +141,13 @@ def generate(blob: Tensor, shape: Shape | None = None, adds: bool = False, run: 
     """Make the code of a packed matrix.
 
     Args:
-        blob: as `pack` gives it, of float32.
+        blob: as `pack` gives it.
         shape: twelve numbers as `secateur_conv2d` takes them, for a convolution of whatever batch.
         adds: as `secateur_recurrent` wants it of a recurrent matrix.
         run: 0 makes it to be looked at; 2, for tests, has what it computes computed without it, on any CPU.
 
     Returns:
-        The code; None if the blob is not of float32, or code that is generated cannot run here.
+        The code; None if it is no packed matrix, or code that is generated cannot run here.
     """
     lib = library()
     sizes = None if shape is None else (ctypes.c_int64 * 12)(*shape)

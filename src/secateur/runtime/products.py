@@ -30,7 +30,6 @@ CHECKED = 1 << 61
 """A further bit of `choices`: inputs with a NaN or an infinity run dense, as a sparse kernel skips 0 times NaN."""
 
 _CSR = b"csr-0001"  # how a blob begins that torch can read
-_HALF_END = 65520.0  # from here on float16 is infinite
 _twelve = ctypes.c_int64 * 12
 
 
@@ -48,19 +47,19 @@ def form() -> str:
     return "csr" if native.library() is None else "native"
 
 
-def pack(weight: Tensor, groups: int = 1, half: bool = False) -> Tensor:
+def pack(weight: Tensor, groups: int = 1, values: torch.dtype = torch.float32) -> Tensor:
     """Pack a matrix: float32 [rows, columns], of a grouped convolution [rows, columns / groups]; gives uint8 [bytes].
 
     Raises:
-        InputError: the native library cannot hold so many rows or columns, or float16 (`half`) a value.
+        InputError: the native library cannot hold so many rows or columns, or `values` a weight.
     """
     weight = weight.detach()
-    if half and not (weight.abs() < _HALF_END).all():
-        raise InputError(f"a weight of {weight.abs().max():.3g} does not fit into float16")
+    if values is not torch.float32 and not weight.to(values).isfinite().all():
+        kind = str(values).removeprefix("torch.")
+        raise InputError(f"a weight of {weight.abs().max():.3g} does not fit into {kind}")
     if native.library() is not None:
-        return native.pack(weight, groups, half)
-    if half:
-        weight = weight.half().float()
+        return native.pack(weight, groups, values)
+    weight = weight.to(values).float()
     _csr_is_beta()
     csr = weight.to_sparse_csr()
     parts = (csr.crow_indices().int(), csr.col_indices().int(), csr.values())

@@ -54,8 +54,8 @@ class SemiStructuredLinear(Sparse, nn.Linear):
         super().prepare(place)
         self._packed, self._sum = None, 0
 
-    def pack(self, half: bool = False) -> None:
-        """Make the semi-structured tensor of the weights as they are, in their own dtype whatever `half` is.
+    def pack(self, values: torch.dtype = torch.float32) -> None:
+        """Make the semi-structured tensor of the weights as they are, in their own dtype whatever `values` is.
 
         Raises:
             InputError: torch has no kernel for it on this device.

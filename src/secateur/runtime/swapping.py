@@ -64,8 +64,8 @@ class Sparse(Swapped):
     _choices: int
     _place: str
     _form: str
-    _half: bool
-    """Whether packed values are rounded to float16."""
+    _values: torch.dtype
+    """What packed values are rounded to."""
     _checked: bool
     """Whether a call with inputs that are not finite runs dense."""
     _trusted: bool
@@ -111,18 +111,18 @@ class Sparse(Swapped):
 
     def prepare(self, place: str) -> None:
         """Start after the swap: dense for all inputs, nothing packed."""
-        self._choices, self._place, self._form, self._half = 0, place, products.form(), False
+        self._choices, self._place, self._form, self._values = 0, place, products.form(), torch.float32
         self._checked, self._trusted, self._packed_from, self._codes = False, False, Snapshot({}), {}
 
-    def pack(self, half: bool = False) -> None:
-        """Pack the weights as they are now, rounded to float16 or not.
+    def pack(self, values: torch.dtype = torch.float32) -> None:
+        """Pack the weights as they are now, rounded to this dtype.
 
         Raises:
-            InputError: a matrix is too large for the native library, or a value for float16.
+            InputError: a matrix is too large for the native library, or a weight for the dtype.
         """
         for name, matrix, groups in self.matrices():
-            self.register_buffer(f"packed_{name}", products.pack(matrix, groups, half), persistent=False)
-        self._form, self._half = products.form(), half
+            self.register_buffer(f"packed_{name}", products.pack(matrix, groups, values), persistent=False)
+        self._form, self._values = products.form(), values
         self.stamp()
 
     def generate(self) -> None:
@@ -165,7 +165,7 @@ class Sparse(Swapped):
             "_choices",
             "_place",
             "_form",
-            "_half",
+            "_values",
             "_checked",
             "_trusted",
             "_packed_from",
@@ -244,7 +244,7 @@ class Sparse(Swapped):
         packed = any(name.startswith("packed_") for name in self._buffers)
         if packed and self._form != products.form():  # from a machine with, or without, the native library
             self._codes = {}
-            self.pack(self._half)
+            self.pack(self._values)
         self.stamp()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:

@@ -112,8 +112,8 @@ class _SparseTransposed(Sparse):
     def matrices(self) -> Iterator[tuple[str, Tensor, int]]:
         yield "weight", phases(_image(self.weight), self._steps()).flatten(1), self._steps()[3]
 
-    def pack(self, half: bool = False) -> None:
-        super().pack(half)
+    def pack(self, values: torch.dtype = torch.float32) -> None:
+        super().pack(values)
         self._packed_steps = self._steps()
 
     def rows(self, input: Tensor, output_size: Any = None) -> int:

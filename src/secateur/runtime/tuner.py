@@ -39,13 +39,12 @@ class Tuning:
         fast: nn.Module,
         calls: Sequence[Arguments],
         *,
-        half: bool,
+        values: torch.dtype,
         checked: bool,
         generated: bool,
     ) -> None:
-        self.model, self.fast, self.calls, self.half, self.checked = model, fast, calls, half, checked
-        self.generated = generated and not half and native.generates()
-        self.values = "float16" if half else "float32"
+        self.model, self.fast, self.calls, self.values, self.checked = model, fast, calls, values, checked
+        self.generated = generated and native.generates()
         self.plans = {layer.name: layer for layer in survey(fast)}
         self.gains: tuple[Gain, ...] = ()
         self.gpu = tuning.gpus(fast)
@@ -73,11 +72,11 @@ class Tuning:
             return
         layer._checked = self.checked
         try:
-            layer.pack(self.half)
+            layer.pack(self.values)
         except InputError as error:
             self.plans[name] = replace(self.plans[name], reason=str(error))
             return
-        self.plans[name] = replace(self.plans[name], pattern=tuning.pattern(matrices(layer), self.half))
+        self.plans[name] = replace(self.plans[name], pattern=tuning.pattern(matrices(layer), self.values))
         if self.generated and _worth_code(layer, max(b for seen in self.seen for b in seen.get(name, ()))):
             layer.generate()
 
@@ -156,7 +155,7 @@ class Tuning:
         """All that was chosen, and where."""
         layers = tuple(self._weighed(layer) for layer in self.plans.values())
         return KernelPlan(
-            tuning.cpu(), native.isa(), torch.get_num_threads(), layers, self.gains, self.values, self.gpu
+            tuning.cpu(), native.isa(), torch.get_num_threads(), layers, self.gains, _name(self.values), self.gpu
         )
 
     def _weighed(self, plan: LayerPlan) -> LayerPlan:
@@ -180,8 +179,8 @@ class Tuning:
                 f"{plan.gpu and f' on {plan.gpu}'}, and this is {', '.join(str(one) for one in here if one != '')}. "
                 "Leave plan out, and the model is tuned here."
             )
-        if plan.values != self.values:
-            raise InputError(f"the plan is for values=torch.{plan.values}, and this call is for torch.{self.values}")
+        if plan.values != _name(self.values):
+            raise InputError(f"the plan is for values=torch.{plan.values}, and this call is for {self.values}")
         planned = {layer.name: layer for layer in plan.layers}
         for name in [*planned, *self.plans]:
             old, new = planned.get(name), self.plans.get(name)
@@ -257,8 +256,12 @@ def _run_plan(name: str, module: nn.Sequential, span: Span) -> LayerPlan:
     chain = Chain(_modules(module, span))
     weights = [layer.weight for layer in chain.layers]
     return LayerPlan(
-        name, "Sequential", chain.widths, zeros_of(weights), tuning.pattern(weights, chain.layers[0]._half)
+        name, "Sequential", chain.widths, zeros_of(weights), tuning.pattern(weights, chain.layers[0]._values)
     )
+
+
+def _name(values: torch.dtype) -> str:
+    return str(values).removeprefix("torch.")
 
 
 def _identity(layer: LayerPlan) -> tuple[Any, ...]:

@@ -161,9 +161,9 @@ def gpus(model: nn.Module) -> str:
     return " + ".join(sorted({torch.cuda.get_device_name(one) for one in devices(model) if one.type == "cuda"}))
 
 
-def pattern(weights: Sequence[Tensor], half: bool = False) -> str:
-    """Hash of where the zeros of some weights are, and of whether the others are packed in float16."""
-    digest = hashlib.blake2b(b"half" if half else b"", digest_size=16)
+def pattern(weights: Sequence[Tensor], values: torch.dtype = torch.float32) -> str:
+    """Hash of where the zeros of some weights are, and of what the others are rounded to."""
+    digest = hashlib.blake2b(b"" if values is torch.float32 else str(values).encode(), digest_size=16)
     for weight in weights:
         exact = weight.dtype is torch.float32
         digest.update(f"{tuple(weight.shape)}{'' if exact else weight.dtype}".encode())
