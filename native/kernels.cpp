@@ -374,15 +374,6 @@ void put(const float* sums, int width, i64 rows, i64 n, float* y, i64 stride) {
             for (i64 i = 0; i < n; i++) y[i] = sums[i];
 }
 
-void relu(float* x, i64 count) {
-    i64 i = 0;
-    for (; i + LANES <= count; i += LANES) {
-        const vec v = load<vec>(x + i);
-        store(x + i, v < 0.f ? vec{} : v);
-    }
-    for (; i < count; i++) x[i] = x[i] < 0 ? 0 : x[i];
-}
-
 // ---- the jagged layout: one to four inputs
 
 void small_pack(const float* x, int n, i64 columns, float* tiles) {
@@ -483,8 +474,8 @@ void small(Blob blob, const float* tiles, int n, const float* bias, bool accumul
 void small(Blob, const float*, int, const float*, bool, float*, u32, u32) {}
 #endif
 
-// ---- nonlinearities of recurrent layers: tanh(x) = n / d, a minimax fraction (the coefficients are those of Eigen's
-// ptanh), absolute error about 1e-7. sigmoid(x) = (1 + tanh(x / 2)) / 2. As fractions, a cell takes two divisions.
+// ---- nonlinearities. Those of recurrent layers: tanh(x) = n / d, a minimax fraction (the coefficients are those of
+// Eigen's ptanh), absolute error about 1e-7. sigmoid(x) = (1 + tanh(x / 2)) / 2. As fractions, a cell takes two divisions.
 
 struct Fraction {
     vec n, d;
@@ -525,13 +516,76 @@ INLINE void units(i64 hidden, const float* const (&in)[kIn], float* const (&out)
     }
 }
 
-void tanh(float* x, i64 count) {
+// erf(z), a minimax fraction with the coefficients of Eigen's perf, absolute error below 1e-7; z from -4 to 4
+INLINE Fraction error_function(vec x) {
+    const vec z = x * x;
+    vec n = z * -2.72614225801306e-10f + 2.77068142495902e-08f;
+    n = n * z + -2.10102402082508e-06f;
+    n = n * z + -5.69250639462346e-05f;
+    n = n * z + -7.34990630326855e-04f;
+    n = n * z + -2.95459980854025e-03f;
+    n = n * z + -1.60960333262415e-02f;
+    vec d = z * -1.45660718464996e-05f + -2.13374055278905e-04f;
+    d = d * z + -1.68282697438203e-03f;
+    d = d * z + -7.37332916720468e-03f;
+    d = d * z + -1.42647390514189e-02f;
+    return {n * x, d};
+}
+
+// exp(x) = 2^n exp(r) with |r| <= log(2) / 2, of which the series is taken; relative error about 1e-7
+INLINE vec exponential(vec x) {
+    const vec most = splat(88.f), least = splat(-87.f);
+    const vec in = x > most ? most : x < least ? least : x;
+    const vec round = splat(12582912.f);  // 1.5 * 2^23: beside it a float has no bits for fractions
+    const vec shifted = in * 1.44269504088896f + round, n = shifted - round;
+    const vec r = (in - n * 0.693359375f) + n * 2.12194440054691e-4f;  // log(2) in two parts, the first of few bits
+    vec e = r * 1.38888888888889e-3f + 8.33333333333333e-3f;
+    e = e * r + 4.16666666666667e-2f;
+    e = e * r + 1.66666666666667e-1f;
+    e = e * r + 0.5f;
+    e = e * r + 1.f;
+    e = e * r + 1.f;
+    typedef u32 bits __attribute__((vector_size(LANES * 4)));
+    const bits power = (reinterpret_cast<bits>(shifted) << 23) + (127u << 23);  // of `shifted` the last bits are n
+    return x > most ? splat(__builtin_inff()) : e * reinterpret_cast<vec>(power);
+}
+
+// gelu(x) = x (1 + erf(x / sqrt(2))) / 2, but 0 x where this is no more than rounding
+INLINE vec gelu(vec x) {
+    const vec half = x * 0.707106781186548f, most = splat(4.f);
+    const Fraction e = error_function(half > most ? most : half < -most ? -most : half);
+    return x * (half < -most ? vec{} : 0.5f + 0.5f * (e.n / e.d));
+}
+INLINE vec gelu_tanh(vec x) {  // (1 + tanh(u)) / 2 = 1 / (1 + exp(-2 u)), u = sqrt(2 / pi) (x + 0.044715 x^3)
+    return x / (1.f + exponential(x * (x * x * -0.0713548162726f + -1.59576912160573f)));
+}
+
+template <class F>
+INLINE void each(float* x, i64 count, F f) {
     const float* const in[1] = {x};
     float* const out[1] = {x};
-    units(count, in, out, [](const vec(&a)[1], vec(&b)[1]) {
-        const Fraction t = tangent(a[0]);
-        b[0] = t.n / t.d;
-    });
+    units(count, in, out, [&](const vec(&a)[1], vec(&b)[1]) { b[0] = f(a[0]); });
+}
+
+INLINE vec between(float least, vec x, float most) { return x < least ? splat(least) : x > most ? splat(most) : x; }
+
+void activate(Activation kind, float* x, i64 count) {
+    switch (kind) {
+        case Activation::kRelu: return each(x, count, [](vec v) { return v < 0.f ? vec{} : v; });
+        case Activation::kRelu6: return each(x, count, [](vec v) { return between(0.f, v, 6.f); });
+        case Activation::kGelu: return each(x, count, gelu);
+        case Activation::kGeluTanh: return each(x, count, gelu_tanh);
+        case Activation::kSilu: return each(x, count, [](vec v) { return v / (1.f + exponential(-v)); });
+        case Activation::kTanh:
+            return each(x, count, [](vec v) {
+                const Fraction t = tangent(v);
+                return t.n / t.d;
+            });
+        case Activation::kSigmoid: return each(x, count, [](vec v) { return 1.f / (1.f + exponential(-v)); });
+        case Activation::kHardswish:
+            return each(x, count, [](vec v) { return v * (between(0.f, v + 3.f, 6.f) * (1.f / 6.f)); });
+        default: return;
+    }
 }
 
 void lstm(const float* gates, i64 units_, float* c, float* h) {
@@ -558,6 +612,6 @@ void gru(const float* x, const float* s, i64 units_, float* h) {
 }  // namespace
 
 const Kernels TABLE = {NAME,   LANES == 16, small_pack, small, panel_pack, panel, panel_unpack,
-                       gather, put,         relu,       tanh,  lstm,         gru};
+                       gather, put,         activate,   lstm,  gru};
 
 }  // namespace secateur

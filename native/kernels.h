@@ -5,6 +5,9 @@
 
 namespace secateur {
 
+// What may follow a product, by its number in secateur.h.
+enum class Activation { kNone, kRelu, kRelu6, kGelu, kGeluTanh, kSilu, kTanh, kSigmoid, kHardswish, kEnd };
+
 struct Kernels {
     const char* name;
     bool jagged;  // has small() for 1 <= n <= kSmall; otherwise a panel of width 4 or 1 takes these
@@ -30,11 +33,8 @@ struct Kernels {
     // y[rows][n], rows of y `stride` apart = the first n of each row of sums[rows][width].
     void (*put)(const float* sums, int width, i64 rows, i64 n, float* y, i64 stride);
 
-    // x = max(x, 0), a NaN stays one.
-    void (*relu)(float* x, i64 count);
-
-    // x = tanh(x)
-    void (*tanh)(float* x, i64 count);
+    // x = the activation of x; a NaN stays one, and infinities become what torch makes of them.
+    void (*activate)(Activation, float* x, i64 count);
 
     // One step of `units` units. LSTM: gates[4][units] = i f g o before their nonlinearities; c is updated, h written.
     void (*lstm)(const float* gates, i64 units, float* c, float* h);

@@ -111,19 +111,30 @@ namespace {
 
 // ---- layers one after the other
 
+constexpr i64 kWorthActivating = 16384;  // values for which a thread is woken
+
+void activate(Activation kind, float* x, i64 count, int threads) {
+    const i64 parts = kind == Activation::kNone ? 0 : (count + kWorthActivating - 1) / kWorthActivating;
+    share(parts, threads, [&](i64 i) {
+        const i64 first = i * kWorthActivating, left = count - first;
+        kernels->activate(kind, x + first, left < kWorthActivating ? left : kWorthActivating);
+    });
+}
+
 struct Chain {
     int layers;
     const void* const* blobs;
     const void* const* codes;
     const float* const* biases;
-    const int32_t* relu;
+    const int32_t* activations;
 
     Blob blob(int i) const { return {static_cast<const Header*>(blobs[i])}; }
     const Generated* code(int i) const { return codes ? static_cast<const Generated*>(codes[i]) : nullptr; }
     bool sound() const {
         for (int i = 0; i < layers; i++)
             if (!valid(blobs[i]) || !fits(code(i), blob(i), false) ||
-                (i && blob(i).head->columns != blob(i - 1).head->rows))
+                (i && blob(i).head->columns != blob(i - 1).head->rows) || activations[i] < 0 ||
+                activations[i] >= int32_t(Activation::kEnd))
                 return false;
         return true;
     }
@@ -134,6 +145,7 @@ struct Chain {
     }
     i64 columns() const { return blob(0).head->columns; }
     i64 rows() const { return blob(layers - 1).head->rows; }
+    Activation after(int i) const { return static_cast<Activation>(activations[i]); }
     i64 widest() const {
         i64 most = columns();
         for (int i = 0; i < layers; i++) most = blob(i).head->rows > most ? blob(i).head->rows : most;
@@ -148,7 +160,7 @@ struct Chain {
         for (int i = 0; i < layers; i++) {
             float* to = i + 1 == layers ? y : between + (i % 2) * most;
             if (!linear(blob(i), code(i), x, n, biases[i], to, threads)) return false;
-            if (relu[i]) kernels->relu(to, n * blob(i).head->rows);
+            activate(after(i), to, n * blob(i).head->rows, threads);
             x = to;
         }
         return true;
@@ -174,7 +186,7 @@ struct Chain {
             else
                 for (i64 t = 0; t < tiles; t++)
                     multiply(blob(i), nullptr, in + t * head.columns * width, width, start, to + t * head.rows * width);
-            if (relu[i]) kernels->relu(to, head.rows * width * tiles);
+            kernels->activate(after(i), to, head.rows * width * tiles);
             float* swap = in;
             in = to, to = swap;
         }
@@ -232,9 +244,9 @@ int32_t secateur_linear(const void* blob, const void* code, const float* x, int6
 }
 
 int32_t secateur_chain(int32_t layers, const void* const* blobs, const void* const* codes, const float* const* biases,
-                       const int32_t* relu, const float* x, int64_t n, float* y, int32_t threads) {
+                       const int32_t* activations, const float* x, int64_t n, float* y, int32_t threads) {
     if (layers < 1 || n < 0) return -1;
-    const Chain chain{layers, blobs, codes, biases, relu};
+    const Chain chain{layers, blobs, codes, biases, activations};
     if (!chain.sound()) return -1;
     return n == 0 || chain.run(x, n, y, threads < 1 ? 1 : threads) ? 0 : -2;
 }

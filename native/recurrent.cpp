@@ -33,7 +33,7 @@ struct Recurrent {
     void activate(const float* in, i64 units, float* cells, float* to) const {
         if (kind == kLstm) return kernels->lstm(in, units, cells, to);
         std::memcpy(to, in, units * sizeof(float));
-        (kind == kTanh ? kernels->tanh : kernels->relu)(to, units);
+        kernels->activate(kind == kTanh ? Activation::kTanh : Activation::kRelu, to, units);
     }
 
     // Calls step(sequences of [begin, end) that are live, row of the first of them, the input's part of its gates) for

@@ -17,7 +17,7 @@
 extern "C" {
 #endif
 
-#define SECATEUR_ABI 8
+#define SECATEUR_ABI 9
 
 /* SECATEUR_ABI of the library. */
 SECATEUR_API int32_t secateur_abi(void);
@@ -72,11 +72,12 @@ SECATEUR_API int32_t secateur_linear(const void* blob, const void* code, const f
                                      float* y, int32_t threads);
 
 /* y[n][rows of the last blob]: x[n][columns of the first] through `layers` products, each with its code (an entry, or
- * codes, may be NULL; as for secateur_linear) and its bias (an entry may be NULL), and where relu[i] != 0 with
- * max(0, .) after it. Between layers activations keep the kernels' layout. */
+ * codes, may be NULL; as for secateur_linear) and its bias (an entry may be NULL). After it comes the activation of this
+ * number: 0: none, 1: ReLU, 2: ReLU6, 3: GELU, 4: its tanh form, 5: SiLU, 6: tanh, 7: sigmoid, 8: hardswish. Between
+ * layers values keep the kernels' layout. */
 SECATEUR_API int32_t secateur_chain(int32_t layers, const void* const* blobs, const void* const* codes,
-                                    const float* const* biases, const int32_t* relu, const float* x, int64_t n,
-                                    float* y, int32_t threads);
+                                    const float* const* biases, const int32_t* activations, const float* x,
+                                    int64_t n, float* y, int32_t threads);
 
 /* y[batch][out][oh][ow] = conv(x[batch][channels][height][width]); columns of the blob = channels * kh * kw.
  * shape: batch, channels, height, width, kh, kw, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w.

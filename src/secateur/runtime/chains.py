@@ -1,4 +1,4 @@
-"""Runs of sparse Linear layers in an nn.Sequential, with what lies between them: one native call for each run.
+"""Runs of sparse Linear layers, of an nn.Sequential first of all, with what lies between: one native call for each.
 
 Between its layers the activations stay as the kernels want them, and Python is entered once. Whatever is not plain
 inference goes through the modules, one after the other.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import operator
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, ClassVar
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as everywhere
 
-from secateur.runtime import native, products
+from secateur.runtime import activations, native, products
 from secateur.runtime.linears import SparseLinear
 from secateur.runtime.swapping import Swapped
 from secateur.runtime.weight_checks import Watch, pointers, seen_to_differ, version
@@ -25,15 +25,16 @@ from secateur.runtime.weight_checks import Watch, pointers, seen_to_differ, vers
 __all__: list[str] = []  # reached through secateur.accelerate alone
 
 Span = tuple[int, int]
-"""First module of a run, and the one behind its last."""
+"""First step of a run, and the one behind its last."""
 
-_BETWEEN = (nn.ReLU.forward, nn.Dropout.forward, nn.Identity.forward)
+Step = Callable[[Tensor], Tensor]
+"""A module, or a function that is an activation."""
 
 
 class Singly:
-    """Modules that are called one after the other."""
+    """Modules, and functions, that are called one after the other."""
 
-    def __init__(self, modules: Sequence[nn.Module]) -> None:
+    def __init__(self, modules: Sequence[Step]) -> None:
         self.modules = tuple(modules)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -47,21 +48,23 @@ class Chain(Singly):
 
     plain: ClassVar[type[Singly]] = Singly
 
-    def __init__(self, modules: Sequence[nn.Module], choices: int = 0) -> None:
+    def __init__(self, modules: Sequence[Step], choices: int = 0) -> None:
         super().__init__(modules)
         self._choices = choices
-        self._own = [module.__dict__ for module in modules]
+        own = [module for module in modules if isinstance(module, nn.Module)]
+        self._own = [module.__dict__ for module in own]
+        self._settings = [(m.__dict__, name, value) for m in own for name, value in activations.settings(m).items()]
         self.layers = [module for module in modules if isinstance(module, SparseLinear)]
         self.widths = (self.layers[0].in_features, *(layer.out_features for layer in self.layers))
         self._ends = (self.widths[0], self.widths[-1])
-        relu: list[int] = []
+        numbers: list[int] = []
         for module in modules:
             if isinstance(module, SparseLinear):
-                relu.append(0)
-            elif isinstance(module, nn.ReLU):
-                relu[-1] = 1
-        self._relu = (ctypes.c_int32 * len(relu))(*relu)
-        self._pointers = ctypes.c_void_p * len(relu)
+                numbers.append(activations.NONE)
+            else:
+                numbers[-1] = activations.number(module) or numbers[-1]
+        self._activations = (ctypes.c_int32 * len(numbers))(*numbers)
+        self._pointers = ctypes.c_void_p * len(numbers)
         self._blobs = self._biases = self._pointers()
         self._made: list[native.Code | None] = []
         self._codes = self._pointers(), 0
@@ -96,7 +99,7 @@ class Chain(Singly):
     def forward(self, x: Tensor) -> Tensor:
         """[..., first width] to [..., last width]."""
         if self._ready(x):
-            given = (len(self.layers), self._blobs, self._codes, self._biases, self._relu, self._choices)
+            given = (len(self.layers), self._blobs, self._codes, self._biases, self._activations, self._choices)
             out = products.chain(x, self._ends, *given)
             if out is not None:
                 return out
@@ -106,6 +109,9 @@ class Chain(Singly):
         """Whether the modules may be passed over; raises a StateError as their own `_ready` does."""
         for own in self._own:
             if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["training"] or "forward" in own:
+                return False
+        for own, name, value in self._settings:
+            if own.get(name) != value:
                 return False
         if everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks:
             return False
@@ -159,35 +165,28 @@ class Chain(Singly):
         return True
 
 
-class SparseSequential(Swapped, nn.Sequential):
-    """An nn.Sequential some of whose runs are chains."""
+class Fused(Swapped):
+    """A module that calls steps one after the other, some of whose runs are chains."""
 
-    plain = nn.Sequential
     _fused: Mapping[Span, int] = MappingProxyType({})
     """Row classes of the runs that are fused."""
-    _made: tuple[list[nn.Module], list[Any]] = ([], [])
-    """The modules as they were, and what is called in their place; no part of the state."""
+    _made: tuple[list[Step], list[Step]] = ([], [])
+    """The steps as they were, and what is called in their place; no part of the state."""
+
+    @staticmethod
+    def sequence(module: Any) -> list[Step]:
+        """The steps of such a module, plain or not."""
+        raise NotImplementedError
 
     def fuse(self, choices: Mapping[Span, int]) -> list[Chain]:
         """Fuse these runs for these row classes; gives the chains that stand there now."""
         self._fused = dict(choices)
         return [step for step in self.steps() if isinstance(step, Chain)]
 
-    def forward(self, input: Any) -> Any:
-        """As nn.Sequential."""
-        if torch.compiler.is_compiling():
-            return super().forward(input)  # type: ignore[no-untyped-call]
-        modules, steps = self._made
-        if [*self._modules.values()] != modules:
-            steps = self.steps()
-        for step in steps:
-            input = step(input)
-        return input
-
-    def steps(self) -> list[Any]:
-        """The modules, and a chain in the place of each fused run that is still there."""
-        modules, end = [*self._modules.values()], 0
-        steps: list[Any] = []
+    def steps(self) -> list[Step]:
+        """The steps, and a chain in the place of each fused run that is still there."""
+        modules, end = self.sequence(self), 0
+        steps: list[Step] = []
         for a, b in runs(modules):
             if (a, b) in self._fused:
                 steps += [*modules[end:a], Chain(modules[a:b], self._fused[a, b])]
@@ -196,8 +195,17 @@ class SparseSequential(Swapped, nn.Sequential):
         self._made = (modules, steps)
         return steps
 
+    def _through(self, x: Any) -> Any:
+        """What the last step gives."""
+        modules, steps = self._made
+        if self.sequence(self) != modules:
+            steps = self.steps()
+        for step in steps:
+            x = step(x)
+        return x
+
     def restore(self) -> None:
-        """Become a plain Sequential again."""
+        """Become the plain module again."""
         for name in ("_fused", "_made"):
             self.__dict__.pop(name, None)
         super().restore()
@@ -207,21 +215,40 @@ class SparseSequential(Swapped, nn.Sequential):
         return made, given, {name: value for name, value in state.items() if name != "_made"}, *rest
 
 
-def runs(modules: Sequence[nn.Module]) -> Iterator[Span]:
-    """Where the modules begin and end that one native call can compute, with two packed Linear layers or more.
+class SparseSequential(Fused, nn.Sequential):
+    """An nn.Sequential some of whose runs are chains."""
+
+    plain = nn.Sequential
+
+    @staticmethod
+    def sequence(module: Any) -> list[Step]:
+        return [*module._modules.values()]
+
+    def forward(self, input: Any) -> Any:
+        """As nn.Sequential."""
+        return super().forward(input) if torch.compiler.is_compiling() else self._through(input)  # type: ignore[no-untyped-call]
+
+
+def runs(modules: Sequence[Step]) -> Iterator[Span]:
+    """Where the steps begin and end that one native call can compute, with two packed Linear layers or more.
+
+    Behind each layer there may be one activation, Dropout and Identity.
 
     >>> list(runs([nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2)]))  # not packed
     []
     """
-    start, count, width = 0, 0, -1
+    start, count, width, active = 0, 0, -1, False
     for i in range(len(modules) + 1):
         module: Any = modules[i] if i < len(modules) else None
-        if getattr(type(module), "forward", None) in _BETWEEN:
+        number = activations.number(module)
+        if number is not None and not (number and active):
+            active |= number > 0
             continue
         linear = isinstance(module, SparseLinear) and "packed_weight" in module._buffers
         if not linear or module.in_features != width:
             if count > 1:
                 yield start, i
             start, count, width = i, 0, -1
+        active = False
         if linear:
             count, width = count + 1, module.out_features

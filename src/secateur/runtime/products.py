@@ -95,16 +95,17 @@ def chain(
     blobs: Any,
     codes: tuple[Any, int],
     biases: Any,
-    relu: Any,
+    activations: Any,
     choices: int,
 ) -> Tensor | None:
-    """Products one after the other, with `max(0, .)` after some; None where `linear` must do them singly.
+    """Products one after the other, with activations after some; None where `linear` must do them singly.
 
     Args:
         x: float32 [..., columns of the first].
         widths: columns of the first matrix, rows of the last.
         layers: how many there are.
-        blobs: a C array of the addresses of packed matrices; biases: of theirs, or NULL; relu: of 0 or 1.
+        blobs: a C array of the addresses of packed matrices; biases: of theirs, or NULL; activations: of the
+            numbers in `activations`.
         codes: a C array of handles of their code, or NULL, and the row classes that take it.
         choices: as for `linear`.
     """
@@ -117,7 +118,7 @@ def chain(
     out = _result(x, n, rows)
     made = codes[0] if codes[1] >> (n - 1).bit_length() & 1 else None
     threads = torch.get_num_threads()
-    failed = lib.secateur_chain(layers, blobs, made, biases, relu, source, n, out.data_ptr(), threads)
+    failed = lib.secateur_chain(layers, blobs, made, biases, activations, source, n, out.data_ptr(), threads)
     if failed:
         raise failure(failed)
     return out
