@@ -23,10 +23,8 @@ struct Watch {
     u64 sums[1];  // of each piece
 
     static i64 size(i64 pieces) { return i64(sizeof(Watch) + pieces * sizeof(u64)); }
-    u64 sum(const float* weight, i64 i) const {
-        const i64 first = i * piece, left = count - first;
-        return checksum(weight + first, left < piece ? left : piece);
-    }
+    i64 length(i64 i) const { return count - i * piece < piece ? count - i * piece : piece; }
+    u64 sum(const float* weight, i64 i) const { return checksum(weight + i * piece, length(i)); }
 
     // Each step is one to one in what it reads, so a change within eight bytes always shows.
     static u64 checksum(const float* from, i64 floats) {
@@ -50,6 +48,12 @@ u32 bits_at(const float* weight, i64 i) {
     u32 found;
     std::memcpy(&found, weight + i, sizeof found);
     return found;
+}
+
+u64 count_nonzeros(const float* from, i64 floats) {
+    int found = 0;  // as wide as a float, for the compiler's vectors
+    for (i64 i = 0; i < floats; i++) found += from[i] != 0;
+    return u64(found);
 }
 
 void fetch(const void* address) {
@@ -94,14 +98,19 @@ int64_t secateur_watch(const float* weight, int64_t count, void* memory) {
     auto& watch = *static_cast<Watch*>(memory);
     std::memset(memory, 0, std::size_t(Watch::size(pieces)));
     watch.count = count, watch.piece = piece, watch.pieces = pieces;
-    i64 nonzeros = 0, seen = 0;
-    for (i64 i = 0; i < count; i++) nonzeros += weight[i] != 0;
+    i64 nonzeros = 0, seen = 0;  // first of each piece, where its sum will be
+    for (i64 p = 0; p < pieces; p++) nonzeros += watch.sums[p] = count_nonzeros(weight + p * piece, watch.length(p));
     const i64 wanted = nonzeros < kAnchors ? nonzeros : kAnchors;
-    for (i64 i = 0; i < count && watch.anchors < wanted; i++)
-        if (weight[i] != 0 && seen++ >= nonzeros * watch.anchors / wanted) {
-            watch.at[watch.anchors] = i;
-            watch.bits[watch.anchors++] = bits_at(weight, i);
-        }
+    for (i64 p = 0; p < pieces; p++) {
+        const i64 first = p * piece, behind = seen + i64(watch.sums[p]);
+        auto next = [&] { return nonzeros * watch.anchors / wanted; };  // by its number among the non-zeros
+        for (i64 i = first; watch.anchors < wanted && next() < behind; i++)
+            if (weight[i] != 0 && seen++ >= next()) {
+                watch.at[watch.anchors] = i;
+                watch.bits[watch.anchors++] = bits_at(weight, i);
+            }
+        seen = behind;
+    }
     for (i64 i = 0; i < pieces; i++) watch.sums[i] = watch.sum(weight, i);
     return Watch::size(pieces);
 }

@@ -43,8 +43,8 @@ def off(got, reference):
 def fake_times(monkeypatch, times):
     """Have `times(name, bucket)` for what tuning would measure."""
 
-    def measured(model, recorders, call):
-        seen = tuning.look(model, recorders, call)
-        return {(name, bucket): times(name, bucket) for name, buckets in seen.items() for bucket in buckets}
+    def measured(model, given):
+        rows = [(one.name, one.layer.rows(*args, **kwargs)) for one, args, kwargs in given]
+        return {(name, products.bucket(n)): times(name, products.bucket(n)) for name, n in rows}
 
     monkeypatch.setattr(tuning, "times", measured)

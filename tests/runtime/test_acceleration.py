@@ -91,7 +91,7 @@ def test_tied_and_shared_stay_so(backend, sparse_wins):
 def test_the_real_clock(backend, monkeypatch):
     monkeypatch.setattr(tuning, "_CACHE_BYTES", 1 << 20)
     monkeypatch.setattr(tuning, "_SECONDS", 0.01)
-    monkeypatch.setattr(tuning, "_GAIN_SECONDS", (0.01,))
+    monkeypatch.setattr(tuning, "_GAIN", ((0.01, 6),))
     model = thin(nn.Sequential(nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 256)))
     fast = sc.accelerate(model, [torch.randn(1, 256), torch.randn(16, 256)])
     assert all(len(layer.timings) == 2 for layer in fast.plan.layers)

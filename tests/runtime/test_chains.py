@@ -478,7 +478,7 @@ def test_without_the_library_nothing_is_fused(without_native, sparse_wins):
 
 
 def test_the_real_clock(isa, monkeypatch):
-    for name, value in (("_CACHE_BYTES", 1 << 20), ("_SECONDS", 0.01), ("_GAIN_SECONDS", (0.01,))):
+    for name, value in (("_CACHE_BYTES", 1 << 20), ("_SECONDS", 0.01), ("_GAIN", ((0.01, 6),))):
         monkeypatch.setattr(tuning, name, value)
     model = mlp()
     fast = sc.accelerate(model, [X[:1], X])

@@ -39,7 +39,7 @@ def test_look_finds_layers_and_their_rows(recorded):
 
 def test_times_both_kernels_for_each_row_class(recorded):
     model, recorders = recorded
-    found = tuning.times(model, recorders, CALL)
+    found = tuning.times(model, tuning.inputs(model, recorders, CALL))
     assert set(found) == {("used", 0), ("used", 3)}
     assert all(0 < seconds < 1 for pair in found.values() for seconds in pair)
 
@@ -107,12 +107,27 @@ def test_patterns_are_of_zeros_alone():
 
 
 def test_gain_is_measured_in_evaluation_mode_and_puts_flags_back(monkeypatch):
-    monkeypatch.setattr(tuning, "_GAIN_SECONDS", (0.001,))
+    monkeypatch.setattr(tuning, "_GAIN", ((0.001, 6),))
     plain, fast = nn.Linear(4, 4).train(), nn.Linear(4, 4).eval()
     gain = tuning.gain(plain, fast, ((torch.zeros(1, 4),), {}))
     assert gain.least <= gain.speedup <= gain.most
     assert plain.training
     assert not fast.training
+
+
+@pytest.mark.parametrize(("plain", "looks"), [([3.0, 3.1, 2.9], 1), ([0.9, 1.0, 0.9], 1), ([1.0, 1.4, 1.1], 2)])
+def test_a_gain_that_is_clear_from_three_blocks_needs_no_more(monkeypatch, plain, looks):
+    asked = []
+
+    def blocks(models, call, seconds, fewest):
+        asked.append(fewest)
+        return {"plain": plain * (fewest // 3), "fast": [1.0] * fewest}, {}
+
+    monkeypatch.setattr(tuning, "time_blocks", blocks)
+    gain = tuning.gain(nn.Linear(4, 4), nn.Linear(4, 4), CALL)
+    assert asked == [3, 6][:looks]
+    assert gain.clear == (looks == 1)
+    assert gain.faster == (plain[0] == 3.0)
 
 
 def test_cpu_has_a_name():

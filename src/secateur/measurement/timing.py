@@ -8,6 +8,8 @@ intervals show it.
 from __future__ import annotations
 
 import math
+import statistics
+import timeit
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,6 +30,8 @@ __all__ = ["Comparison", "Measurement", "compare", "measure"]
 
 _BLOCKS = 50  # the time is cut into about as many blocks, so that a stall of the machine spoils few of them
 _FEWEST = 6  # blocks whose smallest and largest enclose the median in 95 % of cases
+_LONG = 0.2  # seconds of a call that needs no warm-up: to fill a cache again takes a few hundredths of them
+_STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # quantile 0.975 for a mean of so many values
 NO_DIFFERENCE = 0.1
 """Models count as equally fast if the whole interval of their speed ratio differs from 1 by less than this."""
 
@@ -230,7 +234,8 @@ def compare(
         metric: called with each model for a number, such as its accuracy.
         threads: CPU threads for torch, at least 1; by default as many as it has now.
         seconds: about how long the timed blocks of one model last in all. At least six blocks are timed, each
-            after two warm-up calls or more, so a model of `t` seconds a call needs at least `18 t`.
+            after two warm-up calls or more, or none where a call takes more than 0.2 seconds: so a model of `t`
+            seconds a call needs at least `18 t`, and a slow one `9 t`.
 
     Raises:
         InputTypeError: something is no module, or `inputs` is of another type.
@@ -353,34 +358,48 @@ def _first_call(name: str, model: nn.Module, call: Arguments) -> float:
 
 
 def time_blocks(
-    models: Mapping[str, nn.Module], call: Arguments, seconds: float
+    models: Mapping[str, nn.Module], call: Arguments, seconds: float, fewest: int = _FEWEST
 ) -> tuple[dict[str, list[float]], dict[str, int]]:
     """Seconds per call of each block, and calls in a block, by model; the order rotates with the rounds."""
-    from torch.utils.benchmark import Timer
-
-    timers, calls = {}, {}
-    for name, model in models.items():
-        scope = {"model": model, "args": call[0], "kwargs": call[1]}
-        timers[name] = Timer("model(*args, **kwargs)", globals=scope, num_threads=torch.get_num_threads())
+    repeated = {name: _Repeated(model, call) for name, model in models.items()}
+    calls = {}
+    for name, one in repeated.items():
         with _naming(name):
-            calls[name] = _calls_in(seconds / _BLOCKS, timers[name])
+            calls[name] = one.calls_in(seconds / _BLOCKS)
     blocks: dict[str, list[float]] = {name: [] for name in models}
     order, spent = list(models), 0.0
-    while spent < seconds * len(order) or len(blocks[order[0]]) < _FEWEST:
+    while spent < seconds * len(order) or len(blocks[order[0]]) < fewest:
         for name in order:
             with _naming(name):
-                blocks[name].append(timers[name].timeit(calls[name]).median)
+                blocks[name].append(repeated[name].timeit(calls[name]))
             spent += calls[name] * blocks[name][-1]
         order = order[1:] + order[:1]
     return blocks, calls
 
 
-def _calls_in(seconds: float, timer: Any) -> int:
-    """How many calls fill a block; looked at twice, as the first look may meet a stall of the machine."""
-    once = timer.timeit(1).median
-    if once < seconds:
-        once = min(once, timer.timeit(max(1, int(seconds / once / 4))).median)
-    return max(1, int(seconds / once))
+class _Repeated:
+    """Blocks of calls of a model, each after calls to warm up that are not counted, unless one takes long."""
+
+    def __init__(self, model: nn.Module, call: Arguments) -> None:
+        from torch.utils.benchmark import timer  # waits for the accelerator
+
+        scope = {"model": model, "args": call[0], "kwargs": call[1]}
+        self._timer = timeit.Timer("model(*args, **kwargs)", globals=scope, timer=timer)
+        self._long = False
+
+    def calls_in(self, seconds: float) -> int:
+        """How many calls fill a block; looked at twice, as the first look may meet a stall of the machine."""
+        once = min(self._timer.timeit(1), self._timer.timeit(1))
+        self._long = once >= _LONG
+        if once < seconds:
+            once = min(once, self.timeit(max(1, int(seconds / once / 4))))
+        return max(1, int(seconds / once))
+
+    def timeit(self, calls: int) -> float:
+        """Seconds a call of a block."""
+        if not self._long:
+            self._timer.timeit(max(2, calls // 100))
+        return self._timer.timeit(calls) / calls
 
 
 def quantile(values: Sequence[float], q: float) -> float:
@@ -389,8 +408,15 @@ def quantile(values: Sequence[float], q: float) -> float:
 
 
 def interval(values: Sequence[float]) -> _Pair:
-    """95 % interval of the median: the k-th smallest and k-th largest value, for the largest k that will do."""
+    """95 % interval of the median: the k-th smallest and k-th largest value, for the largest k that will do.
+
+    Of fewer than six values none will do: then Student's, of their logarithms (Biometrika 6, 1908).
+    """
     ordered, n = sorted(values), len(values)
+    if n < _FEWEST:
+        logs = [math.log(value) for value in values]
+        middle, reach = statistics.mean(logs), _STUDENT[n] * statistics.stdev(logs) / math.sqrt(n)
+        return math.exp(middle - reach), math.exp(middle + reach)
     k, outside = 1, 2 * 0.5**n  # outside = P(at most k - 1 of n values fall on one side of the median)
     while outside + 2 * math.comb(n, k) * 0.5**n <= 0.05:
         outside += 2 * math.comb(n, k) * 0.5**n

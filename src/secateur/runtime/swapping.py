@@ -289,7 +289,8 @@ def swapped_class(mixin: type[Swapped], plain: type[nn.Module]) -> type[Swapped]
 
 def zero_share(weight: Tensor) -> float:
     """Share of a tensor that is zero; 0 of an empty one."""
-    return 1 - int(bits.plain(weight).count_nonzero()) / max(weight.numel(), 1)
+    nonzeros = bits.plain(weight).bool().count_nonzero()  # of bytes: of floats it would take twice as long
+    return 1 - int(nonzeros) / max(weight.numel(), 1)
 
 
 def worth_packing(weight: Tensor) -> bool:

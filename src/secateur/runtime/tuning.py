@@ -32,7 +32,8 @@ _MARGIN = 1.05  # sparse must win by so much, twice
 _SECONDS = 1.0  # of a measurement, of which there are two for each example
 _ROUNDS = range(4, 10)  # of four passes each; at least, at most
 _CACHE_BYTES = 48 << 20  # streamed through the cache before each pass
-_GAIN_SECONDS = (0.2, 1.0)  # of each of the two models that are compared in the end; again where the first cannot tell
+_GAIN = ((0.2, 3), (1.0, 6))
+"""Seconds of each of the two models compared in the end, and blocks at least; the latter if the first cannot tell."""
 cpu = functools.cache(cpu_name)
 _CACHE: dict[tuple[Any, ...], Timing] = {}
 Seen = dict[str, set[int]]
@@ -72,6 +73,10 @@ class Recorder:
         return out
 
 
+Given = list[tuple[Recorder, tuple[Any, ...], dict[str, Any]]]
+"""Inputs of layers."""
+
+
 @contextmanager
 def recording(layers: Mapping[str, Sparse | Chain]) -> Iterator[list[Recorder]]:
     """Put a recorder before each layer; they and the choices go at the end."""
@@ -94,10 +99,10 @@ def look(model: nn.Module, recorders: Sequence[Recorder], call: Arguments) -> Se
     return seen
 
 
-def times(model: nn.Module, recorders: Sequence[Recorder], call: Arguments) -> dict[tuple[str, int], tuple[float, ...]]:
-    """Median seconds of each layer and row class of an example: dense, sparse and, if it has some, by its code."""
+def times(model: nn.Module, given: Given) -> dict[tuple[str, int], tuple[float, ...]]:
+    """Median seconds of each layer and row class, on these inputs: dense, sparse and, if it has some, by its code."""
+    recorders = list({id(recorder): recorder for recorder, *_ in given}.values())
     modes = max((r.modes for r in recorders), key=len, default=())
-    given = _inputs(model, recorders, call)
     for mode in modes:  # the first pass of each is not counted
         _replay(given, mode)
     _forget(recorders)
@@ -126,9 +131,10 @@ def choose(
     """Time what an example reaches and choose: from memory where the same was measured before in this process."""
     keys = {(r.name, b): _key(r.layer, patterns[r.name], b) for r in recorders for b in seen.get(r.name, ())}
     if any(key not in _CACHE for key in keys.values()):
-        first = times(model, recorders, call)
+        given = inputs(model, recorders, call)
+        first = times(model, given)
         promising = any(map(_wins, first.values()))
-        second = times(model, recorders, call) if promising else first
+        second = times(model, given) if promising else first
         for place, key in keys.items():
             if place in first and place in second:
                 both = first[place], second[place]
@@ -147,8 +153,8 @@ def gain(plain: nn.Module, fast: nn.Module, call: Arguments) -> Gain:
     """How much faster the whole model is than the plain one: blocks of calls in turn, in steady state."""
     models = {"plain": plain, "fast": fast}
     with evaluating(models, torch.get_num_threads()):
-        for seconds in _GAIN_SECONDS:
-            blocks, _ = time_blocks(models, call, seconds)
+        for seconds, fewest in _GAIN:
+            blocks, _ = time_blocks(models, call, seconds, fewest)
             ratios = [a / b for a, b in zip(blocks["plain"], blocks["fast"], strict=True)]
             found = Gain(quantile(ratios, 0.5), *interval(ratios))
             if found.clear:
@@ -167,7 +173,7 @@ def pattern(weights: Sequence[Tensor], values: torch.dtype = torch.float32) -> s
     for weight in weights:
         exact = weight.dtype is torch.float32
         digest.update(f"{tuple(weight.shape)}{'' if exact else weight.dtype}".encode())
-        digest.update(bits.pack(weight.detach() != 0).cpu().numpy().tobytes())
+        digest.update(bits.pack(weight.detach().bool()).cpu().numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -189,10 +195,7 @@ def _wins(seconds: tuple[float, ...]) -> bool:
     return seconds[0] > _MARGIN * min(seconds[1:])
 
 
-_Inputs = list[tuple[Recorder, tuple[Any, ...], dict[str, Any]]]
-
-
-def _inputs(model: nn.Module, recorders: Sequence[Recorder], call: Arguments) -> _Inputs:
+def inputs(model: nn.Module, recorders: Sequence[Recorder], call: Arguments) -> Given:
     """What each layer is given in the model, once for each row class."""
     for recorder in recorders:
         recorder.inputs = {}
@@ -200,11 +203,12 @@ def _inputs(model: nn.Module, recorders: Sequence[Recorder], call: Arguments) ->
     found = [(r, *given) for r in recorders for given in (r.inputs or {}).values()]
     for recorder in recorders:
         recorder.inputs = None
+    _forget(recorders)
     return found
 
 
-def _replay(inputs: _Inputs, mode: str) -> None:
-    for recorder, args, kwargs in inputs:
+def _replay(given: Given, mode: str) -> None:
+    for recorder, args, kwargs in given:
         recorder.mode = "sparse" if mode == "generated" and not recorder.layer.has_code else mode
         recorder(*args, **kwargs)
 
