@@ -230,7 +230,7 @@ def sparse_layers(case: Case) -> str | None:
     plan = plans.get(case.id)
     if plan is None:
         return None
-    layers = [layer for layer in plan.layers if layer.kind != "Sequential"]  # that is a run of them in one call
+    layers = [layer for layer in plan.layers if not layer.run]
     fused = ", fused" if any(layer.choices for layer in plan.layers if layer not in layers) else ""
     return f"{sum(bool(layer.choices) for layer in layers)} of {len(layers)}{fused}"
 

@@ -1,4 +1,4 @@
-"""Sparse projections of attention with every mask and layout; transformer layers that do not go past them."""
+"""Sparse projections of attention with every mask and layout."""
 
 import copy
 import itertools
@@ -9,12 +9,6 @@ import torch
 from torch import nn
 
 from secateur.runtime import candidates, products
-from secateur.runtime.attention import (
-    SparseMultiheadAttention,
-    SparseTransformerEncoder,
-    SparseTransformerEncoderLayer,
-)
-from secateur.runtime.swapping import Swapped
 from sparse_models import off, sparse, thin
 
 pytestmark = pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype")
@@ -133,90 +127,6 @@ def test_what_torch_refuses_is_refused(backend):
 def test_what_is_not_supported_stays_dense(options):
     (plan,) = candidates.survey(build(**options))
     assert plan.reason == "add_bias_kv and add_zero_attn are not supported"
-
-
-def encoder(depth=2, norm=None, **options):
-    torch.manual_seed(0)
-    layer = nn.TransformerEncoderLayer(24, 4, 48, batch_first=True, **options)
-    return thin(nn.TransformerEncoder(layer, depth, norm, enable_nested_tensor=not options), 0.7)
-
-
-PADDING = torch.arange(6).expand(3, 6) >= torch.tensor([[6], [4], [2]])
-
-
-@pytest.mark.parametrize("options", [{}, {"norm_first": True}, {"activation": "gelu"}, {"bias": False}], ids=str)
-@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad, torch.enable_grad])
-def test_encoder(backend, options, mode):
-    model, x = encoder(**options), torch.randn(3, 6, 24)
-    fast = sparse(model)
-    assert isinstance(fast, SparseTransformerEncoder)
-    assert isinstance(fast.layers[0], SparseTransformerEncoderLayer)
-    assert isinstance(fast.layers[0].self_attn, SparseMultiheadAttention)
-    causal = nn.Transformer.generate_square_subsequent_mask(6)
-    with mode():
-        for kwargs in ({}, {"mask": causal}, {"mask": causal, "is_causal": True}, {"src_key_padding_mask": PADDING}):
-            assert off(fast(x, **kwargs), model(x, **kwargs).detach()) <= 1e-5
-
-
-@pytest.mark.parametrize("norm", [None, "norm"])
-@pytest.mark.parametrize("kind", ["bool", "float", "not aligned", "all kept"])
-def test_the_padding_is_what_it_was(backend, norm, kind):
-    model, x = encoder(norm=norm and nn.LayerNorm(24)), torch.randn(3, 6, 24)
-    if norm:
-        nn.init.normal_(model.norm.bias)
-    padding = {
-        "bool": PADDING,
-        "float": torch.zeros(3, 6).masked_fill(PADDING, -torch.inf),
-        "not aligned": PADDING.flip(1),
-        "all kept": torch.zeros(3, 6, dtype=torch.bool),
-    }[kind]
-    with torch.inference_mode():
-        got, reference = sparse(model)(x, src_key_padding_mask=padding), model(x, src_key_padding_mask=padding)
-    assert off(got, reference) <= 1e-5
-
-
-def test_the_fused_road_is_not_taken(backend, monkeypatch):
-    fast, x = sparse(encoder()), torch.randn(3, 6, 24)
-    monkeypatch.setattr(torch, "_transformer_encoder_layer_fwd", None)
-    monkeypatch.setattr(torch, "_native_multi_head_attention", None)
-    with torch.inference_mode():
-        fast(x)
-        fast(x, src_key_padding_mask=PADDING)
-
-
-def test_decoder(backend):
-    torch.manual_seed(0)
-    model = thin(nn.Transformer(24, 4, 1, 2, 48, batch_first=True), 0.7)
-    fast = sparse(model)
-    for m in fast.modules():
-        if isinstance(m, SparseMultiheadAttention):
-            m._apart = True
-            m.pack()
-    src, tgt = torch.randn(3, 6, 24), torch.randn(3, 4, 24)
-    with torch.inference_mode():
-        assert off(fast(src, tgt), model(src, tgt)) <= 1e-5
-
-
-def test_transformer_layers_come_back(backend):
-    model, x = encoder(), torch.randn(3, 6, 24)
-    fast = sparse(model)
-    for module in list(fast.modules()):
-        if isinstance(module, Swapped):
-            module.restore()
-    with torch.inference_mode():
-        assert fast(x, src_key_padding_mask=PADDING).equal(model(x, src_key_padding_mask=PADDING))
-    assert [type(m) for m in fast.modules()] == [type(m) for m in model.modules()]
-    assert all(sorted(vars(a)) == sorted(vars(b)) for a, b in zip(fast.modules(), model.modules(), strict=True))
-
-
-def test_only_what_holds_sparse_layers_is_swapped(backend):
-    model = nn.ModuleList([encoder(1), encoder(1)])
-    with torch.no_grad():
-        for parameter in model[1].parameters():
-            parameter.normal_()
-    fast = sparse(model)
-    assert isinstance(fast[0], Swapped)
-    assert not any(isinstance(m, Swapped) for m in fast[1].modules())
 
 
 def test_choices_go_by_tokens_of_the_query(backend):

@@ -16,6 +16,7 @@ from secateur.runtime import (
     recurrences,
     semi_structured,
     swapping,
+    transformer_layers,
     transposed,
 )
 from sparse_models import off, sparse, thin
@@ -187,7 +188,7 @@ def test_layers_around_sparse_ones_are_swapped_and_turned_back():
     assert type(model) is nn.TransformerEncoder
     layer = candidates.make_sparse(model.layers[0].linear1, "layers.0.linear1")
     candidates.enclose(model)
-    assert type(model) is attention.SparseTransformerEncoder
+    assert type(model) is transformer_layers.SparseTransformerEncoder
     layer.restore()
     candidates.enclose(model)
     assert type(model) is nn.TransformerEncoder

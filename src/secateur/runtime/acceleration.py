@@ -14,7 +14,7 @@ from torch.nn.parameter import is_lazy
 
 from secateur.errors import InputError, StateError
 from secateur.runtime import native
-from secateur.runtime.chains import SparseSequential
+from secateur.runtime.chains import Fused
 from secateur.runtime.kernel_plans import KernelPlan
 from secateur.runtime.swapping import Sparse, Swapped
 from secateur.runtime.tuner import Tuning
@@ -48,9 +48,9 @@ def accelerate(
 
     Linear, convolutions (Conv1d to Conv3d, ConvTranspose1d and 2d), LSTM, GRU, RNN, their cells, MultiheadAttention and
     transformers' Conv1D are tried, in float32 on the CPU. Each is timed in the model, on the example, and stays dense
-    where sparse is not faster. Runs of Linear in an nn.Sequential, with activations, Dropout and Identity between, are
-    timed as one call too. If in the end the whole model is not faster, all of it stays dense. Results equal the plain
-    ones up to rounding.
+    where sparse is not faster. Runs of Linear in an nn.Sequential or in torch's transformer layers, with activations,
+    Dropout and Identity between, are timed as one call too. If in the end the whole model is not faster, all of it
+    stays dense. Results equal the plain ones up to rounding.
 
     On a CUDA device Linear layers in float16 or bfloat16 are tried that are 2:4 (`pattern="2:4"`): as torch's
     semi-structured tensors, whose results are compared with the dense ones. There a change of weights that torch does
@@ -210,7 +210,7 @@ def trust_weights(fast: nn.Module, trusted: bool = True) -> None:
         layer._trusted = trusted
         layer.stamp()
     for module in fast.modules():
-        if isinstance(module, SparseSequential):
+        if isinstance(module, Fused):
             module.steps()
 
 

@@ -48,7 +48,7 @@ def number(step: nn.Module | Callable[..., Any] | None) -> int | None:
     """
     if not isinstance(step, nn.Module):
         return next((found for function, found in _FUNCTIONS if function is step), None)
-    known = _MODULES.get(type(step).forward)
+    known = _MODULES.get(getattr(type(step), "forward", None))
     return None if known is None else known[1].get(tuple(step.__dict__.get(name) for name in known[0]))
 
 
@@ -58,5 +58,5 @@ def settings(module: nn.Module) -> dict[str, Any]:
     >>> settings(nn.GELU())
     {'approximate': 'none'}
     """
-    names, _ = _MODULES.get(type(module).forward, ((), {}))
+    names, _ = _MODULES.get(getattr(type(module), "forward", None), ((), {}))
     return {name: module.__dict__.get(name) for name in names}

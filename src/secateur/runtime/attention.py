@@ -1,8 +1,4 @@
-"""Sparse projections of MultiheadAttention, and transformer layers that do use them.
-
-In evaluation torch runs an `nn.TransformerEncoderLayer` as one fused operator that reads the dense weights of
-its layers. The classes here differ from torch's only in that they never use this operator.
-"""
+"""Sparse projections of MultiheadAttention."""
 
 from __future__ import annotations
 
@@ -16,7 +12,7 @@ from torch.nn import functional as F
 
 from secateur.runtime import operators as operators  # registers torch.ops.secateur
 from secateur.runtime import products
-from secateur.runtime.swapping import Sparse, Swapped, sparse, worth_packing
+from secateur.runtime.swapping import Sparse, sparse, worth_packing
 
 __all__: list[str] = []  # reached through secateur.accelerate alone
 
@@ -163,61 +159,6 @@ class SparseMultiheadAttention(Sparse, nn.MultiheadAttention):
 
     def _extras(self) -> tuple[str, ...]:
         return ("_apart",)
-
-
-class SparseTransformerEncoderLayer(Swapped, nn.TransformerEncoderLayer):
-    """An nn.TransformerEncoderLayer that always calls its layers."""
-
-    plain = nn.TransformerEncoderLayer
-
-    @property
-    def activation_relu_or_gelu(self) -> int:  # type: ignore[override]
-        """0: what torch's forward takes for "no fused operator"."""
-        return 0
-
-
-class SparseTransformerEncoder(Swapped, nn.TransformerEncoder):
-    """An nn.TransformerEncoder that makes no nested tensors, which only the fused operator takes.
-
-    The plain one leaves zeros in the padding when it makes them, and so does this one.
-    """
-
-    plain = nn.TransformerEncoder
-
-    @property
-    def use_nested_tensor(self) -> bool:  # type: ignore[override]
-        """False: the layers get padded tensors."""
-        return False
-
-    def forward(
-        self,
-        src: Tensor,
-        mask: Tensor | None = None,
-        src_key_padding_mask: Tensor | None = None,
-        is_causal: bool | None = None,
-    ) -> Tensor:
-        """As nn.TransformerEncoder."""
-        out = super().forward(src, mask, src_key_padding_mask, is_causal)
-        if src_key_padding_mask is None or not self._would_nest(src, mask, src_key_padding_mask):
-            return out
-        padded = src_key_padding_mask if src_key_padding_mask.dtype is torch.bool else src_key_padding_mask != 0
-        zero = out.new_zeros(out.shape[-1])
-        return torch.where(padded[..., None], zero if self.norm is None else self.norm(zero), out)
-
-    def _would_nest(self, src: Tensor, mask: Tensor | None, padding: Tensor) -> bool:
-        """Whether the plain class would have run on nested tensors."""
-        if not self.__dict__.get("use_nested_tensor") or not torch.backends.mha.get_fastpath_enabled():
-            return False
-        if torch.compiler.is_compiling() or torch.is_autocast_enabled() or torch.is_grad_enabled():
-            return False
-        if self.layers[0].training or src.dim() != 3 or mask is not None or src.is_nested:
-            return False
-        kept = padding.logical_not() if padding.dtype is torch.bool else padding == 0
-        return not self.mask_check or bool(torch._nested_tensor_from_mask_left_aligned(src, kept))
-
-
-AROUND: tuple[type[Swapped], ...] = (SparseTransformerEncoderLayer, SparseTransformerEncoder)
-"""What layers that contain sparse ones become."""
 
 
 def _is_mask(mask: Tensor | None, shape: tuple[int, ...]) -> bool:

@@ -9,7 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from secateur import anatomy
-from secateur.runtime import attention, cells, convolutions, linears, recurrences, semi_structured, transposed
+from secateur.runtime import (
+    attention,
+    cells,
+    convolutions,
+    linears,
+    recurrences,
+    semi_structured,
+    transformer_layers,
+    transposed,
+)
 from secateur.runtime.kernel_plans import LayerPlan
 from secateur.runtime.swapping import KINDS, SPARSE_ENOUGH, Sparse, Swapped, swap, zero_share
 from secateur.support.tables import percent
@@ -94,7 +103,7 @@ def make_sparse(module: nn.Module, name: str) -> Sparse:
 def enclose(model: nn.Module) -> None:
     """Swap the transformer layers that contain sparse layers, and no others."""
     for module in model.modules():
-        for mixin in attention.AROUND:
+        for mixin in transformer_layers.AROUND:
             if isinstance(module, mixin.plain):
                 holds = any(isinstance(inner, Sparse) for inner in module.modules())
                 if holds and not isinstance(module, Swapped):

@@ -173,6 +173,16 @@ class Fused(Swapped):
     _made: tuple[list[Step], list[Step]] = ([], [])
     """The steps as they were, and what is called in their place; no part of the state."""
 
+    @classmethod
+    def takes(cls, kind: type[nn.Module]) -> bool:
+        """Whether modules of this class, which is a plain one, call their steps so."""
+        raise NotImplementedError
+
+    @classmethod
+    def place(cls, span: Span) -> str:
+        """Where a run is, in words."""
+        return f"{span[0]}:{span[1]}"
+
     @staticmethod
     def sequence(module: Any) -> list[Step]:
         """The steps of such a module, plain or not."""
@@ -219,6 +229,10 @@ class SparseSequential(Fused, nn.Sequential):
     """An nn.Sequential some of whose runs are chains."""
 
     plain = nn.Sequential
+
+    @classmethod
+    def takes(cls, kind: type[nn.Module]) -> bool:
+        return issubclass(kind, nn.Sequential) and kind.forward is nn.Sequential.forward
 
     @staticmethod
     def sequence(module: Any) -> list[Step]:

@@ -40,12 +40,12 @@ class Timing:
 class LayerPlan:
     """One layer: what it is, what was measured, and why it is dense if it is.
 
-    A run of layers in an nn.Sequential that was tried as one call has a plan too, of kind "Sequential": there dense
-    means one layer after the other, each as it was chosen, and sparse means fused.
+    A run of layers that was tried as one call has a plan too: there dense means one layer after the other, each as it
+    was chosen, and sparse means fused.
 
     Attributes:
-        name: of the module; of a run, where it is ("head[1:4]").
-        kind: class of the module.
+        name: of the module; of a run, where it is ("head[1:4]", "layers.0[linear1:linear2]").
+        kind: class of the module; of a run, "Sequential" or whichever it is part of.
         shape: of its largest weight; of a run, all widths.
         sparsity: share of zeros in its weight matrices.
         pattern: hash of where the zeros are; empty for a layer that was not tried.
@@ -64,6 +64,11 @@ class LayerPlan:
     reason: str = ""
     packed_bytes: int = 0
     code_bytes: int = 0
+
+    @property
+    def run(self) -> bool:
+        """Whether it is of a run of layers."""
+        return self.name.endswith("]")
 
     @property
     def choices(self) -> int:
@@ -183,7 +188,7 @@ class KernelPlan(Printed):
         notes = [*self._verdicts(), f"{library}; threads: {self.threads}; CPU: {self.cpu}"]
         if self.gpu:
             notes.append(f"GPU: {self.gpu}; sparse there: torch's semi-structured (2:4) products")
-        runs = [layer.name for layer in self.layers if layer.kind == "Sequential"]
+        runs = [layer.name for layer in self.layers if layer.run]
         if runs:
             notes.insert(
                 0, f"{listed(runs)}: layers in a row; dense is one after the other, sparse is one call for all"
@@ -213,7 +218,7 @@ def _layer(data: Mapping[str, Any]) -> LayerPlan:
 
 
 def _rows(layer: LayerPlan) -> list[list[str]]:
-    shape = ("-" if layer.kind == "Sequential" else " x ").join(map(str, layer.shape))
+    shape = ("-" if layer.run else " x ").join(map(str, layer.shape))
     start = [layer.name or "(the model)", layer.kind, shape, percent(layer.sparsity)]
     if not layer.timings:
         return [[*start, "", "", "", "", f"dense: {layer.reason}"]]

@@ -12,10 +12,11 @@ from torch import nn
 from secateur.errors import InputError
 from secateur.runtime import native, tuning
 from secateur.runtime.candidates import enclose, make_sparse, matrices, survey, zeros_of
-from secateur.runtime.chains import Chain, Span, SparseSequential, runs
+from secateur.runtime.chains import Chain, Fused, Span, Step, runs
 from secateur.runtime.kernel_plans import Gain, KernelPlan, LayerPlan, Timing, without
 from secateur.runtime.semi_structured import SemiStructuredLinear, disagreement
 from secateur.runtime.swapping import Sparse, Swapped, swap
+from secateur.runtime.transformer_layers import FUSED
 from secateur.support.inputs import Arguments
 from secateur.support.machine import last_level_cache
 
@@ -27,7 +28,7 @@ _ALIKE = 0.02
 _CODE_BYTES = 16
 """Of generated code and its weights, for a non-zero."""
 
-_Run = tuple[nn.Sequential, Span]
+_Run = tuple[nn.Module, type[Fused], Span]
 
 
 class Tuning:
@@ -205,7 +206,7 @@ class Tuning:
     def _settle(self) -> None:
         """Give the layers and runs their choices, and put those back that are always dense."""
         choices = {name: self.plans[name].choices for name in self.runs}
-        fused = {id(m) for name, run in self.runs.items() if choices[name] for m in _modules(*run)}
+        fused = {id(m) for name, run in self.runs.items() if choices[name] for m in _steps(*run)}
         for name, layer in self.layers.items():
             if not isinstance(layer, Sparse):
                 continue
@@ -215,20 +216,20 @@ class Tuning:
             if not layer._choices and id(layer) not in fused:
                 layer.restore()
         self._fuse({name: chosen for name, chosen in choices.items() if chosen})
-        enclose(self.fast)
 
     def _fuse(self, choices: Mapping[str, int]) -> dict[str, Chain]:
         """Fuse these runs for these row classes and no others."""
         found: dict[str, Chain] = {}
-        for module in {id(module): module for module, _ in self.runs.values()}.values():
-            spans = {name: span for name, (m, span) in self.runs.items() if m is module and name in choices}
+        for module, kind in {id(module): (module, kind) for module, kind, _ in self.runs.values()}.values():
+            spans = {name: span for name, (m, _, span) in self.runs.items() if m is module and name in choices}
             if isinstance(module, Swapped):
                 module.restore()
             if spans:
-                swap(module, SparseSequential)
-                assert isinstance(module, SparseSequential)
+                swap(module, kind)
+                assert isinstance(module, Fused)
                 fused = module.fuse({span: choices[name] for name, span in spans.items()})
                 found.update(zip(spans, fused, strict=True))
+        enclose(self.fast)
         return found
 
 
@@ -241,23 +242,23 @@ def _worth_code(layer: Sparse, bucket: int) -> bool:
 
 
 def _runs(model: nn.Module) -> Iterator[tuple[str, _Run]]:
-    """What could be fused: by a name as Python spells it, the Sequential and where in it."""
+    """What could be fused: by a name as Python spells it, the module and where in it."""
     for name, module in model.named_modules():
-        if isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward:
-            for a, b in runs([*module._modules.values()]):
-                yield f"{name}[{a}:{b}]", (module, (a, b))
+        plain = module.plain if isinstance(module, Swapped) else type(module)
+        for kind in FUSED:
+            for span in runs(kind.sequence(module)) if kind.takes(plain) else ():
+                yield f"{name}[{kind.place(span)}]", (module, kind, span)
 
 
-def _modules(module: nn.Sequential, span: Span) -> list[nn.Module]:
-    return [*module._modules.values()][slice(*span)]
+def _steps(module: nn.Module, kind: type[Fused], span: Span) -> list[Step]:
+    return kind.sequence(module)[slice(*span)]
 
 
-def _run_plan(name: str, module: nn.Sequential, span: Span) -> LayerPlan:
-    chain = Chain(_modules(module, span))
+def _run_plan(name: str, module: nn.Module, kind: type[Fused], span: Span) -> LayerPlan:
+    chain = Chain(_steps(module, kind, span))
     weights = [layer.weight for layer in chain.layers]
-    return LayerPlan(
-        name, "Sequential", chain.widths, zeros_of(weights), tuning.pattern(weights, chain.layers[0]._values)
-    )
+    hashed = tuning.pattern(weights, chain.layers[0]._values)
+    return LayerPlan(name, kind.plain.__name__, chain.widths, zeros_of(weights), hashed)
 
 
 def _name(values: torch.dtype) -> str:
