@@ -1,62 +1,120 @@
 // Convolutions: products with what each output place sees of the image.
-#include "generated.h"
+#include "convolution.h"
 #include "linear.h"
-#include "planes.h"
 #include "secateur.h"
 
 namespace secateur {
 namespace {
 
-struct Convolution {
-    Blob blob;
-    Planes planes;
-    const float* bias;
-    int threads;
-    i64 rows, columns, places, oh, ow;
+struct Convolver {
+    const Convolution& of;
+    Images from;
+    const i64 images;
+    const Result& result;
+    const int threads;
+    const Planes planes;
+    const i64 rows, columns, ow, area;
+    const float* none = nullptr;    // zeros
+    const i64* offset = nullptr;    // of what a column meets at the first place, in the planes
 
-    Convolution(Blob blob_, const Geometry& g, const float* bias_, int threads_)
-        : blob(blob_), planes(g), bias(bias_), threads(threads_), rows(blob_.head->rows), columns(blob_.head->columns),
-          places(planes.places()), oh(g.oh()), ow(g.ow()) {}
+    Convolver(const Convolution& of_, const Images& from_, i64 images_, const Result& result_, int threads_)
+        : of(of_), from(from_), images(images_), result(result_), threads(threads_), planes(of_.shape),
+          rows(of_.blob.head->rows), columns(of_.blob.head->columns), ow(of_.shape.ow()), area(of_.shape.oh() * ow) {}
 
-    bool run(const float* x, const Generated* code, float* y) {
+    bool run() {
+        i64* at = reinterpret_cast<i64*>(offsets.get(2 * columns));
+        none = zeros.get(rows);
+        if (!at || !none || !lay()) return false;
+        planes.offsets(columns, at);
+        offset = at;
+        return of.code && (!from.ends || planes.places() >= kLanes) ? by_code() : by_panels();
+    }
+
+    // Sees to it that images lie in the planes that are read.
+    bool lay() {
         const Geometry& g = planes.g;
-        if (i64(blob.head->nonzeros) * places * g.batch < kWorthSharing) threads = 1;
-        i64* offset = reinterpret_cast<i64*>(offsets.get(2 * columns));
-        if (!bias) bias = zeros.get(rows);
-        float* laid = gathered.get(g.plain() ? 0 : planes.size());
-        if (!offset || !bias || !laid) return false;
-        planes.offsets(columns, offset);
-        const bool generated = code && (!g.plain() || places >= kLanes);
-        for (i64 b = 0; b < g.batch; b++) {
-            const float *image = x + b * g.channels * g.height * g.width, *seen = g.plain() ? image : laid;
-            if (!g.plain()) share(g.channels, threads, [&](i64 c) { planes.fill(image, c, laid); });
-            float* to = y + b * rows * oh * ow;
-            if (!(generated ? by_code(*code, seen, to) : by_panels(seen, offset, to))) return false;
-        }
+        if (g.sh * g.sw == 1 && from.frame.ph == g.ph && from.frame.pw == g.pw) return true;
+        const i64 next = i64(planes.size());
+        float* laid = gathered.get(std::size_t(next * images));
+        if (!laid) return false;
+        share(images * g.channels, threads, [&](i64 i) {
+            const i64 b = i / g.channels, c = i % g.channels;
+            planes.fill(from.pixels(b, c), from.frame.pitch(), c, laid + b * next);
+        });
+        from.data = laid, from.next = next, from.ends = false;
         return true;
     }
 
-    bool by_panels(const float* seen, const i64* offset, float* y) const {
+    Piece piece(i64 image, i64 y, i64 x, i64 lane, i64 n) const {
+        const Images &to = result.to, &add = result.add;
+        return {image * from.next + y * planes.pitch + x,
+                image * to.next + to.frame.first() + y * to.frame.pitch() + x,
+                image * add.next + add.frame.first() + y * add.frame.pitch() + x, int(lane), int(n)};
+    }
+
+    // Places of outputs, counted through all images, by pieces of rows.
+    int of_outputs(i64 first, i64 n, Piece* pieces) const {
+        const bool flat = planes.pitch == ow && result.to.frame.pw == 0 && (!result.add.data || result.add.frame.pw == 0);
+        int count = 0;
+        for (i64 p = first; p < first + n; count++) {
+            const i64 at = p % area, x = at % ow, left = first + n - p, line = flat ? area - at : ow - x;
+            const i64 take = line < left ? line : left;
+            pieces[count] = piece(p / area, at / ow, x, p - first, take);
+            p += take;
+        }
+        return count;
+    }
+
+    // Places of the planes of an image, those without outputs left out.
+    int of_planes(i64 image, i64 first, i64 n, Piece* pieces) const {
+        int count = 0;
+        for (i64 p = first; p < first + n;) {
+            const i64 x = p % planes.pitch, left = first + n - p, line = ow - x;
+            if (line > 0) pieces[count++] = piece(image, p / planes.pitch, x, p - first, line < left ? line : left);
+            p += planes.pitch - x;
+        }
+        return count;
+    }
+
+    // Rows [first, last) of sums, to where they belong.
+    void put(const float* sums, int width, i64 first, i64 last, const Piece* pieces, int count) const {
+        const Images &to = result.to, &add = result.add;
+        const i64 step = to.frame.plane(), add_step = add.frame.plane();
+        for (const Piece* p = pieces; p < pieces + count; p++)
+            kernels->finish(sums + p->lane, width, last - first, p->n, result.at(first, add.data + p->add + first * add_step),
+                            to.data + p->to + first * step, step);
+    }
+
+    // Panels of outputs, also of several images, as places between the rows of small ones would be many.
+    bool by_panels() const {
         const Kernels& k = *kernels;
+        const Blob blob = of.blob;
         const Header& head = *blob.head;
+        const i64 places = images * area;
         auto arrange = [&](i64 i, float* panel) -> const float* {
             const Tile t(i, places, false);
-            if (planes.g.plain() && t.n < t.width)  // x ends here: no vector may reach beyond
+            Piece pieces[kWidth];
+            const int count = of_outputs(t.first, t.n, pieces);
+            const i64 reach = t.width + (count > 1 ? kLanes : 0);  // whole vectors of a piece
+            if (!from.ends || t.first + reach <= places) {
+                k.gather(from.data, offset, columns, t.width, pieces, count, panel);
+                return panel;
+            }
+            for (const Piece* p = pieces; p < pieces + count; p++)  // no vector may reach beyond
                 for (i64 j = 0; j < columns; j++)
-                    for (int i = 0; i < t.width; i++)
-                        panel[j * t.width + i] = i < t.n ? seen[offset[j] + t.first + i] : 0;
-            else
-                k.gather(seen + t.first, offset, columns, t.width, panel);
+                    for (int k = 0; k < p->n; k++) panel[j * t.width + p->lane + k] = from.data[offset[j] + p->from + k];
             return panel;
         };
         auto compute = [&](i64 i, const float* in, i64 part, i64 parts) {
             const Tile t(i, places, false);
+            Piece pieces[kWidth];
+            const int count = of_outputs(t.first, t.n, pieces);
             float* out = sums.get(std::size_t(head.chunk) * kWidth);
             if (!out) return false;
             for (u32 c = u32(head.chunks * part / parts); c < u32(head.chunks * (part + 1) / parts); c++) {
                 const i64 first = i64(c) * head.chunk, last = first + head.chunk < rows ? first + head.chunk : rows;
-                k.panel(blob, in, t.width, bias, c, out);
-                put(out, t.width, t.first, t.n, first, last, y);
+                k.panel(blob, in, t.width, none, c, out);
+                put(out, t.width, first, last, pieces, count);
             }
             return true;
         };
@@ -64,57 +122,55 @@ struct Convolution {
         return by_tiles(tiles, std::size_t(columns + 2) * kWidth, head.chunks, threads, arrange, compute);
     }
 
-    // Tiles read the planes where they lie. Where these are the image itself no vector may reach beyond its end, so that
-    // the last tile begins early enough, and some places are computed twice.
-    bool by_code(const Generated& code, const float* seen, float* y) const {
-        const i64 tiles = (places + kLanes - 1) / kLanes, together = together_of(tiles, kLanes * rows, threads);
-        const i64 end = planes.g.plain() ? places - kLanes : places;  // the last place where a tile may begin
+    bool by_code() const {
+        for (i64 b = 0; b < images; b++)
+            if (!by_code(b)) return false;
+        return true;
+    }
+
+    // Tiles read the planes where they lie. Where nothing may be read beyond their end, the last tile begins early
+    // enough, and some places are computed twice.
+    bool by_code(i64 b) const {
+        const Generated& code = *of.code;
+        const float* seen = from.data + b * from.next;
+        const i64 places = planes.places(), tiles = (places + kLanes - 1) / kLanes;
+        const i64 together = together_of(tiles, kLanes * rows, threads);
+        const i64 end = from.ends ? places - kLanes : places;  // the last place where a tile may begin
         auto arrange = [&](i64, float*) { return seen; };
         auto compute = [&](i64 i, const float* in, i64 part, i64 parts) {
             float* out = sums.get(together * rows * kLanes);
             if (!out) return false;
-            const i64 from = code.blocks * part / parts, to = code.blocks * (part + 1) / parts;
+            const i64 first = code.blocks * part / parts, last = code.blocks * (part + 1) / parts;
             const i64 begin = i * together, count = tiles - begin < together ? tiles - begin : together;
             const i64 moved = (begin + count - 1) * kLanes > end ? 1 : 0;  // of these tiles
-            code.run(from, to, in + begin * kLanes, count - moved, bias, out);
-            if (moved) code.run(from, to, in + end, 1, bias, out + (count - 1) * rows * kLanes);
+            code.run(first, last, in + begin * kLanes, count - moved, none, out);
+            if (moved) code.run(first, last, in + end, 1, none, out + (count - 1) * rows * kLanes);
             for (i64 t = 0; t < count; t++) {
                 const i64 at = moved && t == count - 1 ? end : (begin + t) * kLanes;
-                const i64 n = places - at < kLanes ? places - at : kLanes;
-                put(out + (t * rows + code.row(from)) * kLanes, kLanes, at, n, code.row(from), code.row(to), y);
+                Piece pieces[kLanes];
+                const int found = of_planes(b, at, places - at < kLanes ? places - at : kLanes, pieces);
+                put(out + (t * rows + code.row(first)) * kLanes, kLanes, code.row(first), code.row(last), pieces, found);
             }
             return true;
         };
         return by_tiles((tiles + together - 1) / together, 0, code.blocks, threads, arrange, compute);
     }
-
-    // Rows [first, last) of n places from `place` on, to where they belong: by pieces of output rows.
-    void put(const float* sums, int width, i64 place, i64 n, i64 first, i64 last, float* y) const {
-        for (i64 p = place; p < place + n;) {
-            const i64 py = p / planes.pitch, px = p % planes.pitch, left = place + n - p;
-            const i64 line = planes.pitch == ow ? left : ow - px;  // rows without a gap are one
-            const i64 take = line < left ? line : left;            // negative beyond the last output
-            if (take > 0)
-                kernels->put(sums + p - place, width, last - first, take, y + (first * oh + py) * ow + px, oh * ow);
-            p += planes.pitch == ow ? left : planes.pitch - px;
-        }
-    }
 };
 
 }  // namespace
+
+bool convolve(const Convolution& convolution, const Images& from, i64 images, const Result& result, int threads) {
+    return Convolver(convolution, from, images, result, threads).run();
+}
+
 }  // namespace secateur
 
 using namespace secateur;
 
 int32_t secateur_conv2d(const void* blob, const void* code, const float* x, const int64_t shape[12], const float* bias,
                         float* y, int32_t threads) {
-    if (!valid(blob)) return -1;
-    const Blob b{static_cast<const Header*>(blob)};
-    const Generated* made = static_cast<const Generated*>(code);
-    Geometry g;
-    std::memcpy(&g, shape, sizeof g);
-    if (!g.good() || g.channels * g.kh * g.kw != b.head->columns) return -1;
-    if (g.batch == 0 || b.head->rows == 0) return 0;
-    const bool fits = made && made->runs && made->rows == b.head->rows && made->shape.same_but_batch(g);
-    return Convolution(b, g, bias, threads < 1 ? 1 : threads).run(x, fits ? made : nullptr, y) ? 0 : -2;
+    if (valid(blob) && static_cast<const Header*>(blob)->rows == 0) return 0;
+    secateur_step step{0, 0, 1, -1, 0, 0, blob, code, nullptr, bias, {}};
+    std::memcpy(step.shape, shape, sizeof step.shape);
+    return secateur_network(&step, 1, shape[0], x, y, threads);
 }

@@ -336,42 +336,29 @@ void panel_unpack(const float* sums, int n, int width, i64 rows, float* y, i64 s
 }
 
 template <int kWidth>
-void gather_by(const float* planes, const i64* offset, i64 columns, float* panel) {
+void gather_by(const float* planes, const i64* offset, i64 columns, const Piece* pieces, int count, float* panel) {
     constexpr int lanes = least(kWidth, LANES);
     using V = typename Of<lanes>::type;
-    for (i64 j = 0; j < columns; j++)
-        UNROLL for (int k = 0; k < kWidth; k += lanes) store(panel + j * kWidth + k, load<V>(planes + offset[j] + k));
-}
-
-void gather(const float* planes, const i64* offset, i64 columns, int width, float* panel) {
-    switch (width) {
-        case 32: return gather_by<32>(planes, offset, columns, panel);
-        case 16: return gather_by<16>(planes, offset, columns, panel);
-        case 8: return gather_by<8>(planes, offset, columns, panel);
-        case 4: return gather_by<4>(planes, offset, columns, panel);
-        default: return gather_by<1>(planes, offset, columns, panel);
+    if (count == 1) {
+        planes += pieces->from;
+        for (i64 j = 0; j < columns; j++)
+            UNROLL for (int k = 0; k < kWidth; k += lanes) store(panel + j * kWidth + k, load<V>(planes + offset[j] + k));
+        return;
     }
+    for (i64 j = 0; j < columns; j++, panel += kWidth)
+        for (const Piece* p = pieces; p < pieces + count; p++)
+            for (int k = 0; k < p->n; k += lanes) store(panel + p->lane + k, load<V>(planes + offset[j] + p->from + k));
 }
 
-// At least N floats as vectors of N, the last of which may overlap the one before.
-template <int N>
-INLINE void copy(const float* from, i64 n, float* to) {
-    using V = typename Of<N>::type;
-    i64 i = 0;
-    for (; i + N <= n; i += N) store(to + i, load<V>(from + i));
-    if (i < n) store(to + n - N, load<V>(from + n - N));
-}
-
-void put(const float* sums, int width, i64 rows, i64 n, float* y, i64 stride) {
-    for (i64 r = 0; r < rows; r++, sums += width, y += stride)
-        if (n >= LANES)
-            copy<LANES>(sums, n, y);
-        else if (n >= 8)
-            copy<least(LANES, 8)>(sums, n, y);
-        else if (n >= 4)
-            copy<4>(sums, n, y);
-        else
-            for (i64 i = 0; i < n; i++) y[i] = sums[i];
+void gather(const float* planes, const i64* offset, i64 columns, int width, const Piece* pieces, int count,
+            float* panel) {
+    switch (width) {
+        case 32: return gather_by<32>(planes, offset, columns, pieces, count, panel);
+        case 16: return gather_by<16>(planes, offset, columns, pieces, count, panel);
+        case 8: return gather_by<8>(planes, offset, columns, pieces, count, panel);
+        case 4: return gather_by<4>(planes, offset, columns, pieces, count, panel);
+        default: return gather_by<1>(planes, offset, columns, pieces, count, panel);
+    }
 }
 
 // ---- the jagged layout: one to four inputs
@@ -588,6 +575,104 @@ void activate(Activation kind, float* x, i64 count) {
     }
 }
 
+// ---- what is done to sums
+
+// f(i) for i in steps of N below n, of which there are at least N; the last step may overlap the one before.
+template <int N, class F>
+INLINE void steps(i64 n, const F& f) {
+    i64 i = 0;
+    for (; i + N <= n; i += N) f(i);
+    if (i < n) f(n - N);
+}
+
+template <int N, Activation kActivation>
+void finish_by(const float* sums, i64 width, i64 rows, i64 n, const Finish& finish, float* to, i64 stride) {
+    using V = typename Of<N>::type;
+    for (i64 r = 0; r < rows; r++, sums += width, to += stride) {
+        const float scale = finish.scale ? finish.scale[r] : 1, shift = finish.shift ? finish.shift[r] : 0;
+        const float* add = finish.add ? finish.add + r * finish.add_stride : nullptr;
+        steps<N>(n, [&](i64 i) {
+            V v = load<V>(sums + i) * scale + shift;
+            if (add) v += load<V>(add + i);
+            if (kActivation == Activation::kRelu || kActivation == Activation::kRelu6) v = v < 0.f ? V{} : v;
+            if (kActivation == Activation::kRelu6) v = v > 6.f ? V{} + 6.f : v;
+            store(to + i, v);
+        });
+        if (kActivation == Activation::kEnd) activate(finish.activation, to, n);
+    }
+}
+
+template <int N>
+void finish_of(const float* sums, i64 width, i64 rows, i64 n, const Finish& finish, float* to, i64 stride) {
+    switch (finish.activation) {
+        case Activation::kNone: return finish_by<N, Activation::kNone>(sums, width, rows, n, finish, to, stride);
+        case Activation::kRelu: return finish_by<N, Activation::kRelu>(sums, width, rows, n, finish, to, stride);
+        case Activation::kRelu6: return finish_by<N, Activation::kRelu6>(sums, width, rows, n, finish, to, stride);
+        default: return finish_by<N, Activation::kEnd>(sums, width, rows, n, finish, to, stride);
+    }
+}
+
+void finish(const float* sums, i64 width, i64 rows, i64 n, const Finish& f, float* to, i64 stride) {
+    if (n >= LANES)
+        finish_of<LANES>(sums, width, rows, n, f, to, stride);
+    else if (n >= 8)
+        finish_of<least(LANES, 8)>(sums, width, rows, n, f, to, stride);
+    else if (n >= 4)
+        finish_of<4>(sums, width, rows, n, f, to, stride);
+    else
+        finish_of<1>(sums, width, rows, n, f, to, stride);
+}
+
+// ---- pooling
+
+template <bool kMaxima, class V>
+INLINE V pooled(V a, V b) {
+    if constexpr (!kMaxima) return a + b;
+    a = b > a ? b : a;
+    return b == b ? a : b;
+}
+
+template <bool kMaxima>
+void pool_rows_by(const float* from, i64 step, i64 rows, i64 n, float* to) {
+    auto some = [&](auto lanes, i64 i) {
+        using V = typename Of<decltype(lanes)::value>::type;
+        V v = load<V>(from + i);
+        for (i64 r = 1; r < rows; r++) v = pooled<kMaxima>(v, load<V>(from + r * step + i));
+        store(to + i, v);
+    };
+    i64 i = 0;
+    for (; i + LANES <= n; i += LANES) some(Count<LANES>{}, i);
+    for (; i < n; i++) some(Count<1>{}, i);
+}
+
+void pool_rows(bool maxima, const float* from, i64 step, i64 rows, i64 n, float* to) {
+    (maxima ? pool_rows_by<true> : pool_rows_by<false>)(from, step, rows, n, to);
+}
+
+// Strides of 1 and 2 are told to the compiler, which makes vectors of them.
+template <bool kMaxima, int kStride>
+void pool_row_by(const float* row, i64 taps, i64 spread, i64 stride, i64 n, float* __restrict__ to) {
+    if (kStride) stride = kStride;
+    for (i64 i = 0; i < n; i++) to[i] = row[i * stride];
+    for (i64 k = 1; k < taps; k++) {
+        row += spread;
+        for (i64 i = 0; i < n; i++) to[i] = pooled<kMaxima>(to[i], row[i * stride]);
+    }
+}
+
+template <bool kMaxima>
+void pool_row_of(const float* row, i64 taps, i64 spread, i64 stride, i64 n, float* to) {
+    switch (stride) {
+        case 1: return pool_row_by<kMaxima, 1>(row, taps, spread, stride, n, to);
+        case 2: return pool_row_by<kMaxima, 2>(row, taps, spread, stride, n, to);
+        default: return pool_row_by<kMaxima, 0>(row, taps, spread, stride, n, to);
+    }
+}
+
+void pool_row(bool maxima, const float* row, i64 taps, i64 spread, i64 stride, i64 n, float* to) {
+    (maxima ? pool_row_of<true> : pool_row_of<false>)(row, taps, spread, stride, n, to);
+}
+
 void lstm(const float* gates, i64 units_, float* c, float* h) {
     const float* const in[5] = {gates, gates + units_, gates + 2 * units_, gates + 3 * units_, c};
     float* const out[2] = {c, h};
@@ -612,6 +697,6 @@ void gru(const float* x, const float* s, i64 units_, float* h) {
 }  // namespace
 
 const Kernels TABLE = {NAME,   LANES == 16, small_pack, small, panel_pack, panel, panel_unpack,
-                       gather, put,         activate,   lstm,  gru};
+                       gather, finish,      pool_rows,  pool_row, activate,  lstm,  gru};
 
 }  // namespace secateur

@@ -8,6 +8,20 @@ namespace secateur {
 // What may follow a product, by its number in secateur.h.
 enum class Activation { kNone, kRelu, kRelu6, kGelu, kGeluTanh, kSilu, kTanh, kSigmoid, kHardswish, kEnd };
 
+// Neighbouring places of a row of an image that are neighbours in a panel, from lane `lane` on. Where the first of them
+// lies: in the planes that are read, and in a plane of what is written and of what is added.
+struct Piece {
+    i64 from, to, add;
+    int lane, n;
+};
+
+// What is done to sums: activation(scale[row] * sum + shift[row] + add[row]); NULL: 1, 0, 0.
+struct Finish {
+    const float *scale, *shift, *add;
+    i64 add_stride;  // floats from row to row
+    Activation activation;
+};
+
 struct Kernels {
     const char* name;
     bool jagged;  // has small() for 1 <= n <= kSmall; otherwise a panel of width 4 or 1 takes these
@@ -27,11 +41,18 @@ struct Kernels {
     // y[n][rows], rows of y `stride` apart = sums[rows][width] transposed, of which the first n count.
     void (*panel_unpack)(const float* sums, int n, int width, i64 rows, float* y, i64 stride);
 
-    // panel[columns][width], row j from planes + offset[j].
-    void (*gather)(const float* planes, const i64* offset, i64 columns, int width, float* panel);
+    // panel[columns][width], each piece of row j from planes + offset[j] + its `from`. Whole vectors are read, and written
+    // beyond a piece, in the order of lanes.
+    void (*gather)(const float* planes, const i64* offset, i64 columns, int width, const Piece* pieces, int count,
+                   float* panel);
 
-    // y[rows][n], rows of y `stride` apart = the first n of each row of sums[rows][width].
-    void (*put)(const float* sums, int width, i64 rows, i64 n, float* y, i64 stride);
+    // to[rows][n], rows of it `stride` apart = what `finish` makes of the first n of each row of sums[rows][width].
+    void (*finish)(const float* sums, i64 width, i64 rows, i64 n, const Finish& finish, float* to, i64 stride);
+
+    // to[n] = the maxima, or the sums, of so many rows, `step` floats apart; of what is NaN they are NaN.
+    void (*pool_rows)(bool maxima, const float* from, i64 step, i64 rows, i64 n, float* to);
+    // to[n] = the maxima, or the sums, of windows of `taps` values of a row, `spread` apart; windows are `stride` apart.
+    void (*pool_row)(bool maxima, const float* row, i64 taps, i64 spread, i64 stride, i64 n, float* to);
 
     // x = the activation of x; a NaN stays one, and infinities become what torch makes of them.
     void (*activate)(Activation, float* x, i64 count);

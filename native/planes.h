@@ -1,4 +1,4 @@
-// The shape of a convolution, and the padded image that it reads.
+// The shape of a convolution, the padded image that it reads, and how images lie between layers.
 #pragma once
 #include <cstring>
 
@@ -38,11 +38,11 @@ struct Planes {
         const i64 y = ky * g.dh, x = kx * g.dw;
         return at(c, y % g.sh, x % g.sw) + y / g.sh * pitch + x / g.sw;
     }
-    // all planes of channel c of an image
-    void fill(const float* image, i64 c, float* planes) const {
-        const float* from = image + c * g.height * g.width;
-        for (i64 py = 0; py < g.sh; py++)
-            for (i64 px = 0; px < phases; px++) {
+    // the planes of channel c that weights meet, from its first pixel in an image whose rows are `step` floats apart
+    void fill(const float* from, i64 step, i64 c, float* planes) const {
+        for (i64 ky = 0; ky < g.kh && ky < g.sh; ky++)
+            for (i64 kx = 0; kx < g.kw && kx < g.sw; kx++) {
+                const i64 py = ky * g.dh % g.sh, px = kx * g.dw % g.sw;
                 // columns [begin, end) come from the image
                 const i64 x0 = px - g.pw;
                 i64 begin = x0 >= 0 ? 0 : (-x0 + g.sw - 1) / g.sw, end = (g.width - x0 + g.sw - 1) / g.sw;
@@ -55,7 +55,7 @@ struct Planes {
                         std::memset(row, 0, pitch * sizeof(float));
                         continue;
                     }
-                    const float* line = from + y * g.width;
+                    const float* line = from + y * step;
                     for (i64 p = 0; p < begin; p++) row[p] = 0;
                     if (g.sw == 1)
                         std::memcpy(row + begin, line + (begin + x0), (end - begin) * sizeof(float));
@@ -74,6 +74,28 @@ struct Planes {
         for (i64 j = 0; j < columns; j++)  // divisions for the first channel only
             offset[j] = j < taps ? this->offset(0, j / g.kw, j % g.kw) : offset[j - taps] + step;
     }
+};
+
+// How an image lies between layers: a plane for each channel, with zeros around it.
+struct Frame {
+    i64 channels, height, width, ph, pw;
+    i64 pitch() const { return width + 2 * pw; }
+    i64 plane() const { return pitch() * (height + 2 * ph); }
+    i64 first() const { return ph * pitch() + pw; }  // of the pixels of a plane
+    i64 size() const { return channels * plane(); }
+    bool same_size(const Frame& other) const {
+        return channels == other.channels && height == other.height && width == other.width;
+    }
+    bool same(const Frame& other) const { return same_size(other) && ph == other.ph && pw == other.pw; }
+};
+
+// Images that lie in the same way, each `next` floats behind the one before.
+struct Images {
+    float* data;
+    i64 next;
+    Frame frame;
+    bool ends;  // nothing may be read beyond the last one
+    float* pixels(i64 image, i64 c) const { return data + image * next + c * frame.plane() + frame.first(); }
 };
 
 }  // namespace secateur

@@ -17,7 +17,7 @@
 extern "C" {
 #endif
 
-#define SECATEUR_ABI 9
+#define SECATEUR_ABI 10
 
 /* SECATEUR_ABI of the library. */
 SECATEUR_API int32_t secateur_abi(void);
@@ -85,6 +85,27 @@ SECATEUR_API int32_t secateur_chain(int32_t layers, const void* const* blobs, co
  * passed over for other shapes, and if it is only to be looked at. */
 SECATEUR_API int32_t secateur_conv2d(const void* blob, const void* code, const float* x, const int64_t shape[12],
                                      const float* bias, float* y, int32_t threads);
+
+/* One step of a network of convolutions. Values are images, and numbered: 0 is x, and each step writes one of 1 to the
+ * number of steps, which no other writes: activation(scale * (W from, or from pooled, or from) + shift + add). */
+typedef struct {
+    int32_t kind;       /* 0: convolution, 1: maxima, 2: averages, 3: neither, just what is done after these */
+    int32_t from, to;   /* the value read, and the one written */
+    int32_t add;        /* a value of the size of what is written, or -1 */
+    int32_t activation; /* by its number, as for secateur_chain */
+    int32_t counted;    /* averages: != 0 divides by the window, else by what of it lies in the image */
+    const void* blob;   /* of a convolution, else not looked at */
+    const void* code;   /* generated from it for this shape, or NULL; as for secateur_conv2d */
+    const float* scale; /* [channels written], or NULL: 1 */
+    const float* shift; /* [channels written], or NULL: 0 */
+    int64_t shape[12];  /* as for secateur_conv2d, the batch not looked at; kh and kw are the window of maxima and averages,
+                         * the latter without dilation; of kind 3 only channels, height and width are looked at */
+} secateur_step;
+
+/* y = the value that the last step writes, from x[batch][channels][height][width]. Between steps images keep the layout
+ * in which convolutions read them. */
+SECATEUR_API int32_t secateur_network(const secateur_step* steps, int32_t count, int64_t batch, const float* x, float* y,
+                                      int32_t threads);
 
 /* One layer and direction of an LSTM (kind 0; gates i f g o), a GRU (kind 1; gates r z n) or a plain RNN (one gate; kind
  * 2: tanh, 3: ReLU) over `steps` steps.

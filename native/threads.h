@@ -51,7 +51,7 @@ struct Scratch {
     }
 };
 
-inline thread_local Scratch inputs, sums, gathered, projected, collected, arranged, offsets, biases;
+inline thread_local Scratch inputs, sums, gathered, projected, collected, arranged, offsets, biases, planned, kept;
 inline thread_local Scratch zeros;  // never written
 
 constexpr i64 kWorthSharing = 200000;  // multiplications below which waking another thread costs more than it gains

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from secateur.errors import InputError
 
-ABI = 9
+ABI = 10
 VALUES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 """What packed values may be, as the library numbers them."""
 Shape = tuple[int, ...]
@@ -63,6 +63,16 @@ def _ctype(declared: str) -> type | None:
     if "char*" in declared:
         return ctypes.c_char_p
     return ctypes.c_void_p if "*" in declared or "[" in declared else _NUMBERS[declared.split()[0]]
+
+
+class Step(ctypes.Structure):
+    """A `secateur_step` of the header: what an array of them holds, whose address `secateur_network` takes."""
+
+    _fields_ = (
+        *((name, ctypes.c_int32) for name in ("kind", "source", "to", "add", "activation", "counted")),
+        *((name, ctypes.c_void_p) for name in ("blob", "code", "scale", "shift")),
+        ("shape", ctypes.c_int64 * 12),
+    )
 
 
 def isa() -> str | None:
