@@ -65,6 +65,6 @@ struct Kernels {
 
 extern const Kernels kPortable, kNeon, kAvx2, kAvx512;
 
-i64 pack(const float* weight, i64 rows, i64 columns, i64 groups, bool with_jagged, Values values, void* blob);
+i64 pack(const float* weight, i64 rows, i64 columns, i64 groups, bool with_jagged, Values values, void* blob, i64 room);
 
 }  // namespace secateur

@@ -17,7 +17,7 @@
 extern "C" {
 #endif
 
-#define SECATEUR_ABI 10
+#define SECATEUR_ABI 11
 
 /* SECATEUR_ABI of the library. */
 SECATEUR_API int32_t secateur_abi(void);
@@ -35,12 +35,12 @@ SECATEUR_API int32_t secateur_set_isa(const char* name);
 /* The address of GOMP_parallel in the OpenMP library that torch has loaded, or NULL: work is then not shared. */
 SECATEUR_API void secateur_set_parallel(void* gomp_parallel);
 
-/* Packs the dense row-major matrix weight[rows][columns] into blob and returns the bytes needed. With blob == NULL only
- * counts. groups > 1: the matrix is block-diagonal, weight holds rows of columns / groups each, and row r sees the
+/* Packs the dense row-major matrix weight[rows][columns] into blob and returns the bytes needed. With less room in blob
+ * it only counts. groups > 1: the matrix is block-diagonal, weight holds rows of columns / groups each, and row r sees the
  * (r / (rows / groups))-th block of columns (a grouped convolution). values: 0 float32, and rounded
  * to the nearest, 1 float16, 2 bfloat16. -1 if it cannot be packed. */
 SECATEUR_API int64_t secateur_pack(const float* weight, int64_t rows, int64_t columns, int64_t groups, int32_t values,
-                                   void* blob);
+                                   void* blob, int64_t room);
 
 /* The dense matrix that a blob was packed from, as secateur_pack takes it: weight[rows][columns / groups], with +0 for what
  * was zero. 0, or -1 if the bytes are no packed matrix of this size. */

@@ -31,7 +31,7 @@ SIGNATURES = {
     "secateur_isa": (Text, []),
     "secateur_set_isa": (Number, [Text]),
     "secateur_set_parallel": (None, [Address]),
-    "secateur_pack": (Long, [Address, Long, Long, Long, Number, Address]),
+    "secateur_pack": (Long, [Address, Long, Long, Long, Number, Address, Long]),
     "secateur_linear": (Number, [*[Address] * 3, Long, Address, Address, Number]),
     "secateur_chain": (Number, [Number, *[Address] * 5, Long, Address, Number]),
     "secateur_conv2d": (Number, [*[Address] * 6, Number]),

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from secateur.errors import InputError
 
-ABI = 10
+ABI = 11
 VALUES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 """What packed values may be, as the library numbers them."""
 Shape = tuple[int, ...]
@@ -99,13 +99,14 @@ def pack(weight: Tensor, groups: int = 1, values: torch.dtype = torch.float32) -
     assert lib is not None
     dense = weight.detach().contiguous()
     rows, columns = dense.shape
-    arguments = (dense.data_ptr(), rows, columns * groups, groups, VALUES[values])
-    size = lib.secateur_pack(*arguments, None)
-    if size < 0:
-        raise InputError(f"a matrix of {rows} x {columns * groups} cannot be packed. Leave this layer dense.")
-    blob = torch.empty(size, dtype=torch.uint8)
-    lib.secateur_pack(*arguments, blob.data_ptr())
-    return blob
+    size, blob = dense.nbytes + 4096, torch.empty(0, dtype=torch.uint8)  # enough, or packing tells how much is
+    while blob.numel() < size:
+        blob = torch.empty(size, dtype=torch.uint8)
+        given = (dense.data_ptr(), rows, columns * groups, groups, VALUES[values], blob.data_ptr(), blob.numel())
+        size = lib.secateur_pack(*given)
+        if size < 0:
+            raise InputError(f"a matrix of {rows} x {columns * groups} cannot be packed. Leave this layer dense.")
+    return blob[:size].clone()
 
 
 def unpack(blob: Tensor, rows: int, columns: int, groups: int = 1) -> Tensor | None:
