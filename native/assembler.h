@@ -32,11 +32,18 @@ public:
         while (at() % 64) put(0xcc);
     }
 
-    void load(int to, Register base, i64 disp) { vector(kPlain, 0x10, to, 0, base, disp); }
-    void store(Register base, i64 disp, int from) { vector(kPlain, 0x11, from, 0, base, disp); }
-    void broadcast(int to, Register base, i64 disp) { vector(kFused, 0x18, to, 0, base, disp, 4); }
+    void load(int to, Register base, i64 disp) { vector(kPlain, kNone, 0x10, to, 0, base, disp); }
+    void store(Register base, i64 disp, int from) { vector(kPlain, kNone, 0x11, from, 0, base, disp); }
+    void broadcast(int to, Register base, i64 disp) { vector(kFused, kWords, 0x18, to, 0, base, disp, 4); }
     // to += x * the float at base + disp
-    void multiply_add(int to, int x, Register base, i64 disp) { vector(kFused, 0xb8, to, x, base, disp, 4, 0x10); }
+    void multiply_add(int to, int x, Register base, i64 disp) {
+        vector(kFused, kWords, 0xb8, to, x, base, disp, 4, 0x10);
+    }
+
+    // Of registers alone: to = 0; to += x; and to = its lanes from lane `by` on, with the first ones behind them.
+    void zero(int to) { registers(kPlain, kWords, 0xef, to, to, to); }                       // vpxord
+    void accumulate(int to, int x) { registers(kPlain, kNone, 0x58, to, to, x); }                   // vaddps
+    void rotate(int to, int by) { registers(kImmediate, kWords, 0x03, to, to, to), put(by); }  // valignd
 
     // prefetcht1 of what lies `ahead` bytes behind this instruction, or behind base
     void prefetch_code(i64 ahead) { put(0x0f, 0x18, 0x15), four(ahead); }
@@ -46,7 +53,8 @@ public:
     }
 
 private:
-    enum Map : u8 { kPlain = 0, kFused = 1 };  // 0F without a prefix, and 0F38 with 66
+    enum Map : u8 { kPlain = 1, kFused = 2, kImmediate = 3 };  // 0F, 0F38 and 0F3A
+    enum Prefix : u8 { kNone = 0, kWords = 1 };                // none, and 66
 
     template <class... Byte>
     void put(Byte... some) {
@@ -64,11 +72,19 @@ private:
         put(u8((near ? 0x40 : 0x80) | (reg & 7) << 3 | (base & 7)));
         near ? put(u8(disp / scale)) : four(disp);
     }
-    void vector(Map map, u8 op, int reg, int first, Register base, i64 disp, int scale = 64, u8 spread = 0) {
-        put(0x62,
-             u8((reg & 8 ? 0 : 0x80) | 0x40 | (base & 8 ? 0 : 0x20) | (reg & 16 ? 0 : 0x10) | (map == kFused ? 2 : 1)),
-             u8((~first & 15) << 3 | 4 | map), u8(0x40 | spread | (first & 16 ? 0 : 8)), op);
+    void vector(Map map, Prefix prefix, u8 op, int reg, int first, Register base, i64 disp, int scale = 64,
+                u8 spread = 0) {
+        evex(map, prefix, op, reg, first, 0x40 | (base & 8 ? 0 : 0x20), spread);
         memory(reg, base, disp, scale);
+    }
+    void registers(Map map, Prefix prefix, u8 op, int reg, int first, int second) {
+        evex(map, prefix, op, reg, first, (second & 16 ? 0 : 0x40) | (second & 8 ? 0 : 0x20), 0);
+        put(u8(0xc0 | (reg & 7) << 3 | (second & 7)));
+    }
+    // other: the bits of the last operand
+    void evex(Map map, Prefix prefix, u8 op, int reg, int first, int other, u8 spread) {
+        put(0x62, u8((reg & 8 ? 0 : 0x80) | other | (reg & 16 ? 0 : 0x10) | map), u8((~first & 15) << 3 | 4 | prefix),
+            u8(0x40 | spread | (first & 16 ? 0 : 8)), op);
     }
 
     std::vector<u8> bytes_;  // more than are written as yet

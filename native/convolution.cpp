@@ -30,16 +30,22 @@ struct Convolver {
         return of.code && (!from.ends || planes.places() >= kLanes) ? by_code() : by_panels();
     }
 
-    // Sees to it that images lie in the planes that are read.
+    bool shifted() const { return of.code && of.code->shifted; }
+
+    // Sees to it that images lie in the planes, or lines, that are read.
     bool lay() {
         const Geometry& g = planes.g;
-        if (g.sh * g.sw == 1 && from.frame.ph == g.ph && from.frame.pw == g.pw) return true;
-        const i64 next = i64(planes.size());
+        if (shifted()) return lay(Lines(g));
+        return (g.sh * g.sw == 1 && from.frame.ph == g.ph && from.frame.pw == g.pw) || lay(planes);
+    }
+    template <class Form>
+    bool lay(const Form& form) {
+        const i64 next = i64(form.size()), channels = form.g.channels;
         float* laid = gathered.get(std::size_t(next * images));
         if (!laid) return false;
-        share(images * g.channels, threads, [&](i64 i) {
-            const i64 b = i / g.channels, c = i % g.channels;
-            planes.fill(from.pixels(b, c), from.frame.pitch(), c, laid + b * next);
+        share(images * channels, threads, [&](i64 i) {
+            const i64 b = i / channels, c = i % channels;
+            form.fill(from.pixels(b, c), from.frame.pitch(), c, laid + b * next);
         });
         from.data = laid, from.next = next, from.ends = false;
         return true;
@@ -128,12 +134,13 @@ struct Convolver {
         return true;
     }
 
-    // Tiles read the planes where they lie. Where nothing may be read beyond their end, the last tile begins early
-    // enough, and some places are computed twice.
+    // Tiles read the planes, or lines, where they lie. Where nothing may be read beyond their end, the last tile begins
+    // early enough, and some places are computed twice.
     bool by_code(i64 b) const {
         const Generated& code = *of.code;
         const float* seen = from.data + b * from.next;
-        const i64 places = planes.places(), tiles = (places + kLanes - 1) / kLanes;
+        const i64 step = shifted() ? kOutputs : kLanes, places = shifted() ? area : planes.places();
+        const i64 tiles = (places + step - 1) / step;
         const i64 together = together_of(tiles, kLanes * rows, threads);
         const i64 end = from.ends ? places - kLanes : places;  // the last place where a tile may begin
         auto arrange = [&](i64, float*) { return seen; };
@@ -142,13 +149,14 @@ struct Convolver {
             if (!out) return false;
             const i64 first = code.blocks * part / parts, last = code.blocks * (part + 1) / parts;
             const i64 begin = i * together, count = tiles - begin < together ? tiles - begin : together;
-            const i64 moved = (begin + count - 1) * kLanes > end ? 1 : 0;  // of these tiles
+            const i64 moved = (begin + count - 1) * step > end ? 1 : 0;  // of these tiles
             code.run(first, last, in + begin * kLanes, count - moved, none, out);
             if (moved) code.run(first, last, in + end, 1, none, out + (count - 1) * rows * kLanes);
             for (i64 t = 0; t < count; t++) {
-                const i64 at = moved && t == count - 1 ? end : (begin + t) * kLanes;
+                const i64 at = moved && t == count - 1 ? end : (begin + t) * step;
+                const i64 n = places - at < step ? places - at : step;
                 Piece pieces[kLanes];
-                const int found = of_planes(b, at, places - at < kLanes ? places - at : kLanes, pieces);
+                const int found = shifted() ? of_outputs(b * area + at, n, pieces) : of_planes(b, at, n, pieces);
                 put(out + (t * rows + code.row(first)) * kLanes, kLanes, code.row(first), code.row(last), pieces, found);
             }
             return true;

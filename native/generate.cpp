@@ -1,6 +1,10 @@
 // Code for one packed matrix. For each non-zero there is one instruction that multiplies an input vector by a weight,
 // spread from memory, and adds it to the sum of its row. The sums of 28 rows stay in registers, an input vector is loaded
 // once for all of them, and weights lie in the order in which they are met: no index is ever loaded.
+//
+// Shifted sums are for convolutions. What the three taps of a row of a 3 x 3 kernel meet are the same inputs, one further
+// each. Rather than load them three times, twice across two cache lines, there is a sum for each tap, and in the end
+// these are shifted and added: 16 inputs give 14 outputs.
 #include "generate.h"
 
 #include <algorithm>
@@ -21,18 +25,20 @@ constexpr i64 kReach = i64(1) << 30;  // displacements and code stay below
 class Writer {
 public:
     Writer(const Rows& rows, const Header& head, const Layout& layout, Program& program)
-        : rows_(rows), head_(head), layout_(layout), program_(program),
+        : rows_(rows), head_(head), layout_(layout), program_(program), taps_(layout.taps()),
           fetch_(i64(head.nonzeros) * 15 > kCached), next_(rows.begin.begin(), rows.begin.end() - 1) {}
 
     bool write() {
         if (64 * i64(head_.rows) > kReach || layout_.tile > kReach) return false;
         for (i64 j = 0; j < head_.columns; j++)
             if (column(j) < 0 || column(j) > kReach) return false;
-        const i64 blocks = (i64(head_.rows) + kSums - 1) / kSums, parts = std::max<i64>(1, head_.blocks);
+        const i64 most = layout_.rows(), blocks = (i64(head_.rows) + most - 1) / most;
+        const i64 width = i64(head_.block) * taps_;  // whole blocks, as the rows are in their order
+        const i64 parts = std::max<i64>(1, (head_.columns + width - 1) / width);
         for (i64 b = 0; b < blocks; b++) {
             const i64 first = head_.rows * b / blocks, last = head_.rows * (b + 1) / blocks;
             for (i64 p = 0; p < parts; p++) {
-                const i64 begin = p * head_.block, end = std::min<i64>(head_.columns, begin + head_.block);
+                const i64 begin = p * width, end = std::min<i64>(head_.columns, begin + width);
                 unit(first, last - first, begin, end);
                 if (i64(code_.at()) > kReach) return false;
             }
@@ -57,13 +63,17 @@ private:
         const bool starts = begin == 0 && !program_.adds;
         if (starts) {
             code_.lea(kR11, kR8, 4 * first);
-            for (int r = 0; r < n; r++) code_.broadcast(r, kR11, 4 * r);
+            for (int r = 0; r < n; r++) code_.broadcast(r * taps_, kR11, 4 * r);
         }
         code_.lea(kR11, kRdx, 64 * first);
         if (!starts)
-            for (int r = 0; r < n; r++) code_.load(r, kR11, 64 * r);
+            for (int r = 0; r < n; r++) code_.load(r * taps_, kR11, 64 * r);
+        for (int s = 0; s < n * taps_; s++)
+            if (s % taps_) code_.zero(s);
         columns(first, n, begin, end);
-        for (int r = 0; r < n; r++) code_.store(kR11, 64 * r, r);
+        for (int s = 0; s < n * taps_; s++)
+            if (s % taps_) code_.rotate(s, s % taps_), code_.accumulate(s - s % taps_, s);
+        for (int r = 0; r < n; r++) code_.store(kR11, 64 * r, r * taps_);
         code_.add(kRdi, layout_.tile);
         code_.add(kRdx, 64 * i64(head_.rows));
         code_.decrement(kRcx);
@@ -76,13 +86,17 @@ private:
         if (begin == end) return;
         sort(first, n, begin, end);
         input_ = column(begin) + kNear, code_.lea(kR9, kRdi, input_);
-        for (i64 j = begin, k = 0, held = 0; j < end; j++) {
+        const int sums = layout_.rows() * taps_;
+        int x = sums;
+        for (i64 j = begin, k = 0, held = 0, place = -1; j < end; j++) {
             const i64 last = starts_[j - begin + 1];
             if (k == last) continue;
-            const int x = kSums + int(held++ % (32 - kSums));
-            code_.load(x, kR9, near(column(j)));
+            if (column(j) != place) {
+                place = column(j), x = sums + int(held++ % (32 - sums));
+                code_.load(x, kR9, near(place));
+            }
             for (; k < last; k++) {
-                code_.multiply_add(row_[k], x, kR10, weight());
+                code_.multiply_add(row_[k] * taps_ + int(j % taps_), x, kR10, weight());
                 program_.weights.push_back(value_[k]);
                 if (fetch_) fetch();
             }
@@ -127,6 +141,7 @@ private:
     const Layout& layout_;
     Program& program_;
     Assembler code_;
+    const int taps_;
     const bool fetch_;
     std::vector<u32> next_;  // of each row, the first non-zero that has no code yet
     std::vector<u32> starts_;

@@ -15,7 +15,11 @@ bool Generated::make(const void* blob, i64 bytes, const i64* shape_, int32_t add
     if (shape_) {
         std::memcpy(&shape, shape_, sizeof shape);
         if (!shape.good() || shape.channels * shape.kh * shape.kw != columns) return false;
-        Planes(shape).offsets(columns, layout.columns.data());
+        layout.shifted = shifted = Lines::suit(shape);
+        if (shifted)
+            Lines(shape).offsets(columns, layout.columns.data());
+        else
+            Planes(shape).offsets(columns, layout.columns.data());
         for (i64& at : layout.columns) at *= i64(sizeof(float));
         layout.tile = kLanes * i64(sizeof(float));
     } else {
@@ -23,7 +27,7 @@ bool Generated::make(const void* blob, i64 bytes, const i64* shape_, int32_t add
         layout.tile = columns * kLanes * i64(sizeof(float));
     }
     if (!generate(matrix, head, layout, program)) return false;
-    blocks = (rows + kSums - 1) / kSums, code_bytes = i64(program.code.size());
+    blocks = (rows + layout.rows() - 1) / layout.rows(), code_bytes = i64(program.code.size());
     if (run_ == kInterpreted) return true;
     matrix = Rows(), layout = Layout();
     if (!run_ || !code_bytes) return true;
@@ -44,11 +48,13 @@ void Generated::run(i64 begin, i64 end, const float* x, i64 tiles, const float* 
 void Generated::interpret(i64 begin, i64 end, const float* x, i64 tiles, const float* bias, float* sums) const {
     for (i64 t = 0; t < tiles; t++)
         for (i64 r = begin; r < end; r++)
-            for (int i = 0; i < kLanes; i++) {
+            for (int i = 0; i <= kLanes - layout.taps(); i++) {
                 float& sum = sums[(t * rows + r) * kLanes + i];
                 if (!program.adds) sum = bias[r];
-                for (u32 k = matrix.begin[r]; k < matrix.begin[r + 1]; k++)
-                    sum += matrix.value[k] * x[(t * layout.tile + layout.columns[matrix.column[k]]) / 4 + i];
+                for (u32 k = matrix.begin[r]; k < matrix.begin[r + 1]; k++) {
+                    const u32 j = matrix.column[k];
+                    sum += matrix.value[k] * x[(t * layout.tile + layout.columns[j]) / 4 + i + j % layout.taps()];
+                }
             }
 }
 

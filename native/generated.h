@@ -1,8 +1,7 @@
 // Generated code in memory, and how inputs go through it by tiles of 16.
 #pragma once
 #include "executable.h"
-#include "generate.h"
-#include "planes.h"
+#include "lines.h"
 #include "threads.h"
 
 #if defined(__x86_64__) || defined(_M_X64)
@@ -23,7 +22,7 @@ struct Generated {
     Geometry shape;  // of the convolution that it is for; without channels if it is for a Linear layer
     Program program;  // its code no longer where `memory` holds it
     Executable memory;
-    bool runs;
+    bool runs, shifted;  // the latter: by shifted sums, from lines rather than planes
     Rows matrix;    // these two only if nothing but the product that the code would give is wanted, on any machine
     Layout layout;
 

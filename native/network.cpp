@@ -39,6 +39,12 @@ struct Network {
     static const Header& head(const secateur_step& step) { return *static_cast<const Header*>(step.blob); }
     static Blob blob(const secateur_step& step) { return {static_cast<const Header*>(step.blob)}; }
 
+    // That of a convolution of this shape, or NULL.
+    static const Generated* code(const secateur_step& step, const Geometry& g) {
+        const Generated* made = static_cast<const Generated*>(step.code);
+        return made && made->runs && made->rows == i64(head(step).rows) && made->shape.same_but_batch(g) ? made : nullptr;
+    }
+
     static bool good(const secateur_step& step, const Geometry& g) {
         const i64 all[] = {g.channels, g.height, g.width, g.kh, g.kw, g.sh, g.sw, g.ph, g.pw, g.dh, g.dw};
         for (i64 one : all)
@@ -68,7 +74,8 @@ struct Network {
             if (step.from == 0 && i == 0) from.frame = seen;
             if (!from.frame.same_size(seen)) return false;
             const bool convolution = step.kind == kConvolution;
-            if (convolution && g.sh * g.sw == 1 && !from.home)
+            const bool lines = convolution && code(step, g) && code(step, g)->shifted;  // laid for itself
+            if (convolution && g.sh * g.sw == 1 && !lines && !from.home)
                 from.frame.ph = g.ph, from.frame.pw = g.pw, from.home = true;
             from.last = i;
             const Frame result{convolution ? i64(head(step).rows) : g.channels, g.oh(), g.ow(), 0, 0};
@@ -146,10 +153,8 @@ struct Network {
             if (s.kind != kConvolution) return pool(s, from, result);
             surround(result.to);
             const Geometry g = shape(s);
-            const Generated* code = static_cast<const Generated*>(s.code);
-            const bool fits = code && code->runs && code->rows == i64(head(s).rows) && code->shape.same_but_batch(g);
             const bool worth = i64(head(s).nonzeros) * g.oh() * g.ow() * images >= kWorthSharing;
-            return convolve({blob(s), fits ? code : nullptr, g}, from, images, result, worth ? threads : 1);
+            return convolve({blob(s), code(s, g), g}, from, images, result, worth ? threads : 1);
         }
 
         // Zeros around images, as others lay there before.

@@ -90,12 +90,19 @@ class Processor:
         return start + NEAR.unpack_from(code, at + 1)[0], at + 5
 
     def vector(self, code: bytes, at: int) -> int:
-        """An instruction of AVX-512 with a memory operand, without masks."""
+        """An instruction of AVX-512, without masks."""
         first, second, third, op = code[at + 1 : at + 5]
         assert third & 0xE7 == 0x40, "512 bits, no mask"
+        assert second & 0x84 == 0x04, "words of 32 bits"
         spread, kind = bool(third & 0x10), (first & 7, second & 3, op)
         register = (code[at + 5] >> 3 & 7) | (0 if first & 0x80 else 8) | (0 if first & 0x10 else 16)
         other = (~second >> 3 & 15) | (0 if third & 8 else 16)
+        self.done[f"{op:x}"] += 1
+        if code[at + 5] >> 6 == 3:
+            assert not spread, "registers alone"
+            last = (code[at + 5] & 7) | (0 if first & 0x20 else 8) | (0 if first & 0x40 else 16)
+            return self.registers(code, at, kind, register, other, last)
+        assert first & 0x40, "no index"
         one = spread or kind == (2, 1, 0x18)
         address, after = self.address(code, at + 5, 0 if first & 0x20 else 1, 4 if one else 64)
         match kind, spread:
@@ -110,5 +117,19 @@ class Processor:
                 self.vectors[register] = (product + self.vectors[register]).astype(np.float32)
             case _:
                 raise AssertionError(f"{kind} at {at}")
-        self.done[f"{op:x}"] += 1
         return after
+
+    def registers(self, code: bytes, at: int, kind: tuple[int, int, int], to: int, first: int, second: int) -> int:
+        """One that touches registers alone."""
+        a, b = self.vectors[first], self.vectors[second]
+        match kind:
+            case (1, 0, 0x58):
+                self.vectors[to] = a + b
+            case (1, 1, 0xEF):
+                self.vectors[to] = (a.view(np.int32) ^ b.view(np.int32)).view(np.float32)
+            case (3, 1, 0x03):  # of a behind b, the lanes from the immediate on
+                self.vectors[to] = np.concatenate([b, a])[code[at + 6] :][:16]
+                return at + 7
+            case _:
+                raise AssertionError(f"{kind} at {at}")
+        return at + 6

@@ -1,6 +1,7 @@
 """Generated code, followed instruction by instruction: it computes the product, and touches nothing else."""
 
 import ctypes
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -34,6 +35,7 @@ class Program:
             parts.append(data)
         self.code, self.weights = parts[0].tobytes(), parts[1].view(np.float32)
         self.units = parts[2].view(np.int64).reshape(-1, 4).tolist()
+        self.done = Counter()
 
     def sums(self, x, bias, tiles):
         """sums [tiles, rows, 16]; a unit may read all of x, its own weights and the bias, and write the sums."""
@@ -50,6 +52,7 @@ class Program:
             for register, value in ((RDI, X), (RSI, WEIGHTS), (RDX, SUMS), (RCX, tiles), (R8, BIAS)):
                 processor.general[register] = value
             processor.call(self.code, entry)
+            self.done += processor.done
         return found
 
 
@@ -126,6 +129,29 @@ def test_convolves_reading_nothing_but_the_planes(channels, height, width, kerne
     assert off(found[:, at], exact) <= 1e-6
 
 
+SHIFTED = [(3, 5, 14, 1, 12), (4, 3, 28, 2, 34), (70, 2, 14, 1, 11), (1, 1, 42, 1, 1)]  # the last two: groups and rows
+
+
+@pytest.mark.parametrize(("channels", "height", "width", "groups", "rows"), SHIFTED)
+def test_sums_are_shifted_where_fourteen_divides_a_row(channels, height, width, groups, rows):
+    weight, bias = matrix(rows, channels // groups * 9, 0.6)
+    image = torch.randn(1, channels, height, width, generator=torch.Generator().manual_seed(1))
+    exact = F.conv2d(image, weight.view(rows, -1, 3, 3), bias, padding=1, groups=groups)[0]
+    lines = F.pad(image[0], (1, 1, 1, 1)).unfold(2, 16, 14).contiguous().numpy()  # [channels, height + 2, across, 16]
+    program = Program(native.pack(weight, groups), (1, channels, height, width, 3, 3, 1, 1, 1, 1, 1, 1))
+    assert max(n for *_, n in program.units) <= 10
+    sums = program.sums(lines.reshape(-1), bias.numpy(), height * width // 14)
+    found = sums[..., :14].transpose(1, 0, 2).reshape(rows, height, width)
+    assert off(found, exact.numpy()) <= 1e-6
+
+
+def test_shifted_sums_load_a_line_once():
+    weight, bias = matrix(10, 9 * 8, 0)
+    program = Program(native.pack(weight), (1, 8, 2, 14, 3, 3, 1, 1, 1, 1, 1, 1))
+    program.sums(np.zeros(8 * 4 * 16, np.float32), bias.numpy(), 2)
+    assert (program.done["10"], program.done["b8"]) == (2 * 24, 2 * 720)  # loads, multiplications
+
+
 def test_a_shape_that_the_weights_do_not_have_is_refused():
     blob = native.pack(matrix(4, 27, 0.5)[0])
     assert native.generate(blob, (1, 3, 9, 9, 3, 3, 1, 1, 1, 1, 1, 1), run=False) is not None
@@ -150,20 +176,21 @@ def test_rounded_weights_are_widened(values):
         assert bytes(one) == bytes(other)
 
 
-def test_a_damaged_blob_is_refused_or_stays_in_bounds():
+@pytest.mark.parametrize("shape", [None, (1, 6, 1, 14, 3, 3, 1, 1, 1, 1, 1, 1)], ids=["Linear", "shifted sums"])
+def test_a_damaged_blob_is_refused_or_stays_in_bounds(shape):
     draw = np.random.default_rng(0)
-    weight, bias = matrix(70, 50, 0.8)
+    weight, bias = matrix(70, 54, 0.8)
     blob, refused = native.pack(weight), 0
-    x = np.zeros((1, 50, 16), np.float32)
-    for _ in range(300):
+    x = np.zeros((1, 54, 16), np.float32)  # of which lines take a third
+    for _ in range(150):
         damaged = blob.clone()
         at = torch.from_numpy(draw.integers(0, 600 if draw.random() < 0.5 else len(blob), 2))
         damaged[at] = torch.from_numpy(draw.integers(0, 256, 2).astype(np.uint8))
-        if native.generate(damaged, run=False) is None:
+        if native.generate(damaged, shape, run=False) is None:
             refused += 1
         else:
-            Program(damaged).sums(x, bias.numpy(), 1)
-    assert 50 < refused < 300
+            Program(damaged, shape).sums(x[:, : 54 if shape is None else 18], bias.numpy(), 1)
+    assert 25 < refused < 150
 
 
 @pytest.mark.parametrize("bytes_", [0, 7, 199, 4096])

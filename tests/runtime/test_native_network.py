@@ -204,9 +204,18 @@ def residual(x, code=False, width=12):
 
 
 @pytest.mark.parametrize("code", [False, True])
-@pytest.mark.parametrize(("batch", "side"), [(1, 64), (3, 33), (8, 32), (40, 16)])
+@pytest.mark.parametrize(("batch", "side"), [(1, 64), (3, 33), (8, 32), (40, 16), (2, 52)])
 def test_a_residual_network(isa, batch, side, code):
     assert residual(torch.randn(batch, 3, side, side + 4), code).error <= 1e-5
+
+
+def test_shifted_sums_beside_what_reads_planes(isa):
+    net = Network(torch.randn(3, 5, 6, 28), code=True)
+    one = net.convolution(0, 11, (3, 3), padding=(1, 1), activation=3)
+    two = net.convolution(one, 11, (3, 3), padding=(1, 1), add=one)
+    three = net.convolution(one, 11, (5, 5), padding=(2, 2), add=two)
+    net.convolution(three, 2, (3, 3), padding=(1, 1), affine=False)
+    assert net.error <= 1e-5
 
 
 def test_many_images_go_in_groups(isa):

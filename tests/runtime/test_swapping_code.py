@@ -156,7 +156,9 @@ IMAGES = [  # channels, height, width, and what the layer is made with
     (6, 3, 5, {"kernel_size": 1}),
     (8, 14, 14, {"kernel_size": 1}),
     (2, 12, 30, {"kernel_size": (5, 3), "dilation": (1, 2), "padding": "same"}),
-    (64, 28, 28, {"kernel_size": 3, "padding": 1}),
+    (64, 28, 28, {"kernel_size": 3, "padding": 1}),  # these by shifted sums
+    (6, 5, 42, {"kernel_size": 3, "padding": 1, "groups": 2, "bias": False}),
+    (1, 1, 14, {"kernel_size": 3, "padding": 1}),
 ]
 
 
