@@ -117,10 +117,11 @@ CASES = {
             "values": torch.float32,
             "check_inputs": False,
             "generated": True,
+            "keep_dense": True,
             "progress": False,
         },
         {"threads": {3, None}, "plan": {None}, "example_inputs": {"inputs"}}
-        | dict.fromkeys(("check_inputs", "generated", "progress"), FLAG),
+        | dict.fromkeys(("check_inputs", "generated", "keep_dense", "progress"), FLAG),
     ),
     "accumulate": (
         sc.accumulate,

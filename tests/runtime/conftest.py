@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from secateur.runtime import native, swapping, tuning
+from secateur.runtime import native, products, tuning
 from secateur.runtime.kernel_plans import Gain
 from sparse_models import fake_times
 
@@ -60,7 +60,7 @@ def sparse_wins(monkeypatch):
 def _fresh(monkeypatch):
     """No test knows what another one measured, or was warned of."""
     monkeypatch.setattr(tuning, "_CACHE", {})
-    monkeypatch.setattr(swapping, "_warned", set())
+    monkeypatch.setattr(products, "_warned", set())
 
 
 @pytest.fixture(autouse=True)

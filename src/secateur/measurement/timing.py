@@ -21,7 +21,16 @@ from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves
 
 from secateur.errors import InputError, InputTypeError
-from secateur.measurement.costs import devices, file_bytes, is_plain, join, macs, peak_bytes, weight_facts
+from secateur.measurement.costs import (
+    devices,
+    file_bytes,
+    is_plain,
+    join,
+    macs,
+    peak_bytes,
+    weight_facts,
+    weights_by_name,
+)
 from secateur.support import bits, checks
 from secateur.support.inputs import Arguments, arguments
 from secateur.support.tables import Printed, Table, number, percent, size
@@ -292,7 +301,7 @@ def _check(
     for name, model in models.items():
         if not isinstance(model, nn.Module):
             raise InputTypeError(f"{name!r} is {checks.kind(model)}, not an nn.Module. Pass the model itself.")
-        for key, tensor in (*model.named_parameters(), *model.named_buffers()):
+        for key, tensor in (*weights_by_name(model).items(), *model.named_buffers()):
             if is_lazy(tensor) or tensor.is_meta:
                 raise InputError(
                     f"{key!r} of model {name!r} has no data (it is lazy or on the meta device), so the model "

@@ -42,6 +42,7 @@ def accelerate(
     values: torch.dtype = torch.float32,
     check_inputs: bool = False,
     generated: bool = True,
+    keep_dense: bool = True,
     progress: bool = False,
 ) -> nn.Module:
     """Copy a model for inference in which every layer runs the faster of its dense and its sparse kernel.
@@ -78,6 +79,11 @@ def accelerate(
         generated: False: make no machine code at run time. With AVX-512 it is made for layers that see 12 rows or more,
             about 16 bytes for each weight that is not zero, and kept where it is measured to be faster still. Where the
             system forbids memory that is made executable, none is made.
+        keep_dense: False: Linear layers that run sparse for all inputs release their dense weights. Their parameters
+            keep name, shape and dtype, on the meta device; `state_dict()` and `sc.dense` rebuild them bit for bit. A
+            layer keeps its weights if what was packed has not each bit of them (values that were rounded, a negative
+            zero), or if another module holds them, too. Where a call has to be dense they are rebuilt for it, which
+            is slow. New weights go into `sc.dense(fast)`: loading into `fast` is a StateError.
         progress: show on stderr how far the tuning has come.
         plan: `fast.plan`, or its `to_dict()`, of an earlier run for the same weights and machine: nothing is timed.
 
@@ -100,17 +106,20 @@ def accelerate(
     calls = [arguments(one) for one in (example_inputs if isinstance(example_inputs, list) else [example_inputs])]
     checks.flag("check_inputs", check_inputs)
     checks.flag("generated", generated)
+    checks.flag("keep_dense", keep_dense)
     checks.flag("progress", progress)
     given = plan if plan is None or isinstance(plan, KernelPlan) else KernelPlan.from_dict(plan)
     _check(model, calls, threads, values)
     with _threads(threads), torch.inference_mode(False):
-        fast, trained = _copy(model)
+        fast, trained = _copy(model, shared=not keep_dense)
         tuned = Tuning(model, fast, calls, values=values, checked=check_inputs, generated=generated)
         if given is not None:
             tuned.take(given)
         else:
             with progress_bar("accelerating", tuned.steps, shown=progress) as done:
                 tuned.measure(done)
+        if not keep_dense:
+            tuned.release()
         found = tuned.found()
     if not hasattr(fast, "plan"):
         fast.__dict__["plan"] = found
@@ -225,10 +234,12 @@ def _check(model: nn.Module, calls: Sequence[Arguments], threads: int | None, va
     if not calls:
         raise InputError("example_inputs is an empty list: give at least one example to tune for")
     checks.threads(threads)
-    if values not in native.VALUES:
+    if values not in tuple(native.VALUES):
         raise InputError(
             f"values is {values}: packed weights are torch.float32 or, rounded, torch.float16 or torch.bfloat16"
         )
+    if _accelerated(model):
+        raise StateError("the model is accelerated already. To tune it again: sc.accelerate(sc.dense(model), ...)")
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if is_lazy(tensor) or tensor.is_meta:
             raise InputError(
@@ -240,8 +251,6 @@ def _check(model: nn.Module, calls: Sequence[Arguments], threads: int | None, va
                 f"{name} is sharded, and a layer runs sparse on one process: sc.save the model, and accelerate it "
                 "where it is whole, after sc.load"
             )
-    if _accelerated(model):
-        raise StateError("the model is accelerated already. To tune it again: sc.accelerate(sc.dense(model), ...)")
 
 
 def _accelerated(model: nn.Module) -> bool:
@@ -258,10 +267,15 @@ def _threads(threads: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _copy(model: nn.Module) -> tuple[nn.Module, frozenset[str]]:
-    """A copy in evaluation mode without gradients, and the names of the parameters that required them."""
+def _copy(model: nn.Module, shared: bool) -> tuple[nn.Module, frozenset[str]]:
+    """A copy in evaluation mode without gradients, and the names of the parameters that required them.
+
+    With `shared` its parameters are in the memory of the model's, until it gets its own.
+    """
+    trained = frozenset(name for name, parameter in model.named_parameters() if parameter.requires_grad)
+    given = [parameter for parameter in model.parameters() if shared and type(parameter) is nn.Parameter]
     try:
-        fast = copy.deepcopy(model)
+        fast = copy.deepcopy(model, {id(one): nn.Parameter(one.detach(), requires_grad=False) for one in given})
     except RuntimeError as error:
         raise InputError(
             f"the model cannot be copied: {error} Weights that a hook computes (weight_norm, torch.nn.utils.prune) "
@@ -269,7 +283,6 @@ def _copy(model: nn.Module) -> tuple[nn.Module, frozenset[str]]:
         ) from error
     for module in fast.modules():
         module.training = False
-    trained = frozenset(name for name, parameter in fast.named_parameters() if parameter.requires_grad)
     for parameter in fast.parameters():
         if parameter.is_leaf:
             parameter.requires_grad_(False)

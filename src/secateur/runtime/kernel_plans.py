@@ -53,6 +53,7 @@ class LayerPlan:
         reason: why no kernel but the dense one is in use; empty where the sparse one is.
         packed_bytes: of its packed weights, which lie beside the dense ones.
         code_bytes: of generated code, with the weights in it.
+        released_bytes: of its dense weights, if they were released (`keep_dense=False`); else 0.
     """
 
     name: str
@@ -64,6 +65,7 @@ class LayerPlan:
     reason: str = ""
     packed_bytes: int = 0
     code_bytes: int = 0
+    released_bytes: int = 0
 
     @property
     def run(self) -> bool:
@@ -181,10 +183,12 @@ class KernelPlan(Printed):
         library = (
             f"native kernels: {self.isa}{lossy}" if self.isa else "no native library: torch's CSR and dense kernels"
         )
-        packed, code = (sum(getattr(layer, kind) for layer in self.layers) for kind in ("packed_bytes", "code_bytes"))
+        kinds = "packed_bytes", "code_bytes", "released_bytes"
+        packed, code, released = (sum(getattr(layer, kind) for layer in self.layers) for kind in kinds)
         if packed:
             also = f", generated code {size(code)}" if code else ""
             library += f"; beside the dense weights: packed {size(packed)}{also}"
+            library += f"; dense weights released: {size(released)}" if released else ""
         notes = [*self._verdicts(), f"{library}; threads: {self.threads}; CPU: {self.cpu}"]
         if self.gpu:
             notes.append(f"GPU: {self.gpu}; sparse there: torch's semi-structured (2:4) products")

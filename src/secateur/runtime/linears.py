@@ -7,24 +7,29 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from secateur.anatomy import Layer
 from secateur.runtime import operators as operators  # registers torch.ops.secateur
 from secateur.runtime import products
-from secateur.runtime.swapping import Sparse, sparse
+from secateur.runtime.releasing import Releasable
+from secateur.runtime.swapping import sparse
 
 __all__: list[str] = []  # reached through secateur.accelerate alone
 
 
 @sparse
-class SparseLinear(Sparse, nn.Linear):
+class SparseLinear(Releasable, nn.Linear):
     """An nn.Linear with packed weights."""
 
     plain = nn.Linear
     packed_weight: Tensor
 
     def matrices(self) -> Iterator[tuple[str, Tensor, int]]:
-        yield "weight", self.weight, 1
+        yield "weight", self.rebuilt() if self._released else self.weight, 1
+
+    def rebuilt(self) -> Tensor:
+        return products.unpack(self.packed_weight, *self.weight.shape)
 
     def rows(self, input: Tensor) -> int:
         return input.numel() // self.in_features
@@ -32,12 +37,14 @@ class SparseLinear(Sparse, nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """As nn.Linear: [..., in_features] to [..., out_features]."""
         if torch.compiler.is_compiling():
+            if self._released:
+                return _traced(self, input, self.out_features, self.in_features)
             if not self._traceable(input):
                 return super().forward(input)
             found: Tensor = torch.ops.secateur.linear(input, self.weight, self.packed_weight, self.bias, self._choices)
             return found
         if not self._ready(input):
-            return super().forward(input)
+            return F.linear(input, products.dense(self.weight, self.packed_weight), self.bias)
         own: Any = self._parameters
         packed: Any = self._buffers["packed_weight"]
         code = self._codes.get("weight")
@@ -45,10 +52,9 @@ class SparseLinear(Sparse, nn.Linear):
 
 
 @sparse
-class SparseTransposedLinear(Sparse):
+class SparseTransposedLinear(Releasable):
     """A Linear whose weight is [in, out], such as `Conv1D` of transformers."""
 
-    weight: Tensor
     bias: Tensor
     packed_weight: Tensor
 
@@ -57,14 +63,35 @@ class SparseTransposedLinear(Sparse):
         return layer.family == "linear" and layer.weights == {"weight": "io"}
 
     def matrices(self) -> Iterator[tuple[str, Tensor, int]]:
-        yield "weight", self.weight.t(), 1
+        yield "weight", self.rebuilt().t() if self._released else self.weight.t(), 1
+
+    def rebuilt(self) -> Tensor:
+        return products.unpack(self.packed_weight, *self.weight.t().shape).t().contiguous()
 
     def rows(self, x: Tensor) -> int:
-        return x.numel() // self.weight.shape[0]
+        return x.numel() // int(self.weight.shape[0])
 
     def forward(self, x: Tensor) -> Any:
         """[..., in] to [..., out]."""
+        if torch.compiler.is_compiling() and self._released:
+            columns, rows = self.weight.shape
+            return _traced(self, x, rows, columns)
         given = (x, self.weight.t(), self.packed_weight, self.bias, self._choices)
         if torch.compiler.is_compiling():
             return torch.ops.secateur.linear(*given) if self._traceable(x) else super().forward(x)
-        return products.linear(*given, self._codes.get("weight")) if self._ready(x) else super().forward(x)
+        if self._ready(x):
+            return products.linear(*given, self._codes.get("weight"))
+        if self._released:
+            return F.linear(x, products.dense(self.weight.t(), self.packed_weight), self.bias)
+        return super().forward(x)
+
+
+def _traced(layer: Any, x: Tensor, rows: int, columns: int) -> Tensor:
+    """A layer whose dense weight was released, in a graph, which has no place for tensors without values."""
+    packed, bias = layer.packed_weight, layer.bias
+    found: Tensor
+    if layer._traceable(x):
+        found = torch.ops.secateur.packed_linear(x, packed, bias, rows, columns, layer._choices)
+    else:
+        found = F.linear(x, torch.ops.secateur.unpack(packed, rows, columns), bias)
+    return found

@@ -112,7 +112,7 @@ def pack(weight: Tensor, groups: int = 1, values: torch.dtype = torch.float32) -
 def unpack(blob: Tensor, rows: int, columns: int, groups: int = 1) -> Tensor | None:
     """The matrix [rows, columns] of float32 that a blob was packed from; None if it was not packed from such a one."""
     lib = library()
-    weight = torch.empty(rows, columns)
+    weight = blob.new_empty((rows, columns), dtype=torch.float32)  # so whoever watches sees what it is made from
     given = (blob.data_ptr(), blob.numel(), rows, columns * groups, groups, weight.data_ptr())
     return None if lib is None or lib.secateur_unpack(*given) else weight
 

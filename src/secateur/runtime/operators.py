@@ -16,6 +16,7 @@ from secateur.errors import InputTypeError, StateError
 from secateur.runtime import products, recurrent_products
 
 _LINEAR = "(Tensor x, Tensor weight, Tensor packed, Tensor? bias, int choices) -> Tensor"
+_PACKED_LINEAR = "(Tensor x, Tensor packed, Tensor? bias, int rows, int columns, int choices) -> Tensor"
 _CONV2D = (
     "(Tensor x, Tensor weight, Tensor packed, Tensor? bias, int[] stride, SymInt[] padding, int[] dilation, "
     "int groups, int choices) -> Tensor"
@@ -31,6 +32,12 @@ _CELL = (
 
 def _linear_shape(x: Tensor, weight: Tensor, packed: Tensor, bias: Tensor | None, choices: int) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+def _packed_linear_shape(
+    x: Tensor, packed: Tensor, bias: Tensor | None, rows: int, columns: int, choices: int
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], rows))
 
 
 def _conv2d_shape(
@@ -84,6 +91,11 @@ def _linear(x: Tensor, *rest: Any) -> Tensor:
     return products.linear(x, *rest)
 
 
+def _packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None, rows: int, columns: int, choices: int) -> Tensor:
+    require_float(x)
+    return products.linear(x, torch.empty(rows, columns, device="meta"), packed, bias, choices)
+
+
 def _conv2d(x: Tensor, *rest: Any) -> Tensor:
     require_float(x)
     given: Any = (tuple(one) if isinstance(one, list) else one for one in rest)
@@ -132,6 +144,13 @@ def register(name: str, schema: str, kernel: Callable[..., Any], shape: Callable
 
 
 register("linear", _LINEAR, _linear, _linear_shape)
+register("packed_linear", _PACKED_LINEAR, _packed_linear, _packed_linear_shape)
+register(
+    "unpack",
+    "(Tensor packed, int rows, int columns) -> Tensor",
+    products.unpack,
+    lambda packed, rows, columns: packed.new_empty((rows, columns), dtype=torch.float32),
+)
 register("conv2d", _CONV2D, _conv2d, _conv2d_shape)
 register("recurrent", _RECURRENT, _recurrent, _recurrent_shape)
 register("cell", _CELL, _cell, _cell_shape)

@@ -3,6 +3,7 @@
 A matrix is packed once into a `uint8` blob. Each product also gets the dense weight and `choices`, whose bit `b`
 says whether inputs of row class `b` (`bucket`) take the sparse kernel; all others take torch's dense one, as do
 inputs that have no memory of their own (under vmap). With the bit `CHECKED` so do inputs that are not finite.
+A dense weight on the meta device was released: it is rebuilt from the packed one where dense has to do it.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from secateur.errors import InputError, StateError
+from secateur.errors import InputError, StateError, warn
 from secateur.runtime import native
 
 __all__: list[str] = []  # reached through secateur.accelerate alone
@@ -31,6 +32,7 @@ CHECKED = 1 << 61
 
 _CSR = b"csr-0001"  # how a blob begins that torch can read
 _twelve = ctypes.c_int64 * 12
+_warned: set[str] = set()
 
 
 def bucket(rows: int) -> int:
@@ -66,6 +68,48 @@ def pack(weight: Tensor, groups: int = 1, values: torch.dtype = torch.float32) -
     return torch.cat([torch.frombuffer(bytearray(_CSR), dtype=torch.uint8), *(p.view(torch.uint8) for p in parts)])
 
 
+def unpack(packed: Tensor, rows: int, columns: int) -> Tensor:
+    """The matrix of float32 [rows, columns] that was packed, with +0 for what was zero.
+
+    Raises:
+        StateError: the native library that packed it is not there, or is another one.
+    """
+    if (csr := _csr(packed, rows, columns)) is not None:
+        return csr.to_dense()
+    if native.library() is None:
+        raise StateError(
+            "the dense weights were released, and to read the packed ones takes the native library, which is not "
+            "here: install secateur with it (SECATEUR_NATIVE=1), or accelerate the model here"
+        )
+    if (found := native.unpack(packed, rows, columns)) is None:
+        raise failure(-1)
+    return found
+
+
+def dense(weight: Tensor, packed: Tensor) -> Tensor:
+    """A dense weight [rows, columns] to compute with: it itself or, where it was released, rebuilt in its dtype."""
+    if not weight.is_meta:
+        return weight
+    warn_once(
+        "a layer whose dense weights were released has to run dense for a call, so they are rebuilt, which takes much "
+        "longer than the call. Accelerate with keep_dense=True if that is often so"
+    )
+    tracer: Any = torch._C
+    tracing = tracer._get_tracing_state()
+    try:
+        tracer._set_tracing_state(None)  # to a trace the weight is a constant
+        return unpack(packed, *weight.shape).to(weight.dtype)
+    finally:
+        tracer._set_tracing_state(tracing)
+
+
+def warn_once(message: str) -> None:
+    """Issue a warning of which one in a process is enough."""
+    if message not in _warned:
+        _warned.add(message)
+        warn(message)
+
+
 def linear(
     x: Tensor, weight: Tensor, packed: Tensor, bias: Tensor | None, choices: int, code: native.Code | None = None
 ) -> Tensor:
@@ -75,7 +119,7 @@ def linear(
     """
     rows, columns = weight.shape
     if (found := matrix(x, columns, choices)) is None:
-        return F.linear(x, weight, bias)
+        return F.linear(x, dense(weight, packed), bias)
     x, n, source = found
     if (lib := native.library()) is None:
         return _csr_linear(x, weight, packed, bias)
@@ -245,16 +289,22 @@ def _csr_is_beta() -> None:
 
 
 def _csr_linear(x: Tensor, weight: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
-    if packed[: len(_CSR)].numpy().tobytes() != _CSR:  # packed where there was a native library
-        return F.linear(x, weight, bias)
-    words, rows = packed[len(_CSR) :].view(torch.int32), weight.shape[0]
+    if (csr := _csr(packed, *weight.shape)) is None:
+        return F.linear(x, dense(weight, packed), bias)
+    flat = x.reshape(-1, x.shape[-1])
+    out = (csr @ flat.t()).t() if bias is None else torch.addmm(bias[:, None], csr, flat.t()).t()
+    return out.contiguous().view(*x.shape[:-1], weight.shape[0])
+
+
+def _csr(packed: Tensor, rows: int, columns: int) -> Tensor | None:
+    """What torch can read; None of what was packed where there was a native library."""
+    if ctypes.string_at(packed.data_ptr(), len(_CSR)) != _CSR:
+        return None
+    words = packed[len(_CSR) :].view(torch.int32)
     count = (len(words) - rows - 1) // 2
     crow, col, values = torch.split(words, [rows + 1, count, count])
     _csr_is_beta()
-    csr = torch.sparse_csr_tensor(crow, col, values.view(torch.float32), weight.shape, check_invariants=False)
-    flat = x.reshape(-1, x.shape[-1])
-    out = (csr @ flat.t()).t() if bias is None else torch.addmm(bias[:, None], csr, flat.t()).t()
-    return out.contiguous().view(*x.shape[:-1], rows)
+    return torch.sparse_csr_tensor(crow, col, values.view(torch.float32), (rows, columns), check_invariants=False)
 
 
 def failure(code: int) -> Exception:

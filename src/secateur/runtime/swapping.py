@@ -15,7 +15,7 @@ from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
 from secateur.anatomy import Layer
-from secateur.errors import StateError, warn
+from secateur.errors import StateError
 from secateur.runtime import native, products
 from secateur.runtime.weight_checks import Snapshot
 from secateur.support import bits
@@ -27,7 +27,6 @@ _autocast = torch._C._is_any_autocast_enabled
 _modes = torch._C._len_torch_dispatch_stack  # FlopCounterMode and its like, which ctypes would hide the work from
 _tracing = torch._C._is_tracing
 _function_modes = torch._C._len_torch_function_stack
-_warned: set[str] = set()
 
 
 class Swapped(nn.Module):
@@ -193,7 +192,9 @@ class Sparse(Swapped):
             raise self._no_gradient()
         if _autocast() or _modes() or _tracing() or (_function_modes() and _watched_over()):
             if _autocast():
-                _warn_once("autocast is on, so sparse layers run dense in its dtype. Switch it off for their speed.")
+                products.warn_once(
+                    "autocast is on, so sparse layers run dense in its dtype. Switch it off for their speed."
+                )
             return False
         for x in inputs:  # noqa: SIM110 (a generator would cost as much as a small product)
             if type(x) is not Tensor or not self.suits(x):
@@ -309,9 +310,3 @@ def _watched_over() -> bool:
     The mode of a default device sees them too, but changes nothing here.
     """
     return not all(isinstance(mode, DeviceContext) for mode in _get_current_function_mode_stack())  # type: ignore[no-untyped-call]
-
-
-def _warn_once(message: str) -> None:
-    if message not in _warned:
-        _warned.add(message)
-        warn(message)

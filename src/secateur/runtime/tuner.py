@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -9,11 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from secateur.errors import InputError
-from secateur.runtime import native, tuning
+from secateur.errors import InputError, listed, warn
+from secateur.runtime import native, products, tuning
 from secateur.runtime.candidates import enclose, make_sparse, matrices, survey, zeros_of
 from secateur.runtime.chains import Chain, Fused, Span, Step, runs
 from secateur.runtime.kernel_plans import Gain, KernelPlan, LayerPlan, Timing, without
+from secateur.runtime.releasing import Releasable
 from secateur.runtime.semi_structured import SemiStructuredLinear, disagreement
 from secateur.runtime.swapping import Sparse, Swapped, swap
 from secateur.runtime.transformer_layers import FUSED
@@ -159,13 +161,42 @@ class Tuning:
             tuning.cpu(), native.isa(), torch.get_num_threads(), layers, self.gains, _name(self.values), self.gpu
         )
 
+    def release(self) -> None:
+        """Release the dense weights of layers that are sparse for all inputs, and copy those that stay.
+
+        Until now the copy shares the weights of the given model.
+        """
+        kept = []
+        held = Counter(id(p) for module in self.fast.modules() for p in module._parameters.values())
+        for name, layer in self.layers.items():
+            plan = self.plans[name]
+            if not isinstance(layer, Releasable) or not plan.choices or not all(t.sparse for t in plan.timings):
+                continue
+            if held[id(layer.weight)] == 1:
+                layer.choose(products.ALL, plan.generated)
+                kept += [] if layer.release() else [name or "the model"]
+        if kept:
+            warn(
+                f"{listed(kept)}: the dense weights are kept, as what was packed has not each bit of them. They have "
+                f"values that {self.values} rounds, or negative zeros. To release them, make them so first: "
+                f"weight.copy_(weight.to({self.values}).float() + 0.0)"
+            )
+        for parameter in self.fast.parameters():
+            if not parameter.is_meta:
+                parameter.data = parameter.data.clone()
+        for layer in self.layers.values():
+            if isinstance(layer, Sparse):
+                layer.stamp()
+
     def _weighed(self, plan: LayerPlan) -> LayerPlan:
         """A layer's plan with what its packed weights and its code take."""
         layer: Any = self.layers.get(plan.name)
         if not isinstance(layer, Sparse):  # dense again, or a run
             return plan
         packed = sum(buffer.nbytes for name, buffer in layer.named_buffers() if name.startswith("packed_"))
-        return replace(plan, packed_bytes=packed, code_bytes=sum(code.bytes for code in layer._codes.values()))
+        code = sum(code.bytes for code in layer._codes.values())
+        released = layer.weight.nbytes if isinstance(layer, Releasable) and layer._released else 0
+        return replace(plan, packed_bytes=packed, code_bytes=code, released_bytes=released)
 
     def take(self, plan: KernelPlan) -> None:
         """Choose as an earlier run did.

@@ -32,8 +32,10 @@ class Snapshot:
 
     def __init__(self, weights: Mapping[str, Tensor], trusted: bool = False) -> None:
         self.stamps = tuple((name, w.data_ptr(), version(w), w.stride(), w.shape) for name, w in weights.items())
-        self.watches = [] if trusted else [watch(weight) for weight in weights.values()]
-        self._native = pointers(self.addresses), pointers([one.address for one in self.watches])
+        there = [] if trusted else [weight for weight in weights.values() if not weight.is_meta]  # others were released
+        self.watches = [watch(weight) for weight in there]
+        addresses = [weight.data_ptr() for weight in there]
+        self._native = pointers(addresses), pointers([one.address for one in self.watches])
 
     @property
     def addresses(self) -> list[int]:
