@@ -167,5 +167,6 @@ def test_progress_is_shown_when_asked(sparse_wins, capsys):
     shown = capsys.readouterr()
     assert shown.out == ""
     assert "accelerating" in shown.err
+    assert "8/8" in shown.err  # two layers are packed; of two examples layers, runs and the whole model are timed
     sc.accelerate(model, x)
     assert capsys.readouterr().err == ""

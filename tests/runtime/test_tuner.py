@@ -1,13 +1,19 @@
 """secateur.runtime.tuner: which layers stay sparse, by what was measured."""
 
+import copy
+import pickle
+
+import pytest
 import torch
 from torch import nn
 
 import secateur as sc
 from models import Mlp, build
+from secateur.errors import SecateurWarning
 from secateur.runtime import tuning
 from secateur.runtime.kernel_plans import Gain
-from sparse_models import fake_times, thin
+from secateur.runtime.swapping import Sparse
+from sparse_models import fake_times, off, thin
 
 
 def mlp():
@@ -63,3 +69,92 @@ def test_a_machine_too_busy_to_tell_leaves_dense_and_says_so(sparse_wins, monkey
     assert kinds(fast) == ["Mlp", "Linear", "Linear"]
     said = "cannot tell whether it is faster, as the times vary too much (1.50x, 95 % interval 0.90x to 2.50x)"
     assert f"{said}: left dense" in " ".join(str(fast.plan).split())
+
+
+def interrupt(*_):
+    raise KeyboardInterrupt
+
+
+def test_an_interrupt_before_anything_was_timed_is_one(backend, monkeypatch):
+    fake_times(monkeypatch, interrupt)
+    model = mlp()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(KeyboardInterrupt):
+        sc.accelerate(model, X)
+    assert kinds(model) == ["Mlp", "Linear", "Linear"]
+    assert all(torch.equal(before[name], weight) for name, weight in model.state_dict().items())
+
+
+def test_interrupted_between_examples_what_was_timed_stands(backend, monkeypatch):
+    fake_times(monkeypatch, lambda name, bucket: interrupt() if bucket == 6 else (2.0, 1.0))
+    model = mlp()
+    with pytest.warns(SecateurWarning, match=r"2 of 2 layers .* keep what was chosen\. .* on 2 of 2 examples"):
+        fast = sc.accelerate(model, [X, torch.randn(64, 12)])
+    assert kinds(fast) == ["Mlp", "SparseLinear", "SparseLinear"]
+    assert [[t.bucket for t in layer.timings] for layer in fast.plan.layers] == [[2], [2]]
+    assert "not compared, as the tuning was interrupted" in str(fast.plan)
+    assert off(fast(X), model(X).detach()) <= 1e-5
+
+
+def test_interrupted_while_the_model_is_compared_what_was_compared_counts(backend, sparse_wins, monkeypatch):
+    gains = iter([Gain(0.9, 0.8, 1.0)])
+    monkeypatch.setattr(tuning, "gain", lambda *_: next(gains, None) or interrupt())
+    with pytest.warns(SecateurWarning, match="not compared with the plain one on 1 of 2 examples"):
+        fast = sc.accelerate(mlp(), [torch.randn(1, 12), torch.randn(64, 12)])
+    assert [(t.bucket, t.sparse) for t in fast.plan.layers[0].timings] == [(0, False), (6, True)]
+    again = sc.accelerate(mlp(), [torch.randn(1, 12), torch.randn(64, 12)], plan=fast.plan.to_dict())
+    assert again.plan.layers == fast.plan.layers
+
+
+def test_layers_that_were_not_timed_say_so(sparse_wins, monkeypatch):
+    measured = tuning.times
+    monkeypatch.setattr(tuning, "times", lambda model, given: interrupt() if len(given) > 1 else measured(model, given))
+
+    class Either(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two, self.three = nn.Linear(12, 12), nn.Linear(12, 10), nn.Linear(10, 8)
+
+        def forward(self, x, far=False):
+            return self.three(self.two(x)) if far else self.one(x)
+
+    with pytest.warns(SecateurWarning, match=r"1 of 3 layers .*, and two, three stay dense\."):
+        fast = sc.accelerate(thin(Either()), [X, (X, True)])
+    assert kinds(fast) == ["Either", "SparseLinear", "Linear", "Linear"]
+    assert [layer.reason for layer in fast.plan.layers] == ["", *["not timed: the tuning was interrupted"] * 2]
+    assert "dense: not timed: the tuning was interrupted" in " ".join(str(fast.plan).split())
+
+
+class Impatient(nn.Sequential):
+    """Interrupts, as Ctrl-C would, in one of the calls of all copies together."""
+
+    left = 0
+
+    def forward(self, x):
+        Impatient.left -= 1
+        if Impatient.left == 0:
+            raise KeyboardInterrupt
+        return super().forward(x)
+
+
+@pytest.mark.filterwarnings("ignore:the tuning was interrupted")
+@pytest.mark.parametrize("call", [*range(1, 12), 20, 30])
+def test_wherever_it_is_interrupted_the_model_is_whole(monkeypatch, call):
+    monkeypatch.setattr(tuning, "_CACHE_BYTES", 64)
+    monkeypatch.setattr(tuning, "_SECONDS", 0.0)
+    monkeypatch.setattr(tuning, "_GAIN", ((1e-4, 6),))
+    model = nn.Sequential(thin(Impatient(nn.Linear(12, 12))), thin(nn.Sequential(nn.Linear(12, 12), nn.Linear(12, 8))))
+    model.train()
+    Impatient.left = call
+    try:
+        fast = sc.accelerate(model, [X, X[:1]])
+    except KeyboardInterrupt:
+        fast = None
+    assert (fast is None) == (call < 4)  # two to look, one for the inputs of the first example
+    Impatient.left = 0
+    assert all(module.training and "forward" not in vars(module) for module in model.modules())
+    assert not any(isinstance(module, Sparse) for module in model.modules())
+    if fast is not None:
+        assert not any("forward" in vars(module) for module in fast.modules())
+        for one in (fast, copy.deepcopy(fast), pickle.loads(pickle.dumps(fast)), sc.dense(fast)):
+            assert off(one(X), model(X).detach()) <= 1e-5

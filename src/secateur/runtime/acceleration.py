@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from secateur.errors import InputError, StateError
+from secateur.errors import InputError, StateError, warn
 from secateur.runtime import native
 from secateur.runtime.chains import Fused
 from secateur.runtime.kernel_plans import KernelPlan
@@ -65,6 +65,9 @@ def accelerate(
     nothing looks for such changes. (`torch.compile` refuses every LSTM, GRU and RNN, these too, unless
     `torch._dynamo.config.allow_rnn` is True; then each is one operator.)
 
+    Tuning takes seconds for each example, and more where a call does. Interrupted (Ctrl-C) it ends with a warning: what
+    was timed keeps what was chosen, all else stays dense, and the fast copy is returned.
+
     Args:
         model: left as it is.
         example_inputs: a tensor, a tuple of positional or a dict of keyword arguments, as it will be in use; a list
@@ -95,6 +98,7 @@ def accelerate(
         InputError: `threads` below 1; no example; a lazy or meta parameter; a plan for something else; `values`
             neither float32, float16 nor bfloat16; sharded weights.
         StateError: the model is accelerated already.
+        KeyboardInterrupt: before any layer was timed.
 
     >>> model = nn.Sequential(nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 8))
     >>> masks = sc.prune(model, 0.9)
@@ -113,11 +117,14 @@ def accelerate(
     with _threads(threads), torch.inference_mode(False):
         fast, trained = _copy(model, shared=not keep_dense)
         tuned = Tuning(model, fast, calls, values=values, checked=check_inputs, generated=generated)
+        with progress_bar("accelerating", tuned.steps, shown=progress) as done:
+            tuned.pack(done)
+            if given is None:
+                tuned.measure(done)
         if given is not None:
             tuned.take(given)
-        else:
-            with progress_bar("accelerating", tuned.steps, shown=progress) as done:
-                tuned.measure(done)
+        if tuned.interrupted:
+            warn(tuned.interrupted)
         if not keep_dense:
             tuned.release()
         found = tuned.found()

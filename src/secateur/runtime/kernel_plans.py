@@ -127,7 +127,8 @@ class KernelPlan(Printed):
         isa: instruction set of the native kernels; None without the native library.
         threads: CPU threads at the time.
         layers: one `LayerPlan` for each layer with a weight matrix, in the model's order, then for each run.
-        gains: of the whole model, one for each example; a rejected one went back to dense.
+        gains: of the whole model, one for each example; a rejected one went back to dense. Fewer where the tuning was
+            interrupted.
         values: dtype of the packed weights; "float16" and "bfloat16" are lossy. On a CUDA device they are
             those of the model.
         gpu: names of the model's CUDA devices; empty if there are none.
@@ -204,7 +205,8 @@ class KernelPlan(Printed):
 
     def _verdicts(self) -> list[str]:
         if not self.gains:
-            return ["the whole model: no faster, all of it dense"]
+            compared = "not compared, as the tuning was interrupted" if self.sparse else "no faster, all of it dense"
+            return [f"the whole model: {compared}"]
         many = len(self.gains) > 1
         return [f"the whole model{f', example {i}' if many else ''}: {gain}" for i, gain in enumerate(self.gains)]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -30,6 +31,8 @@ _ALIKE = 0.02
 _CODE_BYTES = 16
 """Of generated code and its weights, for a non-zero."""
 
+_INTERRUPTED = "not timed: the tuning was interrupted"
+
 _Run = tuple[nn.Module, type[Fused], Span]
 
 
@@ -50,24 +53,36 @@ class Tuning:
         self.generated = generated and native.generates()
         self.plans = {layer.name: layer for layer in survey(fast)}
         self.gains: tuple[Gain, ...] = ()
+        self.interrupted = ""
+        """What was timed and what was not, if somebody had not the time to wait."""
         self.gpu = tuning.gpus(fast)
         modules = dict(fast.named_modules())
         self.layers = {name: make_sparse(modules[name], name) for name, layer in self.plans.items() if not layer.reason}
         enclose(fast)
+        self.seen: list[tuning.Seen] = []
+        self.runs: dict[str, _Run] = {}
+
+    @property
+    def steps(self) -> int:
+        """Steps that `pack` reports, one a layer, and `measure`: for each example layers, runs, and the whole model."""
+        return len(self.layers) + 3 * len(self.calls)
+
+    def pack(self, done: Callable[[float], None]) -> None:
+        """Pack the weights of the layers that the examples reach, and find the runs of them that could be fused.
+
+        Args:
+            done: is told of each of the `steps`.
+        """
         with tuning.recording(self.layers) as recorders, torch.inference_mode():
-            self.seen = [tuning.look(fast, recorders, call) for call in calls]
+            self.seen = [tuning.look(self.fast, recorders, call) for call in self.calls]
         for name, layer in self.layers.items():
             self._pack(name, layer)
-        self.runs = dict(_runs(fast)) if native.library() is not None else {}
+            done(1)
+        self.runs = dict(_runs(self.fast)) if native.library() is not None else {}
         self.plans.update({name: _run_plan(name, *run) for name, run in self.runs.items()})
         if self.checked:
             for name in self.runs:
                 self.plans[name] = replace(self.plans[name], reason="each layer looks at its inputs")
-
-    @property
-    def steps(self) -> int:
-        """Steps that `measure` reports: for each example its layers, its runs, and the whole model."""
-        return 3 * len(self.calls)
 
     def _pack(self, name: str, layer: Sparse) -> None:
         if not any(name in seen for seen in self.seen):
@@ -88,19 +103,49 @@ class Tuning:
 
         Args:
             done: is told of each of the `steps`.
+
+        Raises:
+            KeyboardInterrupt: before anything was timed; later it ends the tuning, and what was chosen so far stands.
         """
-        self._time({name: layer for name, layer in self.layers.items() if not self.plans[name].reason}, done)
-        for name, layer in self.layers.items():
-            layer.choose(self.plans[name].choices, self.plans[name].generated)
-        self._time(self._reached(), done)
+        with self._interruptible():
+            self._time({name: layer for name, layer in self.layers.items() if not self.plans[name].reason}, done)
+            for name, layer in self.layers.items():
+                layer.choose(self.plans[name].choices, self.plans[name].generated)
+            self._time(self._reached(), done)
         self._agree()
         self._settle()
-        if any(layer.choices for layer in self.plans.values()):
-            for call in self.calls:
-                self.gains += (tuning.gain(self.model, self.fast, call),)
-                done(1)
+        if not self.interrupted and any(layer.choices for layer in self.plans.values()):
+            with self._interruptible():
+                for call in self.calls:
+                    self.gains += (tuning.gain(self.model, self.fast, call),)
+                    done(1)
             self._reject()
             self._settle()
+
+    @contextmanager
+    def _interruptible(self) -> Iterator[None]:
+        """Go on behind this where somebody interrupts it, if anything was timed."""
+        try:
+            yield
+        except KeyboardInterrupt:
+            if not any(layer.timings for layer in self.plans.values()):
+                raise
+            for name, layer in self.plans.items():
+                if not layer.reason and not layer.timings:
+                    self.plans[name] = replace(layer, reason=_INTERRUPTED)
+            self.interrupted = self._what_stands()
+
+    def _what_stands(self) -> str:
+        timed = [layer for layer in self.plans.values() if layer.timings]
+        others = [layer.name for layer in self.plans.values() if layer.reason == _INTERRUPTED]
+        unseen = len(self.calls) - len(self.gains)
+        dense = f", and {listed(others)} stay dense" if others else ""
+        return (
+            f"the tuning was interrupted: {len(timed)} of {len(timed) + len(others)} layers and runs of layers were "
+            f"timed and keep what was chosen{dense}. The whole model was not compared with the plain one on "
+            f"{unseen} of {len(self.calls)} examples. To tune the rest call sc.accelerate again: what was timed is "
+            "remembered in this process"
+        )
 
     def _time(self, tried: Mapping[str, Sparse | Chain], done: Callable[[float], None]) -> None:
         """Time one layer or run of each kind, and plan to have those sparse, or fused, that are faster so."""
@@ -108,14 +153,19 @@ class Tuning:
         first = {name: tried[name] for name in kinds.values()}
         found: dict[str, dict[int, Timing]] = {name: {} for name in first}
         patterns = {name: self.plans[name].pattern for name in first}
-        with tuning.recording(first) as recorders, torch.inference_mode():
-            for call, seen in zip(self.calls, self.seen, strict=True):
-                for name, timings in tuning.choose(self.fast, recorders, call, seen, patterns).items():
-                    found[name].update({timing.bucket: timing for timing in timings})
-                done(1)
-        for name in tried:
-            measured = tuple(found[kinds[name]][b] for b in sorted(found[kinds[name]]))
-            self.plans[name] = without(replace(self.plans[name], timings=measured), set(), "not faster")
+        untimed = _INTERRUPTED
+        try:
+            with tuning.recording(first) as recorders, torch.inference_mode():
+                for call, seen in zip(self.calls, self.seen, strict=True):
+                    for name, timings in tuning.choose(self.fast, recorders, call, seen, patterns).items():
+                        found[name].update({timing.bucket: timing for timing in timings})
+                    done(1)
+            untimed = "not faster"
+        finally:
+            for name in tried:
+                measured = tuple(found[kinds[name]][b] for b in sorted(found[kinds[name]]))
+                reason = "not faster" if measured else untimed
+                self.plans[name] = without(replace(self.plans[name], timings=measured), set(), reason)
 
     def _kinds(self, tried: Mapping[str, Sparse | Chain]) -> dict[str, str]:
         """For each layer or run the first of its kind, which is timed for all: but for the weights they are equal."""
@@ -226,8 +276,8 @@ class Tuning:
 
     def _reject(self) -> None:
         """Put back to dense the row classes of each example that did not get faster as a whole."""
-        kept = [seen for seen, gain in zip(self.seen, self.gains, strict=True) if gain.faster]
-        lost = [seen for seen, gain in zip(self.seen, self.gains, strict=True) if not gain.faster]
+        lost = [seen for seen, gain in zip(self.seen, self.gains, strict=False) if not gain.faster]
+        kept = [seen for seen in self.seen if not any(seen is one for one in lost)]
         for name, layer in self.plans.items():
             saved = {b for seen in kept for b in seen.get(name, ())}
             buckets = {b for seen in lost for b in seen.get(name, ())} - saved
