@@ -72,14 +72,14 @@ def test_a_machine_too_busy_to_tell_leaves_dense_and_says_so(sparse_wins, monkey
 
 
 def interrupt(*_):
-    raise KeyboardInterrupt
+    raise KeyboardInterrupt("by hand")
 
 
 def test_an_interrupt_before_anything_was_timed_is_one(backend, monkeypatch):
     fake_times(monkeypatch, interrupt)
     model = mlp()
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt, match="by hand"):
         sc.accelerate(model, X)
     assert kinds(model) == ["Mlp", "Linear", "Linear"]
     assert all(torch.equal(before[name], weight) for name, weight in model.state_dict().items())
