@@ -175,6 +175,17 @@ def _allowed(stride: tuple[int, ...], padding: str | tuple[int, ...], dilation: 
 _remembered, _remembered_allowed = functools.cache(_spread), functools.cache(_allowed)
 
 
+def even_padding(layer: Any) -> bool:
+    """Whether a layer is set as torch allows, and pads both ends alike."""
+    settings = layer.stride, layer.padding, layer.dilation
+    return bool(_remembered_allowed(*settings)) and not any(spreading(layer)[2])
+
+
+def spreading(layer: Any) -> tuple[tuple[int, ...], ...]:
+    """Stride, padding at both ends, what the far end gets more, and dilation of a layer, each for height and width."""
+    return _remembered(layer.kernel_size, layer.stride, layer.padding, layer.dilation)
+
+
 def _pixels(image: Tensor, layer: Any) -> int:
     stride, padding, more, dilation = _spread(layer.kernel_size, layer.stride, layer.padding, layer.dilation)
     size = (image.shape[2] + more[0], image.shape[3] + more[1])

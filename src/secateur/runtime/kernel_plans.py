@@ -45,7 +45,7 @@ class LayerPlan:
 
     Attributes:
         name: of the module; of a run, where it is ("head[1:4]", "layers.0[linear1:linear2]").
-        kind: class of the module; of a run, "Sequential" or whichever it is part of.
+        kind: class of the module; of a run, that of which it is part; or "network of 20 convolutions".
         shape: of its largest weight; of a run, all widths.
         sparsity: share of zeros in its weight matrices.
         pattern: hash of where the zeros are; empty for a layer that was not tried.
@@ -198,6 +198,9 @@ class KernelPlan(Printed):
             notes.insert(
                 0, f"{listed(runs)}: layers in a row; dense is one after the other, sparse is one call for all"
             )
+        networks = [layer.name or "(the model)" for layer in self.layers if layer.kind.startswith("network")]
+        if networks:
+            notes.insert(0, f"{listed(networks)}: dense is as its layers run alone, sparse is one call for the network")
         header = ["layer", "kind", "weights", "zeros", "rows", "dense", "sparse", "generated", "runs"]
         if not any(row[7] for row in rows):  # nothing was generated
             header, rows = [*header[:7], header[8]], [[*row[:7], row[8]] for row in rows]

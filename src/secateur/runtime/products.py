@@ -251,6 +251,29 @@ def convolved(
     return out
 
 
+def network(x: Tensor, steps: Any, size: Sequence[int]) -> Tensor | None:
+    """Steps of a network of convolutions one after the other; None where they have to be done singly.
+
+    Args:
+        x: float32 [batch, channels, height, width].
+        steps: a C array of `native.Step`, for images of this size.
+        size: channels, height and width of the result.
+    """
+    lib, batch = native.library(), x.shape[0]
+    if lib is None or batch == 0:
+        return None
+    x = x.contiguous()
+    try:
+        source = x.data_ptr()
+    except RuntimeError:  # under vmap
+        return None
+    out = x.new_empty(batch, *size)
+    at, threads = ctypes.addressof(steps), torch.get_num_threads()
+    if failed := lib.secateur_network(at, len(steps), batch, source, out.data_ptr(), threads):
+        raise failure(failed)
+    return out
+
+
 @functools.lru_cache(1024)
 def conv_shape(
     image: tuple[int, ...],

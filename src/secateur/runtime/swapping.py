@@ -190,7 +190,7 @@ class Sparse(Swapped):
         """Whether all inputs are for the sparse kernels; raises a StateError if gradients are asked for."""
         if torch.is_grad_enabled() and (self.training or any(x.requires_grad for x in inputs)):
             raise self._no_gradient()
-        if _autocast() or _modes() or _tracing() or (_function_modes() and _watched_over()):
+        if special():
             if _autocast():
                 products.warn_once(
                     "autocast is on, so sparse layers run dense in its dtype. Switch it off for their speed."
@@ -302,6 +302,11 @@ def worth_packing(weight: Tensor) -> bool:
 def _blank(mixin: type[Swapped], plain: type[nn.Module]) -> Swapped:
     made = swapped_class(mixin, plain)
     return made.__new__(made)
+
+
+def special() -> bool:
+    """Whether something is on under which layers run dense: autocast, a trace, or a mode that must see their work."""
+    return bool(_autocast() or _modes() or _tracing() or (_function_modes() and _watched_over()))
 
 
 def _watched_over() -> bool:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -16,10 +17,13 @@ from secateur.runtime import native, products, tuning
 from secateur.runtime.candidates import enclose, make_sparse, matrices, survey, zeros_of
 from secateur.runtime.chains import Chain, Fused, Span, Step, runs
 from secateur.runtime.kernel_plans import Gain, KernelPlan, LayerPlan, Timing, without
+from secateur.runtime.networks import SparseNetwork, install, networks
+from secateur.runtime.programs import Program
 from secateur.runtime.releasing import Releasable
 from secateur.runtime.semi_structured import SemiStructuredLinear, disagreement
 from secateur.runtime.swapping import Sparse, Swapped, swap
 from secateur.runtime.transformer_layers import FUSED
+from secateur.runtime.tuning import Tried
 from secateur.support.inputs import Arguments
 from secateur.support.machine import last_level_cache
 
@@ -34,6 +38,7 @@ _CODE_BYTES = 16
 _INTERRUPTED = "not timed: the tuning was interrupted"
 
 _Run = tuple[nn.Module, type[Fused], Span]
+_T = TypeVar("_T", bound=Tried)
 
 
 class Tuning:
@@ -61,14 +66,15 @@ class Tuning:
         enclose(fast)
         self.seen: list[tuning.Seen] = []
         self.runs: dict[str, _Run] = {}
+        self.networks: dict[str, tuple[nn.Module, Program]] = {}
 
     @property
     def steps(self) -> int:
-        """Steps that `pack` reports, one a layer, and `measure`: for each example layers, runs, and the whole model."""
-        return len(self.layers) + 3 * len(self.calls)
+        """Steps that `pack` reports, one a layer, and `measure`: for each example layers, networks, runs, and all."""
+        return len(self.layers) + 4 * len(self.calls)
 
     def pack(self, done: Callable[[float], None]) -> None:
-        """Pack the weights of the layers that the examples reach, and find the runs of them that could be fused.
+        """Pack the weights of the layers that the examples reach, and find what of them could be one call.
 
         Args:
             done: is told of each of the `steps`.
@@ -80,8 +86,10 @@ class Tuning:
             done(1)
         self.runs = dict(_runs(self.fast)) if native.library() is not None else {}
         self.plans.update({name: _run_plan(name, *run) for name, run in self.runs.items()})
+        self.networks = dict(networks(self.fast)) if native.library() is not None else {}
+        self.plans.update({name: _network_plan(name, *network) for name, network in self.networks.items()})
         if self.checked:
-            for name in self.runs:
+            for name in (*self.runs, *self.networks):
                 self.plans[name] = replace(self.plans[name], reason="each layer looks at its inputs")
 
     def _pack(self, name: str, layer: Sparse) -> None:
@@ -99,7 +107,7 @@ class Tuning:
             layer.generate()
 
     def measure(self, done: Callable[[float], None]) -> None:
-        """Time all layers, then the runs of them that could be fused, then the model, and keep what is faster.
+        """Time all layers, then networks and runs of them as one call, then the model, and keep what is faster.
 
         Args:
             done: is told of each of the `steps`.
@@ -111,7 +119,9 @@ class Tuning:
             self._time({name: layer for name, layer in self.layers.items() if not self.plans[name].reason}, done)
             for name, layer in self.layers.items():
                 layer.choose(self.plans[name].choices, self.plans[name].generated)
-            self._time(self._reached(), done)
+            self._time(self._reached(self._install(self._open(self.networks))), done)
+            self._leave_to_networks()
+            self._time(self._reached(self._fuse(self._open(self.runs))), done)
         self._agree()
         self._settle()
         if not self.interrupted and any(layer.choices for layer in self.plans.values()):
@@ -147,8 +157,16 @@ class Tuning:
             "remembered in this process"
         )
 
-    def _time(self, tried: Mapping[str, Sparse | Chain], done: Callable[[float], None]) -> None:
-        """Time one layer or run of each kind, and plan to have those sparse, or fused, that are faster so."""
+    def _leave_to_networks(self) -> None:
+        """Try no run in a module that a network takes, and have the networks aside while the others are tried."""
+        taken = [id(module) for name, (module, _) in self.networks.items() if self.plans[name].choices]
+        for name, (module, *_) in self.runs.items():
+            if id(module) in taken:
+                self.plans[name] = replace(self.plans[name], reason="part of a network")
+        self._install({})
+
+    def _time(self, tried: Mapping[str, Tried], done: Callable[[float], None]) -> None:
+        """Time one layer, run or network of each kind, and plan to have those sparse, or fused, that are faster so."""
         kinds = self._kinds(tried)
         first = {name: tried[name] for name in kinds.values()}
         found: dict[str, dict[int, Timing]] = {name: {} for name in first}
@@ -167,7 +185,7 @@ class Tuning:
                 reason = "not faster" if measured else untimed
                 self.plans[name] = without(replace(self.plans[name], timings=measured), set(), reason)
 
-    def _kinds(self, tried: Mapping[str, Sparse | Chain]) -> dict[str, str]:
+    def _kinds(self, tried: Mapping[str, Tried]) -> dict[str, str]:
         """For each layer or run the first of its kind, which is timed for all: but for the weights they are equal."""
         firsts: dict[tuple[Any, ...], str] = {}
         kinds = {}
@@ -178,16 +196,22 @@ class Tuning:
             kinds[name] = firsts.setdefault(key, name)
         return kinds
 
-    def _reached(self) -> dict[str, Chain]:
-        """The runs that the examples lead to, in place, and how many rows they have."""
-        found = self._fuse({name: 0 for name in self.runs if not self.plans[name].reason})
+    def _open(self, names: Iterable[str]) -> dict[str, int]:
+        """Those that nothing is known against, for no row class yet."""
+        return {name: 0 for name in names if not self.plans[name].reason}
+
+    def _reached(self, found: Mapping[str, _T]) -> dict[str, _T]:
+        """The runs or networks in place that the examples lead to, and how many rows they have."""
         with tuning.recording(found) as recorders, torch.inference_mode():
             for call, seen in zip(self.calls if found else (), self.seen, strict=False):
                 seen.update(tuning.look(self.fast, recorders, call))
         for name in found:
             if not any(name in seen for seen in self.seen):
                 self.plans[name] = replace(self.plans[name], reason="the example does not reach it")
-        return {name: chain for name, chain in found.items() if not self.plans[name].reason}
+        for name, one in found.items():
+            if isinstance(one, SparseNetwork) and not one.agrees:
+                self.plans[name] = replace(self.plans[name], reason="as one call it computes something else")
+        return {name: one for name, one in found.items() if not self.plans[name].reason}
 
     def _agree(self) -> None:
         """Have the layers on a CUDA device dense if with them the model computes something else."""
@@ -285,9 +309,11 @@ class Tuning:
                 self.plans[name] = without(layer, buckets, "the whole model was not faster")
 
     def _settle(self) -> None:
-        """Give the layers and runs their choices, and put those back that are always dense."""
-        choices = {name: self.plans[name].choices for name in self.runs}
+        """Give layers, runs and networks their choices, and put those back that are always dense."""
+        self._install({})
+        choices = {name: self.plans[name].choices for name in (*self.runs, *self.networks)}
         fused = {id(m) for name, run in self.runs.items() if choices[name] for m in _steps(*run)}
+        fused |= {id(layer) for name, (_, net) in self.networks.items() if choices[name] for layer in net.layers}
         for name, layer in self.layers.items():
             if not isinstance(layer, Sparse):
                 continue
@@ -296,7 +322,8 @@ class Tuning:
                 layer._codes.clear()
             if not layer._choices and id(layer) not in fused:
                 layer.restore()
-        self._fuse({name: chosen for name, chosen in choices.items() if chosen})
+        self._fuse({name: choices[name] for name in self.runs if choices[name]})
+        self._install({name: choices[name] for name in self.networks if choices[name]})
 
     def _fuse(self, choices: Mapping[str, int]) -> dict[str, Chain]:
         """Fuse these runs for these row classes and no others."""
@@ -312,6 +339,14 @@ class Tuning:
                 found.update(zip(spans, fused, strict=True))
         enclose(self.fast)
         return found
+
+    def _install(self, choices: Mapping[str, int]) -> dict[str, SparseNetwork]:
+        """Have these networks run as one call for these row classes, and no others."""
+        for module, _ in self.networks.values():
+            if isinstance(module, SparseNetwork):
+                module.restore()
+        given = {name: (*self.networks[name], chosen) for name, chosen in choices.items()}
+        return {name: install(module, program.words, chosen) for name, (module, program, chosen) in given.items()}
 
 
 def _worth_code(layer: Sparse, bucket: int) -> bool:
@@ -340,6 +375,13 @@ def _run_plan(name: str, module: nn.Module, kind: type[Fused], span: Span) -> La
     weights = [layer.weight for layer in chain.layers]
     hashed = tuning.pattern(weights, chain.layers[0]._values)
     return LayerPlan(name, kind.plain.__name__, chain.widths, zeros_of(weights), hashed)
+
+
+def _network_plan(name: str, module: nn.Module, program: Program) -> LayerPlan:
+    weights = [layer.weight for layer in program.layers]
+    largest = max((tuple(weight.shape) for weight in weights), key=math.prod)
+    pattern = tuning.pattern(weights, program.layers[0]._values, program.words)
+    return LayerPlan(name, f"network of {len(weights)} convolutions", largest, zeros_of(weights), pattern)
 
 
 def _name(values: torch.dtype) -> str:

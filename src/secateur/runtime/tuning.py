@@ -23,6 +23,7 @@ from secateur.measurement.timing import evaluating, interval, quantile, time_blo
 from secateur.runtime import native, products
 from secateur.runtime.chains import Chain
 from secateur.runtime.kernel_plans import Gain, Timing
+from secateur.runtime.networks import SparseNetwork
 from secateur.runtime.swapping import Sparse
 from secateur.support import bits
 from secateur.support.inputs import Arguments
@@ -36,14 +37,16 @@ _GAIN = ((0.2, 3), (1.0, 6))
 """Seconds of each of the two models compared in the end, and blocks at least; the latter if the first cannot tell."""
 cpu = functools.cache(cpu_name)
 _CACHE: dict[tuple[Any, ...], Timing] = {}
+Tried = Sparse | Chain | SparseNetwork
+"""What is timed: a layer dense or sparse, a run or a network singly or as one call."""
 Seen = dict[str, set[int]]
 """Row classes that an example led to each layer, by the name of the layer."""
 
 
 class Recorder:
-    """Stands before the forward of a layer and times it, dense or sparse; of a chain, singly or fused."""
+    """Stands before the forward of a layer and times it, dense or sparse; of a run or network, singly or as one."""
 
-    def __init__(self, name: str, layer: Sparse | Chain) -> None:
+    def __init__(self, name: str, layer: Tried) -> None:
         self.name, self.layer = name, layer
         self.mode = "dense"
         self.seconds: dict[tuple[str, int], list[float]] = defaultdict(list)
@@ -78,7 +81,7 @@ Given = list[tuple[Recorder, tuple[Any, ...], dict[str, Any]]]
 
 
 @contextmanager
-def recording(layers: Mapping[str, Sparse | Chain]) -> Iterator[list[Recorder]]:
+def recording(layers: Mapping[str, Tried]) -> Iterator[list[Recorder]]:
     """Put a recorder before each layer; they and the choices go at the end."""
     recorders = [Recorder(name, layer) for name, layer in layers.items()]
     try:
@@ -167,9 +170,10 @@ def gpus(model: nn.Module) -> str:
     return " + ".join(sorted({torch.cuda.get_device_name(one) for one in devices(model) if one.type == "cuda"}))
 
 
-def pattern(weights: Sequence[Tensor], values: torch.dtype = torch.float32) -> str:
-    """Hash of where the zeros of some weights are, and of what the others are rounded to."""
+def pattern(weights: Sequence[Tensor], values: torch.dtype = torch.float32, words: str = "") -> str:
+    """Hash of where the zeros of some weights are, of what the others are rounded to, and of further words."""
     digest = hashlib.blake2b(b"" if values is torch.float32 else str(values).encode(), digest_size=16)
+    digest.update(words.encode())
     for weight in weights:
         exact = weight.dtype is torch.float32
         digest.update(f"{tuple(weight.shape)}{'' if exact else weight.dtype}".encode())
@@ -177,12 +181,12 @@ def pattern(weights: Sequence[Tensor], values: torch.dtype = torch.float32) -> s
     return digest.hexdigest()
 
 
-def _key(layer: Sparse | Chain, hashed: str, bucket: int) -> tuple[Any, ...]:
+def _key(layer: Tried, hashed: str, bucket: int) -> tuple[Any, ...]:
     machine = cpu(), native.isa(), torch.get_num_threads(), gpus(layer) if isinstance(layer, Sparse) else ""
     return *machine, type(layer).__name__, repr(layer), layer.has_code, hashed, bucket
 
 
-def _clock(layer: Sparse | Chain) -> Callable[[], float]:
+def _clock(layer: Tried) -> Callable[[], float]:
     """Seconds; on a CUDA device once all that it was told is done."""
     if not isinstance(layer, Sparse) or layer.device == "cpu":
         return time.perf_counter

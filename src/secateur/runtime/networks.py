@@ -1,0 +1,217 @@
+"""Networks of sparse convolutions in a module's forward: one native call for each region of it.
+
+Between its steps images stay as the kernels want them. Whatever is not plain inference, and whatever differs from what
+was traced, goes through the module's own forward.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as everywhere
+from torch.utils._pytree import tree_leaves
+
+from secateur.runtime import products
+from secateur.runtime.graphs import Attributes, inside, packed, trace
+from secateur.runtime.programs import Bound, Program
+from secateur.runtime.regions import regions
+from secateur.runtime.swapping import Swapped, special, swap, swapped_class
+
+__all__: list[str] = []  # reached through secateur.accelerate alone
+
+_AGREES = 1e-3  # of the largest value: rounding is a thousand times less, another function is more
+
+
+def capture(module: nn.Module) -> Program | None:
+    """The program of a module's forward as it is now; None if it cannot be traced, or has no region."""
+    if _disturbed(module):
+        return None
+    try:
+        graph = trace(module)
+    except ValueError:  # more attributes than can be watched
+        return None
+    found = [] if graph is None else [*regions(graph, module)]
+    return Program(module, graph, found) if graph is not None and found else None
+
+
+def _disturbed(module: nn.Module) -> bool:
+    """Whether a module, or one in it, is in training, or has hooks or a forward of its own, that are not traced."""
+    if everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks:
+        return True
+    for one in inside(module):
+        if one.training or (
+            one is not module and (one._forward_hooks or one._forward_pre_hooks or "forward" in vars(one))
+        ):
+            return True
+    return False
+
+
+class Network:
+    """What a module keeps: for which row classes its program runs, and what that does, in words.
+
+    A copy makes its own program, and uses it if the words are the same.
+    """
+
+    def __init__(self, words: str, choices: int) -> None:
+        self.choices, self.words, self.agrees = choices, words, True
+        self._known: tuple[Attributes, Program | None] | None = None
+        self._seen: Attributes | None = None
+
+    def __reduce__(self) -> Any:
+        return Network, (self.words, self.choices)
+
+    def program(self, module: nn.Module) -> Program | None:
+        """The program, if the module is as it was when that was made; it is made where there is none."""
+        known = self._known
+        if known is not None and known[0].same():
+            return known[1]
+        if known is not None and known[0].same_but_notes():
+            if known[1] is not None:
+                known[1].release()
+            return known[1]
+        if _disturbed(module):
+            return None
+        try:
+            now = Attributes(inside(module))
+        except ValueError:
+            return None
+        if known is not None and (self._seen is None or not self._seen.same()):
+            self._seen = now  # an attribute that differs at each call is not worth a trace
+            return None
+        made = capture(module)
+        if made is not None and made.words != self.words:
+            made = None
+        self._known = Attributes(inside(module)), made
+        return made
+
+
+class SparseNetwork(Swapped):
+    """A module of any class whose forward has regions that are one call each."""
+
+    has_code: ClassVar[bool] = False
+    """Its code is that of its layers, which was chosen before."""
+    _secateur_network: Network
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        plain: Any = cls.plain.forward
+
+        @functools.wraps(plain)
+        def forward(self: SparseNetwork, *args: Any, **kwargs: Any) -> Any:
+            if not torch.compiler.is_compiling() and len(args) == 1 and not kwargs:
+                x = args[0]
+                if type(x) is Tensor and x.dim() == 4 and (found := self._ready(x)) is not None:
+                    program, bound = found
+                    return program.run(x, bound)
+            return plain(self, *args, **kwargs)
+
+        cls.forward = forward
+
+    def choose(self, choices: int, generated: int = 0) -> None:
+        """Run regions as one call each for these row classes."""
+        self._secateur_network.choices = choices
+
+    @property
+    def agrees(self) -> bool:
+        """Whether both ways gave the same for all examples."""
+        return self._secateur_network.agrees
+
+    def rows(self, *args: Any, **kwargs: Any) -> int:
+        """Places of the images that are given."""
+        x: Any = args[0] if len(args) == 1 and not kwargs else None
+        return x.shape[0] * x.shape[2] * x.shape[3] if isinstance(x, Tensor) and x.dim() == 4 else 1
+
+    def observe(self, *args: Any, **kwargs: Any) -> None:
+        """See whether both ways give the same for an example."""
+        network = self._secateur_network
+        chosen = network.choices
+        outs = []
+        for network.choices in (0, products.ALL):
+            fresh = [one.clone() if isinstance(one, Tensor) else one for one in args]
+            outs.append(tree_leaves(type(self).forward(self, *fresh, **kwargs)))
+        network.choices = chosen
+        same = len(outs[0]) == len(outs[1]) and all(map(_close, *outs))
+        network.agrees = network.agrees and same
+
+    def restore(self) -> None:
+        """Become the plain module again."""
+        del self.__dict__["_secateur_network"]
+        super().restore()
+
+    def _ready(self, x: Tensor) -> tuple[Program, Bound] | None:
+        """What is to run; None if it is the plain forward. Raises a StateError as the layers' own `_ready` does."""
+        network = self._secateur_network
+        if special() or everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks:
+            return None
+        if not network.choices >> products.bucket(self.rows(x)) & 1:
+            return None
+        program = network.program(self)
+        if program is None or not program.layers[0]._takes_input(x):
+            return None
+        bound = program.bound()
+        return None if bound is None or bound.differentiable() else (program, bound)
+
+
+def install(module: nn.Module, words: str, choices: int) -> SparseNetwork:
+    """Turn a module into one whose program runs for these row classes; `restore` turns it back."""
+    swap(module, SparseNetwork)
+    assert isinstance(module, SparseNetwork)
+    module._secateur_network = Network(words, choices)
+    return module
+
+
+def networks(model: nn.Module) -> Iterator[tuple[str, tuple[nn.Module, Program]]]:
+    """The modules, by name, whose forward has regions: the outermost ones."""
+    seen: set[int] = set()
+
+    def within(name: str, module: nn.Module) -> Iterator[tuple[str, tuple[nn.Module, Program]]]:
+        seen.add(id(module))
+        if sum(map(packed, module.modules())) < 2:
+            return
+        if _swappable(module) and (found := _twice(module)) is not None:
+            yield name, (module, found)
+            return
+        for key, child in module.named_children():
+            if id(child) not in seen:
+                yield from within(f"{name}.{key}".lstrip("."), child)
+
+    return within("", model)
+
+
+def _twice(module: nn.Module) -> Program | None:
+    """The program of a module, if a second trace gives the same: if it depends on nothing that changes by itself."""
+    first, second = capture(module), capture(module)
+    return first if first is not None and second is not None and first.words == second.words else None
+
+
+def _swappable(module: nn.Module) -> bool:
+    """Whether a module may get another class, and copies of it come out as such."""
+    kind = type(module)
+    own = ("__reduce__", "__reduce_ex__", "__deepcopy__", "__copy__", "__getattribute__", "__call__")
+    if isinstance(module, Swapped) or any(
+        getattr(kind, name, None) is not getattr(nn.Module, name, None) for name in own
+    ):
+        return False
+    before = kind
+    try:
+        module.__class__ = swapped_class(SparseNetwork, kind)
+    except TypeError:  # with slots, or made by a class of its own
+        return False
+    finally:
+        module.__class__ = before
+    return True
+
+
+def _close(one: Any, other: Any) -> bool:
+    if not isinstance(one, Tensor):
+        return type(one) is type(other) and (one is other or bool(one == other))
+    if one.shape != other.shape or one.dtype is not other.dtype:
+        return False
+    if not one.is_floating_point():
+        return one.equal(other)
+    most = one.abs().nan_to_num(0, 0, 0).amax().item() if one.numel() else 0.0
+    return torch.allclose(one, other, rtol=_AGREES, atol=_AGREES * most, equal_nan=True)

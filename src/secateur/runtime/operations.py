@@ -1,0 +1,183 @@
+"""What the nodes of a graph do, of those that may be part of a network of convolutions."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.nn import functional as F
+
+from secateur.runtime.convolutions import SparseConv2d, even_padding
+from secateur.runtime.graphs import packed
+
+__all__: list[str] = []  # reached through secateur.accelerate alone
+
+CONVOLUTION, MAXIMA, AVERAGES, NEITHER = range(4)
+"""Kinds of steps, as in `native/secateur.h`."""
+NORM, ADDITION, SAME = 4, 5, 6
+"""Further kinds of operations."""
+NONE, RELU, RELU6 = range(3)
+"""Activations, as in `native/secateur.h`."""
+
+Pair = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Window:
+    """What is pooled together; a size of None is the whole image."""
+
+    size: Pair | None
+    stride: Pair = (1, 1)
+    padding: Pair = (0, 0)
+    dilation: Pair = (1, 1)
+    counted: bool = True
+
+
+@dataclass(frozen=True)
+class Operation:
+    """What a node does to values: a kind of step, or something that may become part of one."""
+
+    kind: int
+    values: tuple[fx.Node, ...]
+    layer: Any = None
+    window: Window | None = None
+    activation: int = NONE
+    in_place: bool = False
+
+
+def read(node: fx.Node, module: nn.Module) -> Operation | None:
+    """What a node does, if it may be part of a region."""
+    if node.op == "call_module":
+        layer: Any = module.get_submodule(str(node.target))
+        reader = _MODULES.get(type(layer).forward)
+        if reader is None or node.kwargs or len(node.args) != 1:
+            return None
+        found = reader(layer)
+    elif node.op in ("call_function", "call_method"):
+        function = _FUNCTIONS.get(node.target)
+        found = None if function is None else _called(function, node)
+    else:
+        return None
+    values = node.args[: 2 if found is not None and found["kind"] == ADDITION else 1]
+    if found is None or not all(isinstance(value, fx.Node) for value in values):
+        return None
+    return Operation(values=values, **found)  # type: ignore[arg-type]
+
+
+_Found = dict[str, Any] | None
+
+
+def _called(function: Callable[..., _Found], node: fx.Node) -> _Found:
+    try:
+        return function(*node.args, **node.kwargs)
+    except TypeError:  # arguments of another form of it
+        return None
+
+
+def _activation(kind: int, in_place: bool = False) -> Callable[..., _Found]:
+    def found(x: Any, inplace: bool = in_place) -> _Found:
+        return {"kind": NEITHER, "activation": kind, "in_place": bool(inplace)}
+
+    return found
+
+
+def _clip(x: Any, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False) -> _Found:
+    return _activation(RELU6)(x, inplace) if (min_val, max_val) == (0, 6) else None
+
+
+def _sum(x: Any, other: Any) -> _Found:
+    return {"kind": ADDITION}
+
+
+def _sum_in_place(x: Any, other: Any) -> _Found:
+    return {"kind": ADDITION, "in_place": True}
+
+
+def _dropout(x: Any, p: float = 0.5, training: bool = True, inplace: bool = False) -> _Found:
+    return None if training else {"kind": SAME}
+
+
+def _max_pool(
+    x: Any,
+    kernel_size: Any,
+    stride: Any = None,
+    padding: Any = 0,
+    dilation: Any = 1,
+    ceil_mode: bool = False,
+    return_indices: bool = False,
+) -> _Found:
+    sizes = _pairs(kernel_size, kernel_size if stride is None else stride, padding, dilation)
+    return None if ceil_mode or return_indices or sizes is None else {"kind": MAXIMA, "window": Window(*sizes)}
+
+
+def _average_pool(
+    x: Any,
+    kernel_size: Any,
+    stride: Any = None,
+    padding: Any = 0,
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+    divisor_override: int | None = None,
+) -> _Found:
+    sizes = _pairs(kernel_size, kernel_size if stride is None else stride, padding, 1)
+    if ceil_mode or divisor_override is not None or sizes is None:
+        return None
+    window = Window(sizes[0], sizes[1], sizes[2], counted=bool(count_include_pad))
+    return {"kind": AVERAGES, "window": window}
+
+
+def _adaptive_pool(x: Any, output_size: Any) -> _Found:
+    return {"kind": AVERAGES, "window": Window(None)} if output_size in (1, (1, 1), [1, 1]) else None
+
+
+def _pairs(*sizes: Any) -> Any:
+    """Sizes, each for height and width; None if some are computed."""
+    both = [tuple(one) if isinstance(one, list | tuple) else (one, one) for one in sizes]
+    both = [one * 2 if len(one) == 1 else one for one in both]
+    whole = all(len(one) == 2 and all(type(size) is int for size in one) for one in both)
+    return tuple(both) if whole else None
+
+
+def _convolution(layer: Any) -> _Found:
+    return {"kind": CONVOLUTION, "layer": layer} if packed(layer) and even_padding(layer) else None
+
+
+def _norm(layer: Any) -> _Found:
+    fixed = isinstance(layer, nn.BatchNorm2d) and layer.running_mean is not None and layer.running_var is not None
+    return {"kind": NORM, "layer": layer} if fixed else None
+
+
+_MODULES: Mapping[Any, Callable[[Any], _Found]] = {
+    SparseConv2d.forward: _convolution,
+    nn.BatchNorm2d.forward: _norm,
+    nn.ReLU.forward: lambda layer: _activation(RELU)(None, layer.inplace),
+    nn.Hardtanh.forward: lambda layer: _clip(None, layer.min_val, layer.max_val, layer.inplace),  # ReLU6 is one
+    nn.Identity.forward: lambda layer: {"kind": SAME},
+    nn.Dropout.forward: lambda layer: {"kind": SAME},
+    nn.Dropout2d.forward: lambda layer: {"kind": SAME},
+    nn.MaxPool2d.forward: lambda m: _max_pool(
+        None, m.kernel_size, m.stride, m.padding, m.dilation, m.ceil_mode, m.return_indices
+    ),
+    nn.AvgPool2d.forward: lambda m: _average_pool(
+        None, m.kernel_size, m.stride, m.padding, m.ceil_mode, m.count_include_pad, m.divisor_override
+    ),
+    nn.AdaptiveAvgPool2d.forward: lambda layer: _adaptive_pool(None, layer.output_size),
+}
+"""By the forward of a class, which subclasses with one of their own do not have."""
+
+_FUNCTIONS: Mapping[Any, Callable[..., _Found]] = {
+    **dict.fromkeys((F.relu, torch.relu, "relu"), _activation(RELU)),
+    **dict.fromkeys((torch.relu_, F.relu_, "relu_"), _activation(RELU, in_place=True)),
+    F.relu6: _activation(RELU6),
+    F.hardtanh: _clip,
+    **dict.fromkeys((operator.add, torch.add, "add"), _sum),
+    **dict.fromkeys((operator.iadd, "add_"), _sum_in_place),
+    **dict.fromkeys((F.dropout, F.dropout2d), _dropout),
+    F.max_pool2d: _max_pool,
+    F.avg_pool2d: _average_pool,
+    F.adaptive_avg_pool2d: _adaptive_pool,
+}

@@ -1,0 +1,280 @@
+"""What runs in the place of a module's forward: its graph, in which each region is one native call."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import operator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from secateur.runtime import native, products
+from secateur.runtime.convolutions import SparseConv2d, spreading
+from secateur.runtime.graphs import fingerprint
+from secateur.runtime.operations import CONVOLUTION
+from secateur.runtime.regions import Region, Step
+from secateur.runtime.weight_checks import pointers, seen_to_differ, version, watch
+
+__all__: list[str] = []  # reached through secateur.accelerate alone
+
+_Size = tuple[int, int, int]
+
+
+class Bound:
+    """The tensors of a program's layers as they are now, and the steps of its regions with their addresses.
+
+    Raises:
+        StateError: weights have changed since they were packed.
+        ValueError: a tensor is not of float32 on the CPU, in one piece.
+    """
+
+    def __init__(self, found: Sequence[Region]) -> None:
+        steps = [step for region in found for step in region.steps]
+        self.layers: list[SparseConv2d] = [layer for region in found for layer in region.layers]
+        norms = [step.norm for step in steps if step.norm is not None]
+        for layer in self.layers:
+            layer.current()
+        self._places: list[Any] = [
+            place for module in (*self.layers, *norms) for place in (module._parameters, module._buffers)
+        ]
+        self._found = self._now()
+        self._weights = [layer.weight for layer in self.layers]
+        biases = [layer.bias for layer in self.layers]
+        small = [*biases, *(tensor for norm in norms for tensor in _statistics(norm))]
+        self._small_tensors = [tensor for tensor in small if tensor is not None]
+        packed = [layer.packed_weight for layer in self.layers]
+        self._tensors = [*self._weights, *packed, *self._small_tensors]
+        self._addresses = [tensor.data_ptr() for tensor in self._tensors]
+        self._marks = self._marked()
+        kept = [layer._packed_from for layer in self.layers]
+        both = [(one.addresses[0], one.watches[0]) for one in kept if one is not None and one.watches]
+        self._watches = [one for _, one in both]
+        self._watched = pointers([at for at, _ in both]), pointers([one.address for one in self._watches])
+        if not all(map(_plain, self._small_tensors)):
+            raise ValueError("not float32 on the CPU, in one piece")
+        self._small = [watch(tensor) for tensor in self._small_tensors]
+        addresses = [tensor.data_ptr() for tensor in self._small_tensors]
+        self._small_at = pointers(addresses), pointers([one.address for one in self._small])
+        self._vectors = {id(step): _vectors(step) for step in steps}
+        self.laid: dict[tuple[int, tuple[int, ...]], tuple[Any, _Size] | None] = {}
+
+    def holds(self) -> bool:
+        """Whether all tensors are where they were and hold what they held; raises a StateError if weights do not."""
+        now = self._now()
+        if len(now) != len(self._found) or not all(map(operator.is_, now, self._found)):
+            return False
+        if self._addresses != [*map(Tensor.data_ptr, self._tensors)]:
+            return False
+        if self._marks != self._marked() or seen_to_differ(self._small, self._small_at, all=True):
+            return False
+        if seen_to_differ(self._watches, self._watched):
+            for layer in self.layers:  # to say which it is
+                layer.require_fresh()
+        return True
+
+    def differentiable(self) -> bool:
+        """Whether torch would have to record what is done with one of the tensors."""
+        return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in self._tensors)
+
+    def _now(self) -> list[Any]:
+        return [*itertools.chain.from_iterable(map(dict.values, self._places))]
+
+    def _marked(self) -> list[Any]:
+        return [*map(version, self._weights), *map(Tensor.stride, self._weights)]
+
+    def lay(self, region: int, steps: Sequence[Step], shape: tuple[int, ...]) -> tuple[Any, _Size] | None:
+        """The native steps for an image of this shape, and the size of what comes out; None if torch has to do it."""
+        key = region, shape
+        if key not in self.laid:
+            self.laid[key] = self._lay(steps, shape)
+        return self.laid[key]
+
+    def _lay(self, steps: Sequence[Step], shape: tuple[int, ...]) -> tuple[Any, _Size] | None:
+        sizes: dict[int, _Size] = {0: (shape[1], shape[2], shape[3])}
+        made = (native.Step * len(steps))()
+        for step, one in zip(steps, made, strict=True):
+            given = sizes[step.source]
+            windows = _windows(step, given)
+            result = _result(step, given, windows)
+            if result is None or (step.add >= 0 and sizes[step.add] != result):
+                return None
+            sizes[step.to] = result
+            one.kind, one.source, one.to, one.add, one.activation = (
+                step.kind, step.source, step.to, step.add, step.activation
+            )  # fmt: skip
+            one.counted = step.window is not None and step.window.counted
+            scale, shift = self._vectors[id(step)]
+            one.scale, one.shift = _address(scale), _address(shift)
+            if step.kind == CONVOLUTION:
+                one.blob = step.layer.packed_weight.data_ptr()
+                code = step.layer._codes.get("weight")
+                pixels = products.bucket(shape[0] * result[1] * result[2])
+                one.code = code.handle if code is not None and code.choices >> pixels & 1 else None
+            one.shape[:] = [shape[0], *given, *(number for pair in windows for number in pair)]
+        return made, sizes[steps[-1].to]
+
+
+def _plain(tensor: Tensor) -> bool:
+    return type(tensor.data) is Tensor and tensor.dtype is torch.float32 and tensor.is_cpu and tensor.is_contiguous()
+
+
+def _statistics(norm: nn.BatchNorm2d) -> tuple[Tensor | None, ...]:
+    return norm.weight, norm.bias, norm.running_mean, norm.running_var
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _vectors(step: Step) -> tuple[Tensor | None, Tensor | None]:
+    """Scale and shift of a step, of its BatchNorm and the bias of its convolution."""
+    bias = step.layer.bias if step.kind == CONVOLUTION else None
+    norm: Any = step.norm
+    with torch.inference_mode(False), torch.no_grad():
+        if norm is None:
+            return None, None if bias is None else bias.detach().contiguous()
+        scale = (norm.running_var.double() + norm.eps).rsqrt()
+        scale = scale if norm.weight is None else scale * norm.weight
+        shift = -norm.running_mean * scale if bias is None else (bias - norm.running_mean) * scale
+        shift = shift if norm.bias is None else shift + norm.bias
+        return scale.float().contiguous(), shift.float().contiguous()
+
+
+def _windows(step: Step, image: _Size) -> tuple[tuple[int, ...], ...]:
+    """Size, stride, padding and dilation of what a step looks at, each for height and width."""
+    if step.kind == CONVOLUTION:
+        stride, padding, _, dilation = spreading(step.layer)
+        return step.layer.kernel_size, stride, padding, dilation
+    if (window := step.window) is None:
+        return (1, 1), (1, 1), (0, 0), (1, 1)
+    return window.size or image[1:], window.stride, window.padding, window.dilation
+
+
+def _result(step: Step, image: _Size, windows: tuple[tuple[int, ...], ...]) -> _Size | None:
+    """The size that a step gives; None if torch would not compute it."""
+    size, stride, padding, dilation = windows
+    if min(*size, *stride, *dilation) < 1 or min(padding) < 0 or min(image) < 1:
+        return None
+    channels = image[0]
+    if step.kind == CONVOLUTION:
+        if channels != step.layer.in_channels:
+            return None
+        channels = step.layer.out_channels
+    elif any(2 * pad > width for pad, width in zip(padding, size, strict=True)):
+        return None
+    if step.norm is not None and step.norm.num_features != channels:
+        return None
+    height, width = products.conv_size(image[1:], size, stride, padding, dilation)
+    return (channels, height, width) if min(height, width) > 0 else None
+
+
+@dataclass(frozen=True)
+class _Call:
+    """A node that runs as it says."""
+
+    node: fx.Node
+    function: Callable[..., Any]
+    spent: tuple[fx.Node, ...] = ()
+    """Nodes whose values nothing needs afterwards."""
+
+    def run(self, values: dict[fx.Node, Any], bound: Bound) -> None:
+        args, kwargs = fx.node.map_arg((self.node.args, self.node.kwargs), values.__getitem__)
+        values[self.node] = self.function(*args, **kwargs)
+        self.forget(values)
+
+    def forget(self, values: dict[fx.Node, Any]) -> None:
+        """Free what is not needed behind it."""
+        for node in self.spent:
+            values.pop(node, None)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A region: one native call, or its nodes one after the other."""
+
+    number: int
+    region: Region
+    singly: tuple[_Call, ...]
+
+    def run(self, values: dict[fx.Node, Any], bound: Bound) -> None:
+        out = self._at_once(values[self.region.source], bound)
+        if out is None:
+            for call in self.singly:
+                call.run(values, bound)
+            return
+        for node in self.region.results:
+            values[node] = out
+        for call in self.singly:
+            call.forget(values)
+
+    def _at_once(self, x: Any, bound: Bound) -> Tensor | None:
+        if type(x) is not Tensor or x.dim() != 4 or x.dtype is not torch.float32 or not x.is_cpu:
+            return None
+        laid = bound.lay(self.number, self.region.steps, tuple(x.shape))
+        return None if laid is None else products.network(x, *laid)
+
+
+class Program:
+    """The graph of a module with its regions."""
+
+    def __init__(self, module: nn.Module, graph: fx.Graph, found: Sequence[Region]) -> None:
+        self.words, self.regions = fingerprint(graph), found
+        nodes = [*graph.nodes]
+        place = {node: i for i, node in enumerate(nodes)}
+        spent: dict[int, list[fx.Node]] = {}
+        for node in nodes[:-1]:
+            spent.setdefault(max((place[user] for user in node.users), default=place[node]), []).append(node)
+        calls = [_Call(node, _function(node, module), tuple(spent.get(i, ()))) for i, node in enumerate(nodes)]
+        self._source, self._entries = nodes[0], [*self._merged(calls)]
+        self._bound: Bound | None = None
+
+    def _merged(self, calls: Sequence[_Call]) -> Iterator[_Call | _Run]:
+        end = 1  # behind the input
+        for number, region in enumerate(self.regions):
+            start, behind = region.span
+            yield from calls[end:start]
+            yield _Run(number, region, tuple(calls[start:behind]))
+            end = behind
+        yield from calls[end:]
+
+    @property
+    def layers(self) -> list[SparseConv2d]:
+        """The convolutions of its regions."""
+        return [layer for region in self.regions for layer in region.layers]
+
+    def bound(self) -> Bound | None:
+        """The tensors as they are now, or None if these are not for the kernels; as `Bound` raises a StateError."""
+        bound = self._bound
+        if bound is None or not bound.holds():
+            try:
+                self._bound = bound = Bound(self.regions)
+            except (ValueError, AttributeError):  # another dtype, or parameters that are gone
+                return None
+        return bound
+
+    def release(self) -> None:
+        """Take the tensors as they are at the next call."""
+        self._bound = None
+
+    def run(self, x: Tensor, bound: Bound) -> Any:
+        """What the module's forward gives."""
+        values: dict[fx.Node, Any] = {self._source: x}
+        for entry in self._entries:
+            entry.run(values, bound)
+        return values.popitem()[1]
+
+
+def _function(node: fx.Node, module: nn.Module) -> Callable[..., Any]:
+    """What a node calls with its arguments."""
+    target: Any = node.target
+    if node.op == "call_module":
+        return module.get_submodule(target)
+    if node.op == "call_method":
+        return lambda value, *args, **kwargs: getattr(value, target)(*args, **kwargs)
+    if node.op == "get_attr":
+        return lambda: functools.reduce(getattr, target.split("."), module)
+    return target if node.op == "call_function" else lambda value: value
