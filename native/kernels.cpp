@@ -232,13 +232,9 @@ INLINE void group(V w, const T* value, const u16* index, const float* in, V (&s)
     }
 }
 
-// sums[row][C vectors] += the chunk's rows times the inputs, with A partial sums to hide the latency of additions.
-// Loads are what bounds it: so weights come as vectors of G, and each is spread over a register by a shuffle rather than
-// by a load of its own.
-template <class V, int C, int A, class T>
-INLINE void product(Blob blob, const float* inputs, u32 chunk, float* sums) {
-    constexpr int lanes = sizeof(V) / 4, width = lanes * C, G = least(lanes, 8) == 1 ? A : least(lanes, 8);
-    constexpr bool in_register = lanes > 1 && (C <= 2 || sizeof(T) == 2);
+// Calls f(row in the chunk, first column of the block, non-zeros of the row there, their columns in it, their values).
+template <class T, class F>
+INLINE void each_row(Blob blob, u32 chunk, const F& f) {
     const Header& head = *blob.head;
     const Chunk& at = blob.at<Chunk>(head.chunk_table)[chunk];
     const u32* counts = blob.at<u32>(head.run_counts) + u64(chunk) * head.blocks;
@@ -246,41 +242,73 @@ INLINE void product(Blob blob, const float* inputs, u32 chunk, float* sums) {
     const u16* row = blob.at<u16>(head.row_order) + at.row;
     const u16* index = blob.at<u16>(head.index) + at.entry;
     const T* value = blob.at<T>(head.value) + at.entry;
-    for (u32 b = 0; b < head.blocks; b++) {
-        const float* in = inputs + u64(b) * head.block * width;
+    for (u32 b = 0; b < head.blocks; b++)
         for (const Run* end = run + counts[b]; run < end; run++) {
             const int length = run->length;
             for (int k = run->count; k > 0; k--) {
-                float* out = sums + u64(*row++) * width;
-                V s[A][C];
-                UNROLL for (int c = 0; c < C; c++) s[0][c] = load<V>(out + c * lanes);
-                UNROLL for (int a = 1; a < A; a++)
-                    UNROLL for (int c = 0; c < C; c++) s[a][c] = V{};
-                int i = 0;
-                auto some = [&](auto count) {
-                    V w{};
-                    if constexpr (in_register) {
-                        w = values<V>(value + i);
-                        OPAQUE(w);  // or the compiler turns the shuffles back into loads
-                    }
-                    group<0, decltype(count)::value, in_register>(w, value + i, index + i, in, s);
-                    i += decltype(count)::value;
-                };
-                while (i + G <= length) some(Count<G>{});
-                if (G > 4 && i + 4 <= length) some(Count<4>{});
-                for (; i < length; i++) {
-                    const float* x = in + u64(index[i]) * width;
-                    UNROLL for (int c = 0; c < C; c++) s[A - 1][c] += values<float>(value + i) * load<V>(x + c * lanes);
-                }
-                for (int k = 0; k < length; k += 16) __builtin_prefetch(value + kAhead + k);
-                for (int k = 0; k < length; k += 32) __builtin_prefetch(index + kAhead + k);
+                f(u64(*row++), u64(b) * head.block, length, index, value);
+                for (int i = 0; i < length; i += 16) __builtin_prefetch(value + kAhead + i);
+                for (int i = 0; i < length; i += 32) __builtin_prefetch(index + kAhead + i);
                 index += length, value += length;
-                UNROLL for (int a = 1; a < A; a++)
-                    UNROLL for (int c = 0; c < C; c++) s[0][c] += s[a][c];
-                UNROLL for (int c = 0; c < C; c++) store(out + c * lanes, s[0][c]);
             }
         }
-    }
+}
+
+// sums[row][C vectors] += the chunk's rows times the inputs, with A partial sums to hide the latency of additions.
+// Loads are what bounds it: so weights come as vectors of G, and each is spread over a register by a shuffle rather than
+// by a load of its own.
+template <class V, int C, int A, class T>
+INLINE void product(Blob blob, const float* inputs, u32 chunk, float* sums) {
+    constexpr int lanes = sizeof(V) / 4, width = lanes * C, G = least(lanes, 8);
+    constexpr bool in_register = C <= 2 || sizeof(T) == 2;
+    each_row<T>(blob, chunk, [&](u64 row, u64 column, int length, const u16* index, const T* value) {
+        const float* in = inputs + column * width;
+        float* out = sums + row * width;
+        V s[A][C];
+        UNROLL for (int c = 0; c < C; c++) s[0][c] = load<V>(out + c * lanes);
+        UNROLL for (int a = 1; a < A; a++)
+            UNROLL for (int c = 0; c < C; c++) s[a][c] = V{};
+        int i = 0;
+        auto some = [&](auto count) {
+            V w{};
+            if constexpr (in_register) {
+                w = values<V>(value + i);
+                OPAQUE(w);  // or the compiler turns the shuffles back into loads
+            }
+            group<0, decltype(count)::value, in_register>(w, value + i, index + i, in, s);
+            i += decltype(count)::value;
+        };
+        while (i + G <= length) some(Count<G>{});
+        if (G > 4 && i + 4 <= length) some(Count<4>{});
+        for (; i < length; i++) {
+            const float* x = in + u64(index[i]) * width;
+            UNROLL for (int c = 0; c < C; c++) s[A - 1][c] += values<float>(value + i) * load<V>(x + c * lanes);
+        }
+        UNROLL for (int a = 1; a < A; a++)
+            UNROLL for (int c = 0; c < C; c++) s[0][c] += s[a][c];
+        UNROLL for (int c = 0; c < C; c++) store(out + c * lanes, s[0][c]);
+    });
+}
+
+// The same for a single input: its values are collected by fours, as the weights lie. What is left of a row goes without a
+// branch, as rows are short and the processor would guess it wrong.
+template <class T>
+INLINE void product_of_one(Blob blob, const float* input, u32 chunk, float* sums) {
+    using V = Of<4>::type;
+    using I = Ints<4>::type;
+    each_row<T>(blob, chunk, [&](u64 row, u64 column, int length, const u16* index, const T* value) {
+        const float* in = input + column;
+        V s = {};
+        const u16* end = index + (length & ~3);
+        for (; index < end; index += 4, value += 4)
+            s += values<V>(value) * V{in[index[0]], in[index[1]], in[index[2]], in[index[3]]};
+        const int m = length & 3, first = -(m > 0), second = -(m > 1), third = -(m > 2);
+        const I some = {first, second, third, 0};
+        const V x = {in[index[0] & first], in[index[1] & second], in[index[2] & third], 0};
+        const V w = reinterpret_cast<V>(reinterpret_cast<I>(values<V>(value)) & some);
+        s += w * reinterpret_cast<V>(reinterpret_cast<I>(x) & some);
+        sums[row] += (s[0] + s[1]) + (s[2] + s[3]);
+    });
 }
 
 // In vectors of at most LANES, with about as many sums at a time as the latency of an addition asks for.
@@ -288,11 +316,17 @@ template <int kWidth>
 void product_of_width(Blob blob, const float* inputs, u32 chunk, float* sums) {
     constexpr int lanes = least(kWidth, LANES), vectors = kWidth / lanes;
     constexpr int partial = vectors >= 8 ? 1 : vectors >= 2 ? 2 : 4;
-    using V = typename Of<lanes>::type;
+    auto run = [&](auto value) {
+        using T = decltype(value);
+        if constexpr (kWidth == 1)
+            product_of_one<T>(blob, inputs, chunk, sums);
+        else
+            product<typename Of<lanes>::type, vectors, partial, T>(blob, inputs, chunk, sums);
+    };
     switch (blob.head->values) {
-        case kFloat16: return product<V, vectors, partial, u16>(blob, inputs, chunk, sums);
-        case kBfloat16: return product<V, vectors, partial, Bfloat16>(blob, inputs, chunk, sums);
-        default: return product<V, vectors, partial, float>(blob, inputs, chunk, sums);
+        case kFloat16: return run(u16{});
+        case kBfloat16: return run(Bfloat16{});
+        default: return run(float{});
     }
 }
 
