@@ -1,7 +1,7 @@
 """The numbers of the runtime: how fast a pruned model runs, against torch and against what else there is.
 
     python benchmarks/runtime.py [linear] [conv] [models] [recurrent] [sparsity] [floor] [threads] [avx2] [packed]
-                                 [checks] [peers] [all]
+                                 [checks] [generation] [tuning] [peers] [table] [all]
                                  [--json FILE] [--rounds N] [--only TEXT] [--kernel] [--quick]
                                  [--environments FOLDER] [--scratch FOLDER]
 
@@ -12,6 +12,14 @@ bias are included; buffers are aligned to 64 bytes. Regimes: *hot* is one layer 
 of distinct layers repeated, *evicted* the chain with 256 MB streamed through the cache before each pass (each pass
 timed alone, a block being the median of ten). Models are pruned by `sc.prune(model, s, allocation="uniform")`.
 Secateur's side is what a user gets from `sc.accelerate(model, x, threads=1)`, layers left dense included.
+
+"Of roof" is how near a call is to what one core can do at all (runtime_roofs.py measures that): the multiply-adds that
+meet no zero weight, over those that it could do in the same time; evicted, the bytes of weights that are not zero, over
+those that it could read. "Generated over compiled" is the speed over the same with `generated=False`, taken in turn,
+and empty where no code can run (without AVX-512).
+
+`table` measures secateur against eager alone, with fewer rounds: all that matters of every section in about 15 minutes,
+or those that are named behind it (`table conv tuning`).
 
 "Best dense" is the fastest float32 of eager (convolutions: in both layouts), `torch.compile` (frozen or not) and ONNX
 Runtime; OpenVINO has a column of its own. secateur's float16 values, bf16 and int8 are lossy, and shown with their
@@ -38,7 +46,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -50,6 +58,9 @@ from torch import Tensor, nn
 import runtime_cases as cases
 import secateur as sc
 from runtime_cases import Case, Encoder, Side, flat, in_turn, ratios, relative_error, yardstick
+from runtime_models import Llama
+from runtime_roofs import roofs
+from secateur.measurement.costs import macs
 from secateur.runtime import native, trust_weights
 from secateur.support.machine import cpu_name
 from secateur.support.tables import Table
@@ -57,6 +68,7 @@ from secateur.support.tables import Table
 HERE = Path(__file__).parent
 AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2", "ONEDNN_MAX_CPU_ISA": "AVX2",
         "SECATEUR_ISA": "avx2"}  # fmt: skip
+COMPILED = "secateur, generated=False"
 TOLERANCE = 1e-5  # of secateur, relative to float64
 DENSE = "eager", "eager, plain layout", "torch.compile", "torch.compile, frozen", "onnxruntime, dense"
 LOSSY = "secateur, float16", "bf16", "dynamic int8"
@@ -87,6 +99,15 @@ def secateur(case: Case, model: nn.Module) -> Callable[[], object]:
     start = time.perf_counter()
     fast = sc.accelerate(model, x, threads=1)
     plans[case.id], tuned[case.id] = fast.plan, time.perf_counter() - start
+    return lambda: fast(x)
+
+
+def without_code(case: Case, model: nn.Module) -> Callable[[], object]:
+    """Today's compiled kernels, and no code made at run time."""
+    if not native.generates():
+        raise Unsuitable
+    x = case.example()
+    fast = sc.accelerate(model, x, threads=1, generated=False)
     return lambda: fast(x)
 
 
@@ -174,11 +195,12 @@ def int8(case: Case, model: nn.Module) -> Callable[[], object]:
 
 
 SIDES: dict[str, Callable[[Case, nn.Module], Callable[[], object]]] = {
-    "eager": yardstick, "secateur": secateur, "eager, plain layout": plain_layout, "torch.compile": compiled,
-    "torch.compile, frozen": frozen,
+    "eager": yardstick, "secateur": secateur, COMPILED: without_code, "eager, plain layout": plain_layout,
+    "torch.compile": compiled, "torch.compile, frozen": frozen,
     "torch CSR": torch_csr, "secateur, float16": rounded, "bf16": bf16, "dynamic int8": int8,
 }  # fmt: skip
 LITTLE = "eager", "secateur"
+TABLE = "eager", "secateur", COMPILED
 
 
 class Unsuitable(Exception):
@@ -190,6 +212,7 @@ def measure(case: Case, names: tuple[str, ...] = tuple(SIDES)) -> list[Row]:
     if arguments.only and arguments.only not in case.point:
         return []
     model, calls, errors = pruned(case), {}, {}
+    names = names if not arguments.table else tuple(name for name in names if name in TABLE)
     with torch.inference_mode():
         x = case.example()
         reference = flat(copy.deepcopy(model).double()(x.double() if x.is_floating_point() else x))
@@ -217,10 +240,12 @@ def measure(case: Case, names: tuple[str, ...] = tuple(SIDES)) -> list[Row]:
         with torch.inference_mode():
             seconds = in_turn({name: Side(call) for name, call in calls.items()}, regime, rounds(regime))
         found = ratios(seconds)
+        code = ratios(seconds, COMPILED)["secateur"]["ratio"] if {COMPILED, "secateur"} <= set(seconds) else None
         for name, figures in found.items():
             figures["error"] = errors[name]
         rows.append({"id": case.id, "point": case.point, "sparsity": case.sparsity, "regime": regime,
                      "eager us": 1e6 * statistics.median(seconds["eager"]), "sides": found, "goal": goal,
+                     "of roof": of_roof(case, model, regime, seconds), "generated over compiled": code,
                      "sparse layers": sparse_layers(case), "tuned": tuned.get(case.id)})  # fmt: skip
     return rows
 
@@ -235,7 +260,22 @@ def sparse_layers(case: Case) -> str | None:
     return f"{sum(bool(layer.choices) for layer in layers)} of {len(layers)}{fused}"
 
 
+def of_roof(case: Case, model: nn.Module, regime: str, seconds: Mapping[str, list[float]]) -> float | None:
+    """How near secateur's call is to the roof of its regime."""
+    if roofs() is None or "secateur" not in seconds:
+        return None
+    if regime == "evicted":
+        weights = sum(int(w.count_nonzero()) for w in model.parameters() if w.dim() > 1)
+        work = 0.0, (5 if native.isa() == "avx512" else 6) * weights  # the value, and a byte or two that say where
+    else:
+        counted = macs(model, ((case.example(),), {}))
+        work = (counted["macs"] or 0) - (counted["zero_macs"] or 0), 0.0
+    return roofs().share(*work, statistics.median(seconds["secateur"]))  # type: ignore[union-attr]
+
+
 def rounds(regime: str) -> int:
+    if arguments.table:
+        return 5
     return 3 if arguments.quick else max(3, arguments.rounds // 3) if regime == "evicted" else arguments.rounds
 
 
@@ -354,6 +394,39 @@ def checks() -> list[Row]:
                      "looking costs %": 100 * statistics.median(cost), "first quartile": 100 * cost[len(cost) // 4],
                      "third": 100 * cost[-len(cost) // 4]})  # fmt: skip
     return rows
+
+
+def generation() -> list[Row]:
+    """What code costs to make, and to hold: at load, on one thread; it is made here even where it cannot run."""
+    rows: list[Row] = []
+    if native.library() is None:
+        leave_out("generation", "no native library")
+        return rows
+    for side in (512, 1024, 2048):
+        weight = pruned(cases.linear(side, side, 1, 1, {})).layers[0].weight  # type: ignore[union-attr, index]
+        blob, count, seconds = native.pack(weight), int(weight.count_nonzero()), []
+        for _ in range(4 * rounds("hot")):
+            start = time.process_time()
+            code = native.generate(blob, run=0)
+            seconds.append(time.process_time() - start)
+        rows.append({"90 % pruned": f"Linear {side}x{side}", "ns a non-zero": 1e9 * statistics.median(seconds) / count,
+                     "least": 1e9 * min(seconds) / count, "must": 60, "aim": 45,
+                     "bytes a non-zero: code": code.bytes / count, "packed": blob.numel() / count,
+                     "in all": (code.bytes + blob.numel()) / count, "must ": 20, "aim ": 16})  # fmt: skip
+    return rows
+
+
+def tuning() -> list[Row]:
+    """How long `accelerate` takes for a large model, by the clock and by the CPU."""
+    torch.manual_seed(0)
+    model = Llama().eval()
+    sc.prune(model, 0.9, allocation="uniform")
+    wall, cpu = time.perf_counter(), time.process_time()
+    fast = sc.accelerate(model, [torch.randint(0, 8192, (1, count)) for count in (1, 32)], threads=1)
+    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    gains = " and ".join(f"{gain.speedup:.2f}" for gain in fast.plan.gains)
+    return [{"Llama of 24 layers, 333 million weights, 90 % pruned": "1 and 32 tokens", "seconds": wall,
+             "of CPU": cpu, "must": 20, "aim": 10, "speed over eager": gains}]  # fmt: skip
 
 
 # ---- peers ------------------------------------------------------------------------------------------------------
@@ -482,7 +555,8 @@ def speeds(rows: list[Row]) -> list[Row]:
         speed = ours.get("ratio")
         openvino = max((others[name]["ratio"] for name in others if name.startswith("openvino")), default=None)
         shown.append({**named(row), "eager us": row["eager us"], "secateur": speed, "least": ours.get("least"),
-                      "most": ours.get("most"), "sparse layers": row["sparse layers"],
+                      "most": ours.get("most"), "generated over compiled": row["generated over compiled"],
+                      "of roof": row["of roof"], "sparse layers": row["sparse layers"],
                       "over best dense": speed and speed / dense[best], "which is": best,
                       "over OpenVINO": speed and openvino and speed / openvino,
                       "best sparse peer": sparse.get(peer), "which is ": peer,  # type: ignore[arg-type]
@@ -540,7 +614,7 @@ def two_threads(rows: list[Row]) -> list[Row]:
 
 SECTIONS: dict[str, Callable[[], list[Row]]] = {
     "linear": linear, "conv": conv, "models": models, "recurrent": recurrent, "sparsity": sparsity, "floor": floor,
-    "threads": threads, "avx2": avx2, "packed": packed, "checks": checks,
+    "threads": threads, "avx2": avx2, "packed": packed, "checks": checks, "generation": generation, "tuning": tuning,
 }  # fmt: skip
 
 
@@ -548,6 +622,8 @@ SHOWN: dict[str, Callable[[list[Row]], list[Row]]] = {
     "threads": two_threads,
     "packed": list,
     "checks": list,
+    "generation": list,
+    "tuning": list,
 }  # others: as speeds
 
 
@@ -566,7 +642,7 @@ def cell(value: object) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("which", nargs="*", default=[], help=", ".join([*SECTIONS, "peers"]))
+    parser.add_argument("which", nargs="*", default=[], help=", ".join([*SECTIONS, "peers", "table"]))
     parser.add_argument("--json", type=Path, help="write the figures here")
     parser.add_argument("--rounds", type=int, default=21, help="blocks of each side (21; evicted: a third)")
     parser.add_argument("--only", default="", help="rows whose name has this")
@@ -583,6 +659,9 @@ def main() -> None:
     everything = [*SECTIONS, "peers"]
     install = bool({"peers", "all"} & set(arguments.which))
     chosen = everything if arguments.which in ([], ["all"]) else arguments.which
+    arguments.table = arguments.which[:1] == ["table"]
+    if arguments.table:
+        chosen = chosen[1:] or [name for name in SECTIONS if name not in ("avx2", "packed", "checks")]
     if unknown := set(chosen) - set(everything):
         parser.error(f"no section is named {', '.join(sorted(unknown))}; there are {', '.join(everything)}")
     if "peers" in chosen:  # first: the tables below show them
@@ -593,13 +672,17 @@ def main() -> None:
             continue
         found[name] = rows = SECTIONS[name]()
         show(name, SHOWN.get(name, speeds)(rows))
-        if name not in ("floor", "avx2", *SHOWN):
+        if name not in ("floor", "avx2", *SHOWN) and not arguments.table:
             show(f"{name}: lossy rivals, dense", lossy(rows))
     missed = [f"{row['point']}, {row['sparsity']:.0%} pruned, {row['regime']}" for name in found
               if name in SECTIONS and name not in SHOWN for row in found[name] if below(row)]  # fmt: skip
     print("\nBelow must:", "\n- ".join(["", *missed]) if missed else "none.")
     print("\nExcluded:", "\n- ".join(["", *excluded]) if excluded else "nothing.")
-    print("\n".join([f"One thread but for the section on threads. {machine()}.", *notes]))
+    print(
+        "\n".join(
+            [f"One thread but for the section on threads. {machine()}.", f"{roofs() or 'No roofs: no cc'}.", *notes]
+        )
+    )
     if arguments.json:
         settings = {
             "machine": machine(),
