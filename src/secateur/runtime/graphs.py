@@ -119,14 +119,15 @@ class Attributes:
             if (entries := entries + len(one)) > _MOST:
                 raise ValueError("too many attributes")
             left += [inner for inner in map(_contents, _values(one)) if inner is not None]
-        self._live = [*found.values()]
+        self._empty = [one for one in found.values() if not one]  # most hooks, which are soonest looked at so
+        self._live = [one for one in found.values() if one]
         self._kept = [*map(_plain_copy, self._live)]
 
     def same(self) -> bool:
         """Whether nothing was set, added or removed."""
         try:
-            return self._live == self._kept
-        except (RuntimeError, ValueError, TypeError):  # of tensors and arrays that were replaced
+            return not any(self._empty) and self._live == self._kept
+        except Exception:  # of tensors, arrays and objects of users that were replaced
             return False
 
     def same_but_notes(self) -> bool:
@@ -144,6 +145,8 @@ class Attributes:
 
     def put_back(self) -> None:
         """Undo what was set, added or removed."""
+        for one in self._empty:
+            one.clear()
         for live, kept in zip(self._live, self._kept, strict=True):
             live.clear()
             live.extend(kept) if isinstance(live, list | collections.deque) else live.update(kept)

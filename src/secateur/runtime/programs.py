@@ -27,6 +27,9 @@ _Size = tuple[int, int, int]
 class Bound:
     """The tensors of a program's layers as they are now, and the steps of its regions with their addresses.
 
+    It looks for tensors that hold something else now. Whether one was replaced is known from the attributes of the
+    modules, but for those of one value, which pass for equal ones there.
+
     Raises:
         StateError: weights have changed since they were packed.
         ValueError: a tensor is not of float32 on the CPU, in one piece.
@@ -38,9 +41,8 @@ class Bound:
         norms = [step.norm for step in steps if step.norm is not None]
         for layer in self.layers:
             layer.current()
-        self._places: list[Any] = [
-            place for module in (*self.layers, *norms) for place in (module._parameters, module._buffers)
-        ]
+        places = [place for module in (*self.layers, *norms) for place in (module._parameters, module._buffers)]
+        self._places: list[Any] = [place for place in places if any(map(_single, place.values()))]
         self._found = self._now()
         self._weights = [layer.weight for layer in self.layers]
         biases = [layer.bias for layer in self.layers]
@@ -49,6 +51,8 @@ class Bound:
         packed = [layer.packed_weight for layer in self.layers]
         self._tensors = [*self._weights, *packed, *self._small_tensors]
         self._addresses = [tensor.data_ptr() for tensor in self._tensors]
+        counted = not any(map(Tensor.is_inference, self._weights))
+        self._version: Callable[[Tensor], int | None] = operator.attrgetter("_version") if counted else version
         self._marks = self._marked()
         kept = [layer._packed_from for layer in self.layers]
         both = [(one.addresses[0], one.watches[0]) for one in kept if one is not None and one.watches]
@@ -84,7 +88,7 @@ class Bound:
         return [*itertools.chain.from_iterable(map(dict.values, self._places))]
 
     def _marked(self) -> list[Any]:
-        return [*map(version, self._weights), *map(Tensor.stride, self._weights)]
+        return [*map(self._version, self._weights), *map(Tensor.stride, self._weights)]
 
     def lay(self, region: int, steps: Sequence[Step], shape: tuple[int, ...]) -> tuple[Any, _Size] | None:
         """The native steps for an image of this shape, and the size of what comes out; None if torch has to do it."""
@@ -124,6 +128,10 @@ def _plain(tensor: Tensor) -> bool:
 
 def _statistics(norm: nn.BatchNorm2d) -> tuple[Tensor | None, ...]:
     return norm.weight, norm.bias, norm.running_mean, norm.running_var
+
+
+def _single(tensor: Tensor | None) -> bool:
+    return tensor is not None and tensor.numel() == 1 and tensor.is_floating_point()
 
 
 def _address(tensor: Tensor | None) -> int | None:
