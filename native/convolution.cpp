@@ -10,34 +10,56 @@ struct Convolver {
     const Convolution& of;
     Images from;
     const i64 images;
-    const Result& result;
+    Result result;
     const int threads;
     const Planes planes;
     const i64 rows, columns, ow, area;
-    const float* none = nullptr;    // zeros
-    const i64* offset = nullptr;    // of what a column meets at the first place, in the planes
+    const float* start = nullptr;   // of the sums
+    const i64* offset = nullptr;    // of what a column meets at the first place
+    i64 line, step = 1;             // floats from there to the next place below, and to the next in a row
 
     Convolver(const Convolution& of_, const Images& from_, i64 images_, const Result& result_, int threads_)
         : of(of_), from(from_), images(images_), result(result_), threads(threads_), planes(of_.shape),
-          rows(of_.blob.head->rows), columns(of_.blob.head->columns), ow(of_.shape.ow()), area(of_.shape.oh() * ow) {}
+          rows(of_.blob.head->rows), columns(of_.blob.head->columns), ow(of_.shape.ow()), area(of_.shape.oh() * ow),
+          line(planes.pitch) {}
 
     bool run() {
         i64* at = reinterpret_cast<i64*>(offsets.get(2 * columns));
-        none = zeros.get(rows);
-        if (!at || !none || !lay()) return false;
-        planes.offsets(columns, at);
+        start = zeros.get(rows);
+        if (!at || !start) return false;
         offset = at;
-        return of.code && (!from.ends || planes.places() >= kLanes) ? by_code() : by_panels();
+        if (result.finish.shift && !result.finish.scale) start = result.finish.shift, result.finish.shift = nullptr;
+        const bool plain = from.ends && of.shape.plain();
+        const bool coded = of.code && (!plain || planes.places() >= kLanes), shifts = coded && shifted();
+        if (!shifts && (coded ? tight() : plain || roomy())) {
+            planes_of(from.frame, at);
+        } else {
+            if (!(shifts ? lay(Lines(of.shape)) : lay(planes))) return false;
+            planes.offsets(columns, at);
+        }
+        return coded ? by_code() : by_panels();
     }
 
     bool shifted() const { return of.code && of.code->shifted; }
-
-    // Sees to it that images lie in the planes, or lines, that are read.
-    bool lay() {
-        const Geometry& g = planes.g;
-        if (shifted()) return lay(Lines(g));
-        return (g.sh * g.sw == 1 && from.frame.ph == g.ph && from.frame.pw == g.pw) || lay(planes);
+    // Whether images lie as code wants them.
+    bool tight() const {
+        const Geometry& g = of.shape;
+        return g.sh * g.sw == 1 && from.frame.ph == g.ph && from.frame.pw == g.pw;
     }
+    // Whether panels can be made of images as they lie.
+    bool roomy() const {
+        const Geometry& g = of.shape;
+        return !from.ends && g.sw <= kStrides && from.frame.ph >= g.ph && from.frame.pw >= g.pw;
+    }
+    // Where columns meet images that lie as they are.
+    void planes_of(const Frame& frame, i64* at) {
+        const Geometry& g = of.shape;
+        const i64 pitch = frame.pitch(), begin = (frame.ph - g.ph) * pitch + frame.pw - g.pw, taps = g.kh * g.kw;
+        for (i64 j = 0; j < columns; j++)
+            at[j] = j < taps ? begin + j / g.kw * g.dh * pitch + j % g.kw * g.dw : at[j - taps] + frame.plane();
+        line = g.sh * pitch, step = g.sw;
+    }
+    // Lays images into the planes, or lines, that are read.
     template <class Form>
     bool lay(const Form& form) {
         const i64 next = i64(form.size()), channels = form.g.channels;
@@ -53,31 +75,34 @@ struct Convolver {
 
     Piece piece(i64 image, i64 y, i64 x, i64 lane, i64 n) const {
         const Images &to = result.to, &add = result.add;
-        return {image * from.next + y * planes.pitch + x,
+        return {image * from.next + y * line + x * step,
                 image * to.next + to.frame.first() + y * to.frame.pitch() + x,
                 image * add.next + add.frame.first() + y * add.frame.pitch() + x, int(lane), int(n)};
     }
 
     // Places of outputs, counted through all images, by pieces of rows.
     int of_outputs(i64 first, i64 n, Piece* pieces) const {
-        const bool flat = planes.pitch == ow && result.to.frame.pw == 0 && (!result.add.data || result.add.frame.pw == 0);
+        const bool flat = line == ow && step == 1 && result.to.frame.pw == 0 && (!result.add.data || result.add.frame.pw == 0);
         int count = 0;
         for (i64 p = first; p < first + n; count++) {
-            const i64 at = p % area, x = at % ow, left = first + n - p, line = flat ? area - at : ow - x;
-            const i64 take = line < left ? line : left;
+            const i64 at = p % area, x = at % ow, left = first + n - p, row = flat ? area - at : ow - x;
+            const i64 take = row < left ? row : left;
             pieces[count] = piece(p / area, at / ow, x, p - first, take);
             p += take;
         }
         return count;
     }
 
-    // Places of the planes of an image, those without outputs left out.
+    // Places of the planes of an image. What lies between outputs is left out, or goes between the rows of the result,
+    // where others are to write zeros then, if rows are as far apart there.
     int of_planes(i64 image, i64 first, i64 n, Piece* pieces) const {
+        const i64 pitch = planes.pitch;
+        const bool alike = result.to.frame.pitch() == pitch && (!result.add.data || result.add.frame.pitch() == pitch);
         int count = 0;
         for (i64 p = first; p < first + n;) {
-            const i64 x = p % planes.pitch, left = first + n - p, line = ow - x;
-            if (line > 0) pieces[count++] = piece(image, p / planes.pitch, x, p - first, line < left ? line : left);
-            p += planes.pitch - x;
+            const i64 x = p % pitch, left = first + n - p, row = alike ? left : ow - x;
+            if (row > 0) pieces[count++] = piece(image, p / pitch, x, p - first, row < left ? row : left);
+            p += alike ? left : pitch - x;
         }
         return count;
     }
@@ -91,7 +116,7 @@ struct Convolver {
                             to.data + p->to + first * step, step);
     }
 
-    // Panels of outputs, also of several images, as places between the rows of small ones would be many.
+    // Panels of outputs of all images, as places between the rows of small ones would be many.
     bool by_panels() const {
         const Kernels& k = *kernels;
         const Blob blob = of.blob;
@@ -103,7 +128,7 @@ struct Convolver {
             const int count = of_outputs(t.first, t.n, pieces);
             const i64 reach = t.width + (count > 1 ? kLanes : 0);  // whole vectors of a piece
             if (!from.ends || t.first + reach <= places) {
-                k.gather(from.data, offset, columns, t.width, pieces, count, panel);
+                k.gather(from.data, int(step), offset, columns, t.width, pieces, count, panel);
                 return panel;
             }
             for (const Piece* p = pieces; p < pieces + count; p++)  // no vector may reach beyond
@@ -119,7 +144,7 @@ struct Convolver {
             if (!out) return false;
             for (u32 c = u32(head.chunks * part / parts); c < u32(head.chunks * (part + 1) / parts); c++) {
                 const i64 first = i64(c) * head.chunk, last = first + head.chunk < rows ? first + head.chunk : rows;
-                k.panel(blob, in, t.width, none, c, out);
+                k.panel(blob, in, t.width, start, c, out);
                 put(out, t.width, first, last, pieces, count);
             }
             return true;
@@ -150,8 +175,8 @@ struct Convolver {
             const i64 first = code.blocks * part / parts, last = code.blocks * (part + 1) / parts;
             const i64 begin = i * together, count = tiles - begin < together ? tiles - begin : together;
             const i64 moved = (begin + count - 1) * step > end ? 1 : 0;  // of these tiles
-            code.run(first, last, in + begin * kLanes, count - moved, none, out);
-            if (moved) code.run(first, last, in + end, 1, none, out + (count - 1) * rows * kLanes);
+            code.run(first, last, in + begin * kLanes, count - moved, start, out);
+            if (moved) code.run(first, last, in + end, 1, start, out + (count - 1) * rows * kLanes);
             for (i64 t = 0; t < count; t++) {
                 const i64 at = moved && t == count - 1 ? end : (begin + t) * step;
                 const i64 n = places - at < step ? places - at : step;

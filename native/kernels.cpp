@@ -369,30 +369,64 @@ void panel_unpack(const float* sums, int n, int width, i64 rows, float* y, i64 s
     }
 }
 
-template <int kWidth>
-void gather_by(const float* planes, const i64* offset, i64 columns, const Piece* pieces, int count, float* panel) {
-    constexpr int lanes = least(kWidth, LANES);
-    using V = typename Of<lanes>::type;
-    if (count == 1) {
-        planes += pieces->from;
-        for (i64 j = 0; j < columns; j++)
-            UNROLL for (int k = 0; k < kWidth; k += lanes) store(panel + j * kWidth + k, load<V>(planes + offset[j] + k));
-        return;
-    }
-    for (i64 j = 0; j < columns; j++, panel += kWidth)
-        for (const Piece* p = pieces; p < pieces + count; p++)
-            for (int k = 0; k < p->n; k += lanes) store(panel + p->lane + k, load<V>(planes + offset[j] + p->from + k));
+// A vector of every kStride-th float.
+[[maybe_unused]] INLINE void evens(Of<16>::type& a, Of<16>::type b) {
+    a = __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+}
+[[maybe_unused]] INLINE void evens(Of<8>::type& a, Of<8>::type b) {
+    a = __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14);
+}
+INLINE void evens(Of<4>::type& a, Of<4>::type b) { a = __builtin_shufflevector(a, b, 0, 2, 4, 6); }
+
+template <class V, int kStride>
+INLINE V strided(const float* p) {
+    static_assert(kStride <= kStrides, "");
+    V v = load<V>(p);
+    if constexpr (kStride == 2 && sizeof(V) > sizeof(float)) evens(v, load<V>(p + sizeof(V) / 4));
+    return v;
 }
 
-void gather(const float* planes, const i64* offset, i64 columns, int width, const Piece* pieces, int count,
-            float* panel) {
-    switch (width) {
-        case 32: return gather_by<32>(planes, offset, columns, pieces, count, panel);
-        case 16: return gather_by<16>(planes, offset, columns, pieces, count, panel);
-        case 8: return gather_by<8>(planes, offset, columns, pieces, count, panel);
-        case 4: return gather_by<4>(planes, offset, columns, pieces, count, panel);
-        default: return gather_by<1>(planes, offset, columns, pieces, count, panel);
+// kMoves vectors of each row, each from its place in the planes to its lane.
+template <class V, int kStride, int kWidth, int kMoves>
+void gather_moves(const float* planes, const i64* offset, i64 columns, const i64* from, const int* lane, float* panel) {
+    const float* at[kMoves];
+    UNROLL for (int m = 0; m < kMoves; m++) at[m] = planes + from[m];
+    for (i64 j = 0; j < columns; j++, panel += kWidth)
+        UNROLL for (int m = 0; m < kMoves; m++) store(panel + lane[m], strided<V, kStride>(at[m] + offset[j]));
+}
+
+template <int kWidth, int kStride>
+void gather_by(const float* planes, const i64* offset, i64 columns, const Piece* pieces, int count, float* panel) {
+    constexpr int lanes = least(kWidth, LANES), full = kWidth / lanes;
+    using V = typename Of<lanes>::type;
+    i64 from[kWidth + 2];  // two more, as compilers see cases that a narrow panel never has
+    int lane[kWidth + 2], moves = 0;
+    for (const Piece* p = pieces; p < pieces + count; p++)
+        for (int k = 0; k < p->n; k += lanes, moves++) from[moves] = p->from + k * kStride, lane[moves] = p->lane + k;
+    switch (moves - full) {
+        case 0: return gather_moves<V, kStride, kWidth, full>(planes, offset, columns, from, lane, panel);
+        case 1: return gather_moves<V, kStride, kWidth, full + 1>(planes, offset, columns, from, lane, panel);
+        case 2: return gather_moves<V, kStride, kWidth, full + 2>(planes, offset, columns, from, lane, panel);
     }
+    for (i64 j = 0; j < columns; j++, panel += kWidth)
+        for (int m = 0; m < moves; m++) store(panel + lane[m], strided<V, kStride>(planes + offset[j] + from[m]));
+}
+
+template <int kStride>
+void gather_of(const float* planes, const i64* offset, i64 columns, int width, const Piece* pieces, int count,
+               float* panel) {
+    switch (width) {
+        case 32: return gather_by<32, kStride>(planes, offset, columns, pieces, count, panel);
+        case 16: return gather_by<16, kStride>(planes, offset, columns, pieces, count, panel);
+        case 8: return gather_by<8, kStride>(planes, offset, columns, pieces, count, panel);
+        case 4: return gather_by<4, kStride>(planes, offset, columns, pieces, count, panel);
+        default: return gather_by<1, kStride>(planes, offset, columns, pieces, count, panel);
+    }
+}
+
+void gather(const float* planes, int stride, const i64* offset, i64 columns, int width, const Piece* pieces, int count,
+            float* panel) {
+    (stride == 1 ? gather_of<1> : gather_of<2>)(planes, offset, columns, width, pieces, count, panel);
 }
 
 // ---- the jagged layout: one to four inputs
@@ -619,19 +653,24 @@ INLINE void steps(i64 n, const F& f) {
     if (i < n) f(n - N);
 }
 
-template <int N, Activation kActivation>
+template <int N, Activation kActivation, bool kBare = false>
 void finish_by(const float* sums, i64 width, i64 rows, i64 n, const Finish& finish, float* to, i64 stride) {
     using V = typename Of<N>::type;
     for (i64 r = 0; r < rows; r++, sums += width, to += stride) {
         const float scale = finish.scale ? finish.scale[r] : 1, shift = finish.shift ? finish.shift[r] : 0;
         const float* add = finish.add ? finish.add + r * finish.add_stride : nullptr;
-        steps<N>(n, [&](i64 i) {
-            V v = load<V>(sums + i) * scale + shift;
-            if (add) v += load<V>(add + i);
+        auto some = [&](i64 i) {
+            V v = load<V>(sums + i);
+            if (!kBare) v = v * scale + shift;
+            if (!kBare && add) v += load<V>(add + i);
             if (kActivation == Activation::kRelu || kActivation == Activation::kRelu6) v = v < 0.f ? V{} : v;
             if (kActivation == Activation::kRelu6) v = v > 6.f ? V{} + 6.f : v;
             store(to + i, v);
-        });
+        };
+        if (n == 4 * N)
+            UNROLL for (int i = 0; i < 4; i++) some(i * N);
+        else
+            steps<N>(n, some);
         if (kActivation == Activation::kEnd) activate(finish.activation, to, n);
     }
 }
@@ -639,7 +678,10 @@ void finish_by(const float* sums, i64 width, i64 rows, i64 n, const Finish& fini
 template <int N>
 void finish_of(const float* sums, i64 width, i64 rows, i64 n, const Finish& finish, float* to, i64 stride) {
     switch (finish.activation) {
-        case Activation::kNone: return finish_by<N, Activation::kNone>(sums, width, rows, n, finish, to, stride);
+        case Activation::kNone:
+            if (!finish.scale && !finish.shift && !finish.add)
+                return finish_by<N, Activation::kNone, true>(sums, width, rows, n, finish, to, stride);
+            return finish_by<N, Activation::kNone>(sums, width, rows, n, finish, to, stride);
         case Activation::kRelu: return finish_by<N, Activation::kRelu>(sums, width, rows, n, finish, to, stride);
         case Activation::kRelu6: return finish_by<N, Activation::kRelu6>(sums, width, rows, n, finish, to, stride);
         default: return finish_by<N, Activation::kEnd>(sums, width, rows, n, finish, to, stride);
@@ -683,28 +725,38 @@ void pool_rows(bool maxima, const float* from, i64 step, i64 rows, i64 n, float*
     (maxima ? pool_rows_by<true> : pool_rows_by<false>)(from, step, rows, n, to);
 }
 
-// Strides of 1 and 2 are told to the compiler, which makes vectors of them.
+template <bool kMaxima, int kStride, int N>
+INLINE void pool_row_by(const float* row, i64 taps, i64 spread, i64 n, float* to) {
+    using V = typename Of<N>::type;
+    steps<N>(n, [&](i64 i) {
+        const float* from = row + i * kStride;
+        V v = strided<V, kStride>(from);
+        for (i64 k = 1; k < taps; k++) v = pooled<kMaxima>(v, strided<V, kStride>(from += spread));
+        store(to + i, v);
+    });
+}
+
 template <bool kMaxima, int kStride>
-void pool_row_by(const float* row, i64 taps, i64 spread, i64 stride, i64 n, float* __restrict__ to) {
-    if (kStride) stride = kStride;
-    for (i64 i = 0; i < n; i++) to[i] = row[i * stride];
-    for (i64 k = 1; k < taps; k++) {
-        row += spread;
-        for (i64 i = 0; i < n; i++) to[i] = pooled<kMaxima>(to[i], row[i * stride]);
-    }
+void pool_row_of(const float* row, i64 taps, i64 spread, i64 n, float* to) {
+    if (n >= LANES)
+        pool_row_by<kMaxima, kStride, LANES>(row, taps, spread, n, to);
+    else if (n >= 4)
+        pool_row_by<kMaxima, kStride, 4>(row, taps, spread, n, to);
+    else
+        pool_row_by<kMaxima, kStride, 1>(row, taps, spread, n, to);
 }
 
 template <bool kMaxima>
-void pool_row_of(const float* row, i64 taps, i64 spread, i64 stride, i64 n, float* to) {
+void pool_row_strided(const float* row, i64 taps, i64 spread, i64 stride, i64 n, float* to) {
     switch (stride) {
-        case 1: return pool_row_by<kMaxima, 1>(row, taps, spread, stride, n, to);
-        case 2: return pool_row_by<kMaxima, 2>(row, taps, spread, stride, n, to);
-        default: return pool_row_by<kMaxima, 0>(row, taps, spread, stride, n, to);
+        case 1: return pool_row_of<kMaxima, 1>(row, taps, spread, n, to);
+        case 2: return pool_row_of<kMaxima, 2>(row, taps, spread, n, to);
     }
+    for (i64 i = 0; i < n; i++) pool_row_by<kMaxima, 1, 1>(row + i * stride, taps, spread, 1, to + i);
 }
 
 void pool_row(bool maxima, const float* row, i64 taps, i64 spread, i64 stride, i64 n, float* to) {
-    (maxima ? pool_row_of<true> : pool_row_of<false>)(row, taps, spread, stride, n, to);
+    (maxima ? pool_row_strided<true> : pool_row_strided<false>)(row, taps, spread, stride, n, to);
 }
 
 void lstm(const float* gates, i64 units_, float* c, float* h) {

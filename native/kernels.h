@@ -22,6 +22,8 @@ struct Finish {
     Activation activation;
 };
 
+constexpr int kStrides = 2;  // the greatest stride that vectors are read with
+
 struct Kernels {
     const char* name;
     bool jagged;  // has small() for 1 <= n <= kSmall; otherwise a panel of width 4 or 1 takes these
@@ -41,10 +43,10 @@ struct Kernels {
     // y[n][rows], rows of y `stride` apart = sums[rows][width] transposed, of which the first n count.
     void (*panel_unpack)(const float* sums, int n, int width, i64 rows, float* y, i64 stride);
 
-    // panel[columns][width], each piece of row j from planes + offset[j] + its `from`. Whole vectors are read, and written
-    // beyond a piece, in the order of lanes.
-    void (*gather)(const float* planes, const i64* offset, i64 columns, int width, const Piece* pieces, int count,
-                   float* panel);
+    // panel[columns][width], each piece of row j from planes + offset[j] + its `from` on, of which every `stride`-th is
+    // taken; at most kStrides. Whole vectors are read, and written beyond a piece, in the order of lanes.
+    void (*gather)(const float* planes, int stride, const i64* offset, i64 columns, int width, const Piece* pieces,
+                   int count, float* panel);
 
     // to[rows][n], rows of it `stride` apart = what `finish` makes of the first n of each row of sums[rows][width].
     void (*finish)(const float* sums, i64 width, i64 rows, i64 n, const Finish& finish, float* to, i64 stride);
@@ -52,6 +54,7 @@ struct Kernels {
     // to[n] = the maxima, or the sums, of so many rows, `step` floats apart; of what is NaN they are NaN.
     void (*pool_rows)(bool maxima, const float* from, i64 step, i64 rows, i64 n, float* to);
     // to[n] = the maxima, or the sums, of windows of `taps` values of a row, `spread` apart; windows are `stride` apart.
+    // Whole vectors are read.
     void (*pool_row)(bool maxima, const float* row, i64 taps, i64 spread, i64 stride, i64 n, float* to);
 
     // x = the activation of x; a NaN stays one, and infinities become what torch makes of them.

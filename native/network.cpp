@@ -16,7 +16,7 @@ struct Value {
     Frame frame;
     i64 begin, size;   // where it is kept, in floats for each image that goes with it
     int writer, last;  // the step that writes it and the last that reads it; -1 is before all
-    bool known, home;  // whether it has a size, and lies as a convolution wants it
+    bool known, home;  // whether it has a size, and lies as code wants it
 };
 
 struct Network {
@@ -24,7 +24,7 @@ struct Network {
     const int count;
     const i64 batch;
     Value* values = nullptr;
-    i64 floats = 0, work = 0;  // of an image: kept in all, and multiplications
+    i64 floats = 0, laid = 0, work = 0;  // of an image: kept in all, the most laid out anew, and multiplications
 
     Network(const secateur_step* steps_, int count_, i64 batch_) : steps(steps_), count(count_), batch(batch_) {}
 
@@ -60,6 +60,18 @@ struct Network {
         return !spread && 2 * g.ph <= g.dh * (g.kh - 1) + 1 && 2 * g.pw <= g.dw * (g.kw - 1) + 1;
     }
 
+    // A value lies as the first code that reads planes wants it, else with as much around it as convolutions want.
+    static void lie(Value& from, const secateur_step& step, const Geometry& g) {
+        const Generated* made = code(step, g);
+        const bool coded = made && !made->shifted && g.sh * g.sw == 1;
+        if (from.home || (made && !coded) || g.sw > kStrides) return;
+        Frame frame = from.frame;
+        frame.ph = coded || frame.ph < g.ph ? g.ph : frame.ph;
+        frame.pw = coded || frame.pw < g.pw ? g.pw : frame.pw;
+        if (coded || double(frame.channels) * double(frame.height + 2 * frame.ph) * double(frame.pitch()) <= kFloats)
+            from.frame = frame, from.home = coded;
+    }
+
     bool is_value(int32_t i) const { return i >= 0 && i <= count && values[i].known; }
 
     bool sound() {
@@ -74,9 +86,7 @@ struct Network {
             if (step.from == 0 && i == 0) from.frame = seen;
             if (!from.frame.same_size(seen)) return false;
             const bool convolution = step.kind == kConvolution;
-            const bool lines = convolution && code(step, g) && code(step, g)->shifted;  // laid for itself
-            if (convolution && g.sh * g.sw == 1 && !lines && !from.home)
-                from.frame.ph = g.ph, from.frame.pw = g.pw, from.home = true;
+            if (convolution) lie(from, step, g);
             from.last = i;
             const Frame result{convolution ? i64(head(step).rows) : g.channels, g.oh(), g.ow(), 0, 0};
             if (step.add != -1) {
@@ -85,6 +95,7 @@ struct Network {
             }
             if (step.to < 1 || step.to > count || values[step.to].known) return false;
             values[step.to] = {result, 0, 0, i, i, true, false};
+            if (convolution && i64(Planes(g).size()) > laid) laid = i64(Planes(g).size());
             if (convolution) work += i64(head(step).nonzeros) * result.height * result.width;
         }
         return true;
@@ -100,7 +111,7 @@ struct Network {
             const int v = i < 0 ? 0 : steps[i].to;
             Value& value = values[v];
             if (is_x(value) || is_y(value)) continue;
-            value.size = (value.frame.size() + 2 * kWidth + 15) / 16 * 16;
+            value.size = (value.frame.size() + kSlack + 15) / 16 * 16;
             int left = 0;
             for (int k = 0; k < alive; k++)
                 if (values[live[k]].last >= i) live[left++] = live[k];
@@ -151,10 +162,11 @@ struct Network {
             const Result result{at(s.to), s.add < 0 ? none : at(s.add), {s.scale, s.shift, nullptr, 0, static_cast<Activation>(s.activation)}};
             if (s.kind == kNeither) return pointwise(from, result);
             if (s.kind != kConvolution) return pool(s, from, result);
-            surround(result.to);
             const Geometry g = shape(s);
             const bool worth = i64(head(s).nonzeros) * g.oh() * g.ow() * images >= kWorthSharing;
-            return convolve({blob(s), code(s, g), g}, from, images, result, worth ? threads : 1);
+            if (!convolve({blob(s), code(s, g), g}, from, images, result, worth ? threads : 1)) return false;
+            surround(result.to);
+            return true;
         }
 
         // Zeros around images, as others lay there before.
@@ -196,7 +208,7 @@ struct Network {
             std::atomic<bool> enough{true};
             share(images * g.channels, threads, [&](i64 i) {
                 const i64 b = i / g.channels, c = i % g.channels;
-                float *row = sums.get(padded + 2 * ow), *found = row + padded, *counts = found + ow;
+                float *row = sums.get(padded + kSlack + 2 * ow), *found = row + padded + kSlack, *counts = found + ow;
                 if (!row) return void(enough = false);
                 surround(result.to, b, c);
                 for (i64 p = 0; p < padded; p++) row[p] = maxima ? -__builtin_inff() : 0;
@@ -235,7 +247,7 @@ struct Network {
         if (work * batch < kWorthSharing) threads = 1;
         const bool apart = batch % threads == 0 || batch >= 4 * i64(threads);
         const i64 each = apart ? (batch + threads - 1) / threads : batch;
-        i64 images = floats ? kResident / floats : each;
+        i64 images = floats + laid ? kResident / (floats + laid) : each;
         images = images < 1 ? 1 : images > each ? each : images;
         const Frame &in = values[0].frame, &out = values[steps[count - 1].to].frame;
         const i64 x_size = in.channels * in.height * in.width, y_size = out.size();

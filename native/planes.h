@@ -6,6 +6,8 @@
 
 namespace secateur {
 
+constexpr i64 kSlack = 2 * kWidth;  // floats that may be read behind an image
+
 struct Geometry {
     i64 batch, channels, height, width, kh, kw, sh, sw, ph, pw, dh, dw;
     // whether it makes sense, and gives something
@@ -32,7 +34,7 @@ struct Planes {
         phases = g.sw;
         plane = pitch * height;
     }
-    std::size_t size() const { return std::size_t(g.channels * g.sh * phases * plane + 2 * kWidth); }
+    std::size_t size() const { return std::size_t(g.channels * g.sh * phases * plane + kSlack); }
     i64 at(i64 c, i64 y, i64 x) const { return ((c * g.sh + y) * phases + x) * plane; }
     i64 offset(i64 c, i64 ky, i64 kx) const {
         const i64 y = ky * g.dh, x = kx * g.dw;
