@@ -16,6 +16,7 @@ from secateur.errors import InputError, StateError, warn
 from secateur.runtime import native
 from secateur.runtime.chains import Fused
 from secateur.runtime.kernel_plans import KernelPlan
+from secateur.runtime.releasing import guard_loading, unguard_loading
 from secateur.runtime.swapping import Sparse, Swapped
 from secateur.runtime.tuner import Tuning
 from secateur.scope import unwrap
@@ -128,6 +129,7 @@ def accelerate(
             warn(tuned.interrupted)
         if not keep_dense:
             tuned.release()
+            guard_loading(fast)
         found = tuned.found()
     if not hasattr(fast, "plan"):
         fast.__dict__["plan"] = found
@@ -181,6 +183,7 @@ def dense(fast: nn.Module) -> nn.Module:
             module.restore()
         trace = module.__dict__.pop("_secateur", None)
         if trace is not None:
+            unguard_loading(module)
             if module.__dict__.get("plan") == trace.plan:
                 del module.__dict__["plan"]
             for name, parameter in module.named_parameters():

@@ -56,12 +56,16 @@ class Releasable(Sparse):
             destination[f"{prefix}weight"] = self.rebuilt().to(self.weight.dtype)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        self.refuse(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+    def refuse(self, state_dict: dict[str, Any], prefix: str) -> None:
+        """Raise a StateError if a state dict has a value for a weight that was released."""
         if self._released and f"{prefix}weight" in state_dict:
             raise StateError(
                 f"the dense weights of {self._place or 'the model'} were released, so there is nothing to load into. "
                 "Load into plain = sc.dense(fast), then sc.accelerate(plain, example_inputs, keep_dense=False)"
             )
-        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         if not self._released:
@@ -79,3 +83,21 @@ class Releasable(Sparse):
         if fresh:
             self.stamp()
         return result
+
+
+def guard_loading(model: nn.Module) -> None:
+    """Have a model refuse to load into weights that were released before anything of it is loaded."""
+    model.register_load_state_dict_pre_hook(_refuse)  # type: ignore[no-untyped-call]
+
+
+def unguard_loading(model: nn.Module) -> None:
+    """Take that back."""
+    hooks: dict[int, Any] = model._load_state_dict_pre_hooks
+    for key in [key for key, hook in hooks.items() if hook.hook is _refuse]:
+        del hooks[key]
+
+
+def _refuse(model: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    for name, layer in model.named_modules():
+        if isinstance(layer, Releasable):
+            layer.refuse(state_dict, f"{prefix}{name}{name and '.'}")
