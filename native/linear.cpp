@@ -1,6 +1,8 @@
 // Linear layers, one or several one after the other.
 #include "linear.h"
 
+#include <utility>
+
 #include "generated.h"
 #include "secateur.h"
 
@@ -121,6 +123,12 @@ void activate(Activation kind, float* x, i64 count, int threads) {
     });
 }
 
+constexpr int32_t kGate = 16;  // in the number of an activation: the next layer has the same input, and is multiplied
+
+void gate(const float* __restrict held, float* __restrict x, i64 count) {
+    for (i64 i = 0; i < count; i++) x[i] *= held[i];
+}
+
 struct Chain {
     int layers;
     const void* const* blobs;
@@ -130,11 +138,16 @@ struct Chain {
 
     Blob blob(int i) const { return {static_cast<const Header*>(blobs[i])}; }
     const Generated* code(int i) const { return codes ? static_cast<const Generated*>(codes[i]) : nullptr; }
+    bool gates(int i) const { return i >= 0 && (activations[i] & kGate); }
+    Activation after(int i) const { return static_cast<Activation>(activations[i] & ~kGate); }
+    bool follows(int i) const {  // whether what layer i - 1 leaves is for it
+        const Header &head = *blob(i).head, &before = *blob(i - 1).head;
+        return gates(i - 1) ? head.columns == before.columns && head.rows == before.rows : head.columns == before.rows;
+    }
     bool sound() const {
         for (int i = 0; i < layers; i++)
-            if (!valid(blobs[i]) || !fits(code(i), blob(i), false) ||
-                (i && blob(i).head->columns != blob(i - 1).head->rows) || activations[i] < 0 ||
-                activations[i] >= int32_t(Activation::kEnd))
+            if (!valid(blobs[i]) || !fits(code(i), blob(i), false) || (i && !follows(i)) || activations[i] < 0 ||
+                after(i) >= Activation::kEnd || (gates(i) && (gates(i - 1) || i + 1 == layers)))
                 return false;
         return true;
     }
@@ -145,7 +158,6 @@ struct Chain {
     }
     i64 columns() const { return blob(0).head->columns; }
     i64 rows() const { return blob(layers - 1).head->rows; }
-    Activation after(int i) const { return static_cast<Activation>(activations[i]); }
     i64 widest() const {
         i64 most = columns();
         for (int i = 0; i < layers; i++) most = blob(i).head->rows > most ? blob(i).head->rows : most;
@@ -155,13 +167,17 @@ struct Chain {
     // layer after layer, activations [n][features]
     bool by_rows(const float* x, i64 n, float* y, int threads) const {
         const i64 most = widest() * n;
-        float* between = gathered.get(2 * most);
+        float* between = gathered.get(3 * most);
         if (!between) return false;
+        float *to = between, *other = to + most, *held = other + most;
         for (int i = 0; i < layers; i++) {
-            float* to = i + 1 == layers ? y : between + (i % 2) * most;
-            if (!linear(blob(i), code(i), x, n, biases[i], to, threads)) return false;
-            activate(after(i), to, n * blob(i).head->rows, threads);
-            x = to;
+            const i64 count = n * blob(i).head->rows;
+            float* out = i + 1 == layers ? y : to;
+            if (!linear(blob(i), code(i), x, n, biases[i], out, threads)) return false;
+            activate(after(i), out, count, threads);
+            if (gates(i - 1)) gate(held, out, count);
+            if (!gates(i)) x = out;
+            std::swap(to, gates(i) ? held : other);
         }
         return true;
     }
@@ -171,10 +187,10 @@ struct Chain {
     template <class Each>
     bool by_panels(const float* x, i64 tiles, int width, const Each& each, float* y) const {
         const i64 most = widest() * width * tiles;
-        float* between = gathered.get(2 * most);
+        float* between = gathered.get(3 * most);
         const float* none = zeros.get(widest());
         if (!between || !none) return false;
-        float *in = between, *to = between + most;
+        float *in = between, *to = in + most, *held = to + most;
         each([&](i64 t, i64 first, int n) {
             kernels->panel_pack(x + first * columns(), columns(), n, width, columns(), in + t * columns() * width);
         });
@@ -187,8 +203,8 @@ struct Chain {
                 for (i64 t = 0; t < tiles; t++)
                     multiply(blob(i), nullptr, in + t * head.columns * width, width, start, to + t * head.rows * width);
             kernels->activate(after(i), to, head.rows * width * tiles);
-            float* swap = in;
-            in = to, to = swap;
+            if (gates(i - 1)) gate(held, to, head.rows * width * tiles);
+            std::swap(to, gates(i) ? held : in);
         }
         each([&](i64 t, i64 first, int n) {
             kernels->panel_unpack(in + t * rows() * width, n, width, rows(), y + first * rows(), rows());

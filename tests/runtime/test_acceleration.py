@@ -10,14 +10,14 @@ from torch import nn
 from torch.nn.utils import parametrize, prune
 
 import secateur as sc
-from models import MODELS, Mlp, build, example
+from models import MODELS, build, example
 from secateur.errors import FileError, InputError, InputTypeError, StateError
 from secateur.runtime import native, swapping, tuning
-from sparse_models import off, thin
+from sparse_models import Apart, off, thin
 
 
 def mlp():
-    return thin(build(Mlp))
+    return thin(build(Apart))
 
 
 X = torch.randn(4, 12)
@@ -30,7 +30,7 @@ def kinds(model):
 def test_every_layer_that_is_faster_is_sparse(backend, sparse_wins):
     model = mlp()
     fast = sc.accelerate(model, X)
-    assert kinds(fast) == ["Mlp", "SparseLinear", "SparseLinear"]
+    assert kinds(fast) == ["Apart", "SparseLinear", "SparseLinear"]
     assert fast.plan.sparse == ("first", "second")
     assert (fast.plan.isa, fast.plan.threads) == (native.isa(), torch.get_num_threads())
     for n in (0, 1, 4, 333):
@@ -229,7 +229,7 @@ def test_a_model_within_a_model(backend, sparse_wins):
     fast = sc.accelerate(mlp(), X)
     outer = nn.Sequential(fast, nn.Linear(5, 5))
     back = sc.dense(outer)
-    assert kinds(back) == ["Sequential", "Mlp", "Linear", "Linear", "Linear"]
+    assert kinds(back) == ["Sequential", "Apart", "Linear", "Linear", "Linear"]
     assert all(p.requires_grad for p in back.parameters())
 
 
@@ -274,7 +274,7 @@ def test_attention_to_others_is_seen_in_the_example(backend, sparse_wins):
 @pytest.mark.filterwarnings("ignore:.torch.jit.script_method:DeprecationWarning")
 def test_through_torch_compile(sparse_wins):
     fast = sc.accelerate(torch.compile(mlp()), X)
-    assert kinds(fast)[0] == "Mlp"
+    assert kinds(fast)[0] == "Apart"
     assert sc.explain(torch.compile(fast)) == fast.plan
 
 

@@ -111,7 +111,7 @@ def test_what_is_known():
     assert [activations.number(one) for one in strange] == [None] * 7
 
 
-@pytest.mark.parametrize("number", [-1, 9])
+@pytest.mark.parametrize("number", [-1, 9, 16, 32])  # 16: a gate, of nothing
 def test_a_number_that_is_none_is_refused(number):
     lib, blob = native.library(), native.pack(torch.eye(4))
     x, y = torch.ones(1, 4), torch.ones(1, 4)

@@ -8,16 +8,16 @@ import torch
 from torch import nn
 
 import secateur as sc
-from models import Mlp, build
+from models import build
 from secateur.errors import SecateurWarning
 from secateur.runtime import tuning
 from secateur.runtime.kernel_plans import Gain
 from secateur.runtime.swapping import Sparse
-from sparse_models import fake_times, off, thin
+from sparse_models import Apart, fake_times, off, thin
 
 
 def mlp():
-    return thin(build(Mlp))
+    return thin(build(Apart))
 
 
 X = torch.randn(4, 12)
@@ -41,7 +41,7 @@ def test_a_layer_that_is_slower_stays_dense_and_is_reported(backend, monkeypatch
     fake_times(monkeypatch, lambda name, bucket: (2.0, 1.0) if name == "first" else (1.0, 1.0))
     monkeypatch.setattr(tuning, "gain", lambda *_: Gain(2.0, 1.9, 2.1))
     fast = sc.accelerate(mlp(), X)
-    assert kinds(fast) == ["Mlp", "SparseLinear", "Linear"]
+    assert kinds(fast) == ["Apart", "SparseLinear", "Linear"]
     assert [layer.reason for layer in fast.plan.layers] == ["", "not faster"]
     assert "dense: not faster" in str(sc.explain(fast))
 
@@ -66,7 +66,7 @@ def test_only_the_sizes_that_gain_stay_sparse(backend, sparse_wins, monkeypatch)
 def test_a_machine_too_busy_to_tell_leaves_dense_and_says_so(sparse_wins, monkeypatch):
     monkeypatch.setattr(tuning, "gain", lambda *_: Gain(1.5, 0.9, 2.5))
     fast = sc.accelerate(mlp(), X)
-    assert kinds(fast) == ["Mlp", "Linear", "Linear"]
+    assert kinds(fast) == ["Apart", "Linear", "Linear"]
     said = "cannot tell whether it is faster, as the times vary too much (1.50x, 95 % interval 0.90x to 2.50x)"
     assert f"{said}: left dense" in " ".join(str(fast.plan).split())
 
@@ -81,7 +81,7 @@ def test_an_interrupt_before_anything_was_timed_is_one(backend, monkeypatch):
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(KeyboardInterrupt, match="by hand"):
         sc.accelerate(model, X)
-    assert kinds(model) == ["Mlp", "Linear", "Linear"]
+    assert kinds(model) == ["Apart", "Linear", "Linear"]
     assert all(torch.equal(before[name], weight) for name, weight in model.state_dict().items())
 
 
@@ -90,7 +90,7 @@ def test_interrupted_between_examples_what_was_timed_stands(backend, monkeypatch
     model = mlp()
     with pytest.warns(SecateurWarning, match=r"2 of 2 layers .* keep what was chosen\. .* on 2 of 2 examples"):
         fast = sc.accelerate(model, [X, torch.randn(64, 12)])
-    assert kinds(fast) == ["Mlp", "SparseLinear", "SparseLinear"]
+    assert kinds(fast) == ["Apart", "SparseLinear", "SparseLinear"]
     assert [[t.bucket for t in layer.timings] for layer in fast.plan.layers] == [[2], [2]]
     assert "not compared, as the tuning was interrupted" in str(fast.plan)
     assert off(fast(X), model(X).detach()) <= 1e-5

@@ -12,6 +12,8 @@ from torch.nn import functional as F
 __all__: list[str] = []  # reached through secateur.accelerate alone
 
 NONE, RELU, RELU6, GELU, GELU_TANH, SILU, TANH, SIGMOID, HARDSWISH = range(9)
+GATE = 16
+"""Added to the number of a layer whose result multiplies that of the next, which has the same input."""
 
 _MODULES: dict[Any, tuple[tuple[str, ...], Mapping[tuple[Any, ...], int]]] = {
     nn.Identity.forward: ((), {(): NONE}),

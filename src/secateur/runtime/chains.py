@@ -9,7 +9,8 @@ from __future__ import annotations
 import ctypes
 import functools
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, ClassVar
 
@@ -29,6 +30,19 @@ Span = tuple[int, int]
 
 Step = Callable[[Tensor], Tensor]
 """A module, or a function that is an activation."""
+
+
+@dataclass(frozen=True)
+class Gated:
+    """A step: two layers of one input, the second multiplied by the activation of the first."""
+
+    gate: nn.Module
+    activation: Step
+    up: nn.Module
+
+    def __call__(self, x: Tensor) -> Tensor:
+        product: Tensor = self.activation(self.gate(x)) * self.up(x)
+        return product
 
 
 class Singly:
@@ -51,18 +65,21 @@ class Chain(Singly):
     def __init__(self, modules: Sequence[Step], choices: int = 0) -> None:
         super().__init__(modules)
         self._choices = choices
-        own = [module for module in modules if isinstance(module, nn.Module)]
+        found = parts(modules)
+        own = [part for part in found if isinstance(part, nn.Module)]
         self._own = [module.__dict__ for module in own]
         self._settings = [(m.__dict__, name, value) for m in own for name, value in activations.settings(m).items()]
-        self.layers = [module for module in modules if isinstance(module, SparseLinear)]
-        self.widths = (self.layers[0].in_features, *(layer.out_features for layer in self.layers))
+        self.layers = [part for part in found if isinstance(part, SparseLinear)]
+        gates = [step.gate for step in modules if isinstance(step, Gated)]
+        through = [layer.out_features for layer in self.layers if layer not in gates]
+        self.widths = (self.layers[0].in_features, *through)
         self._ends = (self.widths[0], self.widths[-1])
         numbers: list[int] = []
-        for module in modules:
-            if isinstance(module, SparseLinear):
-                numbers.append(activations.NONE)
+        for part in found:
+            if isinstance(part, SparseLinear):
+                numbers.append(activations.GATE if part in gates else activations.NONE)
             else:
-                numbers[-1] = activations.number(module) or numbers[-1]
+                numbers[-1] |= activations.number(part) or activations.NONE
         self._activations = (ctypes.c_int32 * len(numbers))(*numbers)
         self._pointers = ctypes.c_void_p * len(numbers)
         self._blobs = self._biases = self._pointers()
@@ -258,11 +275,27 @@ def runs(modules: Sequence[Step]) -> Iterator[Span]:
         if number is not None and not (number and active):
             active |= number > 0
             continue
-        linear = isinstance(module, SparseLinear) and "packed_weight" in module._buffers
-        if not linear or module.in_features != width:
+        ends = _ends(module)
+        if ends is None or ends[0] != width:
             if count > 1:
                 yield start, i
             start, count, width = i, 0, -1
         active = False
-        if linear:
-            count, width = count + 1, module.out_features
+        if ends is not None:
+            count, width = count + (2 if isinstance(module, Gated) else 1), ends[1]
+
+
+def parts(steps: Iterable[Step]) -> list[Step]:
+    """The steps, and in the place of each that is gated what it consists of."""
+    split = ((s.gate, s.activation, s.up) if isinstance(s, Gated) else (s,) for s in steps)
+    return [part for some in split for part in some]
+
+
+def _ends(step: Any) -> tuple[int, int] | None:
+    """Features that go in and come out, of a packed layer or two that are gated; else None."""
+    if isinstance(step, Gated):
+        ends = _ends(step.gate)
+        return ends if activations.number(step.activation) is not None and ends == _ends(step.up) else None
+    if isinstance(step, SparseLinear) and "packed_weight" in step._buffers:
+        return step.in_features, step.out_features
+    return None

@@ -27,7 +27,11 @@ from secateur.runtime.weight_checks import version
 __all__: list[str] = []  # reached through secateur.accelerate alone
 
 _MOST = 100_000  # attributes that are looked at; a module has about thirty
-_NOTES = {"_packed_from": ("_packed_from", "_trusted"), "_secateur_network": ("forward", "_secateur", "plan")}
+_NOTES = {
+    "_packed_from": ("_packed_from", "_trusted"),
+    "_secateur_network": ("forward", "_secateur", "plan"),
+    "_traced": ("_secateur", "plan"),
+}
 """What secateur notes in modules that have such an attribute, and what does not matter here."""
 _ONE_AT_A_TIME = threading.Lock()  # torch.fx replaces methods of nn.Module while it traces
 _LISTS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)

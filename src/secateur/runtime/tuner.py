@@ -15,14 +15,14 @@ from torch import nn
 from secateur.errors import InputError, listed, warn
 from secateur.runtime import native, products, tuning
 from secateur.runtime.candidates import enclose, make_sparse, matrices, survey, zeros_of
-from secateur.runtime.chains import Chain, Fused, Span, Step, runs
+from secateur.runtime.chains import Chain, Fused, Span, Step, parts, runs
 from secateur.runtime.kernel_plans import Gain, KernelPlan, LayerPlan, Timing, without
+from secateur.runtime.mlps import FUSED
 from secateur.runtime.networks import SparseNetwork, install, networks
 from secateur.runtime.programs import Program
 from secateur.runtime.releasing import Releasable
 from secateur.runtime.semi_structured import SemiStructuredLinear, disagreement
 from secateur.runtime.swapping import Sparse, Swapped, swap
-from secateur.runtime.transformer_layers import FUSED
 from secateur.runtime.tuning import Tried
 from secateur.support.inputs import Arguments
 from secateur.support.machine import last_level_cache
@@ -261,6 +261,9 @@ class Tuning:
         for layer in self.layers.values():
             if isinstance(layer, Sparse):
                 layer.stamp()
+        for module in self.fast.modules():
+            if isinstance(module, Fused):
+                module.steps()  # anew: the layers have other tensors
 
     def _weighed(self, plan: LayerPlan) -> LayerPlan:
         """A layer's plan with what its packed weights and its code take."""
@@ -312,7 +315,7 @@ class Tuning:
         """Give layers, runs and networks their choices, and put those back that are always dense."""
         self._install({})
         choices = {name: self.plans[name].choices for name in (*self.runs, *self.networks)}
-        fused = {id(m) for name, run in self.runs.items() if choices[name] for m in _steps(*run)}
+        fused = {id(m) for name, run in self.runs.items() if choices[name] for m in parts(_steps(*run))}
         fused |= {id(layer) for name, (_, net) in self.networks.items() if choices[name] for layer in net.layers}
         for name, layer in self.layers.items():
             if not isinstance(layer, Sparse):
@@ -374,7 +377,8 @@ def _run_plan(name: str, module: nn.Module, kind: type[Fused], span: Span) -> La
     chain = Chain(_steps(module, kind, span))
     weights = [layer.weight for layer in chain.layers]
     hashed = tuning.pattern(weights, chain.layers[0]._values)
-    return LayerPlan(name, kind.plain.__name__, chain.widths, zeros_of(weights), hashed)
+    named = kind.plain if kind.plain is not nn.Module else module.plain if isinstance(module, Swapped) else type(module)
+    return LayerPlan(name, named.__name__, chain.widths, zeros_of(weights), hashed)
 
 
 def _network_plan(name: str, module: nn.Module, program: Program) -> LayerPlan:
