@@ -232,6 +232,17 @@ INLINE void group(V w, const T* value, const u16* index, const float* in, V (&s)
     }
 }
 
+// Non-zeros u, u + 1, ... 3 of four, the same with their weights in both halves of w and their columns in one number.
+template <int u, class V, int C, int A>
+INLINE void four(V w, u64 index, const float* in, V (&s)[A][C]) {
+    if constexpr (u < 4) {
+        const float* x = in + (index >> 16 * u & 0xffff) * (sizeof(V) / 4 * C);
+        const V weight = __builtin_shufflevector(w, w, u, u, u, u, u + 4, u + 4, u + 4, u + 4);
+        UNROLL for (int c = 0; c < C; c++) s[u % A][c] += weight * load<V>(x + c * sizeof(V) / 4);
+        four<u + 1>(w, index, in, s);
+    }
+}
+
 // Calls f(row in the chunk, first column of the block, non-zeros of the row there, their columns in it, their values).
 template <class T, class F>
 INLINE void each_row(Blob blob, u32 chunk, const F& f) {
@@ -278,6 +289,17 @@ INLINE void product(Blob blob, const float* inputs, u32 chunk, float* sums) {
             group<0, decltype(count)::value, in_register>(w, value + i, index + i, in, s);
             i += decltype(count)::value;
         };
+#if LANES == 8
+        if constexpr (C == 4 && sizeof(T) == 4)  // one load for four weights, and one for four columns
+            for (; i + 4 <= length; i += 4) {
+                V w = V(_mm256_broadcast_ps(reinterpret_cast<const __m128*>(value + i)));
+                u64 columns;
+                __builtin_memcpy(&columns, index + i, sizeof columns);
+                OPAQUE(w);
+                asm("" : "+r"(columns));  // for the same reason
+                four<0>(w, columns, in, s);
+            }
+#endif
         while (i + G <= length) some(Count<G>{});
         if (G > 4 && i + 4 <= length) some(Count<4>{});
         for (; i < length; i++) {
