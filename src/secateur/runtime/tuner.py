@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,15 +13,14 @@ from torch import nn
 
 from secateur.errors import InputError, listed, warn
 from secateur.runtime import native, products, tuning
-from secateur.runtime.candidates import enclose, make_sparse, matrices, survey, zeros_of
-from secateur.runtime.chains import Chain, Fused, Span, Step, parts, runs
+from secateur.runtime.candidates import enclose, make_sparse, matrices, survey
+from secateur.runtime.chains import Fused
+from secateur.runtime.fusions import Fusions
 from secateur.runtime.kernel_plans import Gain, KernelPlan, LayerPlan, Timing, without
-from secateur.runtime.mlps import FUSED
-from secateur.runtime.networks import SparseNetwork, install, networks
-from secateur.runtime.programs import Program
+from secateur.runtime.networks import SparseNetwork
 from secateur.runtime.releasing import Releasable
 from secateur.runtime.semi_structured import SemiStructuredLinear, disagreement
-from secateur.runtime.swapping import Sparse, Swapped, swap
+from secateur.runtime.swapping import Sparse
 from secateur.runtime.tuning import Tried
 from secateur.support.inputs import Arguments
 from secateur.support.machine import last_level_cache
@@ -37,7 +35,6 @@ _CODE_BYTES = 16
 
 _INTERRUPTED = "not timed: the tuning was interrupted"
 
-_Run = tuple[nn.Module, type[Fused], Span]
 _T = TypeVar("_T", bound=Tried)
 
 
@@ -65,8 +62,7 @@ class Tuning:
         self.layers = {name: make_sparse(modules[name], name) for name, layer in self.plans.items() if not layer.reason}
         enclose(fast)
         self.seen: list[tuning.Seen] = []
-        self.runs: dict[str, _Run] = {}
-        self.networks: dict[str, tuple[nn.Module, Program]] = {}
+        self.fusions = Fusions(fast)
 
     @property
     def steps(self) -> int:
@@ -84,13 +80,8 @@ class Tuning:
         for name, layer in self.layers.items():
             self._pack(name, layer)
             done(1)
-        self.runs = dict(_runs(self.fast)) if native.library() is not None else {}
-        self.plans.update({name: _run_plan(name, *run) for name, run in self.runs.items()})
-        self.networks = dict(networks(self.fast)) if native.library() is not None else {}
-        self.plans.update({name: _network_plan(name, *network) for name, network in self.networks.items()})
-        if self.checked:
-            for name in (*self.runs, *self.networks):
-                self.plans[name] = replace(self.plans[name], reason="each layer looks at its inputs")
+        reason = "each layer looks at its inputs" if self.checked else ""
+        self.plans.update({plan.name: replace(plan, reason=reason) for plan in self.fusions.find()})
 
     def _pack(self, name: str, layer: Sparse) -> None:
         if not any(name in seen for seen in self.seen):
@@ -103,7 +94,9 @@ class Tuning:
             self.plans[name] = replace(self.plans[name], reason=str(error))
             return
         self.plans[name] = replace(self.plans[name], pattern=tuning.pattern(matrices(layer), self.values))
-        if self.generated and _worth_code(layer, max(b for seen in self.seen for b in seen.get(name, ()))):
+        nonzeros = (1 - self.plans[name].sparsity) * sum(weight.numel() for weight in matrices(layer))
+        bucket = max(b for seen in self.seen for b in seen.get(name, ()))
+        if self.generated and _worth_code(layer, bucket, nonzeros):
             layer.generate()
 
     def measure(self, done: Callable[[float], None]) -> None:
@@ -119,9 +112,9 @@ class Tuning:
             self._time({name: layer for name, layer in self.layers.items() if not self.plans[name].reason}, done)
             for name, layer in self.layers.items():
                 layer.choose(self.plans[name].choices, self.plans[name].generated)
-            self._time(self._reached(self._install(self._open(self.networks))), done)
+            self._time(self._reached(self.fusions.install(self._open(self.fusions.networks))), done)
             self._leave_to_networks()
-            self._time(self._reached(self._fuse(self._open(self.runs))), done)
+            self._time(self._reached(self.fusions.fuse(self._open(self.fusions.runs))), done)
         self._agree()
         self._settle()
         if not self.interrupted and any(layer.choices for layer in self.plans.values()):
@@ -159,11 +152,9 @@ class Tuning:
 
     def _leave_to_networks(self) -> None:
         """Try no run in a module that a network takes, and have the networks aside while the others are tried."""
-        taken = [id(module) for name, (module, _) in self.networks.items() if self.plans[name].choices]
-        for name, (module, *_) in self.runs.items():
-            if id(module) in taken:
-                self.plans[name] = replace(self.plans[name], reason="part of a network")
-        self._install({})
+        for name in self.fusions.inside(name for name in self.fusions.networks if self.plans[name].choices):
+            self.plans[name] = replace(self.plans[name], reason="part of a network")
+        self.fusions.install({})
 
     def _time(self, tried: Mapping[str, Tried], done: Callable[[float], None]) -> None:
         """Time one layer, run or network of each kind, and plan to have those sparse, or fused, that are faster so."""
@@ -313,10 +304,10 @@ class Tuning:
 
     def _settle(self) -> None:
         """Give layers, runs and networks their choices, and put those back that are always dense."""
-        self._install({})
-        choices = {name: self.plans[name].choices for name in (*self.runs, *self.networks)}
-        fused = {id(m) for name, run in self.runs.items() if choices[name] for m in parts(_steps(*run))}
-        fused |= {id(layer) for name, (_, net) in self.networks.items() if choices[name] for layer in net.layers}
+        self.fusions.install({})
+        names = (*self.fusions.runs, *self.fusions.networks)
+        choices = {name: chosen for name in names if (chosen := self.plans[name].choices)}
+        fused = self.fusions.modules(choices)
         for name, layer in self.layers.items():
             if not isinstance(layer, Sparse):
                 continue
@@ -325,67 +316,15 @@ class Tuning:
                 layer._codes.clear()
             if not layer._choices and id(layer) not in fused:
                 layer.restore()
-        self._fuse({name: choices[name] for name in self.runs if choices[name]})
-        self._install({name: choices[name] for name in self.networks if choices[name]})
-
-    def _fuse(self, choices: Mapping[str, int]) -> dict[str, Chain]:
-        """Fuse these runs for these row classes and no others."""
-        found: dict[str, Chain] = {}
-        for module, kind in {id(module): (module, kind) for module, kind, _ in self.runs.values()}.values():
-            spans = {name: span for name, (m, _, span) in self.runs.items() if m is module and name in choices}
-            if isinstance(module, Swapped):
-                module.restore()
-            if spans:
-                swap(module, kind)
-                assert isinstance(module, Fused)
-                fused = module.fuse({span: choices[name] for name, span in spans.items()})
-                found.update(zip(spans, fused, strict=True))
-        enclose(self.fast)
-        return found
-
-    def _install(self, choices: Mapping[str, int]) -> dict[str, SparseNetwork]:
-        """Have these networks run as one call for these row classes, and no others."""
-        for module, _ in self.networks.values():
-            if isinstance(module, SparseNetwork):
-                module.restore()
-        given = {name: (*self.networks[name], chosen) for name, chosen in choices.items()}
-        return {name: install(module, program.words, chosen) for name, (module, program, chosen) in given.items()}
+        self.fusions.fuse({name: choices[name] for name in self.fusions.runs if name in choices})
+        self.fusions.install({name: choices[name] for name in self.fusions.networks if name in choices})
 
 
-def _worth_code(layer: Sparse, bucket: int) -> bool:
+def _worth_code(layer: Sparse, bucket: int, nonzeros: float) -> bool:
     """Whether to try generated code for up to 2 ** bucket rows: to read it from memory for a few does not pay."""
     if layer.code_from is None or bucket < layer.code_from:
         return False
-    nonzeros = sum(int(matrix.count_nonzero()) for _, matrix, _ in layer.matrices())
     return bucket > 5 or _CODE_BYTES * nonzeros <= last_level_cache() / 2
-
-
-def _runs(model: nn.Module) -> Iterator[tuple[str, _Run]]:
-    """What could be fused: by a name as Python spells it, the module and where in it."""
-    for name, module in model.named_modules():
-        plain = module.plain if isinstance(module, Swapped) else type(module)
-        for kind in FUSED:
-            for span in runs(kind.sequence(module)) if kind.takes(plain) else ():
-                yield f"{name}[{kind.place(span)}]", (module, kind, span)
-
-
-def _steps(module: nn.Module, kind: type[Fused], span: Span) -> list[Step]:
-    return kind.sequence(module)[slice(*span)]
-
-
-def _run_plan(name: str, module: nn.Module, kind: type[Fused], span: Span) -> LayerPlan:
-    chain = Chain(_steps(module, kind, span))
-    weights = [layer.weight for layer in chain.layers]
-    hashed = tuning.pattern(weights, chain.layers[0]._values)
-    named = kind.plain if kind.plain is not nn.Module else module.plain if isinstance(module, Swapped) else type(module)
-    return LayerPlan(name, named.__name__, chain.widths, zeros_of(weights), hashed)
-
-
-def _network_plan(name: str, module: nn.Module, program: Program) -> LayerPlan:
-    weights = [layer.weight for layer in program.layers]
-    largest = max((tuple(weight.shape) for weight in weights), key=math.prod)
-    pattern = tuning.pattern(weights, program.layers[0]._values, program.words)
-    return LayerPlan(name, f"network of {len(weights)} convolutions", largest, zeros_of(weights), pattern)
 
 
 def _name(values: torch.dtype) -> str:

@@ -1,0 +1,105 @@
+"""What of a model could be one native call: runs of layers and networks of convolutions, put in place or taken away."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+
+from torch import nn
+
+from secateur.runtime import native, tuning
+from secateur.runtime.candidates import enclose, zeros_of
+from secateur.runtime.chains import Chain, Fused, Span, Step, parts, runs
+from secateur.runtime.kernel_plans import LayerPlan
+from secateur.runtime.mlps import FUSED
+from secateur.runtime.networks import SparseNetwork, install, networks
+from secateur.runtime.programs import Program
+from secateur.runtime.swapping import Swapped, swap
+
+__all__: list[str] = []  # reached through secateur.accelerate alone
+
+_Run = tuple[nn.Module, type[Fused], Span]
+
+
+class Fusions:
+    """The runs and networks of a model whose layers are packed, by name."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.runs: dict[str, _Run] = {}
+        self.networks: dict[str, tuple[nn.Module, Program]] = {}
+
+    def find(self) -> Iterator[LayerPlan]:
+        """Look for them; gives a plan of each."""
+        if native.library() is None:
+            return
+        self.runs = dict(_runs(self.model))
+        self.networks = dict(networks(self.model))
+        for name, run in self.runs.items():
+            yield _run_plan(name, *run)
+        for name, network in self.networks.items():
+            yield _network_plan(name, *network)
+
+    def inside(self, taken: Iterable[str]) -> list[str]:
+        """The runs in the modules of these networks."""
+        modules = [id(self.networks[name][0]) for name in taken]
+        return [name for name, (module, *_) in self.runs.items() if id(module) in modules]
+
+    def modules(self, names: Iterable[str]) -> set[int]:
+        """The ids of what these runs and networks are made of."""
+        found: set[int] = set()
+        for name in names:
+            made_of = parts(_steps(*self.runs[name])) if name in self.runs else self.networks[name][1].layers
+            found.update(map(id, made_of))
+        return found
+
+    def fuse(self, choices: Mapping[str, int]) -> dict[str, Chain]:
+        """Fuse these runs for these row classes and no others."""
+        found: dict[str, Chain] = {}
+        for module, kind in {id(module): (module, kind) for module, kind, _ in self.runs.values()}.values():
+            spans = {name: span for name, (m, _, span) in self.runs.items() if m is module and name in choices}
+            if isinstance(module, Swapped):
+                module.restore()
+            if spans:
+                swap(module, kind)
+                assert isinstance(module, Fused)
+                fused = module.fuse({span: choices[name] for name, span in spans.items()})
+                found.update(zip(spans, fused, strict=True))
+        enclose(self.model)
+        return found
+
+    def install(self, choices: Mapping[str, int]) -> dict[str, SparseNetwork]:
+        """Have these networks run as one call for these row classes, and no others."""
+        for module, _ in self.networks.values():
+            if isinstance(module, SparseNetwork):
+                module.restore()
+        given = {name: (*self.networks[name], chosen) for name, chosen in choices.items()}
+        return {name: install(module, program.words, chosen) for name, (module, program, chosen) in given.items()}
+
+
+def _runs(model: nn.Module) -> Iterator[tuple[str, _Run]]:
+    """What could be fused: by a name as Python spells it, the module and where in it."""
+    for name, module in model.named_modules():
+        plain = module.plain if isinstance(module, Swapped) else type(module)
+        for kind in FUSED:
+            for span in runs(kind.sequence(module)) if kind.takes(plain) else ():
+                yield f"{name}[{kind.place(span)}]", (module, kind, span)
+
+
+def _steps(module: nn.Module, kind: type[Fused], span: Span) -> list[Step]:
+    return kind.sequence(module)[slice(*span)]
+
+
+def _run_plan(name: str, module: nn.Module, kind: type[Fused], span: Span) -> LayerPlan:
+    chain = Chain(_steps(module, kind, span))
+    weights = [layer.weight for layer in chain.layers]
+    hashed = tuning.pattern(weights, chain.layers[0]._values)
+    named = kind.plain if kind.plain is not nn.Module else module.plain if isinstance(module, Swapped) else type(module)
+    return LayerPlan(name, named.__name__, chain.widths, zeros_of(weights), hashed)
+
+
+def _network_plan(name: str, module: nn.Module, program: Program) -> LayerPlan:
+    weights = [layer.weight for layer in program.layers]
+    largest = max((tuple(weight.shape) for weight in weights), key=math.prod)
+    pattern = tuning.pattern(weights, program.layers[0]._values, program.words)
+    return LayerPlan(name, f"network of {len(weights)} convolutions", largest, zeros_of(weights), pattern)
