@@ -167,7 +167,7 @@ def test_other_threads_go_on_meanwhile():
     )
 
     def work():
-        reached.wait()
+        assert reached.wait(10)
         results.extend([other(torch.ones(1, 3)), other[0].weight])
         go.set()
 
@@ -188,7 +188,7 @@ def test_other_threads_go_on_meanwhile():
 def test_attributes_that_change_are_noticed():
     model = ResNet(widths=(4,)).eval()
     model.options, model.config = {"skip": [1]}, Config()
-    watched = graphs.Attributes(graphs.inside(model))
+    watched = graphs.Attributes(model)
     block = model.stages[0][0]
     conv, handles = block.conv1, []
     relu, weight, other = model.relu, conv.weight, nn.Parameter(conv.weight * 1)
@@ -203,25 +203,25 @@ def test_attributes_that_change_are_noticed():
         "parameter": (lambda: setattr(conv, "weight", other), lambda: setattr(conv, "weight", weight)),
     }
     for name, (change, undo) in changes.items():
-        assert watched.same(), name
+        assert watched.same(model), name
         change()
-        assert not watched.same(), name
+        assert not watched.same(model), name
         undo()
-    assert watched.same()
+    assert watched.same(model)
 
 
 def test_notes_of_sparse_layers_do_not_count():
     model = sparse(lively(ResNet(widths=(4,))))
-    watched = graphs.Attributes(graphs.inside(model))
+    watched = graphs.Attributes(model)
     model.stages[0][0].conv1.require_fresh()
-    assert not watched.same()
-    assert watched.same_but_notes()
-    assert watched.same()
+    assert not watched.same(model)
+    assert watched.same_but_notes(model)
+    assert watched.same(model)
     model.stages[0][0].conv1.stride = (2, 2)
-    assert not watched.same_but_notes()
+    assert not watched.same_but_notes(model)
 
 
 def test_too_much_to_watch(monkeypatch):
     monkeypatch.setattr(graphs, "_MOST", 100)
     with pytest.raises(ValueError, match="too many attributes"):
-        graphs.Attributes(graphs.inside(ResNet()))
+        graphs.Attributes(ResNet())

@@ -4,6 +4,7 @@ import copy
 import gc
 import pickle
 import threading
+import weakref
 
 import pytest
 import torch
@@ -468,6 +469,41 @@ def test_copies_run_as_one_call_too(calls, make):
     assert list(one.state_dict()) == list(small().state_dict())
     one.restore()
     assert type(one) is ResNet
+
+
+def test_a_model_that_is_let_go_is_freed_at_once():
+    class Scaled(ResNet):
+        def __init__(self):
+            super().__init__(widths=(4,))
+            self.scale = nn.Parameter(torch.ones(1))
+
+        def forward(self, x):
+            return super().forward(x) * self.scale
+
+    fast = as_one(lively(Scaled()))
+    fast(X)
+    gc.collect()
+    gc.disable()
+    try:
+        seen = weakref.ref(fast), weakref.ref(fast.conv1)
+        del fast
+        assert [one() for one in seen] == [None, None]
+    finally:
+        gc.enable()
+
+
+def test_a_shallow_copy_is_looked_at_by_itself(calls):
+    model = lively(Choice())
+    fast = as_one(model)
+    fast(X)
+    other = copy.copy(fast)
+    other.skip = model.skip = False
+    for _ in range(3):
+        assert off(other(X), model(X).detach()) <= 1e-6
+    model.skip = True
+    for _ in range(3):
+        assert off(fast(X), model(X).detach()) <= 1e-6
+    assert len(calls) >= 2
 
 
 def test_a_copy_of_what_is_in_training_waits(calls):

@@ -12,7 +12,7 @@ import random
 import threading
 import types
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -27,12 +27,12 @@ from secateur.runtime.weight_checks import version
 __all__: list[str] = []  # reached through secateur.accelerate alone
 
 _MOST = 100_000  # attributes that are looked at; a module has about thirty
-_NOTES = {
-    "_packed_from": ("_packed_from", "_trusted"),
-    "_secateur_network": ("forward", "_secateur", "plan"),
-    "_traced": ("_secateur", "plan"),
-}
-"""What secateur notes in modules that have such an attribute, and what does not matter here."""
+NETWORK = "_secateur_network"
+"""The attribute in which a module keeps what belongs to its network."""
+_KEEPERS = (NETWORK, "_traced")
+"""Attributes in which modules keep what was traced, and with it what is here."""
+_NOTES_ABOVE, _NOTES = ("forward", "_secateur", "plan"), ("_packed_from", "_trusted")
+"""What secateur sets in a module with one of these, and in sparse layers; of no matter here."""
 _ONE_AT_A_TIME = threading.Lock()  # torch.fx replaces methods of nn.Module while it traces
 _LISTS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _NO_PART = {
@@ -81,9 +81,8 @@ def trace(module: nn.Module) -> fx.Graph | None:
     for one in module.modules():
         if isinstance(one, Fused):
             one.steps()  # which it notes, and would otherwise while it is traced
-    before, numbers = Attributes(inside(module)), _Numbers()
-    followed = Attributes(one for one in inside(module) if one is module or not is_leaf(one))
-    held = [(tensor, version(tensor), tensor.detach().clone()) for tensor in followed.tensors()]
+    before, numbers = Attributes(module), _Numbers()
+    held = [(tensor, version(tensor), tensor.detach().clone()) for tensor in before.tensors()]
     with _ONE_AT_A_TIME, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -91,9 +90,9 @@ def trace(module: nn.Module) -> fx.Graph | None:
         except Exception:  # whatever the code of a user raises when it is given no tensor
             graph = None
     written = [(tensor, value) for tensor, number, value in held if version(tensor) != number]
-    if before.same() and numbers.same() and not written:
+    if before.same(module) and numbers.same() and not written:
         return graph
-    before.put_back()
+    before.put_back(module)
     numbers.put_back()
     for tensor, value in written:
         tensor.detach().copy_(value)
@@ -106,15 +105,17 @@ def fingerprint(graph: fx.Graph) -> str:
 
 
 class Attributes:
-    """What the attributes of modules hold, and what the containers among them hold: to notice changes.
+    """What the attributes of a module and of those inside hold, and the containers among them: to notice changes.
+
+    It holds neither the module nor its attributes, but what these hold, so that the module may keep it.
 
     Raises:
         ValueError: there is too much to look at.
     """
 
-    def __init__(self, modules: Iterable[nn.Module]) -> None:
+    def __init__(self, module: nn.Module) -> None:
         found: dict[int, Any] = {}
-        left: list[Any] = [module.__dict__ for module in modules]
+        left: list[Any] = [one.__dict__ for one in inside(module)]
         entries = 0
         while left:
             if id(one := left.pop()) in found:
@@ -123,37 +124,59 @@ class Attributes:
             if (entries := entries + len(one)) > _MOST:
                 raise ValueError("too many attributes")
             left += [inner for inner in map(_contents, _values(one)) if inner is not None]
+        del found[id(module.__dict__)]
+        self._own = {name: _ANYTHING if name in _KEEPERS else value for name, value in module.__dict__.items()}
         self._empty = [one for one in found.values() if not one]  # most hooks, which are soonest looked at so
         self._live = [one for one in found.values() if one]
         self._kept = [*map(_plain_copy, self._live)]
 
-    def same(self) -> bool:
+    def same(self, module: nn.Module) -> bool:
         """Whether nothing was set, added or removed."""
         try:
-            return not any(self._empty) and self._live == self._kept
+            return module.__dict__ == self._own and not any(self._empty) and self._live == self._kept
         except Exception:  # of tensors, arrays and objects of users that were replaced
             return False
 
-    def same_but_notes(self) -> bool:
+    def same_but_notes(self, module: nn.Module) -> bool:
         """Whether nothing changed but what secateur notes; takes that as it is now."""
+        _take_over(module.__dict__, self._own, _NOTES_ABOVE)
         for live, kept in zip(self._live, self._kept, strict=True):
-            for name in (name for mark in _NOTES if isinstance(live, dict) and mark in live for name in _NOTES[mark]):
-                kept.pop(name, None)
-                kept.update({name: live[name]} if name in live else {})
-        return self.same()
+            if isinstance(live, dict) and "_packed_from" in live:
+                _take_over(live, kept, _NOTES)
+        return self.same(module)
 
     def tensors(self) -> list[Tensor]:
-        """The tensors among them that are no parameters."""
-        values = [value for one in self._live for value in _values(one)]
-        return [value for value in values if isinstance(value, Tensor) and not isinstance(value, nn.Parameter)]
+        """The tensors among them that are neither parameters nor packed."""
+        named = [(name, value) for one in (self._own, *self._live) for name, value in _items(one)]
+        tensors = [(name, value) for name, value in named if isinstance(value, Tensor)]
+        return [t for name, t in tensors if not isinstance(t, nn.Parameter) and not name.startswith("packed_")]
 
-    def put_back(self) -> None:
+    def put_back(self, module: nn.Module) -> None:
         """Undo what was set, added or removed."""
-        for one in self._empty:
-            one.clear()
-        for live, kept in zip(self._live, self._kept, strict=True):
+        keepers = {name: value for name, value in vars(module).items() if name in _KEEPERS}
+        empty: list[tuple[Any, Any]] = [(one, type(one)()) for one in self._empty]
+        both = [(vars(module), self._own | keepers), *empty, *zip(self._live, self._kept, strict=True)]
+        for live, kept in both:
             live.clear()
             live.extend(kept) if isinstance(live, list | collections.deque) else live.update(kept)
+
+
+class _Anything:
+    """Equal to everything."""
+
+    def __eq__(self, other: object) -> bool:
+        return True
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+_ANYTHING = _Anything()
+
+
+def _take_over(live: dict[str, Any], kept: dict[str, Any], names: tuple[str, ...]) -> None:
+    for name in names:
+        kept.pop(name, None)
+        kept.update({name: live[name]} if name in live else {})
 
 
 class _Numbers:
@@ -234,6 +257,11 @@ def _values(container: Any) -> Any:
     if not isinstance(container, dict):
         return container
     return (value for name, value in container.items() if name not in _NO_PART)
+
+
+def _items(container: Any) -> list[tuple[str, Any]]:
+    named = container.items() if isinstance(container, dict) else enumerate(container)
+    return [(str(name), value) for name, value in named]
 
 
 def _plain_copy(container: Any) -> Any:

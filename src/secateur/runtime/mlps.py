@@ -60,11 +60,11 @@ class Traced:
             self.note(module)
         if _disturbed(self._own):
             return False
-        return self.attributes is not None and (self.attributes.same() or self.attributes.same_but_notes())
+        return self.attributes is not None and (self.attributes.same(module) or self.attributes.same_but_notes(module))
 
     def note(self, module: nn.Module) -> None:
         """Take the attributes as they are now for those by which the forward is what it was seen to be."""
-        self.attributes = Attributes(inside(module))
+        self.attributes = Attributes(module)
         self._own = [one.__dict__ for one in inside(module)]
 
 

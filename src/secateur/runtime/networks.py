@@ -16,7 +16,7 @@ from torch.nn.modules import module as everywhere
 from torch.utils._pytree import tree_leaves
 
 from secateur.runtime import products
-from secateur.runtime.graphs import Attributes, inside, packed, trace
+from secateur.runtime.graphs import NETWORK, Attributes, inside, packed, trace
 from secateur.runtime.programs import Bound, Program
 from secateur.runtime.regions import regions
 from secateur.runtime.swapping import Swapped, special, swap, swapped_class
@@ -67,25 +67,25 @@ class Network:
     def program(self, module: nn.Module) -> Program | None:
         """The program, if the module is as it was when that was made; it is made where there is none."""
         known = self._known
-        if known is not None and known[0].same():
+        if known is not None and known[0].same(module):
             return known[1]
-        if known is not None and known[0].same_but_notes():
+        if known is not None and known[0].same_but_notes(module):
             if known[1] is not None:
                 known[1].release()
             return known[1]
         if _disturbed(module):
             return None
         try:
-            now = Attributes(inside(module))
+            now = Attributes(module)
         except ValueError:
             return None
-        if known is not None and (self._seen is None or not self._seen.same()):
+        if known is not None and (self._seen is None or not self._seen.same(module)):
             self._seen = now  # an attribute that differs at each call is not worth a trace
             return None
         made = capture(module)
         if made is not None and made.words != self.words:
             made = None
-        self._known = Attributes(inside(module)), made
+        self._known = Attributes(module), made
         return made
 
 
@@ -130,16 +130,20 @@ class SparseNetwork(Swapped):
         network = self._secateur_network
         chosen = network.choices
         outs = []
-        for network.choices in (0, products.ALL):
-            fresh = [one.clone() if isinstance(one, Tensor) else one for one in args]
-            outs.append(tree_leaves(type(self).forward(self, *fresh, **kwargs)))
-        network.choices = chosen
+        try:
+            for network.choices in (0, products.ALL):
+                fresh = [one.clone() if isinstance(one, Tensor) else one for one in args]
+                outs.append(tree_leaves(type(self).forward(self, *fresh, **kwargs)))
+        except Exception:  # what stands in for values may go where no value would
+            outs = [[None], []]
+        finally:
+            network.choices = chosen
         same = len(outs[0]) == len(outs[1]) and all(map(_close, *outs))
         network.agrees = network.agrees and same
 
     def restore(self) -> None:
         """Become the plain module again."""
-        del self.__dict__["_secateur_network"]
+        del self.__dict__[NETWORK]
         super().restore()
 
     def _ready(self, x: Tensor) -> tuple[Program, Bound] | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import operator
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -284,5 +285,6 @@ def _function(node: fx.Node, module: nn.Module) -> Callable[..., Any]:
     if node.op == "call_method":
         return lambda value, *args, **kwargs: getattr(value, target)(*args, **kwargs)
     if node.op == "get_attr":
-        return lambda: functools.reduce(getattr, target.split("."), module)
+        above = weakref.ref(module)  # which keeps what is made here
+        return lambda: functools.reduce(getattr, target.split("."), above())
     return target if node.op == "call_function" else lambda value: value
