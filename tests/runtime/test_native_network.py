@@ -53,7 +53,7 @@ class Network:
 
     x: torch.Tensor
     density: float = 0.3
-    code: bool = False
+    code: float = 0.0  # the share of convolutions that have code
     values: list[torch.Tensor] = field(default_factory=list)
     steps: list[native.Step] = field(default_factory=list)
     kept: list[object] = field(default_factory=list)
@@ -89,7 +89,7 @@ class Network:
         found = F.conv2d(x, weight.double(), None, stride, padding, dilation, groups)
         shape = (0, *x.shape[1:], *kernel, *stride, *padding, *dilation)
         packed, code = native.pack(weight.flatten(1), groups), None
-        if self.code:
+        if torch.rand(()) < self.code:
             made = native.generate(packed, shape, run=1 if native.generates() else 2)
             self.kept.append(made)
             code = made.handle
@@ -122,7 +122,7 @@ class Network:
         return max(off(self.run(threads), self.values[-1]) for threads in (1, 2, 3))
 
 
-def drawn(seed, code=False):
+def drawn(seed, code=0.0):
     """A network of random steps."""
     draw = random.Random(seed)
     torch.manual_seed(seed)
@@ -180,14 +180,14 @@ def _attached(net, draw, attach, shape, after):
     attach(add=draw.choice(same) if same and draw.random() < 0.6 else -1, **after)
 
 
-@pytest.mark.parametrize("code", [False, True])
+@pytest.mark.parametrize("code", [0.0, 0.6])
 @pytest.mark.parametrize("part", range(4))
 def test_any_steps(isa, part, code):
     for seed in range(25 * part, 25 * part + 25):
         assert drawn(seed, code).error <= 1e-5, seed
 
 
-def residual(x, code=False, width=12):
+def residual(x, code=0.0, width=12):
     """A stem, blocks with and without a stride, a head."""
     net = Network(x, code=code)
     at = net.convolution(0, width, (7, 7), (2, 2), (3, 3), activation=1)
@@ -203,14 +203,14 @@ def residual(x, code=False, width=12):
     return net
 
 
-@pytest.mark.parametrize("code", [False, True])
+@pytest.mark.parametrize("code", [0.0, 1.0])
 @pytest.mark.parametrize(("batch", "side"), [(1, 64), (3, 33), (8, 32), (40, 16), (2, 52)])
 def test_a_residual_network(isa, batch, side, code):
     assert residual(torch.randn(batch, 3, side, side + 4), code).error <= 1e-5
 
 
 def test_shifted_sums_beside_what_reads_planes(isa):
-    net = Network(torch.randn(3, 5, 6, 28), code=True)
+    net = Network(torch.randn(3, 5, 6, 28), code=1.0)
     one = net.convolution(0, 11, (3, 3), padding=(1, 1), activation=3)
     two = net.convolution(one, 11, (3, 3), padding=(1, 1), add=one)
     three = net.convolution(one, 11, (5, 5), padding=(2, 2), add=two)
