@@ -18,8 +18,8 @@ meet no zero weight, over those that it could do in the same time; evicted, the 
 those that it could read. "Generated over compiled" is the speed over the same with `generated=False`, taken in turn,
 and empty where no code can run (without AVX-512).
 
-`table` measures secateur against eager alone, with fewer rounds: all that matters of every section in about 15 minutes,
-or those that are named behind it (`table conv tuning`).
+`table` measures secateur against eager alone, with fewer rounds: all that matters of every section, or those that are
+named behind it (`table conv tuning`).
 
 "Best dense" is the fastest float32 of eager (convolutions: in both layouts), `torch.compile` (frozen or not) and ONNX
 Runtime; OpenVINO has a column of its own. secateur's float16 values, bf16 and int8 are lossy, and shown with their
