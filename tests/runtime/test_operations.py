@@ -74,6 +74,8 @@ def what(operation):
         (F.dropout, None),
         (lambda x: x + 1, None),
         (lambda x: torch.add(x, x, alpha=2), None),
+        (lambda x: torch.add(x, other=x), None),  # whose second value is no positional argument
+        (lambda x: x.add(other=x), None),
         (lambda x: x * x, None),
         (lambda x: F.hardtanh(x), None),
         (F.gelu, None),

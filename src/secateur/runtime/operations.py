@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -42,11 +42,11 @@ class Operation:
     """What a node does to values: a kind of step, or something that may become part of one."""
 
     kind: int
-    values: tuple[fx.Node, ...]
     layer: Any = None
     window: Window | None = None
     activation: int = NONE
     in_place: bool = False
+    values: tuple[fx.Node, ...] = ()
 
 
 def read(node: fx.Node, module: nn.Module) -> Operation | None:
@@ -62,13 +62,17 @@ def read(node: fx.Node, module: nn.Module) -> Operation | None:
         found = None if function is None else _called(function, node)
     else:
         return None
-    values = node.args[: 2 if found is not None and found["kind"] == ADDITION else 1]
-    if found is None or not all(isinstance(value, fx.Node) for value in values):
+    if found is None:
         return None
-    return Operation(values=values, **found)  # type: ignore[arg-type]
+    values = tuple(value for value in node.args[: _inputs(found)] if isinstance(value, fx.Node))
+    return replace(found, values=values) if len(values) == _inputs(found) else None
 
 
-_Found = dict[str, Any] | None
+def _inputs(operation: Operation) -> int:
+    return 2 if operation.kind == ADDITION else 1
+
+
+_Found = Operation | None
 
 
 def _called(function: Callable[..., _Found], node: fx.Node) -> _Found:
@@ -80,7 +84,7 @@ def _called(function: Callable[..., _Found], node: fx.Node) -> _Found:
 
 def _activation(kind: int, in_place: bool = False) -> Callable[..., _Found]:
     def found(x: Any, inplace: bool = in_place) -> _Found:
-        return {"kind": NEITHER, "activation": kind, "in_place": bool(inplace)}
+        return Operation(NEITHER, activation=kind, in_place=bool(inplace))
 
     return found
 
@@ -90,15 +94,15 @@ def _clip(x: Any, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = F
 
 
 def _sum(x: Any, other: Any) -> _Found:
-    return {"kind": ADDITION}
+    return Operation(ADDITION)
 
 
 def _sum_in_place(x: Any, other: Any) -> _Found:
-    return {"kind": ADDITION, "in_place": True}
+    return Operation(ADDITION, in_place=True)
 
 
 def _dropout(x: Any, p: float = 0.5, training: bool = True, inplace: bool = False) -> _Found:
-    return None if training else {"kind": SAME}
+    return None if training else Operation(SAME)
 
 
 def _max_pool(
@@ -111,7 +115,7 @@ def _max_pool(
     return_indices: bool = False,
 ) -> _Found:
     sizes = _pairs(kernel_size, kernel_size if stride is None else stride, padding, dilation)
-    return None if ceil_mode or return_indices or sizes is None else {"kind": MAXIMA, "window": Window(*sizes)}
+    return None if ceil_mode or return_indices or sizes is None else Operation(MAXIMA, window=Window(*sizes))
 
 
 def _average_pool(
@@ -127,11 +131,11 @@ def _average_pool(
     if ceil_mode or divisor_override is not None or sizes is None:
         return None
     window = Window(sizes[0], sizes[1], sizes[2], counted=bool(count_include_pad))
-    return {"kind": AVERAGES, "window": window}
+    return Operation(AVERAGES, window=window)
 
 
 def _adaptive_pool(x: Any, output_size: Any) -> _Found:
-    return {"kind": AVERAGES, "window": Window(None)} if output_size in (1, (1, 1), [1, 1]) else None
+    return Operation(AVERAGES, window=Window(None)) if output_size in (1, (1, 1), [1, 1]) else None
 
 
 def _pairs(*sizes: Any) -> Any:
@@ -143,12 +147,12 @@ def _pairs(*sizes: Any) -> Any:
 
 
 def _convolution(layer: Any) -> _Found:
-    return {"kind": CONVOLUTION, "layer": layer} if packed(layer) and even_padding(layer) else None
+    return Operation(CONVOLUTION, layer) if packed(layer) and even_padding(layer) else None
 
 
 def _norm(layer: Any) -> _Found:
     fixed = isinstance(layer, nn.BatchNorm2d) and layer.running_mean is not None and layer.running_var is not None
-    return {"kind": NORM, "layer": layer} if fixed else None
+    return Operation(NORM, layer) if fixed else None
 
 
 _MODULES: Mapping[Any, Callable[[Any], _Found]] = {
@@ -156,9 +160,9 @@ _MODULES: Mapping[Any, Callable[[Any], _Found]] = {
     nn.BatchNorm2d.forward: _norm,
     nn.ReLU.forward: lambda layer: _activation(RELU)(None, layer.inplace),
     nn.Hardtanh.forward: lambda layer: _clip(None, layer.min_val, layer.max_val, layer.inplace),  # ReLU6 is one
-    nn.Identity.forward: lambda layer: {"kind": SAME},
-    nn.Dropout.forward: lambda layer: {"kind": SAME},
-    nn.Dropout2d.forward: lambda layer: {"kind": SAME},
+    nn.Identity.forward: lambda layer: Operation(SAME),
+    nn.Dropout.forward: lambda layer: Operation(SAME),
+    nn.Dropout2d.forward: lambda layer: Operation(SAME),
     nn.MaxPool2d.forward: lambda m: _max_pool(
         None, m.kernel_size, m.stride, m.padding, m.dilation, m.ceil_mode, m.return_indices
     ),
