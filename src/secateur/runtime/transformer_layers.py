@@ -21,6 +21,11 @@ class _FeedForward(Fused):
     """What both layers share: Linear, activation, Dropout and Linear are a run."""
 
     @classmethod
+    def takes(cls, kind: type[nn.Module]) -> bool:
+        plain: Any = cls.plain
+        return issubclass(kind, plain) and getattr(kind, "_ff_block", None) is plain._ff_block
+
+    @classmethod
     def place(cls, span: Span) -> str:
         return "linear1:linear2"
 
@@ -37,10 +42,6 @@ class SparseTransformerEncoderLayer(_FeedForward, nn.TransformerEncoderLayer):
 
     plain = nn.TransformerEncoderLayer
 
-    @classmethod
-    def takes(cls, kind: type[nn.Module]) -> bool:
-        return issubclass(kind, cls.plain) and kind._ff_block is cls.plain._ff_block
-
     @property
     def activation_relu_or_gelu(self) -> int:  # type: ignore[override]
         """0: what torch's forward takes for "no fused operator"."""
@@ -54,10 +55,6 @@ class SparseTransformerDecoderLayer(_FeedForward, nn.TransformerDecoderLayer):
     """An nn.TransformerDecoderLayer whose feed-forward block is a run."""
 
     plain = nn.TransformerDecoderLayer
-
-    @classmethod
-    def takes(cls, kind: type[nn.Module]) -> bool:
-        return issubclass(kind, cls.plain) and kind._ff_block is cls.plain._ff_block
 
     def _ff_block(self, x: Tensor) -> Tensor:
         return self.dropout3(self._through(x)) if self._as_one() else super()._ff_block(x)
