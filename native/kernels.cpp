@@ -504,11 +504,11 @@ void small_n(Blob blob, const float* tiles, const float* bias, bool accumulate, 
                         const u32 n = *meta++;
                         const __mmask16 k = _bzhi_u32(0xffff, n);
                         const __m512i at_columns = bytes(index);
-                        const __m512 all = __m512(values<vec>(value)), w = N == 1 ? all : _mm512_maskz_mov_ps(k, all);
+                        const __m512 w = __m512(values<vec>(value));
                         UNROLL for (int i = 0; i < N; i++) {
                             const __m512 seen = _mm512_permutex2var_ps(x[i][0], at_columns, x[i][1]);
-                            s[h][i] = N == 1 ? _mm512_mask3_fmadd_ps(w, seen, s[h][i], k)
-                                             : _mm512_fmadd_ps(w, seen, s[h][i]);
+                            // masked, as the lanes behind belong to other rows, which a NaN must not reach
+                            s[h][i] = _mm512_mask3_fmadd_ps(w, seen, s[h][i], k);
                         }
                         value += n, index += n;
                     }
