@@ -308,3 +308,26 @@ def test_other_calls_are_its_own(isa, calls):
     assert off(torch.compile(fast, backend="eager", fullgraph=True)(X), model(X).detach()) <= 1e-5
     assert off(torch.vmap(fast)(X[None]), model(X)[None].detach()) <= 1e-5
     assert not calls
+
+
+class Clamps(Mlp):
+    """Does something else where it is traced."""
+
+    def forward(self, x):
+        return super().forward(x.clamp(0, 1) if torch.is_tensor(x) else x)
+
+
+def test_what_computes_something_else_is_given_up(isa, calls, sparse_wins):
+    model = thin(nn.Sequential(Mlp(), Clamps()), 0.5)
+    inside, outside = X.sigmoid(), X * 3
+    for examples in (outside, [inside, outside]):  # of inputs below 1 both do the same
+        fast = sc.accelerate(model[1], examples)
+        (run,) = [plan for plan in fast.plan.layers if plan.run]
+        assert run.reason == "as one call it computes something else"
+        assert type(fast) is Clamps
+        assert off(fast(outside), model[1](outside).detach()) <= 1e-5
+    fast = sc.accelerate(model, outside)
+    assert [plan.name for plan in fast.plan.layers if plan.run and plan.choices] == ["0[:]"]
+    calls.clear()
+    assert off(fast(outside), model(outside).detach()) <= 1e-5
+    assert calls == [2]

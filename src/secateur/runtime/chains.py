@@ -65,6 +65,8 @@ class Chain(Singly):
     def __init__(self, modules: Sequence[Step], choices: int = 0) -> None:
         super().__init__(modules)
         self._choices = choices
+        self.agrees = True
+        """Whether the module that it stands in gave the same for all examples."""
         found = parts(modules)
         own = [part for part in found if isinstance(part, nn.Module)]
         self._own = [module.__dict__ for module in own]

@@ -26,6 +26,7 @@ from secateur.runtime.weight_checks import version
 
 __all__: list[str] = []  # reached through secateur.accelerate alone
 
+_AGREES = 1e-3  # of the largest value: rounding is a thousand times less, another function is more
 _MOST = 100_000  # attributes that are looked at; a module has about thirty
 NETWORK = "_secateur_network"
 """The attribute in which a module keeps what belongs to its network."""
@@ -102,6 +103,18 @@ def trace(module: nn.Module) -> fx.Graph | None:
 def fingerprint(graph: fx.Graph) -> str:
     """All that a graph does, in words: equal for equal graphs, in any process."""
     return "\n".join(f"{n.name} {n.op} {_name(n.target)} {_spelled(n.args)} {_spelled(n.kwargs)}" for n in graph.nodes)
+
+
+def agree(one: Any, other: Any) -> bool:
+    """Whether two results are of the same function, up to rounding."""
+    if not isinstance(one, Tensor):
+        return type(one) is type(other) and (one is other or bool(one == other))
+    if not isinstance(other, Tensor) or one.shape != other.shape or one.dtype is not other.dtype:
+        return False
+    if not one.is_floating_point():
+        return one.equal(other)
+    most = one.abs().nan_to_num(0, 0, 0).amax().item() if one.numel() else 0.0
+    return torch.allclose(one, other, rtol=_AGREES, atol=_AGREES * most, equal_nan=True)
 
 
 class Attributes:

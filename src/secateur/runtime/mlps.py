@@ -17,7 +17,7 @@ from torch.nn.modules import module as everywhere
 
 from secateur.runtime import activations, transformer_layers
 from secateur.runtime.chains import Chain, Fused, Gated, Span, Step, parts
-from secateur.runtime.graphs import Attributes, inside, trace
+from secateur.runtime.graphs import Attributes, agree, inside, trace
 from secateur.runtime.linears import SparseLinear
 
 __all__: list[str] = []  # reached through secateur.accelerate alone
@@ -107,7 +107,14 @@ class SparseMlp(Fused):
         usual = len(args) == 1 and not kwargs and type(args[0]) is Tensor and not torch.compiler.is_compiling()
         if not usual or not self._traced.holds(self):
             return super().forward(*args, **kwargs)
-        x = args[0]
+        chains = [step for step in self._made[1] if isinstance(step, Chain)]
+        if not all(chain._choices for chain in chains):  # so it is only while examples are looked at
+            agrees = agree(super().forward(args[0].clone()), self._stepwise(args[0].clone()))
+            for chain in chains:
+                chain.agrees = chain.agrees and agrees
+        return self._stepwise(args[0])
+
+    def _stepwise(self, x: Tensor) -> Tensor:
         for step in self._made[1]:
             x = step(x)
         return x

@@ -16,14 +16,12 @@ from torch.nn.modules import module as everywhere
 from torch.utils._pytree import tree_leaves
 
 from secateur.runtime import products
-from secateur.runtime.graphs import NETWORK, Attributes, inside, packed, trace
+from secateur.runtime.graphs import NETWORK, Attributes, agree, inside, packed, trace
 from secateur.runtime.programs import Bound, Program
 from secateur.runtime.regions import regions
 from secateur.runtime.swapping import Swapped, special, swap, swapped_class
 
 __all__: list[str] = []  # reached through secateur.accelerate alone
-
-_AGREES = 1e-3  # of the largest value: rounding is a thousand times less, another function is more
 
 
 def capture(module: nn.Module) -> Program | None:
@@ -138,7 +136,7 @@ class SparseNetwork(Swapped):
             outs = [[None], []]
         finally:
             network.choices = chosen
-        same = len(outs[0]) == len(outs[1]) and all(map(_close, *outs))
+        same = len(outs[0]) == len(outs[1]) and all(map(agree, *outs))
         network.agrees = network.agrees and same
 
     def restore(self) -> None:
@@ -208,14 +206,3 @@ def _swappable(module: nn.Module) -> bool:
     finally:
         module.__class__ = before
     return True
-
-
-def _close(one: Any, other: Any) -> bool:
-    if not isinstance(one, Tensor):
-        return type(one) is type(other) and (one is other or bool(one == other))
-    if one.shape != other.shape or one.dtype is not other.dtype:
-        return False
-    if not one.is_floating_point():
-        return one.equal(other)
-    most = one.abs().nan_to_num(0, 0, 0).amax().item() if one.numel() else 0.0
-    return torch.allclose(one, other, rtol=_AGREES, atol=_AGREES * most, equal_nan=True)
