@@ -126,14 +126,11 @@ class Chain(Singly):
 
     def _ready(self, x: Tensor) -> bool:
         """Whether the modules may be passed over; raises a StateError as their own `_ready` does."""
-        for own in self._own:
-            if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["training"] or "forward" in own:
-                return False
+        if disturbed(self._own):
+            return False
         for own, name, value in self._settings:
             if own.get(name) != value:
                 return False
-        if everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks:
-            return False
         if not self.layers[0]._takes_input(x):
             return False
         if not self._in_place():
@@ -291,6 +288,16 @@ def parts(steps: Iterable[Step]) -> list[Step]:
     """The steps, and in the place of each that is gated what it consists of."""
     split = ((s.gate, s.activation, s.up) if isinstance(s, Gated) else (s,) for s in steps)
     return [part for some in split for part in some]
+
+
+def disturbed(modules: Iterable[Mapping[str, Any]]) -> bool:
+    """Whether some modules, given by their attributes, are in training, or have hooks or a forward of their own."""
+    if everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks:
+        return True
+    for own in modules:
+        if own["training"] or own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own:
+            return True
+    return False
 
 
 def _ends(step: Any) -> tuple[int, int] | None:

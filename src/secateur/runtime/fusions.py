@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 from torch import nn
 
@@ -14,7 +15,7 @@ from secateur.runtime.kernel_plans import LayerPlan
 from secateur.runtime.mlps import FUSED
 from secateur.runtime.networks import SparseNetwork, install, networks
 from secateur.runtime.programs import Program
-from secateur.runtime.swapping import Swapped, swap
+from secateur.runtime.swapping import Swapped, plain_class, swap
 
 __all__: list[str] = []  # reached through secateur.accelerate alone
 
@@ -80,9 +81,8 @@ class Fusions:
 def _runs(model: nn.Module) -> Iterator[tuple[str, _Run]]:
     """What could be fused: by a name as Python spells it, the module and where in it."""
     for name, module in model.named_modules():
-        plain = module.plain if isinstance(module, Swapped) else type(module)
         for kind in FUSED:
-            for span in runs(kind.sequence(module)) if kind.takes(plain) else ():
+            for span in runs(kind.sequence(module)) if kind.takes(plain_class(module)) else ():
                 yield f"{name}[{kind.place(span)}]", (module, kind, span)
 
 
@@ -92,14 +92,15 @@ def _steps(module: nn.Module, kind: type[Fused], span: Span) -> list[Step]:
 
 def _run_plan(name: str, module: nn.Module, kind: type[Fused], span: Span) -> LayerPlan:
     chain = Chain(_steps(module, kind, span))
-    weights = [layer.weight for layer in chain.layers]
-    hashed = tuning.pattern(weights, chain.layers[0]._values)
-    named = kind.plain if kind.plain is not nn.Module else module.plain if isinstance(module, Swapped) else type(module)
-    return LayerPlan(name, named.__name__, chain.widths, zeros_of(weights), hashed)
+    named = plain_class(module) if kind.plain is nn.Module else kind.plain  # the latter: also for subclasses
+    return _plan(name, named.__name__, chain.widths, chain.layers)
 
 
 def _network_plan(name: str, module: nn.Module, program: Program) -> LayerPlan:
-    weights = [layer.weight for layer in program.layers]
-    largest = max((tuple(weight.shape) for weight in weights), key=math.prod)
-    pattern = tuning.pattern(weights, program.layers[0]._values, program.words)
-    return LayerPlan(name, f"network of {len(weights)} convolutions", largest, zeros_of(weights), pattern)
+    largest = max((tuple(layer.weight.shape) for layer in program.layers), key=math.prod)
+    return _plan(name, f"network of {len(program.layers)} convolutions", largest, program.layers, program.words)
+
+
+def _plan(name: str, kind: str, shape: tuple[int, ...], layers: Sequence[Any], words: str = "") -> LayerPlan:
+    weights = [layer.weight for layer in layers]
+    return LayerPlan(name, kind, shape, zeros_of(weights), tuning.pattern(weights, layers[0]._values, words))

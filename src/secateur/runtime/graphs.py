@@ -21,7 +21,7 @@ from torch import Tensor, fx, nn
 
 from secateur.runtime.chains import Fused
 from secateur.runtime.convolutions import SparseConv2d
-from secateur.runtime.swapping import Swapped
+from secateur.runtime.swapping import plain_class
 from secateur.runtime.weight_checks import version
 
 __all__: list[str] = []  # reached through secateur.accelerate alone
@@ -52,7 +52,7 @@ def packed(module: nn.Module) -> bool:
 
 def is_leaf(module: nn.Module) -> bool:
     """Whether a graph has a call of it, not what happens inside: torch's layers, and what holds no convolution."""
-    kind = module.plain if isinstance(module, Swapped) else type(module)
+    kind = plain_class(module)
     if kind.__module__.startswith("torch.nn.") and not module._modules:
         return not isinstance(module, _LISTS)
     followed = (SparseConv2d, nn.BatchNorm2d)

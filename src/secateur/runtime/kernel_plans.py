@@ -126,7 +126,7 @@ class KernelPlan(Printed):
         cpu: name of the processor on which it was measured.
         isa: instruction set of the native kernels; None without the native library.
         threads: CPU threads at the time.
-        layers: one `LayerPlan` for each layer with a weight matrix, in the model's order, then for each run.
+        layers: one `LayerPlan` for each layer with a weight matrix, in the model's order, then runs and networks.
         gains: of the whole model, one for each example; a rejected one went back to dense. Fewer where the tuning was
             interrupted.
         values: dtype of the packed weights; "float16" and "bfloat16" are lossy. On a CUDA device they are

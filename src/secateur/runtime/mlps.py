@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
-from torch.nn.modules import module as everywhere
 
 from secateur.runtime import activations, transformer_layers
-from secateur.runtime.chains import Chain, Fused, Gated, Span, Step, parts
+from secateur.runtime.chains import Chain, Fused, Gated, Span, Step, disturbed, parts
 from secateur.runtime.graphs import Attributes, agree, inside, trace
 from secateur.runtime.linears import SparseLinear
+from secateur.runtime.swapping import as_usual
 
 __all__: list[str] = []  # reached through secateur.accelerate alone
 
@@ -34,17 +34,13 @@ _FUNCTIONS: tuple[Step, ...] = (
 """By their numbers, to be called where the native call does not."""
 
 
-_OWN = ("__reduce__", "__reduce_ex__", "__deepcopy__", "__copy__", "__getattribute__", "__call__")
-"""Methods of a class with which a swapped one might not get along."""
-
-
 class Traced:
     """What a module's forward was seen to be, and the attributes by which it was; a copy looks anew."""
 
     def __init__(self, found: tuple[Part, ...]) -> None:
         self.found = found
         self.attributes: Attributes | None = None
-        self._own: list[dict[str, Any]] = []
+        self._inner: list[dict[str, Any]] = []
 
     def __reduce__(self) -> Any:
         return Traced, (self.found,)
@@ -58,14 +54,14 @@ class Traced:
                 self.found = ()
                 return False
             self.note(module)
-        if _disturbed(self._own):
+        if module.training or disturbed(self._inner):
             return False
         return self.attributes is not None and (self.attributes.same(module) or self.attributes.same_but_notes(module))
 
     def note(self, module: nn.Module) -> None:
         """Take the attributes as they are now for those by which the forward is what it was seen to be."""
         self.attributes = Attributes(module)
-        self._own = [one.__dict__ for one in inside(module)]
+        self._inner = [vars(one) for one in inside(module)[1:]]
 
 
 class SparseMlp(Fused):
@@ -78,8 +74,7 @@ class SparseMlp(Fused):
         if kind.__module__.startswith("torch.") or any(one.takes(kind) for one in transformer_layers.FUSED):
             return False
         slots = any("__slots__" in vars(base) for base in kind.__mro__[:-1])
-        own = any(getattr(kind, name, None) is not getattr(nn.Module, name, None) for name in _OWN)
-        return type(kind) is type and not slots and not own
+        return type(kind) is type and not slots and as_usual(kind)
 
     @classmethod
     def place(cls, span: Span) -> str:
@@ -137,7 +132,7 @@ def read(module: nn.Module) -> tuple[Part, ...] | None:
     owned = [child for child in module._modules.values() if isinstance(child, SparseLinear)]
     if len(owned) < 2:
         return ()
-    if _disturbed([one.__dict__ for one in inside(module)]):
+    if module.training or disturbed(map(vars, inside(module)[1:])):
         return None
     try:
         graph = trace(module)
@@ -209,19 +204,3 @@ def _step(module: nn.Module, part: Part) -> Any:
     if isinstance(part, tuple):
         return Gated(*(_step(module, one) for one in part))
     return _FUNCTIONS[part] if isinstance(part, int) else module.get_submodule(part)
-
-
-def _disturbed(own: list[dict[str, Any]]) -> bool:
-    """Whether one of some modules is in training, or has hooks or a forward of its own, that are not traced.
-
-    Args:
-        own: the attributes of each; of the first, hooks do not matter.
-    """
-    if everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks:
-        return True
-    for one in own:
-        if one["training"]:
-            return True
-        if one is not own[0] and (one["_forward_hooks"] or one["_forward_pre_hooks"] or "forward" in one):
-            return True
-    return False

@@ -16,10 +16,11 @@ from torch.nn.modules import module as everywhere
 from torch.utils._pytree import tree_leaves
 
 from secateur.runtime import products
+from secateur.runtime.chains import disturbed
 from secateur.runtime.graphs import NETWORK, Attributes, agree, inside, packed, trace
 from secateur.runtime.programs import Bound, Program
 from secateur.runtime.regions import regions
-from secateur.runtime.swapping import Swapped, special, swap, swapped_class
+from secateur.runtime.swapping import Swapped, as_usual, special, swap, swapped_class
 
 __all__: list[str] = []  # reached through secateur.accelerate alone
 
@@ -32,20 +33,15 @@ def capture(module: nn.Module) -> Program | None:
         graph = trace(module)
     except ValueError:  # more attributes than can be watched
         return None
-    found = [] if graph is None else [*regions(graph, module)]
-    return Program(module, graph, found) if graph is not None and found else None
+    if graph is None:
+        return None
+    found = [*regions(graph, module)]
+    return Program(module, graph, found) if found else None
 
 
 def _disturbed(module: nn.Module) -> bool:
-    """Whether a module, or one in it, is in training, or has hooks or a forward of its own, that are not traced."""
-    if everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks:
-        return True
-    for one in inside(module):
-        if one.training or (
-            one is not module and (one._forward_hooks or one._forward_pre_hooks or "forward" in vars(one))
-        ):
-            return True
-    return False
+    """Whether something is on that a trace does not show; hooks of the module itself run around either forward."""
+    return module.training or disturbed(map(vars, inside(module)[1:]))
 
 
 class Network:
@@ -193,16 +189,12 @@ def _twice(module: nn.Module) -> Program | None:
 def _swappable(module: nn.Module) -> bool:
     """Whether a module may get another class, and copies of it come out as such."""
     kind = type(module)
-    own = ("__reduce__", "__reduce_ex__", "__deepcopy__", "__copy__", "__getattribute__", "__call__")
-    if isinstance(module, Swapped) or any(
-        getattr(kind, name, None) is not getattr(nn.Module, name, None) for name in own
-    ):
+    if isinstance(module, Swapped) or not as_usual(kind):
         return False
-    before = kind
     try:
         module.__class__ = swapped_class(SparseNetwork, kind)
     except TypeError:  # with slots, or made by a class of its own
         return False
     finally:
-        module.__class__ = before
+        module.__class__ = kind
     return True

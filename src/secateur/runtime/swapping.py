@@ -23,6 +23,7 @@ from secateur.support import bits
 SPARSE_ENOUGH = 0.3
 """Share of zeros from which a sparse kernel is worth a try."""
 
+_METHODS = ("__reduce__", "__reduce_ex__", "__deepcopy__", "__copy__", "__getattribute__", "__call__")
 _autocast = torch._C._is_any_autocast_enabled
 _modes = torch._C._len_torch_dispatch_stack  # FlopCounterMode and its like, which ctypes would hide the work from
 _tracing = torch._C._is_tracing
@@ -276,6 +277,16 @@ def sparse(mixin: _S) -> _S:
 def swap(module: nn.Module, mixin: type[Swapped]) -> None:
     """Turn a plain module into a sparse one; `restore` turns it back."""
     module.__class__ = swapped_class(mixin, type(module))
+
+
+def plain_class(module: nn.Module) -> type[nn.Module]:
+    """The class that a module has or, if it was swapped, had."""
+    return module.plain if isinstance(module, Swapped) else type(module)
+
+
+def as_usual(kind: type[nn.Module]) -> bool:
+    """Whether modules of a class are copied, called and read as any others, so that it can do with another class."""
+    return all(getattr(kind, name, None) is getattr(nn.Module, name, None) for name in _METHODS)
 
 
 def swapped_class(mixin: type[Swapped], plain: type[nn.Module]) -> type[Swapped]:
