@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from secateur.errors import FileError, listed
+from secateur.errors import FileError, InputError, listed
 from secateur.measurement.timing import NO_DIFFERENCE, duration
 from secateur.support import checks
 from secateur.support.tables import Printed, Table, percent, size
@@ -219,6 +219,37 @@ def without(layer: LayerPlan, buckets: set[int], reason: str) -> LayerPlan:
     timings = tuple(replace(t, sparse=False, generated=False) if t.bucket in buckets else t for t in layer.timings)
     lost = not layer.reason and not any(t.sparse for t in timings)
     return replace(layer, timings=timings, reason=reason if lost else layer.reason)
+
+
+def require_alike(plan: KernelPlan, here: KernelPlan) -> None:
+    """Raise an InputError if a plan was measured elsewhere than another one, or is for other weights."""
+    measured, now = ((one.cpu, one.isa, one.threads, one.gpu) for one in (plan, here))
+    if measured != now:
+        raise InputError(
+            f"the plan was measured on {plan.cpu} with {plan.isa} kernels and {plan.threads} threads"
+            f"{plan.gpu and f' on {plan.gpu}'}, and this is {', '.join(str(one) for one in now if one != '')}. "
+            "Leave plan out, and the model is tuned here."
+        )
+    if plan.values != here.values:
+        raise InputError(f"the plan is for values=torch.{plan.values}, and this call is for torch.{here.values}")
+    planned, found = ({layer.name: layer for layer in one.layers} for one in (plan, here))
+    for name in [*planned, *found]:
+        old, new = planned.get(name), found.get(name)
+        if old is None or new is None or _identity(old) != _identity(new):
+            raise InputError(
+                f"the plan is for another model: {name!r} is {_words(new)} here, and {_words(old)} in the plan. "
+                "Leave plan out, and the model is tuned again."
+            )
+
+
+def _identity(layer: LayerPlan) -> tuple[Any, ...]:
+    return layer.kind, layer.shape, layer.pattern
+
+
+def _words(layer: LayerPlan | None) -> str:
+    if layer is None:
+        return "missing"
+    return f"{layer.kind} {' x '.join(map(str, layer.shape))} with zeros {layer.pattern[:8] or '(not tried)'}"
 
 
 def _layer(data: Mapping[str, Any]) -> LayerPlan:

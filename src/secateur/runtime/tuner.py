@@ -16,7 +16,7 @@ from secateur.runtime import native, products, tuning
 from secateur.runtime.candidates import enclose, make_sparse, matrices, survey
 from secateur.runtime.chains import Chain, Fused
 from secateur.runtime.fusions import Fusions
-from secateur.runtime.kernel_plans import Gain, KernelPlan, LayerPlan, Timing, without
+from secateur.runtime.kernel_plans import Gain, KernelPlan, LayerPlan, Timing, require_alike, without
 from secateur.runtime.networks import SparseNetwork
 from secateur.runtime.releasing import Releasable
 from secateur.runtime.semi_structured import SemiStructuredLinear, disagreement
@@ -66,7 +66,10 @@ class Tuning:
 
     @property
     def steps(self) -> int:
-        """Steps that `pack` reports, one a layer, and `measure`: for each example layers, networks, runs, and all."""
+        """Steps that are reported: one a layer by `pack`, and four an example by `measure`.
+
+        These are layers, networks, runs and the whole model.
+        """
         return len(self.layers) + 4 * len(self.calls)
 
     def pack(self, done: Callable[[float], None]) -> None:
@@ -222,9 +225,8 @@ class Tuning:
     def found(self) -> KernelPlan:
         """All that was chosen, and where."""
         layers = tuple(self._weighed(layer) for layer in self.plans.values())
-        return KernelPlan(
-            tuning.cpu(), native.isa(), torch.get_num_threads(), layers, self.gains, _name(self.values), self.gpu
-        )
+        values = str(self.values).removeprefix("torch.")
+        return KernelPlan(tuning.cpu(), native.isa(), torch.get_num_threads(), layers, self.gains, values, self.gpu)
 
     def release(self) -> None:
         """Release the dense weights of layers that are sparse for all inputs, and copy those that stay.
@@ -272,33 +274,16 @@ class Tuning:
         Raises:
             InputError: it was for other weights, or measured elsewhere.
         """
-        here = (tuning.cpu(), native.isa(), torch.get_num_threads(), self.gpu)
-        if (plan.cpu, plan.isa, plan.threads, plan.gpu) != here:
-            raise InputError(
-                f"the plan was measured on {plan.cpu} with {plan.isa} kernels and {plan.threads} threads"
-                f"{plan.gpu and f' on {plan.gpu}'}, and this is {', '.join(str(one) for one in here if one != '')}. "
-                "Leave plan out, and the model is tuned here."
-            )
-        if plan.values != _name(self.values):
-            raise InputError(f"the plan is for values=torch.{plan.values}, and this call is for {self.values}")
-        planned = {layer.name: layer for layer in plan.layers}
-        for name in [*planned, *self.plans]:
-            old, new = planned.get(name), self.plans.get(name)
-            if old is None or new is None or _identity(old) != _identity(new):
-                raise InputError(
-                    f"the plan is for another model: {name!r} is {_words(new)} here, and {_words(old)} in the plan. "
-                    "Leave plan out, and the model is tuned again."
-                )
-        self.plans, self.gains = planned, plan.gains
+        require_alike(plan, self.found())
+        self.plans, self.gains = {layer.name: layer for layer in plan.layers}, plan.gains
         self._settle()
 
     def _reject(self) -> None:
         """Put back to dense the row classes of each example that did not get faster as a whole."""
-        lost = [seen for seen, gain in zip(self.seen, self.gains, strict=False) if not gain.faster]
-        kept = [seen for seen in self.seen if not any(seen is one for one in lost)]
+        lost = {i for i, gain in enumerate(self.gains) if not gain.faster}
         for name, layer in self.plans.items():
-            saved = {b for seen in kept for b in seen.get(name, ())}
-            buckets = {b for seen in lost for b in seen.get(name, ())} - saved
+            saved = {b for i, seen in enumerate(self.seen) if i not in lost for b in seen.get(name, ())}
+            buckets = {b for i in lost for b in self.seen[i].get(name, ())} - saved
             if layer.timings:
                 self.plans[name] = without(layer, buckets, "the whole model was not faster")
 
@@ -325,17 +310,3 @@ def _worth_code(layer: Sparse, bucket: int, nonzeros: float) -> bool:
     if layer.code_from is None or bucket < layer.code_from:
         return False
     return bucket > 5 or _CODE_BYTES * nonzeros <= last_level_cache() / 2
-
-
-def _name(values: torch.dtype) -> str:
-    return str(values).removeprefix("torch.")
-
-
-def _identity(layer: LayerPlan) -> tuple[Any, ...]:
-    return layer.kind, layer.shape, layer.pattern
-
-
-def _words(layer: LayerPlan | None) -> str:
-    if layer is None:
-        return "missing"
-    return f"{layer.kind} {' x '.join(map(str, layer.shape))} with zeros {layer.pattern[:8] or '(not tried)'}"
