@@ -26,7 +26,7 @@ def test_a_run_is_found_by_where_it_is_and_comes_and_goes(isa):
     assert [name for name in plans if "head" in name] == [*fusions.runs] == ["head[0:3]"]
     assert plans["head[0:3]"].shape == (32, 16, 8)
     head, x = given["head"], torch.randn(4, 32)
-    assert fusions.modules(["head[0:3]"]) == {id(module) for module in head[:3]}
+    assert fusions.ids(["head[0:3]"]) == {id(module) for module in head[:3]}
     with torch.inference_mode():
         before = head(x)
         found = fusions.fuse({"head[0:3]": products.ALL})
@@ -43,9 +43,9 @@ def test_a_network_is_found_and_comes_and_goes(isa):
     plans = {plan.name: plan for plan in fusions.find()}
     (name,) = fusions.networks
     assert plans[name].kind == "network of 2 convolutions"
-    assert fusions.inside([name]) == []  # the run is in another module
+    assert fusions.runs_in([name]) == []  # the run is in another module
     layers = [module for module in given.modules() if isinstance(module, nn.Conv2d)]
-    assert fusions.modules([name]) == set(map(id, layers))
+    assert fusions.ids([name]) == set(map(id, layers))
     assert set(fusions.install({name: products.ALL})) == {name}
     assert type(given["convolutions"]) is not nn.Sequential
     assert fusions.install({}) == {}

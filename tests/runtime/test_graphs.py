@@ -221,6 +221,16 @@ def test_notes_of_sparse_layers_do_not_count():
     assert not watched.same_but_notes(model)
 
 
+def test_a_plan_of_the_model_itself_does():
+    model = sparse(lively(ResNet(widths=(4,))))
+    model.plan = 1
+    watched = graphs.Attributes(model)
+    model.plan = 2
+    assert not watched.same_but_notes(model)
+    model.plan = 1
+    assert watched.same(model)
+
+
 def test_too_much_to_watch(monkeypatch):
     monkeypatch.setattr(graphs, "_MOST", 100)
     with pytest.raises(ValueError, match="too many attributes"):

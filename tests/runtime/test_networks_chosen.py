@@ -170,6 +170,27 @@ def test_what_computes_something_else_is_given_up(sparse_wins, kind):
     assert type(fast) is kind
 
 
+class Planned(nn.Module):
+    """Has a `plan` that is none of ours."""
+
+    def __init__(self):
+        super().__init__()
+        self.block, self.plan = Basic(3, 3), 1
+
+    def forward(self, x):
+        return self.block(x) * self.plan
+
+
+def test_a_plan_of_the_model_itself_is_looked_at(calls, sparse_wins):
+    model = lively(Planned())
+    fast = sc.accelerate(model, X)
+    fast(X)
+    assert calls
+    for scale in (2, 3):
+        fast.plan = model.plan = scale
+        assert off(fast(X), model(X).detach()) <= 1e-5
+
+
 def test_blocks_of_a_model_that_cannot_be_traced(calls, sparse_wins):
     class Early(nn.Module):
         """Ends early for some inputs."""

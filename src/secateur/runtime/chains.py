@@ -90,7 +90,7 @@ class Chain(Singly):
         self._known: list[tuple[Any, ...]] = []
         self._tensors: list[Tensor] = []
         self._weights: list[Tensor] = []
-        self._addresses = [0]  # never those of no tensors
+        self._addresses = [0]  # which no tensors have, so the first call renews all
         self._strides: list[tuple[int, ...]] = []
         self._watches: list[Watch] = []
         self._watched: tuple[Any, Any] = (None, None)

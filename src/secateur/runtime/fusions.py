@@ -41,13 +41,13 @@ class Fusions:
         for name, network in self.networks.items():
             yield _network_plan(name, *network)
 
-    def inside(self, taken: Iterable[str]) -> list[str]:
+    def runs_in(self, taken: Iterable[str]) -> list[str]:
         """The runs in the modules of these networks."""
         modules = [id(self.networks[name][0]) for name in taken]
         return [name for name, (module, *_) in self.runs.items() if id(module) in modules]
 
-    def modules(self, names: Iterable[str]) -> set[int]:
-        """The ids of what these runs and networks are made of."""
+    def ids(self, names: Iterable[str]) -> set[int]:
+        """Those of the modules that these runs and networks are made of."""
         found: set[int] = set()
         for name in names:
             made_of = parts(_steps(*self.runs[name])) if name in self.runs else self.networks[name][1].layers

@@ -32,8 +32,8 @@ NETWORK = "_secateur_network"
 """The attribute in which a module keeps what belongs to its network."""
 _KEEPERS = (NETWORK, "_traced")
 """Attributes in which modules keep what was traced, and with it what is here."""
-_NOTES_ABOVE, _NOTES = ("forward", "_secateur", "plan"), ("_packed_from", "_trusted")
-"""What secateur sets in a module with one of these, and in sparse layers; of no matter here."""
+_NOTES_ABOVE, _NOTES = ("forward", "_secateur"), ("_packed_from", "_trusted")
+"""What secateur itself sets: in a module that keeps one of these, and in sparse layers. No forward reads it."""
 _ONE_AT_A_TIME = threading.Lock()  # torch.fx replaces methods of nn.Module while it traces
 _LISTS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _NO_PART = {
@@ -152,7 +152,8 @@ class Attributes:
 
     def same_but_notes(self, module: nn.Module) -> bool:
         """Whether nothing changed but what secateur notes; takes that as it is now."""
-        _take_over(module.__dict__, self._own, _NOTES_ABOVE)
+        plan = ("plan",) if _is_ours(module.__dict__.get("plan")) else ()  # a model may have one of its own
+        _take_over(module.__dict__, self._own, (*_NOTES_ABOVE, *plan))
         for live, kept in zip(self._live, self._kept, strict=True):
             if isinstance(live, dict) and "_packed_from" in live:
                 _take_over(live, kept, _NOTES)
@@ -260,10 +261,14 @@ def _contents(value: Any) -> Any:
         return value
     if isinstance(value, Tensor | nn.Module | type | types.ModuleType | types.FunctionType):
         return None
-    if type(value).__module__.startswith("secateur."):  # whose own checks look at it
+    if _is_ours(value):  # our own checks look at it
         return None
     found = getattr(value, "__dict__", None)
     return found if isinstance(found, dict) else None
+
+
+def _is_ours(value: Any) -> bool:
+    return type(value).__module__.startswith("secateur.")
 
 
 def _values(container: Any) -> Any:

@@ -28,8 +28,8 @@ _Size = tuple[int, int, int]
 class Bound:
     """The tensors of a program's layers as they are now, and the steps of its regions with their addresses.
 
-    It looks for tensors that hold something else now. Whether one was replaced is known from the attributes of the
-    modules, but for those of one value, which pass for equal ones there.
+    It looks for tensors that hold something else now. That one was replaced is noticed by `Attributes`, which compares
+    by value: so another tensor of one value passes there if that is equal. These are compared by identity here.
 
     Raises:
         StateError: weights have changed since they were packed.

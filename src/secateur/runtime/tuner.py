@@ -1,4 +1,4 @@
-"""The copy of a model on its way: layers swapped, tried and, where they do not gain, put back."""
+"""Tuning: which layers of a model, which runs and which networks of them are faster sparse on the examples."""
 
 from __future__ import annotations
 
@@ -155,7 +155,7 @@ class Tuning:
 
     def _leave_to_networks(self) -> None:
         """Try no run in a module that a network takes, and have the networks aside while the others are tried."""
-        for name in self.fusions.inside(name for name in self.fusions.networks if self.plans[name].choices):
+        for name in self.fusions.runs_in(name for name in self.fusions.networks if self.plans[name].choices):
             self.plans[name] = replace(self.plans[name], reason="part of a network")
         self.fusions.install({})
 
@@ -292,7 +292,7 @@ class Tuning:
         self.fusions.install({})
         names = (*self.fusions.runs, *self.fusions.networks)
         choices = {name: chosen for name in names if (chosen := self.plans[name].choices)}
-        fused = self.fusions.modules(choices)
+        fused = self.fusions.ids(choices)
         for name, layer in self.layers.items():
             if not isinstance(layer, Sparse):
                 continue
