@@ -93,8 +93,9 @@ struct Convolver {
         return count;
     }
 
-    // Places of the planes of an image. What lies between outputs is left out, or goes between the rows of the result,
-    // where others are to write zeros then, if rows are as far apart there.
+    // Places of the planes of an image. Between the outputs of two rows lie places that are none. Where the rows of the
+    // result are as far apart, these are written, too, between its rows, which are made zero afterwards; elsewhere they are
+    // left out.
     int of_planes(i64 image, i64 first, i64 n, Piece* pieces) const {
         const i64 pitch = planes.pitch;
         const bool alike = result.to.frame.pitch() == pitch && (!result.add.data || result.add.frame.pitch() == pitch);
@@ -122,8 +123,8 @@ struct Convolver {
         const Blob blob = of.blob;
         const Header& head = *blob.head;
         const i64 places = images * area;
-        auto arrange = [&](i64 i, float* panel) -> const float* {
-            const Tile t(i, places, false);
+        auto arrange = [&](i64 tile, float* panel) -> const float* {
+            const Tile t(tile, places, false);
             Piece pieces[kWidth];
             const int count = of_outputs(t.first, t.n, pieces);
             const i64 reach = t.width + (count > 1 ? kLanes : 0);  // whole vectors of a piece
@@ -133,7 +134,7 @@ struct Convolver {
             }
             for (const Piece* p = pieces; p < pieces + count; p++)  // no vector may reach beyond
                 for (i64 j = 0; j < columns; j++)
-                    for (int k = 0; k < p->n; k++) panel[j * t.width + p->lane + k] = from.data[offset[j] + p->from + k];
+                    for (int i = 0; i < p->n; i++) panel[j * t.width + p->lane + i] = from.data[offset[j] + p->from + i];
             return panel;
         };
         auto compute = [&](i64 i, const float* in, i64 part, i64 parts) {

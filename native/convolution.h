@@ -21,7 +21,8 @@ struct Convolution {
     Geometry shape;         // of whose batch nothing is asked
 };
 
-// So many images through it; what lies between the rows of the result may be overwritten. False if there is no memory for scratch.
+// Convolves so many images. What lies between the rows of the result may be overwritten. False if there is no memory for
+// scratch.
 bool convolve(const Convolution& convolution, const Images& from, i64 images, const Result& result, int threads);
 
 }  // namespace secateur

@@ -14,8 +14,8 @@
 namespace secateur {
 namespace {
 
-constexpr i64 kNear = 8192;      // bytes that a displacement of one byte reaches, in vectors
-constexpr i64 kFew = 512;        // the same in floats
+constexpr i64 kNear = 8192;         // bytes that a displacement of one byte reaches, as it counts vectors
+constexpr i64 kFew = 512;           // the same where it counts floats
 constexpr i64 kAheadBytes = 8192;   // so far ahead code is fetched where the whole does not stay in the cache
 constexpr i64 kCached = 512 << 10;  // bytes of code and weights that do
 constexpr i64 kReach = i64(1) << 30;  // displacements and code stay below

@@ -74,15 +74,16 @@ void secateur_discard(void* code) { delete static_cast<Generated*>(code); }
 
 int64_t secateur_generated(const void* code, int32_t part, void* to) {
     const Generated& made = *static_cast<const Generated*>(code);
-    const Program& program = made.program;
-    const void* from = part == 0   ? static_cast<const void*>(program.code.data())
-                       : part == 1 ? static_cast<const void*>(program.weights.data())
-                                   : program.units.data();
-    const std::size_t bytes = part == 0   ? program.code.size()
-                              : part == 1 ? program.weights.size() * sizeof(float)
-                                          : program.units.size() * sizeof(Unit);
-    if (to && bytes) std::memcpy(to, from, bytes);
-    return part == 0 ? made.code_bytes : i64(bytes);
+    auto copy = [&](const auto& from) {
+        const std::size_t bytes = from.size() * sizeof from[0];
+        if (to && bytes) std::memcpy(to, from.data(), bytes);
+        return i64(bytes);
+    };
+    switch (part) {
+        case 0: return copy(made.program.code), made.code_bytes;  // which may be in executable memory by now
+        case 1: return copy(made.program.weights);
+        default: return copy(made.program.units);
+    }
 }
 
 int32_t secateur_generates(void) {

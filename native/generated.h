@@ -15,7 +15,7 @@ namespace secateur {
 constexpr i64 kTogether = 128 << 10;  // floats of inputs and sums that go through the code at once: half of a usual L2
 constexpr i64 kStrip = 4;             // blocks of rows whose sums are turned while they are in L1
 
-constexpr int kInterpreted = 2;
+constexpr int kInterpreted = 2;  // of `run`: code is made, and what it would compute is computed without it
 
 struct Generated {
     i64 rows, columns, nonzeros, blocks, code_bytes;
@@ -23,7 +23,7 @@ struct Generated {
     Program program;  // its code no longer where `memory` holds it
     Executable memory;
     bool runs, shifted;  // the latter: by shifted sums, from lines rather than planes
-    Rows matrix;    // these two only if nothing but the product that the code would give is wanted, on any machine
+    Rows matrix;  // these two only if it is interpreted
     Layout layout;
 
     // As secateur_generate; false where there is none.

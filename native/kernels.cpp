@@ -421,7 +421,7 @@ template <int kWidth, int kStride>
 void gather_by(const float* planes, const i64* offset, i64 columns, const Piece* pieces, int count, float* panel) {
     constexpr int lanes = least(kWidth, LANES), full = kWidth / lanes;
     using V = typename Of<lanes>::type;
-    i64 from[kWidth + 2];  // two more, as compilers see cases that a narrow panel never has
+    i64 from[kWidth + 2];  // the last two for no panel, but compilers warn of cases 1 and 2 below
     int lane[kWidth + 2], moves = 0;
     for (const Piece* p = pieces; p < pieces + count; p++)
         for (int k = 0; k < p->n; k += lanes, moves++) from[moves] = p->from + k * kStride, lane[moves] = p->lane + k;
@@ -723,6 +723,7 @@ void finish(const float* sums, i64 width, i64 rows, i64 n, const Finish& f, floa
 
 // ---- pooling
 
+// a + b, or the greater of both; a NaN if one of them is
 template <bool kMaxima, class V>
 INLINE V pooled(V a, V b) {
     if constexpr (!kMaxima) return a + b;

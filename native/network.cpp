@@ -60,7 +60,8 @@ struct Network {
         return !spread && 2 * g.ph <= g.dh * (g.kh - 1) + 1 && 2 * g.pw <= g.dw * (g.kw - 1) + 1;
     }
 
-    // A value lies as the first code that reads planes wants it, else with as much around it as convolutions want.
+    // How a value lies: as the first code that reads it in planes wants it; else with the widest padding that one of its
+    // convolutions has.
     static void lie(Value& from, const secateur_step& step, const Geometry& g) {
         const Generated* made = code(step, g);
         const bool coded = made && !made->shifted && g.sh * g.sw == 1;
@@ -95,8 +96,10 @@ struct Network {
             }
             if (step.to < 1 || step.to > count || values[step.to].known) return false;
             values[step.to] = {result, 0, 0, i, i, true, false};
-            if (convolution && i64(Planes(g).size()) > laid) laid = i64(Planes(g).size());
-            if (convolution) work += i64(head(step).nonzeros) * result.height * result.width;
+            if (!convolution) continue;
+            const i64 planes = i64(Planes(g).size());
+            laid = planes > laid ? planes : laid;
+            work += i64(head(step).nonzeros) * result.height * result.width;
         }
         return true;
     }

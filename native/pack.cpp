@@ -272,6 +272,6 @@ using namespace secateur;
 
 int64_t secateur_pack(const float* weight, int64_t rows, int64_t columns, int64_t groups, int32_t values,
                       void* blob, int64_t room) {
-    if (values < 0 || values > kBfloat16) return -1;
+    if (values < 0 || values > int32_t(kBfloat16)) return -1;
     return pack(weight, rows, columns, groups, kernels->jagged, Values(values), blob, room);
 }
