@@ -44,6 +44,20 @@ def isa(request, monkeypatch):
 
 
 @pytest.fixture
+def calls(monkeypatch):
+    """How many layers each call had that computed a chain."""
+    seen, before = [], products.chain
+
+    def chain(x, widths, count, *rest):
+        out = before(x, widths, count, *rest)
+        seen.extend([count] if out is not None else [])
+        return out
+
+    monkeypatch.setattr(products, "chain", chain)
+    return seen
+
+
+@pytest.fixture
 def without_native(monkeypatch):
     """A machine on which the native library was not built."""
     monkeypatch.setattr(native, "library", lambda: None)

@@ -46,20 +46,6 @@ def fused(model):
     return fast
 
 
-@pytest.fixture
-def calls(monkeypatch):
-    """How many layers each call had that computed a chain."""
-    seen, before = [], products.chain
-
-    def chain(x, widths, count, *rest):
-        out = before(x, widths, count, *rest)
-        seen.extend([count] if out is not None else [])
-        return out
-
-    monkeypatch.setattr(products, "chain", chain)
-    return seen
-
-
 @pytest.mark.parametrize("n", [0, 1, 3, 5, 17, 33, 200])
 @pytest.mark.parametrize("bias", [True, False])
 def test_is_the_model_that_it_was(isa, calls, n, bias):

@@ -82,20 +82,6 @@ def fused(model):
     return fast
 
 
-@pytest.fixture
-def calls(monkeypatch):
-    """How many layers each call had that computed a chain."""
-    seen, before = [], products.chain
-
-    def chain(x, widths, count, *rest):
-        out = before(x, widths, count, *rest)
-        seen.extend([count] if out is not None else [])
-        return out
-
-    monkeypatch.setattr(products, "chain", chain)
-    return seen
-
-
 @pytest.mark.parametrize("kind", MODULES)
 @pytest.mark.parametrize("n", [1, 3, 9, 16, 45, 200])
 @pytest.mark.parametrize("threads", [1, 2])

@@ -131,20 +131,6 @@ def fused(model):
     return fast
 
 
-@pytest.fixture
-def calls(monkeypatch):
-    """How many layers each call had that computed a chain."""
-    seen, before = [], products.chain
-
-    def chain(x, widths, count, *rest):
-        out = before(x, widths, count, *rest)
-        seen.extend([count] if out is not None else [])
-        return out
-
-    monkeypatch.setattr(products, "chain", chain)
-    return seen
-
-
 ACTIVATIONS = ["relu", "gelu", F.silu, nn.GELU("tanh"), nn.Hardswish()]
 X, MEMORY = torch.randn(3, 6, 24), torch.randn(3, 4, 24)
 
