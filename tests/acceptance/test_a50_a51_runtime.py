@@ -50,7 +50,8 @@ def test_a50_on_the_real_clock_no_layer_is_chosen_that_was_not_faster(library):
     text = str(sc.explain(fast))
     assert "dense: too dense" in text
     assert "the whole model" in text
-    assert "faster: " in text or "no faster" in " ".join(text.split())
+    verdicts = ("faster: ", "no faster", "cannot tell whether it is faster")
+    assert any(verdict in " ".join(text.split()) for verdict in verdicts)
 
 
 def test_a50_a_layer_that_would_be_slower_is_left_dense_and_the_report_says_so(gaining, monkeypatch):

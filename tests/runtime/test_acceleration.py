@@ -369,3 +369,13 @@ def test_values_of_16_bits_refuse_what_they_cannot_hold(isa, sparse_wins, values
     assert f"does not fit into {str(values).removeprefix('torch.')}" in layer.reason
     with pytest.raises(InputError, match=r"torch\.float16 or torch\.bfloat16"):
         sc.accelerate(model, torch.randn(1, 64), values=torch.float64)
+
+
+def test_a_value_that_does_not_fit_leaves_its_layer_dense(sparse_wins):
+    model, x = thin(nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16))), torch.randn(2, 16)
+    with torch.no_grad():
+        model[0].weight[0, 0] = 70000.0
+    fast = sc.accelerate(model, x, values=torch.float16)
+    assert "does not fit into float16" in fast.plan.layers[0].reason
+    assert type(fast[0]) is nn.Linear
+    assert torch.allclose(fast(x), model(x), rtol=1e-2, atol=1e-2)

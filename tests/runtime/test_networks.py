@@ -9,6 +9,7 @@ import weakref
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 
 import secateur as sc
 from networks_by_hand import (
@@ -266,6 +267,7 @@ CHANGES = {
     "attribute": lambda m: setattr(m, "skip", False),
     "in a dict": lambda m: m.options.update(sign=-1),
     "stride": lambda m: setattr(m.block.conv1, "padding", (0, 0)) or setattr(m.block.conv2, "padding", (2, 2)),
+    "padded with other than zeros": lambda m: setattr(m.block.conv1, "padding_mode", "circular"),
     "eps": lambda m: setattr(m.block.bn1, "eps", 1.0),
     "module": lambda m: setattr(m.block, "relu", nn.Tanh()),
     "norm": lambda m: setattr(m.block, "bn2", nn.Identity()),
@@ -434,6 +436,55 @@ def test_what_is_special_goes_singly(calls):
         fast.choose(products.ALL)
         fast(X)
         assert calls == [3]
+
+
+def test_gradients_of_what_a_region_is_given_are_not_lost(calls):
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.block, self.scale = Basic(3, 3), nn.Parameter(torch.ones(1))
+
+        def forward(self, x):
+            return self.block(x * self.scale) + self.scale
+
+    fast = as_one(lively(Scaled()))
+    fast(X)
+    assert len(calls) == 1
+    fast.scale.requires_grad_()
+    with pytest.raises(StateError, match="gives no gradients"):
+        fast(X)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # which torch itself calls
+def test_tangents_are_not_lost(calls):
+    model = lively(Basic(3, 4))
+    found = []
+    with torch.no_grad(), forward_ad.dual_level():
+        for one in (model, as_one(model)):
+            found.append(forward_ad.unpack_dual(one(forward_ad.make_dual(X, torch.ones_like(X)))).tangent)
+    assert off(found[1], found[0]) <= 1e-5
+    assert not calls
+
+
+def test_gradients_of_a_call_with_other_tensors(calls):
+    fast = as_one(lively(Basic(3, 4)))
+
+    def loss(weight):
+        return torch.func.functional_call(fast, {"bn1.weight": weight}, (X,)).sum()
+
+    with pytest.raises(StateError, match="gives no gradients"):
+        torch.func.grad(loss)(fast.bn1.weight.detach())
+    assert not calls
+
+
+def test_a_slice_of_a_sequential_is_made_of_plain_calls(calls):
+    model = lively(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1)))
+    fast = as_one(model)
+    assert type(fast) is not nn.Sequential
+    part = fast[:4]
+    assert off(part(X), model[:4](X).detach()) <= 1e-6
+    assert type(sc.dense(part)) is nn.Sequential
+    assert not calls
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.trace:DeprecationWarning")

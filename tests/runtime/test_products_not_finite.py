@@ -167,6 +167,7 @@ def test_progress_is_shown_when_asked(sparse_wins, capsys):
     shown = capsys.readouterr()
     assert shown.out == ""
     assert "accelerating" in shown.err
-    assert "8/8" in shown.err  # two layers are packed; of two examples layers, runs and the whole model are timed
+    # two layers are packed; of two examples layers, networks, runs and the whole model are timed
+    assert "10/10" in shown.err
     sc.accelerate(model, x)
     assert capsys.readouterr().err == ""

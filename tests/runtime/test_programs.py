@@ -63,6 +63,14 @@ def test_steps_are_laid_once_for_each_size():
     assert bound.lay(0, region.steps, (2, 4, 9, 8))[1] == (4, 7, 6)
 
 
+def test_steps_are_not_kept_for_ever_more_sizes():
+    made = program(sparse(lively(Basic(4, 4))))
+    bound, steps = made.bound(), made.regions[0].steps
+    for width in range(1, 300):
+        bound.lay(0, steps, (1, 4, 8, width))
+    assert len(bound.laid) <= 256
+
+
 def test_sizes_that_torch_refuses_or_spreads_are_not_laid():
     _, made = net(nn.Conv2d(4, 8, 3), nn.Conv2d(8, 4, 1))
     for shape in ((1, 3, 9, 9), (1, 4, 2, 9), (1, 4, 0, 9)):
@@ -156,6 +164,9 @@ def test_outputs_of_any_form():
     made, x = program(sparse(model)), torch.randn(2, 3, 32, 32)
     got, expected = made.run(x, made.bound()), model(x)
     assert got["out"][1] == 2
+    got["out"].append(3)  # a list of torch.fx would refuse
+    got["more"] = got.pop("scale")
+    got["scale"] = got.pop("more")
     assert got["scale"][1] is None
     assert off(got["out"][0], expected["out"][0].detach()) <= 1e-6
     assert off(got["scale"][0], expected["scale"][0].detach()) <= 1e-6

@@ -333,3 +333,11 @@ def test_compiled_and_exported(sparse_wins, model):
             assert off(one(X), model(X)) <= 1e-5
         with torch.autocast("cpu", torch.bfloat16):
             assert off(compiled(X), model(X)) <= 2e-2
+
+
+def test_made_dense_it_can_be_trained(sparse_wins):
+    model = pruned(nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16)))
+    model[0].bias.requires_grad_(False)
+    plain = sc.dense(sc.accelerate(model, torch.randn(2, 16), keep_dense=False))
+    trained = {name: parameter.requires_grad for name, parameter in plain.named_parameters()}
+    assert trained == {name: parameter.requires_grad for name, parameter in model.named_parameters()}

@@ -187,6 +187,10 @@ def test_trusted_weights_are_not_looked_at(sparse_wins, copied):
     trusted = copied(fast)
     trusted[0].weight.data.mul_(2)
     assert trusted(x).equal(before)
+    for verb in (check_weights, lambda model: trust_weights(model, False)):  # who asks is told
+        with pytest.raises(StateError, match="have changed"):
+            verb(trusted)
+    assert trusted(x).equal(before)
     trusted[0].weight.mul_(2)  # which torch counts
     with pytest.raises(StateError, match="have changed"):
         trusted(x)

@@ -181,6 +181,7 @@ def dense(fast: nn.Module) -> nn.Module:
     for module in list(plain.modules()):
         if isinstance(module, Swapped):
             module.restore()
+    for module in plain.modules():
         trace = module.__dict__.pop("_secateur", None)
         if trace is not None:
             unguard_loading(module)

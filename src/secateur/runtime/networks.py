@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as everywhere
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_flatten
 
 from secateur.runtime import products
 from secateur.runtime.chains import disturbed
@@ -88,7 +88,7 @@ class SparseNetwork(Swapped):
 
     has_code: ClassVar[bool] = False
     """Its code is that of its layers, which was chosen before."""
-    _secateur_network: Network
+    _secateur_network = Network("", 0)  # of a slice of a Sequential, which is made of the same class
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -123,21 +123,22 @@ class SparseNetwork(Swapped):
         """See whether both ways give the same for an example."""
         network = self._secateur_network
         chosen = network.choices
-        outs = []
+        outs: list[Any] = []
         try:
             for network.choices in (0, products.ALL):
                 fresh = [one.clone() if isinstance(one, Tensor) else one for one in args]
-                outs.append(tree_leaves(type(self).forward(self, *fresh, **kwargs)))
+                outs.append(tree_flatten(type(self).forward(self, *fresh, **kwargs)))
         except Exception:  # what stands in for values may go where no value would
-            outs = [[None], []]
+            outs = [([None], None), ([], None)]
         finally:
             network.choices = chosen
-        same = len(outs[0]) == len(outs[1]) and all(map(agree, *outs))
+        (plain, form), (found, found_form) = outs
+        same = form == found_form and len(plain) == len(found) and all(map(agree, plain, found))
         network.agrees = network.agrees and same
 
     def restore(self) -> None:
         """Become the plain module again."""
-        del self.__dict__[NETWORK]
+        self.__dict__.pop(NETWORK, None)
         super().restore()
 
     def _ready(self, x: Tensor) -> tuple[Program, Bound] | None:

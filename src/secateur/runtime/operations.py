@@ -147,7 +147,8 @@ def _pairs(*sizes: Any) -> Any:
 
 
 def _convolution(layer: Any) -> _Found:
-    return Operation(CONVOLUTION, layer) if packed(layer) and even_padding(layer) else None
+    plain = packed(layer) and layer.padding_mode == "zeros" and even_padding(layer)
+    return Operation(CONVOLUTION, layer) if plain else None
 
 
 def _norm(layer: Any) -> _Found:

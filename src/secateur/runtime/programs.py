@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from secateur.errors import StateError
 from secateur.runtime import native, products
 from secateur.runtime.convolutions import SparseConv2d, spreading
 from secateur.runtime.graphs import fingerprint
@@ -23,6 +24,7 @@ from secateur.runtime.weight_checks import pointers, seen_to_differ, version, wa
 __all__: list[str] = []  # reached through secateur.accelerate alone
 
 _Size = tuple[int, int, int]
+_SHAPES = 256  # of inputs, for which steps are kept
 
 
 class Bound:
@@ -95,6 +97,8 @@ class Bound:
         """The native steps for an image of this shape, and the size of what comes out; None if torch has to do it."""
         key = region, shape
         if key not in self.laid:
+            if len(self.laid) >= _SHAPES:
+                self.laid.clear()
             self.laid[key] = self._lay(steps, shape)
         return self.laid[key]
 
@@ -191,7 +195,8 @@ class _Call:
     """Nodes whose values nothing needs afterwards."""
 
     def run(self, values: dict[fx.Node, Any], bound: Bound) -> None:
-        args, kwargs = fx.node.map_arg((self.node.args, self.node.kwargs), values.__getitem__)
+        given = values.__getitem__
+        args, kwargs = [_filled(one, given) for one in self.node.args], _filled(self.node.kwargs, given)
         values[self.node] = self.function(*args, **kwargs)
         self.forget(values)
 
@@ -223,6 +228,8 @@ class _Run:
     def _at_once(self, x: Any, bound: Bound) -> Tensor | None:
         if type(x) is not Tensor or x.dim() != 4 or x.dtype is not torch.float32 or not x.is_cpu:
             return None
+        if x.requires_grad and torch.is_grad_enabled():
+            return None  # the layers say what is wrong
         laid = bound.lay(self.number, self.region.steps, tuple(x.shape))
         return None if laid is None else products.network(x, *laid)
 
@@ -258,11 +265,13 @@ class Program:
     def bound(self) -> Bound | None:
         """The tensors as they are now, or None if these are not for the kernels; as `Bound` raises a StateError."""
         bound = self._bound
-        if bound is None or not bound.holds():
-            try:
+        try:
+            if bound is None or not bound.holds():
                 self._bound = bound = Bound(self.regions)
-            except (ValueError, AttributeError):  # another dtype, or parameters that are gone
-                return None
+        except StateError:
+            raise
+        except (ValueError, AttributeError, RuntimeError):  # another dtype, parameters that are gone, or of torch.func
+            return None
         return bound
 
     def release(self) -> None:
@@ -275,6 +284,22 @@ class Program:
         for entry in self._entries:
             entry.run(values, bound)
         return values.popitem()[1]
+
+
+def _filled(given: Any, value: Callable[[fx.Node], Any]) -> Any:
+    """Arguments with values for nodes, in lists and dicts that can be changed, as those of torch.fx cannot."""
+    if isinstance(given, fx.Node):
+        return value(given)
+    if isinstance(given, dict):
+        return {key: _filled(one, value) for key, one in given.items()}
+    if isinstance(given, list):
+        return [_filled(one, value) for one in given]
+    if isinstance(given, slice):
+        return slice(*(_filled(one, value) for one in (given.start, given.stop, given.step)))
+    if isinstance(given, tuple):
+        filled = (_filled(one, value) for one in given)
+        return type(given)(*filled) if hasattr(given, "_fields") else tuple(filled)
+    return given
 
 
 def _function(node: fx.Node, module: nn.Module) -> Callable[..., Any]:

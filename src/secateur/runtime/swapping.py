@@ -11,6 +11,7 @@ from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
@@ -27,6 +28,7 @@ _METHODS = ("__reduce__", "__reduce_ex__", "__deepcopy__", "__copy__", "__getatt
 _autocast = torch._C._is_any_autocast_enabled
 _modes = torch._C._len_torch_dispatch_stack  # FlopCounterMode and its like, which ctypes would hide the work from
 _tracing = torch._C._is_tracing
+_transformed = torch._C._functorch.peek_interpreter_stack
 _function_modes = torch._C._len_torch_function_stack
 
 
@@ -316,8 +318,14 @@ def _blank(mixin: type[Swapped], plain: type[nn.Module]) -> Swapped:
 
 
 def special() -> bool:
-    """Whether something is on under which layers run dense: autocast, a trace, or a mode that must see their work."""
-    return bool(_autocast() or _modes() or _tracing() or (_function_modes() and _watched_over()))
+    """Whether something is on under which layers run dense.
+
+    That is autocast, a trace, a mode that must see their work, or tensors that may be more than their values: of
+    torch.func, or with tangents.
+    """
+    if _autocast() or _modes() or _tracing() or _transformed() is not None or forward_ad._current_level >= 0:
+        return True
+    return bool(_function_modes() and _watched_over())
 
 
 def _watched_over() -> bool:

@@ -80,8 +80,10 @@ class Tuning:
         """
         with tuning.recording(self.layers) as recorders, torch.inference_mode():
             self.seen = [tuning.look(self.fast, recorders, call) for call in self.calls]
-        for name, layer in self.layers.items():
+        for name, layer in [*self.layers.items()]:
             self._pack(name, layer)
+            if self.plans[name].reason:
+                self.layers.pop(name).restore()
             done(1)
         reason = "each layer looks at its inputs" if self.checked else ""
         self.plans.update({plan.name: replace(plan, reason=reason) for plan in self.fusions.find()})
@@ -143,7 +145,7 @@ class Tuning:
 
     def _what_stands(self) -> str:
         timed = [layer for layer in self.plans.values() if layer.timings]
-        others = [layer.name for layer in self.plans.values() if layer.reason == _INTERRUPTED]
+        others = [layer.name or "(the model)" for layer in self.plans.values() if layer.reason == _INTERRUPTED]
         unseen = len(self.calls) - len(self.gains)
         dense = f", and {listed(others)} stay dense" if others else ""
         return (

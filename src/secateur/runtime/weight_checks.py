@@ -27,15 +27,19 @@ class Snapshot:
 
     Args:
         weights: by name; each in one piece of memory, in whatever order of its dimensions.
-        trusted: look at addresses and versions alone.
+        trusted: calls look at addresses and versions alone.
+
+    Attributes:
+        watches: what calls look at.
     """
 
     def __init__(self, weights: Mapping[str, Tensor], trusted: bool = False) -> None:
         self.stamps = tuple((name, w.data_ptr(), version(w), w.stride(), w.shape) for name, w in weights.items())
-        there = [] if trusted else [weight for weight in weights.values() if not weight.is_meta]  # others were released
-        self.watches = [watch(weight) for weight in there]
+        there = [weight for weight in weights.values() if not weight.is_meta]  # others were released
+        self._all = [watch(weight) for weight in there]
+        self.watches = [] if trusted else self._all
         addresses = [weight.data_ptr() for weight in there]
-        self._native = pointers(addresses), pointers([one.address for one in self.watches])
+        self._native = pointers(addresses), pointers([one.address for one in self._all])
 
     @property
     def addresses(self) -> list[int]:
@@ -64,7 +68,7 @@ class Snapshot:
 
     def same(self, found: Mapping[str, Tensor | None]) -> bool:
         """Whether each single weight is the same, wherever it lies now."""
-        if not self.watches:
+        if not self._all:
             return self._in_place(found)
         weights = []
         for name, *_, stride, shape in self.stamps:
@@ -76,7 +80,7 @@ class Snapshot:
             laid = weight.detach()
             weights.append(laid if laid.stride() == stride else laid.new_empty_strided(shape, stride).copy_(laid))
         addresses = pointers([weight.data_ptr() for weight in weights])
-        return not seen_to_differ(self.watches, (addresses, self._native[1]), all=True)
+        return not seen_to_differ(self._all, (addresses, self._native[1]), all=True)
 
 
 class NativeWatch:
