@@ -123,7 +123,8 @@ void activate(Activation kind, float* x, i64 count, int threads) {
     });
 }
 
-constexpr int32_t kGate = 16;  // in the number of an activation: the next layer has the same input, and is multiplied
+// In the number of an activation: the next layer has the same input, and is multiplied before its own activation.
+constexpr int32_t kGate = 16;
 
 void gate(const float* __restrict held, float* __restrict x, i64 count) {
     for (i64 i = 0; i < count; i++) x[i] *= held[i];
@@ -174,8 +175,8 @@ struct Chain {
             const i64 count = n * blob(i).head->rows;
             float* out = i + 1 == layers ? y : to;
             if (!linear(blob(i), code(i), x, n, biases[i], out, threads)) return false;
-            activate(after(i), out, count, threads);
             if (gates(i - 1)) gate(held, out, count);
+            activate(after(i), out, count, threads);
             if (!gates(i)) x = out;
             std::swap(to, gates(i) ? held : other);
         }
@@ -202,8 +203,8 @@ struct Chain {
             else
                 for (i64 t = 0; t < tiles; t++)
                     multiply(blob(i), nullptr, in + t * head.columns * width, width, start, to + t * head.rows * width);
-            kernels->activate(after(i), to, head.rows * width * tiles);
             if (gates(i - 1)) gate(held, to, head.rows * width * tiles);
+            kernels->activate(after(i), to, head.rows * width * tiles);
             std::swap(to, gates(i) ? held : in);
         }
         each([&](i64 t, i64 first, int n) {

@@ -17,7 +17,7 @@
 extern "C" {
 #endif
 
-#define SECATEUR_ABI 12
+#define SECATEUR_ABI 13
 
 /* SECATEUR_ABI of the library. */
 SECATEUR_API int32_t secateur_abi(void);
@@ -75,7 +75,7 @@ SECATEUR_API int32_t secateur_linear(const void* blob, const void* code, const f
  * codes, may be NULL; as for secateur_linear) and its bias (an entry may be NULL). After it comes the activation of this
  * number: 0: none, 1: ReLU, 2: ReLU6, 3: GELU, 4: its tanh form, 5: SiLU, 6: tanh, 7: sigmoid, 8: hardswish. With 16
  * added it is a gate: the next layer, of the same shape and no gate, has the same input, and its result is multiplied by
- * this one. Between layers values keep the kernels' layout. */
+ * this one before its own activation. Between layers values keep the kernels' layout. */
 SECATEUR_API int32_t secateur_chain(int32_t layers, const void* const* blobs, const void* const* codes,
                                     const float* const* biases, const int32_t* activations, const float* x,
                                     int64_t n, float* y, int32_t threads);

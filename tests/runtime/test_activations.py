@@ -119,3 +119,25 @@ def test_a_number_that_is_none_is_refused(number):
     blobs, biases = torch.tensor([blob.data_ptr()]), torch.zeros(1, dtype=torch.int64)
     given = (x.data_ptr(), 1, y.data_ptr(), 1)
     assert lib.secateur_chain(1, blobs.data_ptr(), None, biases.data_ptr(), array.data_ptr(), *given) == -1
+
+
+@pytest.mark.parametrize(
+    ("numbers", "sound"),
+    [
+        ([5, 1, 0], True),
+        ([16 + 5, 1, 2], True),
+        ([0, 16, 0], True),
+        ([16, 16, 0], False),  # of a gate
+        ([0, 1, 16], False),  # of nothing
+        ([0, 16 + 9, 0], False),
+    ],
+)
+def test_gates_that_make_no_sense_are_refused(numbers, sound):
+    lib, blob = native.library(), native.pack(torch.eye(4))
+    x, y = torch.ones(1, 4), torch.zeros(1, 4)
+    array, blobs = torch.tensor(numbers, dtype=torch.int32), torch.tensor([blob.data_ptr()] * 3)
+    biases = torch.zeros(3, dtype=torch.int64)
+    given = (x.data_ptr(), 1, y.data_ptr(), 1)
+    code = lib.secateur_chain(3, blobs.data_ptr(), None, biases.data_ptr(), array.data_ptr(), *given)
+    assert code == (0 if sound else -1)
+    assert bool(y.any()) == sound

@@ -5,9 +5,11 @@ import copy
 import io
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import secateur as sc
@@ -263,15 +265,116 @@ def test_a_part_of_it_refuses_too(sparse_wins):
     "change",
     [
         lambda layer: setattr(layer, "weight", nn.Parameter(torch.zeros(layer.weight.shape), requires_grad=False)),
-        lambda layer: layer.weight.zero_(),
         lambda layer: setattr(layer, "weight", None),
     ],
-    ids=["replaced", "in place", "gone"],
+    ids=["replaced", "gone"],
 )
 def test_new_weights_in_its_place_are_noticed(sparse_wins, change):
     fast = released(pruned(nn.Sequential(nn.Linear(48, 64), nn.ReLU(), nn.Linear(64, 32)), 0.8))
     fast(X)
     change(fast[0])
+    with pytest.raises(StateError, match="weights of 0 have changed"):
+        fast(X)
+    now = fast[0].weight
+    plain = sc.dense(fast)[0].weight
+    assert plain is now is None or plain.equal(now)
+
+
+def test_a_replaced_weight_is_noticed_where_it_is_turned(sparse_wins):
+    fast = released(pruned(Turned()))
+    fast.c.weight = nn.Parameter(torch.zeros(48, 64), requires_grad=False)
+    with pytest.raises(StateError, match="weights of c have changed"):
+        fast(X)
+    assert not sc.dense(fast).c.weight.any()
+
+
+def written(weight):
+    weight[0, 0] = 1
+
+
+READS = {
+    "product": lambda w: F.linear(X, w),
+    "turned": lambda w: torch.zeros(1, w.shape[0]) @ w,
+    "added": lambda w: torch.zeros(w.shape) + w,
+    "view": lambda w: w.t(),
+    "norm": lambda w: w.norm(),
+    "part": lambda w: w[0],
+    "copy": lambda w: w.clone(),
+    "cast": lambda w: w.double(),
+    "sum of a list": lambda w: torch.cat([torch.zeros(w.shape), w]),
+    "numpy": lambda w: w.numpy(),
+    "array": lambda w: np.asarray(w),
+    "tolist": lambda w: w.tolist(),
+    "data": lambda w: w.data.copy_(torch.zeros(w.shape)),
+    "detached": lambda w: w.detach().zero_(),
+    "in place": lambda w: w.mul_(2),
+    "part in place": written,
+    "source": lambda w: torch.zeros(w.shape).copy_(w),
+    "init": nn.init.zeros_,
+}
+
+
+@pytest.mark.parametrize("read", READS)
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+def test_who_wants_its_values_is_refused(sparse_wins, read, mode):
+    model = pruned(net())
+    fast = released(model)
+    for one in (fast, copy.deepcopy(fast), pickle.loads(pickle.dumps(fast)), copy.deepcopy(fast).double().float()):
+        with mode(), pytest.raises(StateError, match=r"weights of 0 were released(.|\n)*plain = sc\.dense\(fast\)"):
+            READS[read](one[0].weight)
+    assert bits(sc.dense(fast).state_dict()) == bits(model.state_dict())
+    assert off(fast(X), model(X).detach()) <= 1e-5
+
+
+def test_what_is_known_without_values(sparse_wins):
+    model = pruned(net())
+    weight, plain = released(model)[0].weight, model[0].weight
+    for name in ("shape", "dtype", "nbytes", "ndim", "is_leaf", "layout"):
+        assert getattr(weight, name) == getattr(plain, name), name
+    for name in ("numel", "stride", "dim", "size", "element_size", "is_contiguous", "is_floating_point"):
+        assert getattr(weight, name)() == getattr(plain, name)(), name
+    assert isinstance(weight, nn.Parameter)
+    assert not weight.requires_grad
+    assert weight.data.is_meta
+    assert "device='meta', size=(64, 48)" in repr(weight)
+
+
+class Reads(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(48, 64), nn.Linear(64, 48)
+        self.also = [self.up.weight, {"it": self.down.weight}]
+
+    def forward(self, x):
+        return self.down(self.up(x)) + x @ self.also[0].t() @ self.also[1]["it"].t()
+
+
+def test_what_else_holds_a_weight_has_a_copy(backend, sparse_wins):
+    model = pruned(Reads())
+    fast, before = released(model), model(X).detach()
+    assert fast.up.weight.is_meta
+    assert fast.down.weight.is_meta
+    assert fast.also[0].equal(model.up.weight)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    assert off(fast(X), before) <= 1e-5
+
+
+@pytest.mark.parametrize("keep_dense", [True, False])
+def test_to_empty_leaves_what_was_packed(isa, sparse_wins, model, keep_dense):
+    fast = sc.accelerate(model, X, keep_dense=keep_dense)
+    state = model.state_dict()
+    fast.to_empty(device="cpu")
+    values = state if keep_dense else {name: tensor for name, tensor in state.items() if tensor.dim() == 1}
+    with torch.no_grad():
+        fast.load_state_dict(values, strict=keep_dense)
+    assert off(fast(X), model(X).detach()) <= 1e-5
+    assert bits(fast.state_dict()) == bits(state)
+
+
+def test_what_went_where_nothing_is_computed_is_not_taken_for_what_was_packed(sparse_wins):
+    fast = released(pruned(net())).to("meta").to_empty(device="cpu")
     with pytest.raises(StateError, match="weights of 0 have changed"):
         fast(X)
 

@@ -88,7 +88,8 @@ def accelerate(
             keep name, shape and dtype, on the meta device; `state_dict()` and `sc.dense` rebuild them bit for bit. A
             layer keeps its weights if what was packed has not each bit of them (values that were rounded, a negative
             zero), or if another module holds them, too. Where a call has to be dense they are rebuilt for it, which
-            is slow. New weights go into `sc.dense(fast)`: loading into `fast` is a StateError.
+            is slow. To read or write the values of a released one is a StateError, and so is loading into `fast`: new
+            weights go into `sc.dense(fast)`.
         progress: show on stderr how far the tuning has come.
         plan: `fast.plan`, or its `to_dict()`, of an earlier run for the same weights and machine: nothing is timed.
 

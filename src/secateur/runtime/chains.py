@@ -72,16 +72,11 @@ class Chain(Singly):
         self._own = [module.__dict__ for module in own]
         self._settings = [(m.__dict__, name, value) for m in own for name, value in activations.settings(m).items()]
         self.layers = [part for part in found if isinstance(part, SparseLinear)]
-        gates = [step.gate for step in modules if isinstance(step, Gated)]
-        through = [layer.out_features for layer in self.layers if layer not in gates]
+        numbers = _numbers(modules)
+        ends = zip(self.layers, numbers, strict=True)
+        through = [layer.out_features for layer, number in ends if not number & activations.GATE]
         self.widths = (self.layers[0].in_features, *through)
         self._ends = (self.widths[0], self.widths[-1])
-        numbers: list[int] = []
-        for part in found:
-            if isinstance(part, SparseLinear):
-                numbers.append(activations.GATE if part in gates else activations.NONE)
-            else:
-                numbers[-1] |= activations.number(part) or activations.NONE
         self._activations = (ctypes.c_int32 * len(numbers))(*numbers)
         self._pointers = ctypes.c_void_p * len(numbers)
         self._blobs = self._biases = self._pointers()
@@ -288,6 +283,19 @@ def parts(steps: Iterable[Step]) -> list[Step]:
     """The steps, and in the place of each that is gated what it consists of."""
     split = ((s.gate, s.activation, s.up) if isinstance(s, Gated) else (s,) for s in steps)
     return [part for some in split for part in some]
+
+
+def _numbers(steps: Iterable[Step]) -> list[int]:
+    """For each layer, in its place, what the native library does after it: one layer may have several places."""
+    numbers: list[int] = []
+    for step in steps:
+        if isinstance(step, Gated):
+            numbers += [activations.GATE | (activations.number(step.activation) or activations.NONE), activations.NONE]
+        elif isinstance(step, SparseLinear):
+            numbers.append(activations.NONE)
+        else:
+            numbers[-1] |= activations.number(step) or activations.NONE
+    return numbers
 
 
 def disturbed(modules: Iterable[Mapping[str, Any]]) -> bool:

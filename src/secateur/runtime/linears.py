@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from secateur.anatomy import Layer
 from secateur.runtime import operators as operators  # registers torch.ops.secateur
 from secateur.runtime import products
-from secateur.runtime.releasing import Releasable
+from secateur.runtime.releasing import Releasable, Released
 from secateur.runtime.swapping import sparse
 
 __all__: list[str] = []  # reached through secateur.accelerate alone
@@ -66,7 +66,7 @@ class SparseTransposedLinear(Releasable):
         yield "weight", self.rebuilt().t() if self._released else self.weight.t(), 1
 
     def rebuilt(self) -> Tensor:
-        return products.unpack(self.packed_weight, *self.weight.t().shape).t().contiguous()
+        return products.unpack(self.packed_weight, *self.weight.shape[::-1]).t().contiguous()
 
     def rows(self, x: Tensor) -> int:
         return x.numel() // int(self.weight.shape[0])
@@ -76,13 +76,14 @@ class SparseTransposedLinear(Releasable):
         if torch.compiler.is_compiling() and self._released:
             columns, rows = self.weight.shape
             return _traced(self, x, rows, columns)
-        given = (x, self.weight.t(), self.packed_weight, self.bias, self._choices)
+        weight = self.weight.turned if isinstance(self.weight, Released) else self.weight.t()
+        given = (x, weight, self.packed_weight, self.bias, self._choices)
         if torch.compiler.is_compiling():
             return torch.ops.secateur.linear(*given) if self._traceable(x) else super().forward(x)
         if self._ready(x):
             return products.linear(*given, self._codes.get("weight"))
         if self._released:
-            return F.linear(x, products.dense(self.weight.t(), self.packed_weight), self.bias)
+            return F.linear(x, products.dense(weight, self.packed_weight), self.bias)
         return super().forward(x)
 
 

@@ -166,7 +166,7 @@ def _nodes(part: Part) -> int:
 
 
 def _gated(node: fx.Node, x: fx.Node, module: nn.Module) -> Part | None:
-    """The parts of `activation(gate(x)) * up(x)`, in whatever order."""
+    """The parts of `activation(gate(x)) * up(x)`, in whatever order, of two layers."""
     for one, other in (node.args, node.args[::-1]) if len(node.args) == 2 and not node.kwargs else ():
         if not isinstance(one, fx.Node) or not isinstance(other, fx.Node) or not one.args or one is other:
             continue
@@ -174,7 +174,8 @@ def _gated(node: fx.Node, x: fx.Node, module: nn.Module) -> Part | None:
         if not isinstance(gate, fx.Node) or gate.args != (x,) or other.args != (x,):
             continue
         found = _part(gate, module), _part(one, module), _part(other, module)
-        if None not in found and all(len(n.users) == 1 for n in (one, gate, other)):
+        apart = gate.target != other.target and all(len(n.users) == 1 for n in (one, gate, other))
+        if None not in found and apart:
             return found  # type: ignore[return-value]
     return None
 

@@ -253,7 +253,12 @@ class Sparse(Swapped):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         fresh = self.fresh()
+        packed = {name: one for name, one in self._buffers.items() if name.startswith("packed_") and one is not None}
         result = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, before in packed.items():
+            now = self._buffers[name]
+            if now is not None and now.is_cpu and before.is_cpu and not torch.equal(now, before):
+                self._buffers[name] = before  # `to_empty` makes all buffers anew, and these can be made by nobody else
         if fresh:
             self._moved()
         return result

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -236,6 +237,7 @@ class Tuning:
         Until now the copy shares the weights of the given model.
         """
         kept = []
+        given: list[weakref.ref[Any]] = []  # that hold no weight, so that its memory is free at once
         held = Counter(id(p) for module in self.fast.modules() for p in module._parameters.values())
         for name, layer in self.layers.items():
             plan = self.plans[name]
@@ -243,7 +245,11 @@ class Tuning:
                 continue
             if held[id(layer.weight)] == 1:
                 layer.choose(products.ALL, plan.generated)
-                kept += [] if layer.release() else [name or "the model"]
+                weight = weakref.ref(layer.weight)
+                if layer.release():
+                    given.append(weight)
+                else:
+                    kept.append(name or "the model")
         if kept:
             warn(
                 f"{listed(kept)}: the dense weights are kept, as what was packed has not each bit of them. They have "
@@ -259,6 +265,9 @@ class Tuning:
         for module in self.fast.modules():
             if isinstance(module, Fused):
                 module.steps()  # anew: the layers have other tensors
+        for one in given:
+            if (held_elsewhere := one()) is not None:  # by a list of the model, say
+                held_elsewhere.data = held_elsewhere.data.clone()
 
     def _weighed(self, plan: LayerPlan) -> LayerPlan:
         """A layer's plan with what its packed weights and its code take."""
