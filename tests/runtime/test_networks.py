@@ -9,7 +9,6 @@ import weakref
 import pytest
 import torch
 from torch import nn
-from torch.autograd import forward_ad
 
 import secateur as sc
 from networks_by_hand import (
@@ -20,6 +19,7 @@ from networks_by_hand import (
     PreActivation,
     ResNet,
     UNet,
+    as_one,
     lively,
     mobile,
     vgg,
@@ -30,14 +30,6 @@ from secateur.runtime import networks, products, swapping
 from sparse_models import off, sparse
 
 X = torch.randn(2, 3, 32, 32)
-
-
-def as_one(model):
-    """A copy whose layers are all sparse, and whose networks all run as one call."""
-    fast = sparse(model)
-    for module, program in dict(networks.networks(fast)).values():
-        networks.install(module, program.words, products.ALL)
-    return fast
 
 
 def small():
@@ -436,45 +428,6 @@ def test_what_is_special_goes_singly(calls):
         fast.choose(products.ALL)
         fast(X)
         assert calls == [3]
-
-
-def test_gradients_of_what_a_region_is_given_are_not_lost(calls):
-    class Scaled(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.block, self.scale = Basic(3, 3), nn.Parameter(torch.ones(1))
-
-        def forward(self, x):
-            return self.block(x * self.scale) + self.scale
-
-    fast = as_one(lively(Scaled()))
-    fast(X)
-    assert len(calls) == 1
-    fast.scale.requires_grad_()
-    with pytest.raises(StateError, match="gives no gradients"):
-        fast(X)
-
-
-@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # which torch itself calls
-def test_tangents_are_not_lost(calls):
-    model = lively(Basic(3, 4))
-    found = []
-    with torch.no_grad(), forward_ad.dual_level():
-        for one in (model, as_one(model)):
-            found.append(forward_ad.unpack_dual(one(forward_ad.make_dual(X, torch.ones_like(X)))).tangent)
-    assert off(found[1], found[0]) <= 1e-5
-    assert not calls
-
-
-def test_gradients_of_a_call_with_other_tensors(calls):
-    fast = as_one(lively(Basic(3, 4)))
-
-    def loss(weight):
-        return torch.func.functional_call(fast, {"bn1.weight": weight}, (X,)).sum()
-
-    with pytest.raises(StateError, match="gives no gradients"):
-        torch.func.grad(loss)(fast.bn1.weight.detach())
-    assert not calls
 
 
 def test_a_slice_of_a_sequential_is_made_of_plain_calls(calls):
