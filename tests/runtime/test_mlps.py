@@ -11,6 +11,7 @@ from torch.nn import functional as F
 import secateur as sc
 from secateur.errors import StateError
 from secateur.runtime import mlps, native, products
+from secateur.runtime.forwards import Watch
 from secateur.runtime.mlps import SparseMlp
 from secateur.runtime.swapping import swap
 from sparse_models import off, sparse, thin
@@ -223,6 +224,19 @@ def test_what_changes_goes_its_own_way(isa, calls):
     assert calls == [2] * 5
 
 
+def test_another_class_or_forward_is_noticed(isa, calls, monkeypatch):
+    model = thin(nn.Sequential(Called(), Gated()), 0.5)
+    block, gated = fused(model[0]), fused(model[1])
+    assert off(block(X), model[0](X).detach()) <= 1e-5
+    assert off(gated(X), model[1](X).detach()) <= 1e-5
+    assert len(calls) == 2
+    monkeypatch.setattr(Called, "forward", lambda self, x: self.fc1(x).cos())
+    gated.act.__class__ = model[1].act.__class__ = nn.Tanh
+    assert off(block(X), model[0](X).detach()) <= 1e-5
+    assert off(gated(X), model[1](X).detach()) <= 1e-5
+    assert len(calls) == 2
+
+
 def test_as_it_was_again_it_is_one_call_again(isa, calls):
     fast = fused(thin(Mlp(), 0.5))
     reference = fast(X)
@@ -334,7 +348,8 @@ class Clamps(Mlp):
         return super().forward(x.clamp(0, 1) if torch.is_tensor(x) else x)
 
 
-def test_what_computes_something_else_is_given_up(isa, calls, sparse_wins):
+def test_what_computes_something_else_is_given_up(isa, calls, sparse_wins, monkeypatch):
+    monkeypatch.setattr(Watch, "_code_is_fine", lambda *_: True)  # as if nothing were seen in its code
     model = thin(nn.Sequential(Mlp(), Clamps()), 0.5)
     inside, outside = X.sigmoid(), X * 3
     for examples in (outside, [inside, outside]):  # of inputs below 1 both do the same

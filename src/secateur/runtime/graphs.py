@@ -1,6 +1,7 @@
 """A module's forward as a graph, by torch.fx: what it does step by step, for modules that hold sparse convolutions.
 
-A trace must have no effect on the module, and must come out the same twice. What cannot be traced so is left alone.
+A trace must have no effect on the module, must come out the same twice, and must depend only on what is watched or
+cannot change. What cannot be traced so is left alone.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import random
 import threading
 import types
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from torch import Tensor, fx, nn
 
 from secateur.runtime.chains import Fused
 from secateur.runtime.convolutions import SparseConv2d
+from secateur.runtime.forwards import Refused, Watch, own_classes
 from secateur.runtime.swapping import plain_class
 from secateur.runtime.weight_checks import version
 
@@ -55,6 +57,8 @@ def is_leaf(module: nn.Module) -> bool:
     kind = plain_class(module)
     if kind.__module__.startswith("torch.nn.") and not module._modules:
         return not isinstance(module, _LISTS)
+    if isinstance(module, nn.ModuleList | nn.ModuleDict):  # which has no forward: what it holds is called
+        return False
     followed = (SparseConv2d, nn.BatchNorm2d)
     return any(True for _ in module.parameters()) and not any(isinstance(one, followed) for one in module.modules())
 
@@ -74,7 +78,8 @@ def trace(module: nn.Module) -> fx.Graph | None:
     """The graph of `forward(x)` of a module in evaluation mode.
 
     Returns:
-        None if the forward cannot be traced, or has an effect on the module or on random numbers.
+        None if the forward cannot be traced, has an effect on the module or on random numbers, or depends on something
+        that is neither watched nor of a kind that cannot change.
 
     Raises:
         ValueError: the module has too many attributes.
@@ -84,15 +89,16 @@ def trace(module: nn.Module) -> fx.Graph | None:
             one.steps()  # which it notes, and would otherwise while it is traced
     before, numbers = Attributes(module), _Numbers()
     held = [(tensor, version(tensor), tensor.detach().clone()) for tensor in before.tensors()]
+    watch = Watch(inside(module))
     with _ONE_AT_A_TIME, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            graph = _Tracer(module).trace(module)
+            graph = _Tracer(module, watch).trace(module)
         except Exception:  # whatever the code of a user raises when it is given no tensor
             graph = None
     written = [(tensor, value) for tensor, number, value in held if version(tensor) != number]
     if before.same(module) and numbers.same() and not written:
-        return graph
+        return None if watch.refused else graph
     before.put_back(module)
     numbers.put_back()
     for tensor, value in written:
@@ -120,6 +126,8 @@ def agree(one: Any, other: Any) -> bool:
 class Attributes:
     """What the attributes of a module and of those inside hold, and the containers among them: to notice changes.
 
+    So for the classes of a user that they are of, and for objects among the attributes and their classes.
+
     It holds neither the module nor its attributes, but what these hold, so that the module may keep it.
 
     Raises:
@@ -128,31 +136,51 @@ class Attributes:
 
     def __init__(self, module: nn.Module) -> None:
         found: dict[int, Any] = {}
-        left: list[Any] = [one.__dict__ for one in inside(module)]
+        modules = inside(module)
+        left: list[Any] = [one.__dict__ for one in modules]
+        classes: dict[type, None] = {}
+        typed: dict[int, Any] = {}
         entries = 0
+        for one in modules:
+            _note_classes(one, classes, left)
         while left:
             if id(one := left.pop()) in found:
                 continue
             found[id(one)] = one
             if (entries := entries + len(one)) > _MOST:
                 raise ValueError("too many attributes")
-            left += [inner for inner in map(_contents, _values(one)) if inner is not None]
+            for value in _flat(_values(one)):
+                if (inner := _contents(value)) is not None:
+                    left.append(inner)
+                    if inner is not value:
+                        typed[id(value)] = value
+                        _note_classes(value, classes, left)
         del found[id(module.__dict__)]
         self._own = {name: _ANYTHING if name in _KEEPERS else value for name, value in module.__dict__.items()}
         self._empty = [one for one in found.values() if not one]  # most hooks, which are soonest looked at so
         self._live = [one for one in found.values() if one]
         self._kept = [*map(_plain_copy, self._live)]
+        self._type, self._typed = type(module), [*modules[1:], *typed.values()]
+        self._types = [*map(type, self._typed)]
+        self._classes = [*classes]
+        self._spaces = [*map(vars, classes)]
+        self._kept_spaces = [*map(dict, self._spaces)]
 
     def same(self, module: nn.Module) -> bool:
         """Whether nothing was set, added or removed."""
         try:
-            return module.__dict__ == self._own and not any(self._empty) and self._live == self._kept
+            own = module.__dict__ == self._own and type(module) is self._type
+            inside = own and not any(self._empty) and self._live == self._kept
+            return inside and [*map(type, self._typed)] == self._types and self._spaces == self._kept_spaces
         except Exception:  # of tensors, arrays and objects of users that were replaced
             return False
 
     def same_but_notes(self, module: nn.Module) -> bool:
         """Whether nothing changed but what secateur notes; takes that as it is now."""
-        plan = ("plan",) if _is_ours(module.__dict__.get("plan")) else ()  # a model may have one of its own
+        plans = module.__dict__.get("plan"), self._own.get("plan")
+        plan = (
+            ("plan",) if all(one is None or _is_ours(one) for one in plans) else ()
+        )  # a model may have one of its own
         _take_over(module.__dict__, self._own, (*_NOTES_ABOVE, *plan))
         for live, kept in zip(self._live, self._kept, strict=True):
             if isinstance(live, dict) and "_packed_from" in live:
@@ -173,6 +201,11 @@ class Attributes:
         for live, kept in both:
             live.clear()
             live.extend(kept) if isinstance(live, list | collections.deque) else live.update(kept)
+        for kind, space, kept in zip(self._classes, self._spaces, self._kept_spaces, strict=True):
+            for name in [name for name in space if name not in kept]:
+                delattr(kind, name)
+            for name in [name for name, value in kept.items() if space.get(name, _MISSING) is not value]:
+                setattr(kind, name, kept[name])
 
 
 class _Anything:
@@ -185,6 +218,15 @@ class _Anything:
 
 
 _ANYTHING = _Anything()
+_MISSING = object()
+
+
+def _note_classes(value: Any, classes: dict[type, None], left: list[Any]) -> None:
+    """Add a user's classes of an object, and what their attributes hold."""
+    for kind in own_classes(value):
+        if kind not in classes:
+            classes[kind] = None
+            left.append([one for one in _flat(vars(kind).values()) if _contents(one) is not None])
 
 
 def _take_over(live: dict[str, Any], kept: dict[str, Any], names: tuple[str, ...]) -> None:
@@ -212,8 +254,25 @@ class _Numbers:
         torch.set_rng_state(self._torch)
 
 
-class _Proxy(fx.Proxy):
+class _Wordless:
+    """Has no words: by them a value that is not known yet would be told from others."""
+
+    def __repr__(self) -> str:
+        raise Refused
+
+    def __format__(self, spec: str) -> str:
+        raise Refused
+
+
+class _Proxy(_Wordless, fx.Proxy):
     """Stands for a value while the forward runs."""
+
+    def __getattr__(self, k: str) -> fx.proxy.Attribute:
+        return _Attribute(self, k)
+
+
+class _Attribute(_Wordless, fx.proxy.Attribute):
+    """Stands for an attribute of such a value."""
 
 
 def _in_place(name: str) -> Callable[[Any, Any], Any]:
@@ -230,10 +289,10 @@ class _Tracer(fx.Tracer):
 
     proxy_buffer_attributes = True
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, watch: Watch) -> None:
         super().__init__()
         self._thread = threading.get_ident()
-        self._top = module
+        self._top, self._watch = module, watch
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Proxy(node, self)
@@ -241,12 +300,21 @@ class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return is_leaf(m)
 
+    def create_proxy(self, *args: Any, **kwargs: Any) -> Any:
+        self._watch.step()
+        return super().create_proxy(*args, **kwargs)
+
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> Any:
-        return root_fn, [self._top, self.create_proxy("placeholder", "x", (), {})]
+        def watched(*args: Any) -> Any:
+            with self._watch:
+                return root_fn(*args)
+
+        return watched, [self._top, self.create_proxy("placeholder", "x", (), {})]
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         if threading.get_ident() != self._thread:  # another model, in use meanwhile
             return forward(*args, **kwargs)
+        self._watch.enter(m)
         return super().call_module(m, forward, args, kwargs)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
@@ -269,6 +337,15 @@ def _contents(value: Any) -> Any:
 
 def _is_ours(value: Any) -> bool:
     return type(value).__module__.startswith("secateur.")
+
+
+def _flat(values: Iterable[Any]) -> Iterator[Any]:
+    """The values, and those in tuples among them."""
+    for value in values:
+        if isinstance(value, tuple | frozenset):
+            yield from _flat(value)
+        else:
+            yield value
 
 
 def _values(container: Any) -> Any:

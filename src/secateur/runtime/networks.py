@@ -92,16 +92,16 @@ class SparseNetwork(Swapped):
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
-        plain: Any = cls.plain.forward
+        kind: Any = cls.plain
 
-        @functools.wraps(plain)
+        @functools.wraps(kind.forward)
         def forward(self: SparseNetwork, *args: Any, **kwargs: Any) -> Any:
             if not torch.compiler.is_compiling() and len(args) == 1 and not kwargs:
                 x = args[0]
                 if type(x) is Tensor and x.dim() == 4 and (found := self._ready(x)) is not None:
                     program, bound = found
                     return program.run(x, bound)
-            return plain(self, *args, **kwargs)
+            return kind.forward(self, *args, **kwargs)  # which may be another by now
 
         cls.forward = forward
 
