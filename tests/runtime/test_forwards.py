@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import enum
 import functools
+import gc
 import math
 import sys
 
@@ -266,3 +267,23 @@ def test_a_class_is_as_it_was_after_a_trace():
     assert graphs.trace(module) is None
     assert kind.calls == 0
     assert not hasattr(kind, "more")
+
+
+def test_what_collects_garbage_meanwhile_is_no_part_of_a_forward():
+    seen = []
+
+    def told(phase, info):
+        seen.append(isinstance(phase, str) and type(info))
+
+    many = of(lambda self, x: [[self.conv(x)] for _ in range(50)][-1][0])
+    before = gc.get_threshold()
+    gc.callbacks.append(told)
+    gc.set_threshold(1)  # at nearly every object that is made
+    try:
+        found = graphs.trace(many)
+    finally:
+        gc.set_threshold(*before)
+        gc.callbacks.remove(told)
+    assert found is not None
+    assert seen
+    assert gc.isenabled()

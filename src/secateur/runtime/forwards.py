@@ -9,6 +9,7 @@ import builtins
 import collections
 import dis
 import enum
+import gc
 import sys
 import types
 from collections.abc import Iterable, Iterator
@@ -107,11 +108,15 @@ class Watch:
     def __enter__(self) -> Watch:
         self._former, self._base = sys.getprofile(), sys._getframe(1)
         self._require(self._names_are_watched({"forward"}))
+        self._collecting = gc.isenabled()
+        gc.disable()  # its callbacks, which are no part of a forward, would run on this thread
         sys.setprofile(self._called)
         return self
 
     def __exit__(self, *_: object) -> None:
         sys.setprofile(None)
+        if self._collecting:
+            gc.enable()
         del self._base
         if self._former is not None and not callable(self._former):  # cProfile, which starts itself
             self._former.enable()
