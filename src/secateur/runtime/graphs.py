@@ -177,11 +177,9 @@ class Attributes:
 
     def same_but_notes(self, module: nn.Module) -> bool:
         """Whether nothing changed but what secateur notes; takes that as it is now."""
-        plans = module.__dict__.get("plan"), self._own.get("plan")
-        plan = (
-            ("plan",) if all(one is None or _is_ours(one) for one in plans) else ()
-        )  # a model may have one of its own
-        _take_over(module.__dict__, self._own, (*_NOTES_ABOVE, *plan))
+        plans = module.__dict__.get("plan"), self._own.get("plan")  # a model may have one of its own
+        ours = all(plan is None or _is_ours(plan) for plan in plans)
+        _take_over(module.__dict__, self._own, (*_NOTES_ABOVE, "plan") if ours else _NOTES_ABOVE)
         for live, kept in zip(self._live, self._kept, strict=True):
             if isinstance(live, dict) and "_packed_from" in live:
                 _take_over(live, kept, _NOTES)
