@@ -58,6 +58,20 @@ def calls(monkeypatch):
 
 
 @pytest.fixture
+def network_calls(monkeypatch):
+    """How many steps each native call of a network had."""
+    seen, before = [], products.network
+
+    def network(x, steps, size):
+        out = before(x, steps, size)
+        seen.extend([len(steps)] if out is not None else [])
+        return out
+
+    monkeypatch.setattr(products, "network", network)
+    return seen
+
+
+@pytest.fixture
 def without_native(monkeypatch):
     """A machine on which the native library was not built."""
     monkeypatch.setattr(native, "library", lambda: None)

@@ -36,20 +36,6 @@ def small():
     return ResNet(widths=(4, 8), depth=1)
 
 
-@pytest.fixture
-def calls(monkeypatch):
-    """How many steps each native call of a network had."""
-    seen, before = [], products.network
-
-    def network(x, steps, size):
-        out = before(x, steps, size)
-        seen.extend([len(steps)] if out is not None else [])
-        return out
-
-    monkeypatch.setattr(products, "network", network)
-    return seen
-
-
 MODELS = {
     "ResNet-18": (ResNet, (3, 3, 32, 32), [12]),
     "ResNet-50": (lambda: ResNet(Bottleneck), (1, 3, 32, 40), [16]),
@@ -62,7 +48,7 @@ MODELS = {
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_is_the_model_that_it_was(isa, calls, name):
+def test_is_the_model_that_it_was(isa, network_calls, name):
     make, shape, steps = MODELS[name]
     model, x = lively(make()), torch.randn(shape)
     fast, expected = as_one(model), copy.deepcopy(model).double()(x.double())
@@ -71,22 +57,22 @@ def test_is_the_model_that_it_was(isa, calls, name):
             got = fast(x)
         assert off(got, expected) <= 1e-5
         assert not got.requires_grad
-    assert calls == steps * 3
+    assert network_calls == steps * 3
 
 
-def test_sizes_that_it_was_not_made_with(calls):
+def test_sizes_that_it_was_not_made_with(network_calls):
     model = lively(small())
     fast = as_one(model)
     for shape in ((1, 3, 33, 47), (5, 3, 24, 24), (2, 3, 1, 1)):
         x = torch.randn(shape)
         assert off(fast(x), copy.deepcopy(model).double()(x.double())) <= 1e-5
         assert off(fast(x.to(memory_format=torch.channels_last)), fast(x)) == 0
-    assert len(calls) == 9
+    assert len(network_calls) == 9
     assert fast(torch.randn(0, 3, 32, 32)).shape == (0, 5)
     for wrong in (torch.randn(2, 4, 32, 32), torch.randn(3)):
         with pytest.raises(RuntimeError, match=r"channels|Expected"):
             fast(wrong)
-    assert len(calls) == 9
+    assert len(network_calls) == 9
 
 
 def test_threads():
@@ -99,7 +85,7 @@ def test_threads():
         torch.set_num_threads(before)
 
 
-def test_other_ways_to_call_are_the_modules_own(calls):
+def test_other_ways_to_call_are_the_modules_own(network_calls):
     class Odd(nn.Module):
         def __init__(self):
             super().__init__()
@@ -112,14 +98,14 @@ def test_other_ways_to_call_are_the_modules_own(calls):
     fast = as_one(model)
     assert isinstance(fast, networks.SparseNetwork)
     assert off(fast(X), model(X).detach()) <= 1e-6
-    assert calls == [3]
+    assert network_calls == [3]
     assert off(fast(X, 2.0), model(X, 2.0).detach()) <= 1e-6
     assert off(fast(x=X), model(x=X).detach()) <= 1e-6
     assert off(fast(X, shift=1.0), model(X, shift=1.0).detach()) <= 1e-6
-    assert calls == [3]
+    assert network_calls == [3]
 
 
-def test_two_inputs_leave_the_blocks(calls):
+def test_two_inputs_leave_the_blocks(network_calls):
     class Two(nn.Module):
         def __init__(self):
             super().__init__()
@@ -132,10 +118,10 @@ def test_two_inputs_leave_the_blocks(calls):
     fast = as_one(model)
     assert [name for name, m in fast.named_modules() if isinstance(m, networks.SparseNetwork)] == ["one", "other"]
     assert off(fast(X, -X), model(X, -X).detach()) <= 1e-6
-    assert calls == [3, 6]
+    assert network_calls == [3, 6]
 
 
-def test_methods_that_forward_is_made_of(calls):
+def test_methods_that_forward_is_made_of(network_calls):
     class Timm(ResNet):
         def forward_features(self, x):
             for stage in self.stages:
@@ -150,14 +136,14 @@ def test_methods_that_forward_is_made_of(calls):
     model = lively(Timm())
     fast = as_one(model)
     assert off(fast(X), model(X).detach()) <= 1e-6
-    assert calls == [12]
+    assert network_calls == [12]
     assert off(fast(X, True), model(X, True).detach()) <= 1e-6
     maps = torch.randn(2, 8, 9, 9)
     assert off(fast.forward_features(maps), model.forward_features(maps).detach()) <= 1e-6
-    assert calls == [12]
+    assert network_calls == [12]
 
 
-def test_inputs_are_left_alone_or_changed_as_before(calls):
+def test_inputs_are_left_alone_or_changed_as_before(network_calls):
     class Changing(nn.Module):
         def __init__(self):
             super().__init__()
@@ -172,16 +158,16 @@ def test_inputs_are_left_alone_or_changed_as_before(calls):
     assert x.equal(X)
     as_one(lively(Changing()))(x)
     assert x.equal(2 * X)
-    assert len(calls) == 2
+    assert len(network_calls) == 2
 
 
-def test_nan_goes_where_it_did(calls):
+def test_nan_goes_where_it_did(network_calls):
     model = lively(nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 4, 1), nn.MaxPool2d(2)))
     with torch.no_grad():
         model[0].bias[1] = float("nan")
         model[2].weight[0, 1], model[2].weight[2, 1] = 1, 0
     singly, at_once = sparse(model)(X), as_one(model)(X)
-    assert calls == [3]
+    assert network_calls == [3]
     assert singly.isnan().any()
     torch.testing.assert_close(at_once, singly, equal_nan=True)
 
@@ -191,19 +177,19 @@ def test_nan_goes_where_it_did(calls):
 
 @pytest.mark.parametrize("place", ["stages.0", "stages.0.0.conv1", "stages.1.0.downsample.1", "relu", "fc"])
 @pytest.mark.parametrize("kind", ["register_forward_hook", "register_forward_pre_hook"])
-def test_hooks_are_called(calls, place, kind):
+def test_hooks_are_called(network_calls, place, kind):
     fast, seen = as_one(lively(ResNet(depth=1))), []
     expected = fast(X)
     handle = getattr(fast.get_submodule(place), kind)(lambda module, *_: seen.append(module))
     assert off(fast(X), expected) <= 1e-6
     assert fast.get_submodule(place) in seen
-    assert len(calls) == 1
+    assert len(network_calls) == 1
     handle.remove()
     fast(X)
-    assert len(calls) == 2
+    assert len(network_calls) == 2
 
 
-def test_hooks_of_all_modules_and_of_its_own(calls):
+def test_hooks_of_all_modules_and_of_its_own(network_calls):
     fast, seen = as_one(lively(Basic(3, 4))), []
     expected = fast(X)
     handle = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(type(module)))
@@ -215,32 +201,32 @@ def test_hooks_of_all_modules_and_of_its_own(calls):
     fast.register_forward_hook(lambda module, args, out: out * 0)
     for _ in range(3):
         assert not fast(X).any()
-    assert len(calls) == 3
+    assert len(network_calls) == 3
 
 
-def test_a_forward_of_an_instance_is_called(calls):
+def test_a_forward_of_an_instance_is_called(network_calls):
     fast = as_one(lively(small()))
     fast.stages[0].forward = torch.zeros_like
     assert off(fast(X), fast.plain.forward(fast, X)) == 0
-    assert not calls
+    assert not network_calls
 
 
-def test_training_is_the_modules_own_affair(calls):
+def test_training_is_the_modules_own_affair(network_calls):
     fast = as_one(lively(small()))
     fast.stages[1][0].bn2.train()
     assert off(fast(X), fast.plain.forward(fast, X)) <= 1e-6
     fast.train()
     with pytest.raises(StateError, match=r"fast\.eval\(\)"):
         fast(X)
-    assert not calls
+    assert not network_calls
     with pytest.raises(StateError, match="gives no gradients"):
         fast.eval()(X.clone().requires_grad_())
     fast(X)
-    assert calls == [8]
+    assert network_calls == [8]
     fast.bn1.weight.requires_grad_()
     with pytest.raises(StateError, match="gives no gradients"):
         fast(X)
-    assert len(calls) == 1
+    assert len(network_calls) == 1
 
 
 class Choice(nn.Module):
@@ -284,32 +270,32 @@ def test_changes_of_modules_count_at_once(change, warm):
         assert off(fast(X), model(X).detach()) <= 1e-6
 
 
-def test_a_setting_that_stays_is_taken_up(calls):
+def test_a_setting_that_stays_is_taken_up(network_calls):
     fast = as_one(lively(Choice()))
     fast(X)
     fast.block.bn1.eps = 0.5
     fast(X)
-    assert len(calls) == 1
+    assert len(network_calls) == 1
     fast(X)
-    assert len(calls) == 2
+    assert len(network_calls) == 2
     fast.skip = False  # another graph
     for _ in range(3):
         fast(X)
-    assert len(calls) == 2
+    assert len(network_calls) == 2
     fast.skip = True
     for _ in range(3):
         fast(X)
-    assert len(calls) == 4
+    assert len(network_calls) == 4
 
 
-def test_a_setting_that_never_stays_is_not_traced(calls, monkeypatch):
+def test_a_setting_that_never_stays_is_not_traced(network_calls, monkeypatch):
     fast = as_one(lively(Choice()))
     fast(X)
     monkeypatch.setattr(networks, "trace", None)
     for i in range(4):
         fast.step = i
         fast(X)
-    assert len(calls) == 1
+    assert len(network_calls) == 1
 
 
 # ---- weights, scales and shifts ---------------------------------------------------------------------------------
@@ -350,7 +336,7 @@ NORMS = {
 
 
 @pytest.mark.parametrize("change", NORMS)
-def test_norms_are_those_of_the_call(calls, change):
+def test_norms_are_those_of_the_call(network_calls, change):
     model = lively(small())
     fast = as_one(model)
     before = fast(X)
@@ -361,10 +347,10 @@ def test_norms_are_those_of_the_call(calls, change):
         got = fast(X)
         assert off(got, model(X).detach()) <= 1e-5
     assert off(got, before) > 1e-4
-    assert calls[-1:] == [8]
+    assert network_calls[-1:] == [8]
 
 
-def test_biases_are_those_of_the_call(calls):
+def test_biases_are_those_of_the_call(network_calls):
     model = lively(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)))
     fast = as_one(model)
     fast(X)
@@ -376,12 +362,12 @@ def test_biases_are_those_of_the_call(calls):
             one[layer].bias = None
         fast(X)
         assert off(fast(X), model(X).detach()) <= 1e-6
-    assert len(calls) >= 5
+    assert len(network_calls) >= 5
 
 
-def test_trusted_weights_and_checked_ones(calls, sparse_wins):
+def test_trusted_weights_and_checked_ones(network_calls, sparse_wins):
     fast = sc.accelerate(lively(small()), X)
-    calls.clear()
+    network_calls.clear()
     fast(X)
     sc.runtime.check_weights(fast)
     sc.runtime.trust_weights(fast)
@@ -389,7 +375,7 @@ def test_trusted_weights_and_checked_ones(calls, sparse_wins):
     with torch.no_grad():
         fast.stages[0][0].bn1.bias.data.add_(1)
         fast(X)
-    assert calls == [8] * 3
+    assert network_calls == [8] * 3
     fast.stages[0][0].conv1.weight.data.mul_(2)
     fast(X)  # unnoticed, as promised
     fast.stages[0][0].conv1.weight.mul_(2)
@@ -397,11 +383,11 @@ def test_trusted_weights_and_checked_ones(calls, sparse_wins):
         fast(X)
 
 
-def test_moves(calls):
+def test_moves(network_calls):
     fast = as_one(lively(small()))
     expected = fast(X)
     assert fast.to("cpu").float().share_memory()(X).equal(expected)
-    assert calls == [8, 8]
+    assert network_calls == [8, 8]
     fast.to(memory_format=torch.channels_last)
     assert off(fast(X), expected) <= 1e-6
     assert off(copy.deepcopy(fast).double()(X.double()), expected.double()) <= 1e-5
@@ -413,7 +399,7 @@ def test_moves(calls):
 # ---- what is not plain inference --------------------------------------------------------------------------------
 
 
-def test_what_is_special_goes_singly(calls):
+def test_what_is_special_goes_singly(network_calls):
     model = lively(Basic(3, 4))
     fast = as_one(model)
     with torch.no_grad():
@@ -424,24 +410,24 @@ def test_what_is_special_goes_singly(calls):
         assert macs(fast, ((X,), {})) == macs(model, ((X,), {}))
         fast.choose(1)
         fast(X)
-        assert not calls
+        assert not network_calls
         fast.choose(products.ALL)
         fast(X)
-        assert calls == [3]
+        assert network_calls == [3]
 
 
-def test_a_slice_of_a_sequential_is_made_of_plain_calls(calls):
+def test_a_slice_of_a_sequential_is_made_of_plain_calls(network_calls):
     model = lively(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1)))
     fast = as_one(model)
     assert type(fast) is not nn.Sequential
     part = fast[:4]
     assert off(part(X), model[:4](X).detach()) <= 1e-6
     assert type(sc.dense(part)) is nn.Sequential
-    assert not calls
+    assert not network_calls
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.trace:DeprecationWarning")
-def test_graphs_are_of_the_layers(calls):
+def test_graphs_are_of_the_layers(network_calls):
     model = lively(Basic(3, 4))
     fast = as_one(model)
     fast(X)
@@ -452,11 +438,11 @@ def test_graphs_are_of_the_layers(calls):
     assert sum("secateur.conv2d" in str(node.target) for node in program.graph.nodes) == 3
     torch._dynamo.reset()
     assert off(torch.compile(fast, backend="eager", fullgraph=True)(2 * X), expected) <= 1e-5
-    assert calls == [3]
+    assert network_calls == [3]
 
 
 @pytest.mark.parametrize("make", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
-def test_copies_run_as_one_call_too(calls, make):
+def test_copies_run_as_one_call_too(network_calls, make):
     fast = as_one(lively(small()))
     expected = fast(X)
     one = make(fast)
@@ -469,7 +455,7 @@ def test_copies_run_as_one_call_too(calls, make):
     del fast
     gc.collect()
     assert one(X).equal(expected)
-    assert calls == [8] * 4
+    assert network_calls == [8] * 4
     assert list(one.state_dict()) == list(small().state_dict())
     one.restore()
     assert type(one) is ResNet
@@ -496,7 +482,7 @@ def test_a_model_that_is_let_go_is_freed_at_once():
         gc.enable()
 
 
-def test_a_shallow_copy_is_looked_at_by_itself(calls):
+def test_a_shallow_copy_is_looked_at_by_itself(network_calls):
     model = lively(Choice())
     fast = as_one(model)
     fast(X)
@@ -507,24 +493,24 @@ def test_a_shallow_copy_is_looked_at_by_itself(calls):
     model.skip = True
     for _ in range(3):
         assert off(fast(X), model(X).detach()) <= 1e-6
-    assert len(calls) >= 2
+    assert len(network_calls) >= 2
 
 
-def test_a_copy_of_what_is_in_training_waits(calls):
+def test_a_copy_of_what_is_in_training_waits(network_calls):
     fast = copy.deepcopy(as_one(lively(small())))
     fast.bn1.train()
     fast(X)
-    assert not calls
+    assert not network_calls
     fast.bn1.eval()
     fast(X)
-    assert calls == [8]
+    assert network_calls == [8]
 
 
-def test_a_copy_that_does_something_else_is_the_modules_own(calls):
+def test_a_copy_that_does_something_else_is_the_modules_own(network_calls):
     fast = copy.deepcopy(as_one(lively(Choice())))
     fast.skip = False
     assert off(fast(X), fast.plain.forward(fast, X)) <= 1e-6
-    assert not calls
+    assert not network_calls
 
 
 def test_unpickled_where_the_library_is_not(monkeypatch):
@@ -574,11 +560,11 @@ def test_classes_that_cannot_be_swapped(kind):
     assert type(module) is kind
 
 
-def test_another_forward_of_a_class_is_noticed(calls, monkeypatch):
+def test_another_forward_of_a_class_is_noticed(network_calls, monkeypatch):
     model = lively(small())
     fast = as_one(model)
     assert off(fast(X), model(X).detach()) <= 1e-5
-    assert len(calls) == 1
+    assert len(network_calls) == 1
     for kind in (Basic, ResNet):  # of a block, and of the whole
         before = kind.forward
         monkeypatch.setattr(kind, "forward", lambda self, x, before=before: before(self, x) * 2)

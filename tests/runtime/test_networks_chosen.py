@@ -11,7 +11,7 @@ from torch import nn
 import secateur as sc
 from networks_by_hand import Basic, ResNet, lively, vgg
 from secateur.errors import InputError
-from secateur.runtime import networks, products, tuning
+from secateur.runtime import networks, tuning
 from secateur.runtime.forwards import Watch
 from secateur.runtime.kernel_plans import Gain
 from secateur.runtime.swapping import Sparse, Swapped
@@ -31,27 +31,20 @@ def no_clock(monkeypatch):
     return lambda times: fake_times(monkeypatch, times)
 
 
-@pytest.fixture
-def calls(monkeypatch):
-    seen, before = [], products.network
-    monkeypatch.setattr(products, "network", lambda x, steps, size: seen.append(len(steps)) or before(x, steps, size))
-    return seen
-
-
 def row(fast, name=""):
     return next(plan for plan in fast.plan.layers if plan.name == name)
 
 
-def test_chosen_and_told(isa, calls, sparse_wins):
+def test_chosen_and_told(isa, network_calls, sparse_wins):
     model = small()
     fast = sc.accelerate(model, X)
     plan = row(fast)
     assert (plan.kind, plan.shape, plan.reason) == (KIND, (4, 3, 7, 7), "")
     assert [(t.bucket, t.sparse) for t in plan.timings] == [(9, True)]
     assert "network" in str(fast.plan)
-    calls.clear()
+    network_calls.clear()
     assert off(fast(X), model(X).detach()) <= 1e-5
-    assert calls == [8]
+    assert network_calls == [8]
     assert isinstance(fast, networks.SparseNetwork)
     assert isinstance(fast, ResNet)
     back = sc.dense(fast)
@@ -61,16 +54,16 @@ def test_chosen_and_told(isa, calls, sparse_wins):
     assert isinstance(fast, networks.SparseNetwork)
 
 
-def test_layers_too_small_alone_may_be_part(calls, no_clock):
+def test_layers_too_small_alone_may_be_part(network_calls, no_clock):
     no_clock(lambda name, bucket: (2.0, 1.0) if name == "" else (1.0, 2.0))
     model = small()
     fast = sc.accelerate(model, X)
     assert {plan.reason for plan in fast.plan.layers if plan.name} == {"not faster"}
     assert type(fast.fc) is nn.Linear
     assert isinstance(fast.conv1, Sparse)
-    calls.clear()
+    network_calls.clear()
     assert off(fast(X), model(X).detach()) <= 1e-5
-    assert calls == [8]
+    assert network_calls == [8]
 
 
 def test_no_faster_as_one(no_clock):
@@ -81,22 +74,22 @@ def test_no_faster_as_one(no_clock):
     assert type(fast.conv1) is nn.Conv2d
 
 
-def test_by_row_class_and_by_the_whole_model(calls, no_clock, monkeypatch):
+def test_by_row_class_and_by_the_whole_model(network_calls, no_clock, monkeypatch):
     no_clock(lambda name, bucket: (2.0, 1.0) if name or bucket > 8 else (1.0, 1.0))
     fast = sc.accelerate(small(), [X[:1], X])
     assert [t.sparse for t in row(fast).timings] == [False, True]
-    calls.clear()
+    network_calls.clear()
     fast(X[:1])
-    assert calls == []
+    assert network_calls == []
     fast(X)
-    assert calls == [8]
+    assert network_calls == [8]
     monkeypatch.setattr(tuning, "gain", lambda *_: Gain(1.0, 0.9, 1.1))
     fast = sc.accelerate(small(), X)
     assert {plan.reason for plan in fast.plan.layers} == {"the whole model was not faster"}
     assert not any(isinstance(module, Swapped) for module in fast.modules())
 
 
-def test_plans_are_used_again(calls, no_clock, monkeypatch):
+def test_plans_are_used_again(network_calls, no_clock, monkeypatch):
     no_clock(lambda name, bucket: (1.0, 2.0) if name == "conv1" else (2.0, 1.0))
     model = small()
     fast = sc.accelerate(model, X)
@@ -104,9 +97,9 @@ def test_plans_are_used_again(calls, no_clock, monkeypatch):
     monkeypatch.setattr(tuning, "gain", None)
     for plan in (fast.plan, json.loads(json.dumps(fast.plan.to_dict()))):
         again = sc.accelerate(model, X, plan=plan)
-        calls.clear()
+        network_calls.clear()
         assert again(X).equal(fast(X))
-        assert calls == [8, 8]
+        assert network_calls == [8, 8]
         assert again.plan == fast.plan
 
     class Other(ResNet):
@@ -120,13 +113,13 @@ def test_plans_are_used_again(calls, no_clock, monkeypatch):
 
 
 @pytest.mark.parametrize("make", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
-def test_copies(calls, sparse_wins, make):
+def test_copies(network_calls, sparse_wins, make):
     fast = sc.accelerate(small(), X)
     expected = fast(X)
     one = make(fast)
-    calls.clear()
+    network_calls.clear()
     assert one(X).equal(expected)
-    assert calls == [8]
+    assert network_calls == [8]
     assert sc.explain(one) == fast.plan
 
 
@@ -136,12 +129,12 @@ def test_inputs_that_are_looked_at_are_no_network(sparse_wins):
     assert type(fast) is ResNet
 
 
-def test_rounded_weights(calls, sparse_wins):
+def test_rounded_weights(network_calls, sparse_wins):
     model = small()
     fast = sc.accelerate(model, X, values=torch.bfloat16)
-    calls.clear()
+    network_calls.clear()
     got = fast(X)
-    assert calls == [8]
+    assert network_calls == [8]
     assert off(got, ResNet.forward(fast, X)) <= 1e-6
     assert off(got, model(X).detach()) > 1e-5
 
@@ -183,17 +176,17 @@ class Planned(nn.Module):
         return self.block(x) * self.plan
 
 
-def test_a_plan_of_the_model_itself_is_looked_at(calls, sparse_wins):
+def test_a_plan_of_the_model_itself_is_looked_at(network_calls, sparse_wins):
     model = lively(Planned())
     fast = sc.accelerate(model, X)
     fast(X)
-    assert calls
+    assert network_calls
     for scale in (2, 3):
         fast.plan = model.plan = scale
         assert off(fast(X), model(X).detach()) <= 1e-5
 
 
-def test_blocks_of_a_model_that_cannot_be_traced(calls, sparse_wins):
+def test_blocks_of_a_model_that_cannot_be_traced(network_calls, sparse_wins):
     class Early(nn.Module):
         """Ends early for some inputs."""
 
@@ -209,12 +202,12 @@ def test_blocks_of_a_model_that_cannot_be_traced(calls, sparse_wins):
     fast = sc.accelerate(model, X)
     found = {plan.name: plan.reason for plan in fast.plan.layers if plan.kind.startswith("network")}
     assert found == {"first": "", "second": ""}
-    calls.clear()
+    network_calls.clear()
     assert off(fast(X), model(X).detach()) <= 1e-5
-    assert calls == [2, 3]
+    assert network_calls == [2, 3]
 
 
-def test_runs_of_linear_beside_it_and_in_it(calls, sparse_wins):
+def test_runs_of_linear_beside_it_and_in_it(network_calls, sparse_wins):
     fast = sc.accelerate(lively(vgg()), X)
     assert (row(fast).reason, row(fast, "classifier[0:4]").reason) == ("", "")
     flat = [*fast.features, nn.Flatten(), *fast.classifier]
@@ -222,9 +215,9 @@ def test_runs_of_linear_beside_it_and_in_it(calls, sparse_wins):
     fast = sc.accelerate(model, X)
     assert row(fast, "[12:16]").reason == "part of a network"
     assert type(fast).__name__ == "SparseSequential"
-    calls.clear()
+    network_calls.clear()
     assert off(fast(X), model(X).detach()) <= 1e-5
-    assert calls == [5]
+    assert network_calls == [5]
 
 
 def test_dense_convolutions_are_no_network(sparse_wins):
