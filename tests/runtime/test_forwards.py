@@ -206,52 +206,6 @@ def test_what_watched_calls_before_does_so_again():
     assert seen
 
 
-def changes():
-    """What changes, and back again, in a module and what is around it."""
-    new = {"forward": lambda self, x: x, "skip": True}
-
-    def on(owner, name, value):
-        before = vars(owner).get(name)
-        return lambda: setattr(owner, name, value), lambda: setattr(owner, name, before)
-
-    class Config:
-        skip = False
-
-    class Block(Base):
-        skip = False
-        options = ({"skip": False},)
-
-        def forward(self, x):
-            return x if self.skip else super().forward(x)
-
-    model = Base(({"skip": 1}, Config()))
-    model.block, model.act = Block(), nn.ReLU()
-    return model, {
-        "a class attribute": on(Block, "skip", True),
-        "a forward": on(Block, "forward", new["forward"]),
-        "what a class holds": (lambda: Block.options[0].update(skip=1), lambda: Block.options[0].update(skip=False)),
-        "a class of a block": (
-            lambda: setattr(model.act, "__class__", nn.Tanh),
-            lambda: setattr(model.act, "__class__", nn.ReLU),
-        ),
-        "its own class": (lambda: setattr(model, "__class__", Block), lambda: setattr(model, "__class__", Base)),
-        "a dict in a tuple": (lambda: model.kept[0].update(skip=2), lambda: model.kept[0].update(skip=1)),
-        "an attribute of an object": (lambda: vars(model.kept[1]).update(skip=2), vars(model.kept[1]).clear),
-        "a class of an object": on(Config, "skip", True),
-    }
-
-
-def test_changes_are_noticed():
-    model, both = changes()
-    watched = graphs.Attributes(model)
-    for name, (change, undo) in both.items():
-        assert watched.same(model), name
-        change()
-        assert not watched.same(model), name
-        undo()
-    assert watched.same(model)
-
-
 def test_a_class_is_as_it_was_after_a_trace():
     module = of(lambda self, x: self.step(x))
     kind = type(module)

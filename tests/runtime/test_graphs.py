@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from networks_by_hand import Basic, ResNet, lively, vgg
-from secateur.runtime import graphs
+from secateur.runtime import attributes, graphs
 from sparse_models import sparse
 
 
@@ -136,12 +136,12 @@ def test_buffers_are_read_and_written_when_it_runs():
 
 def test_what_is_followed_and_what_is_called():
     model = sparse(lively(vgg()))
-    assert graphs.is_leaf(model.classifier)
-    assert graphs.is_leaf(model.features[0])
-    assert not graphs.is_leaf(model.features)
-    assert not graphs.is_leaf(nn.ModuleList([nn.ReLU()]))
+    assert attributes.is_leaf(model.classifier)
+    assert attributes.is_leaf(model.features[0])
+    assert not attributes.is_leaf(model.features)
+    assert not attributes.is_leaf(nn.ModuleList([nn.ReLU()]))
     assert targets(graphs.trace(model))[-3:] == ["features.10", "flatten", "classifier"]
-    found = graphs.inside(model)
+    found = attributes.inside(model)
     assert model.classifier in found
     assert model.features[0] in found
     assert model.classifier[0] not in found
@@ -185,55 +185,3 @@ def test_other_threads_go_on_meanwhile(monkeypatch):
     assert targets(graph) == ["conv"]
     assert results[0].equal(other(torch.ones(1, 3)))
     assert results[1] is other[0].weight
-
-
-def test_attributes_that_change_are_noticed():
-    model = ResNet(widths=(4,)).eval()
-    model.options, model.config = {"skip": [1]}, Config()
-    watched = graphs.Attributes(model)
-    block = model.stages[0][0]
-    conv, handles = block.conv1, []
-    relu, weight, other = model.relu, conv.weight, nn.Parameter(conv.weight * 1)
-    changes = {
-        "set": (lambda: setattr(model, "new", 1), lambda: delattr(model, "new")),
-        "setting": (lambda: setattr(conv, "stride", (2, 2)), lambda: setattr(conv, "stride", (1, 1))),
-        "replaced": (lambda: setattr(model, "relu", nn.Tanh()), lambda: setattr(model, "relu", relu)),
-        "hook": (lambda: handles.append(block.register_forward_hook(print)), lambda: handles.pop().remove()),
-        "training": (block.train, block.eval),
-        "inner": (lambda: model.options["skip"].append(2), lambda: model.options["skip"].pop()),
-        "of a config": (lambda: setattr(model.config, "last", 2), lambda: delattr(model.config, "last")),
-        "parameter": (lambda: setattr(conv, "weight", other), lambda: setattr(conv, "weight", weight)),
-    }
-    for name, (change, undo) in changes.items():
-        assert watched.same(model), name
-        change()
-        assert not watched.same(model), name
-        undo()
-    assert watched.same(model)
-
-
-def test_notes_of_sparse_layers_do_not_count():
-    model = sparse(lively(ResNet(widths=(4,))))
-    watched = graphs.Attributes(model)
-    model.stages[0][0].conv1.require_fresh()
-    assert not watched.same(model)
-    assert watched.same_but_notes(model)
-    assert watched.same(model)
-    model.stages[0][0].conv1.stride = (2, 2)
-    assert not watched.same_but_notes(model)
-
-
-def test_a_plan_of_the_model_itself_does():
-    model = sparse(lively(ResNet(widths=(4,))))
-    model.plan = 1
-    watched = graphs.Attributes(model)
-    model.plan = 2
-    assert not watched.same_but_notes(model)
-    model.plan = 1
-    assert watched.same(model)
-
-
-def test_too_much_to_watch(monkeypatch):
-    monkeypatch.setattr(graphs, "_MOST", 100)
-    with pytest.raises(ValueError, match="too many attributes"):
-        graphs.Attributes(ResNet())

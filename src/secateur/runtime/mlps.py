@@ -15,8 +15,9 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from secateur.runtime import activations, transformer_layers
+from secateur.runtime.attributes import Attributes, inside
 from secateur.runtime.chains import Chain, Fused, Gated, Span, Step, disturbed, parts
-from secateur.runtime.graphs import Attributes, agree, inside, trace
+from secateur.runtime.graphs import agree, trace
 from secateur.runtime.linears import SparseLinear
 from secateur.runtime.swapping import as_usual
 

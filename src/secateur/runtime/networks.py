@@ -16,8 +16,9 @@ from torch.nn.modules import module as everywhere
 from torch.utils._pytree import tree_flatten
 
 from secateur.runtime import products
+from secateur.runtime.attributes import NETWORK, Attributes, inside, packed
 from secateur.runtime.chains import disturbed
-from secateur.runtime.graphs import NETWORK, Attributes, agree, inside, packed, trace
+from secateur.runtime.graphs import agree, trace
 from secateur.runtime.programs import Bound, Program
 from secateur.runtime.regions import regions
 from secateur.runtime.swapping import Swapped, as_usual, special, swap, swapped_class

@@ -11,8 +11,8 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
+from secateur.runtime.attributes import packed
 from secateur.runtime.convolutions import SparseConv2d, even_padding
-from secateur.runtime.graphs import packed
 
 __all__: list[str] = []  # reached through secateur.accelerate alone
 
