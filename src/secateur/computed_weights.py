@@ -24,9 +24,9 @@ def effective(model: nn.Module) -> dict[str, Tensor]:
     quantized and sparse tensors are there as the numbers they stand for.
 
     Raises:
-        InputError: one is lazy, or on the meta device.
+        InputError: one is lazy, or on the meta device and in no state_dict.
     """
-    found: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    found = weights_by_name(model)
     for prefix, module in model.named_modules(remove_duplicate=False):
         dot = f"{prefix}." if prefix else ""
         for buffer, mask in module.named_buffers(recurse=False):
@@ -38,6 +38,14 @@ def effective(model: nn.Module) -> dict[str, Tensor]:
     for name, tensor in found.items():
         require_values(name, tensor)
     return {name: bits.plain(tensor) for name, tensor in found.items()}
+
+
+def weights_by_name(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters, by all their names; for those on the meta device what the state_dict rebuilds, if it does."""
+    found: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    state = model.state_dict() if any(weight.is_meta for weight in found.values()) else {}
+    rebuilt = {id(weight): state.get(name, weight) for name, weight in found.items() if weight.is_meta}
+    return {name: rebuilt.get(id(weight), weight) for name, weight in found.items()}
 
 
 def weights_as_used(model: nn.Module) -> dict[str, Tensor]:
@@ -151,9 +159,7 @@ def require_values(name: str, tensor: Tensor) -> None:
     if is_lazy(tensor):
         raise InputError(f"{name} is lazy: run one batch through the model first, so that its shape is known")
     if tensor.is_meta:
-        raise InputError(
-            f"{name} is on the meta device and holds no values: materialise it first (to_empty, then load)"
-        )
+        raise InputError(bits.valueless(name, tensor))
 
 
 def own_names(module: nn.Module) -> list[str]:

@@ -305,6 +305,19 @@ def test_pruning_what_is_accelerated_is_noticed(sparse_wins):
         fast(X)
 
 
+def test_what_prunes_and_calls_it_on_the_way_is_told_what_to_take(sparse_wins):
+    fast = sc.accelerate(nn.Sequential(mlp()), X)
+    before = copy.deepcopy(fast.state_dict())
+    for verb in (
+        lambda: sc.oneshot(fast, sc.calibrate(sc.dense(fast), [(torch.randn(64, 12),)]), 0.95),
+        lambda: sc.shrink(fast, X, 0.5),
+        lambda: sc.prune(fast, 0.5, pattern=sc.units(fast, X)),
+    ):
+        with pytest.raises((StateError, InputError), match=r"sc\.dense\("):
+            verb()
+        assert all(torch.equal(before[name], tensor) for name, tensor in fast.state_dict().items())
+
+
 HF = {
     "bert": ("BertConfig", "BertModel", {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
              "intermediate_size": 64, "vocab_size": 50}),

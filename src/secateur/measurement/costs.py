@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
+from secateur.computed_weights import weights_by_name
 from secateur.support import bits
 from secateur.support.inputs import Arguments
 
@@ -30,16 +31,9 @@ def join(things: set[Any]) -> str:
     return "+".join(sorted(str(thing).removeprefix("torch.") for thing in things))
 
 
-def weights_by_name(model: nn.Module) -> dict[str, Tensor]:
-    """The parameters; for those on the meta device what the state_dict rebuilds, if it does."""
-    found: dict[str, Tensor] = dict(model.named_parameters())
-    state = model.state_dict() if any(weight.is_meta for weight in found.values()) else {}
-    return {name: state.get(name, weight) if weight.is_meta else weight for name, weight in found.items()}
-
-
 def weight_facts(model: nn.Module) -> dict[str, Any]:
     """The fields of a Measurement that can be read off the parameters."""
-    weights, hidden = list(weights_by_name(model).values()), hides_weights(model)
+    weights, hidden = {id(w): w for w in weights_by_name(model).values()}.values(), hides_weights(model)
     return {
         "device": join({t.device for t in (*weights, *model.buffers())}) or "cpu",
         "dtype": join({w.dtype for w in weights if w.is_floating_point()}) or "none",

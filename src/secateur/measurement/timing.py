@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves
 
+from secateur.computed_weights import weights_by_name
 from secateur.errors import InputError, InputTypeError
 from secateur.measurement.costs import (
     devices,
@@ -29,7 +30,6 @@ from secateur.measurement.costs import (
     macs,
     peak_bytes,
     weight_facts,
-    weights_by_name,
 )
 from secateur.support import bits, checks
 from secateur.support.inputs import Arguments, arguments

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,8 @@ class Released(nn.Parameter):
 
     place: str
     """Of the layer, for messages."""
+    remedy: ClassVar[str] = "it was released (keep_dense=False). Use plain = sc.dense(fast), which has all weights"
+    """What to do, for errors of others (`bits.valueless`)."""
 
     @staticmethod
     def __new__(cls, shape: Sequence[int], stride: Sequence[int], dtype: torch.dtype, place: str) -> Released:

@@ -216,7 +216,8 @@ class Sparse(Swapped):
             raise StateError(
                 f"the weights of {self._place or 'the model'} have changed since they were packed, so its results "
                 "would be those of the old weights. Accelerate the new weights: "
-                "fast = sc.accelerate(sc.dense(fast), example_inputs)"
+                "fast = sc.accelerate(sc.dense(fast), example_inputs). What prunes a model and calls it on the way "
+                "takes plain = sc.dense(fast)"
             )
         self.stamp()
 

@@ -340,6 +340,7 @@ def _ends(name: str) -> Iterator[str]:
 def _targets(model: nn.Module, tensors: Mapping[str, Stored], path: Path, strict: bool) -> dict[str, list[Tensor]]:
     """For each tensor of the file, what is to be filled with it: several if it is tied in the file and not here."""
     places: dict[str, Any] = dict(model.state_dict(keep_vars=True))
+    places |= {name: p for name, p in model.named_parameters(remove_duplicate=False) if name in places and p.is_meta}
     filled = {id(places[name]) for name in tensors if name in places}
     missing = [name for name, place in places.items() if name not in tensors and id(place) not in filled]
     unknown = [name for name in tensors if name not in places]

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from secateur.errors import InputTypeError
-from secateur.support import checks
+from secateur.support import bits, checks
 
 
 @dataclass(frozen=True)
@@ -103,10 +103,10 @@ def require_values(name: str, tensor: Tensor) -> None:
         raise InputTypeError(f"{name} is lazy: run one batch through the model first, so that its shape is known")
     if tensor.is_nested:
         raise InputTypeError(f"{name} is a nested tensor, of rows of several sizes: save each of tensor.unbind()")
+    if tensor.is_meta:
+        raise InputTypeError(bits.valueless(name, tensor))
     if type(tensor.detach()) not in (Tensor, torch.nn.Parameter):
         raise InputTypeError(f"{name} is {checks.kind(tensor)}, not a plain tensor: save what it stands for")
-    if tensor.is_meta:
-        raise InputTypeError(f"{name} is on the meta device and holds no values: materialise it first")
     if tensor.is_quantized or tensor.dtype not in KINDS:
         remedy = "tensor.dequantize()" if tensor.is_quantized else "it as another dtype"
         raise InputTypeError(f"{name} is {tensor.dtype}, which no .safetensors file holds: save {remedy}")

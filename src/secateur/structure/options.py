@@ -277,6 +277,12 @@ def checked(model: nn.Module, inputs: Any) -> list[Arguments]:
         )
     if hasattr(model, "_orig_mod"):
         raise InputError("the model is compiled: shrink model._orig_mod, and compile what is returned")
+    for path, module in model.named_modules():
+        if "_secateur" in vars(module):
+            raise InputError(
+                f"{path or 'the model'} is accelerated, so that it computes with packed copies of its weights: shrink "
+                "sc.dense(model), and accelerate what is returned"
+            )
     for name, t in (*model.named_parameters(), *model.named_buffers()):
         if is_lazy(t):
             raise InputError(f"{name} has no shape yet: run the model once, then shrink it")

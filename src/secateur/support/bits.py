@@ -55,6 +55,12 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.detach()
 
 
+def valueless(name: str, tensor: Tensor) -> str:
+    """That a tensor on the meta device holds no values and what to do; its class may know better, as `remedy`."""
+    remedy = getattr(tensor, "remedy", "materialise it first (to_empty, then load)")
+    return f"{name} is on the meta device and holds no values: {remedy}"
+
+
 def on_cpu(tensor: Tensor) -> bool:
     """Whether numpy can do the work; torch gives the same results elsewhere, and on a CPU too, but slower."""
     return tensor.is_cpu
