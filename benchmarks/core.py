@@ -249,7 +249,7 @@ def main() -> None:
         found[name] = rows = BENCHMARKS[name]()
         header = list(rows[0])
         cells = [[f"{v:.3g}" if isinstance(v, float) else str(v) for v in row.values()] for row in rows]
-        print(f"\n{name}\n{Table(header, cells).text()}", flush=True)
+        print(f"\n{name}\n{Table(header, cells).text(None)}", flush=True)
     print(
         "\nExcluded: at 400 million weights the peers, which need 2 to 13 times the model's 1.6 GB. "
         f"torch {torch.__version__}, one thread."

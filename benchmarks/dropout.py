@@ -230,7 +230,7 @@ def show(name: str, rows: list[dict[str, object]], notes: list[str]) -> None:
         return f"{value:.4g}" if isinstance(value, float) else "-" if value is None else str(value)
 
     cells = [[cell(value) for value in row.values()] for row in rows]
-    print(Table(list(rows[0]), cells, title=name, notes=notes).text(), end="\n\n", flush=True)
+    print(Table(list(rows[0]), cells, title=name, notes=notes).text(None), end="\n\n", flush=True)
 
 
 SECTIONS: dict[str, Callable[[], list[dict[str, object]]]] = {

@@ -633,7 +633,7 @@ def show(title: str, rows: list[Row]) -> None:
         chosen = [row for row in rows if tuple(row) == header]
         filled = [name for name in header if any(row[name] is not None for row in chosen)]
         cells = [[cell(row[name]) for name in filled] for row in chosen]
-        print(f"\n{title}\n{Table([name.strip() for name in filled], cells).text()}", flush=True)
+        print(f"\n{title}\n{Table([name.strip() for name in filled], cells).text(None)}", flush=True)
 
 
 def cell(value: object) -> str:

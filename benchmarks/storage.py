@@ -858,7 +858,7 @@ def main() -> None:
         found[name] = rows = BENCHMARKS[name](**options)
         torch.set_num_threads(threads)
         cells = [[cell(value) for value in row.values()] for row in rows]
-        print(f"\n{name}\n{Table(list(rows[0]), cells).text()}", flush=True)
+        print(f"\n{name}\n{Table(list(rows[0]), cells).text(None)}", flush=True)
     said = versions()
     print(f"\nExcluded: {'; '.join(excluded) or 'nothing'}.")
     print(f"Threads: one (size, lossy), two (load, memory), {threads} (streaming). {said}.")
