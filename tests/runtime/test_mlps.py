@@ -358,6 +358,11 @@ def test_what_computes_something_else_is_given_up(isa, calls, sparse_wins, monke
         assert run.reason == "as one call it computes something else"
         assert type(fast) is Clamps
         assert off(fast(outside), model[1](outside).detach()) <= 1e-5
+    plan = sc.accelerate(model[1], inside).plan
+    assert [run.choices > 0 for run in plan.layers if run.run] == [True]
+    fast = sc.accelerate(model[1], outside, plan=plan)
+    assert [run.reason for run in fast.plan.layers if run.run] == ["as one call it computes something else"]
+    assert off(fast(outside), model[1](outside).detach()) <= 1e-5
     fast = sc.accelerate(model, outside)
     assert [plan.name for plan in fast.plan.layers if plan.run and plan.choices] == ["0[:]"]
     calls.clear()

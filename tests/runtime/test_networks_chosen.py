@@ -160,9 +160,15 @@ class Listed(Turned):
 @pytest.mark.parametrize("kind", [Turned, Listed])
 def test_what_computes_something_else_is_given_up(sparse_wins, kind, monkeypatch):
     monkeypatch.setattr(Watch, "_code_is_fine", lambda *_: True)  # as if nothing were seen in its code
-    fast = sc.accelerate(lively(kind()), X)
-    assert row(fast).reason == "as one call it computes something else"
-    assert type(fast) is kind
+    model = lively(kind())
+    with monkeypatch.context() as unseen:
+        unseen.setattr(networks, "agree", lambda *_: True)
+        wrong = sc.accelerate(model, X).plan
+    for plan in (None, wrong):
+        fast = sc.accelerate(model, X, plan=plan)
+        assert row(fast).reason == "as one call it computes something else"
+        assert type(fast) is kind
+        assert off(fast(X), model(X).detach()) <= 1e-5
 
 
 class Planned(nn.Module):

@@ -85,6 +85,23 @@ def test_an_interrupt_before_anything_was_timed_is_one(backend, monkeypatch):
     assert all(torch.equal(before[name], weight) for name, weight in model.state_dict().items())
 
 
+def test_interrupted_between_layers_what_was_timed_stands_and_is_not_timed_again(backend, monkeypatch):
+    asked = []
+
+    def once(name, bucket):
+        asked.append(name)
+        return interrupt() if asked == ["first", "first", "second"] else (2.0, 1.0)
+
+    fake_times(monkeypatch, once)
+    monkeypatch.setattr(tuning, "_TOGETHER", 0.0)
+    monkeypatch.setattr(tuning, "gain", lambda *_: Gain(2.0, 1.9, 2.1))
+    with pytest.warns(SecateurWarning, match=r"1 of 2 layers .* were timed and keep .*, and second stay dense"):
+        fast = sc.accelerate(mlp(), X)
+    assert kinds(fast) == ["Apart", "SparseLinear", "Linear"]
+    assert kinds(sc.accelerate(mlp(), X)) == ["Apart", "SparseLinear", "SparseLinear"]
+    assert asked[3:] == ["second", "second"]
+
+
 def test_interrupted_between_examples_what_was_timed_stands(backend, monkeypatch):
     fake_times(monkeypatch, lambda name, bucket: interrupt() if bucket == 6 else (2.0, 1.0))
     model = mlp()

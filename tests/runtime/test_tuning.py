@@ -39,9 +39,23 @@ def test_look_finds_layers_and_their_rows(recorded):
 
 def test_times_both_kernels_for_each_row_class(recorded):
     model, recorders = recorded
-    found = tuning.times(model, tuning.inputs(model, recorders, CALL))
+    (given,) = tuning.groups(model, recorders, CALL, {("used", 0), ("used", 3)})
+    found = tuning.times(model, given)
     assert set(found) == {("used", 0), ("used", 3)}
     assert all(0 < seconds < 1 for pair in found.values() for seconds in pair)
+
+
+def test_slow_layers_are_timed_apart(recorded, monkeypatch):
+    model, recorders = recorded
+    both = {("used", 0), ("used", 3)}
+    rows = [[one[1][0].shape[0] for one in group] for group in tuning.groups(model, recorders, CALL, both)]
+    assert rows == [[8, 1]]
+    monkeypatch.setattr(tuning, "_TOGETHER", 0.0)
+    rows = [[one[1][0].shape[0] for one in group] for group in tuning.groups(model, recorders, CALL, both)]
+    assert rows == [[8], [1]]
+    (group,) = tuning.groups(model, recorders, CALL, {("used", 0)})
+    assert [one[1][0].shape[0] for one in group] == [1]
+    assert not any(recorder.seconds or recorder.inputs for recorder in recorders)
 
 
 def test_dense_and_sparse_are_what_they_say(recorded):
@@ -63,7 +77,10 @@ def test_recorders_go(backend):
 
 def choose(model, recorders):
     seen = tuning.look(model, recorders, CALL)
-    return tuning.choose(model, recorders, CALL, seen, {"used": "a", "idle": "b"})
+    found = {}
+    for name, timing in tuning.choose(model, recorders, CALL, seen, {"used": "a", "idle": "b"}):
+        found.setdefault(name, []).append(timing)
+    return {name: sorted(timings, key=lambda timing: timing.bucket) for name, timings in found.items()}
 
 
 def test_a_gain_must_be_seen_twice_with_a_margin(recorded, monkeypatch):

@@ -172,8 +172,8 @@ class Tuning:
         try:
             with tuning.recording(first) as recorders, torch.inference_mode():
                 for call, seen in zip(self.calls, self.seen, strict=True):
-                    for name, timings in tuning.choose(self.fast, recorders, call, seen, patterns).items():
-                        found[name].update({timing.bucket: timing for timing in timings})
+                    for name, timing in tuning.choose(self.fast, recorders, call, seen, patterns):
+                        found[name][timing.bucket] = timing
                     done(1)
             untimed = "not faster"
         finally:
@@ -280,13 +280,17 @@ class Tuning:
         return replace(plan, packed_bytes=packed, code_bytes=code, released_bytes=released)
 
     def take(self, plan: KernelPlan) -> None:
-        """Choose as an earlier run did.
+        """Choose as an earlier run did, but for what computes something else on the examples.
 
         Raises:
             InputError: it was for other weights, or measured elsewhere.
         """
         require_alike(plan, self.found())
         self.plans, self.gains = {layer.name: layer for layer in plan.layers}, plan.gains
+        self._reached(self.fusions.install(self._open(self.fusions.networks)))
+        self.fusions.install({})
+        self._reached(self.fusions.fuse(self._open(self.fusions.runs)))
+        self._agree()
         self._settle()
 
     def _reject(self) -> None:

@@ -10,7 +10,7 @@ import functools
 import hashlib
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from statistics import median
 from typing import Any
@@ -32,6 +32,7 @@ from secateur.support.machine import cpu_name
 _MARGIN = 1.05  # sparse must win by so much, twice
 _SECONDS = 1.0  # of a measurement, of which there are two for each example
 _ROUNDS = range(4, 10)  # of four passes each; at least, at most
+_TOGETHER = 0.1  # seconds of a dense pass from which on further layers are timed apart
 _CACHE_BYTES = 48 << 20  # streamed through the cache before each pass
 _GAIN = ((0.2, 3), (1.0, 6))
 """Seconds of each of the two models compared in the end, and blocks at least; the latter if the first cannot tell."""
@@ -130,26 +131,33 @@ def times(model: nn.Module, given: Given) -> dict[tuple[str, int], tuple[float, 
 
 def choose(
     model: nn.Module, recorders: Sequence[Recorder], call: Arguments, seen: Seen, patterns: Mapping[str, str]
-) -> dict[str, list[Timing]]:
-    """Time what an example reaches and choose: from memory where the same was measured before in this process."""
+) -> Iterator[tuple[str, Timing]]:
+    """Time what an example reaches and choose: from memory where the same was measured before in this process.
+
+    Yields:
+        The name of a layer and what was chosen for a row class of it, once it is known: an interrupt loses the rest.
+    """
     keys = {(r.name, b): _key(r.layer, patterns[r.name], b) for r in recorders for b in seen.get(r.name, ())}
-    if any(key not in _CACHE for key in keys.values()):
-        given = inputs(model, recorders, call)
-        first = times(model, given)
-        promising = any(map(_wins, first.values()))
-        second = times(model, given) if promising else first
-        for place, key in keys.items():
-            if place in first and place in second:
-                both = first[place], second[place]
-                dense, sparse, *code = ((a + b) / 2 for a, b in zip(*both, strict=True))
-                won = all(map(_wins, both))
-                generated = won and bool(code) and all(seconds[2] < seconds[1] for seconds in both)
-                _CACHE[key] = Timing(place[1], dense, sparse, won, code[0] if code else None, generated)
-    found: dict[str, list[Timing]] = defaultdict(list)
     for (name, _), key in keys.items():
         if key in _CACHE:
-            found[name].append(_CACHE[key])
-    return found
+            yield name, _CACHE[key]
+    unknown = {place for place, key in keys.items() if key not in _CACHE}
+    for group in groups(model, recorders, call, unknown) if unknown else ():
+        for (name, bucket), timing in _choose(model, group):
+            _CACHE[keys[name, bucket]] = timing
+            yield name, timing
+
+
+def _choose(model: nn.Module, given: Given) -> Iterator[tuple[tuple[str, int], Timing]]:
+    """Time some layers together and choose, by name and row class: what is faster must be so twice."""
+    first = times(model, given)
+    second = times(model, given) if any(map(_wins, first.values())) else first
+    for place in [place for place in first if place in second]:
+        both = first[place], second[place]
+        dense, sparse, *code = ((a + b) / 2 for a, b in zip(*both, strict=True))
+        won = all(map(_wins, both))
+        generated = won and bool(code) and all(seconds[2] < seconds[1] for seconds in both)
+        yield place, Timing(place[1], dense, sparse, won, code[0] if code else None, generated)
 
 
 def gain(plain: nn.Module, fast: nn.Module, call: Arguments) -> Gain:
@@ -199,12 +207,26 @@ def _wins(seconds: tuple[float, ...]) -> bool:
     return seconds[0] > _MARGIN * min(seconds[1:])
 
 
-def inputs(model: nn.Module, recorders: Sequence[Recorder], call: Arguments) -> Given:
-    """What each layer is given in the model, once for each row class."""
+def groups(
+    model: nn.Module, recorders: Sequence[Recorder], call: Arguments, wanted: Collection[tuple[str, int]]
+) -> list[Given]:
+    """What layers are given in the model, once for each row class that is wanted of them.
+
+    Those of a group are timed together, so that fast ones take no longer than need be, and slow ones are soon known.
+    """
     for recorder in recorders:
         recorder.inputs = {}
     _run(model, recorders, call, "dense")
-    found = [(r, *given) for r in recorders for given in (r.inputs or {}).values()]
+    found: list[Given] = []
+    seconds = _TOGETHER
+    for r in recorders:
+        for bucket, given in (r.inputs or {}).items():
+            if (r.name, bucket) in wanted:
+                if seconds >= _TOGETHER:
+                    found.append([])
+                    seconds = 0.0
+                found[-1].append((r, *given))
+                seconds += r.seconds["dense", bucket][0]
     for recorder in recorders:
         recorder.inputs = None
     _forget(recorders)
