@@ -200,7 +200,7 @@ def test_runs_of_layers(generating, isa, threads, monkeypatch):
         x = torch.randn(n, 100, generator=torch.Generator().manual_seed(n))
         assert off(fast(x), model.double()(x.double())) < 1e-5, n
         model.float()
-    assert chain._codes[1] == products.ALL
+    assert chain._handles[1] == products.ALL
 
 
 RECURRENT = [

@@ -19,10 +19,13 @@ __all__: list[str] = []  # reached through secateur.accelerate alone
 _MOST = 100_000  # attributes that are looked at; a module has about thirty
 NETWORK = "_secateur_network"
 """The attribute in which a module keeps what belongs to its network."""
+FOLLOWED = "_secateur_followed"
+"""The attribute of a class that tells the layers a trace of it is after."""
 _KEEPERS = (NETWORK, "_traced")
 """Attributes in which modules keep what was traced, and with it what is here."""
 _NOTES_ABOVE, _NOTES = ("forward", "_secateur"), ("_packed_from", "_trusted")
 """What secateur itself sets: in a module that keeps one of these, and in sparse layers. No forward reads it."""
+_CONVOLUTIONS = (SparseConv2d, nn.BatchNorm2d)
 _LISTS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _NO_PART = {
     *("_backward_hooks", "_backward_pre_hooks", "_non_persistent_buffers_set", "_state_dict_hooks"),
@@ -37,25 +40,30 @@ def packed(module: nn.Module) -> bool:
     return isinstance(module, SparseConv2d) and "packed_weight" in module._buffers
 
 
-def is_leaf(module: nn.Module) -> bool:
-    """Whether a graph has a call of it, not what happens inside: torch's layers, and what holds no convolution."""
+def followed(root: nn.Module) -> tuple[type[nn.Module], ...]:
+    """The layers for which a trace of a module goes into those that hold them; its class may say other ones."""
+    found: tuple[type[nn.Module], ...] = getattr(type(root), FOLLOWED, _CONVOLUTIONS)
+    return found
+
+
+def is_leaf(module: nn.Module, layers: tuple[type[nn.Module], ...] = _CONVOLUTIONS) -> bool:
+    """Whether a graph has a call of it, not what happens inside: torch's layers, and what holds none to be followed."""
     kind = plain_class(module)
     if kind.__module__.startswith("torch.nn.") and not module._modules:
         return not isinstance(module, _LISTS)
     if isinstance(module, nn.ModuleList | nn.ModuleDict):  # which has no forward: what it holds is called
         return False
-    followed = (SparseConv2d, nn.BatchNorm2d)
-    return any(True for _ in module.parameters()) and not any(isinstance(one, followed) for one in module.modules())
+    return any(True for _ in module.parameters()) and not any(isinstance(one, layers) for one in module.modules())
 
 
 def inside(module: nn.Module) -> list[nn.Module]:
     """A module and all in it, but not what is in leaves."""
-    found, left = {module: None}, [module]
+    found, left, layers = {module: None}, [module], followed(module)
     while left:
         for child in left.pop()._modules.values():
             if child is not None and child not in found:
                 found[child] = None
-                left += [] if is_leaf(child) else [child]
+                left += [] if is_leaf(child, layers) else [child]
     return list(found)
 
 

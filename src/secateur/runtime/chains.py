@@ -16,12 +16,11 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as everywhere
 
-from secateur.runtime import activations, native, products
+from secateur.runtime import activations, products
 from secateur.runtime.linears import SparseLinear
+from secateur.runtime.packed_layers import PackedLayers
 from secateur.runtime.swapping import Swapped
-from secateur.runtime.weight_checks import Watch, pointers, seen_to_differ, version
 
 __all__: list[str] = []  # reached through secateur.accelerate alone
 
@@ -57,123 +56,38 @@ class Singly:
         return x
 
 
-class Chain(Singly):
+class Chain(PackedLayers, Singly):
     """Modules that one native call computes for the row classes in `_choices`: the first one is a SparseLinear."""
 
     plain: ClassVar[type[Singly]] = Singly
 
     def __init__(self, modules: Sequence[Step], choices: int = 0) -> None:
-        super().__init__(modules)
-        self._choices = choices
-        self.agrees = True
-        """Whether the module that it stands in gave the same for all examples."""
-        found = parts(modules)
-        own = [part for part in found if isinstance(part, nn.Module)]
-        self._own = [module.__dict__ for module in own]
-        self._settings = [(m.__dict__, name, value) for m in own for name, value in activations.settings(m).items()]
-        self.layers = [part for part in found if isinstance(part, SparseLinear)]
+        Singly.__init__(self, modules)
+        PackedLayers.__init__(self, parts(modules), choices)
         numbers = _numbers(modules)
         ends = zip(self.layers, numbers, strict=True)
         through = [layer.out_features for layer, number in ends if not number & activations.GATE]
         self.widths = (self.layers[0].in_features, *through)
         self._ends = (self.widths[0], self.widths[-1])
         self._activations = (ctypes.c_int32 * len(numbers))(*numbers)
-        self._pointers = ctypes.c_void_p * len(numbers)
-        self._blobs = self._biases = self._pointers()
-        self._made: list[native.Code | None] = []
-        self._codes = self._pointers(), 0
-        self._known: list[tuple[Any, ...]] = []
-        self._tensors: list[Tensor] = []
-        self._weights: list[Tensor] = []
-        self._addresses = [0]  # which no tensors have, so the first call renews all
-        self._strides: list[tuple[int, ...]] = []
-        self._watches: list[Watch] = []
-        self._watched: tuple[Any, Any] = (None, None)
+        self._handles = self._pointers(), 0
 
     def __repr__(self) -> str:
         return f"{self.modules} as {[layer._choices for layer in self.layers]}"
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return self.forward(x)
-
-    has_code: ClassVar[bool] = False
-    """Its code is that of its layers, which was chosen before."""
-
-    def choose(self, choices: int, generated: int = 0) -> None:
-        """Run as one native call for these row classes."""
-        self._choices = choices
-
-    def rows(self, x: Tensor) -> int:
-        """The rows of its first layer."""
-        return self.layers[0].rows(x)
-
-    def observe(self, x: Tensor) -> None:
-        """Nothing to learn from an example."""
-
     def forward(self, x: Tensor) -> Tensor:
         """[..., first width] to [..., last width]."""
         if self._ready(x):
-            given = (len(self.layers), self._blobs, self._codes, self._biases, self._activations, self._choices)
+            given = (len(self.layers), self._blobs, self._handles, self._biases, self._activations, self._choices)
             out = products.chain(x, self._ends, *given)
             if out is not None:
                 return out
-        return super().forward(x)
+        return Singly.forward(self, x)
 
-    def _ready(self, x: Tensor) -> bool:
-        """Whether the modules may be passed over; raises a StateError as their own `_ready` does."""
-        if disturbed(self._own):
-            return False
-        for own, name, value in self._settings:
-            if own.get(name) != value:
-                return False
-        if not self.layers[0]._takes_input(x):
-            return False
-        if not self._in_place():
-            return self._renew()
-        if seen_to_differ(self._watches, self._watched):
-            for layer in self.layers:  # to say which it is
-                layer.require_fresh()
-        return True
-
-    def _in_place(self) -> bool:
-        """Whether all tensors are where they were, and none was written to as far as torch counts."""
-        try:
-            for parameters, buffers, weight, number, bias, packed in self._known:
-                if (
-                    parameters["weight"] is not weight
-                    or weight._version != number
-                    or parameters["bias"] is not bias
-                    or buffers["packed_weight"] is not packed
-                ):
-                    return False
-        except (KeyError, RuntimeError):  # parameters gone, or made in inference mode
-            return False
-        at = [*map(Tensor.data_ptr, self._tensors)]
-        return at == self._addresses and [*map(Tensor.stride, self._weights)] == self._strides
-
-    def _renew(self) -> bool:
-        """Take the addresses of all tensors as they are now; raises a StateError if weights have changed."""
-        known: list[tuple[Any, ...]] = []
-        for layer in self.layers:
-            layer.current()
-            weight = layer.weight
-            known.append((layer._parameters, layer._buffers, weight, version(weight), layer.bias, layer.packed_weight))
-        self._blobs = self._pointers(*(packed.data_ptr() for *_, packed in known))
-        self._biases = self._pointers(*(None if bias is None else bias.data_ptr() for *_, bias, _ in known))
-        self._tensors = [tensor for _, _, weight, _, *rest in known for tensor in (weight, *rest) if tensor is not None]
-        self._addresses = [tensor.data_ptr() for tensor in self._tensors]
-        self._weights = [weight for _, _, weight, *_ in known]
-        self._strides = [weight.stride() for weight in self._weights]
-        watched = [layer for layer in self.layers if layer._packed_from is not None and layer._packed_from.watches]
-        self._watches = [layer._packed_from.watches[0] for layer in watched]  # type: ignore[union-attr]
-        addresses = [layer.weight.data_ptr() for layer in watched]
-        self._watched = pointers(addresses), pointers([one.address for one in self._watches])
-        self._known = known
-        self._made = [layer._codes.get("weight") for layer in self.layers]  # kept, as it is called by its address
-        chosen = [code.choices for code in self._made if code is not None]
-        handles = self._pointers(*(None if code is None else code.handle for code in self._made))
-        self._codes = handles, functools.reduce(operator.and_, chosen) if chosen else 0
-        return True
+    def _laid(self) -> None:
+        chosen = [code.choices for code in self._codes if code is not None]
+        handles = self._pointers(*(None if code is None else code.handle for code in self._codes))
+        self._handles = handles, functools.reduce(operator.and_, chosen) if chosen else 0
 
 
 class Fused(Swapped):
@@ -190,7 +104,7 @@ class Fused(Swapped):
         raise NotImplementedError
 
     @classmethod
-    def place(cls, span: Span) -> str:
+    def place(cls, module: Any, span: Span) -> str:
         """Where a run is, in words."""
         return f"{span[0]}:{span[1]}"
 
@@ -296,16 +210,6 @@ def _numbers(steps: Iterable[Step]) -> list[int]:
         else:
             numbers[-1] |= activations.number(step) or activations.NONE
     return numbers
-
-
-def disturbed(modules: Iterable[Mapping[str, Any]]) -> bool:
-    """Whether some modules, given by their attributes, are in training, or have hooks or a forward of their own."""
-    if everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks:
-        return True
-    for own in modules:
-        if own["training"] or own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own:
-            return True
-    return False
 
 
 def _ends(step: Any) -> tuple[int, int] | None:

@@ -12,7 +12,7 @@ from secateur.runtime import native, tuning
 from secateur.runtime.candidates import enclose, zeros_of
 from secateur.runtime.chains import Chain, Fused, Span, Step, parts, runs
 from secateur.runtime.kernel_plans import LayerPlan
-from secateur.runtime.mlps import FUSED
+from secateur.runtime.methods import FUSED
 from secateur.runtime.networks import SparseNetwork, install, networks
 from secateur.runtime.programs import Program
 from secateur.runtime.swapping import Swapped, plain_class, swap
@@ -81,9 +81,11 @@ class Fusions:
 def _runs(model: nn.Module) -> Iterator[tuple[str, _Run]]:
     """What could be fused: by a name as Python spells it, the module and where in it."""
     for name, module in model.named_modules():
-        for kind in FUSED:
-            for span in runs(kind.sequence(module)) if kind.takes(plain_class(module)) else ():
-                yield f"{name}[{kind.place(span)}]", (module, kind, span)
+        taking = (kind for kind in FUSED if kind.takes(plain_class(module)))
+        found = ((kind, [*runs(kind.sequence(module))]) for kind in taking)
+        kind, spans = next(((kind, spans) for kind, spans in found if spans), (Fused, []))
+        for span in spans:
+            yield f"{name}[{kind.place(module, span)}]", (module, kind, span)
 
 
 def _steps(module: nn.Module, kind: type[Fused], span: Span) -> list[Step]:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from secateur.runtime.attributes import Attributes, inside, is_leaf
+from secateur.runtime.attributes import Attributes, followed, inside, is_leaf
 from secateur.runtime.chains import Fused
 from secateur.runtime.forwards import Refused, Watch
 from secateur.runtime.weight_checks import version
@@ -141,7 +141,7 @@ class _Tracer(fx.Tracer):
         return _Proxy(node, self)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return is_leaf(m)
+        return is_leaf(m, followed(self._top))
 
     def create_proxy(self, *args: Any, **kwargs: Any) -> Any:
         self._watch.step()

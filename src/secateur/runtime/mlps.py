@@ -16,9 +16,10 @@ from torch.nn import functional as F
 
 from secateur.runtime import activations, transformer_layers
 from secateur.runtime.attributes import Attributes, inside
-from secateur.runtime.chains import Chain, Fused, Gated, Span, Step, disturbed, parts
+from secateur.runtime.chains import Chain, Fused, Gated, Span, Step, parts
 from secateur.runtime.graphs import agree, trace
 from secateur.runtime.linears import SparseLinear
+from secateur.runtime.packed_layers import disturbed
 from secateur.runtime.swapping import as_usual
 
 __all__: list[str] = []  # reached through secateur.accelerate alone
@@ -78,14 +79,14 @@ class SparseMlp(Fused):
         return type(kind) is type and not slots and as_usual(kind)
 
     @classmethod
-    def place(cls, span: Span) -> str:
+    def place(cls, module: Any, span: Span) -> str:
         return ":"
 
     @staticmethod
     def sequence(module: Any) -> list[Step]:
         traced = module.__dict__.get("_traced")
         found = traced.found if isinstance(traced, Traced) else read(module) or ()
-        return [_step(module, part) for part in found]
+        return [step_of(module, part) for part in found]
 
     def fuse(self, choices: Mapping[Span, int]) -> list[Chain]:
         self._traced = Traced(())
@@ -120,10 +121,6 @@ class SparseMlp(Fused):
         super().restore()
 
 
-FUSED: tuple[type[Fused], ...] = (*transformer_layers.FUSED, SparseMlp)
-"""What modules that contain runs become."""
-
-
 def read(module: nn.Module) -> tuple[Part, ...] | None:
     """What a module's forward does, if layers that it owns and what lies between are all of it; empty if they are not.
 
@@ -140,7 +137,7 @@ def read(module: nn.Module) -> tuple[Part, ...] | None:
     except ValueError:  # more attributes than can be watched
         return ()
     found = [] if graph is None else _chain(graph, module)
-    layers = [part for part in parts([_step(module, one) for one in found]) if isinstance(part, nn.Linear)]
+    layers = [part for part in parts([step_of(module, one) for one in found]) if isinstance(part, nn.Linear)]
     return tuple(found) if all(layer in owned for layer in layers) else ()
 
 
@@ -152,7 +149,7 @@ def _chain(graph: fx.Graph, module: nn.Module) -> list[Part]:
     while node is not x:
         if not isinstance(node, fx.Node) or len(node.users) != 1:
             return []
-        part = _gated(node, x, module) if node.target in _MULTIPLY else _part(node, module)
+        part = _gated(node, x, module) if node.target in _MULTIPLY else part_of(node, module)
         if part is None:
             return []
         found.append(part)
@@ -174,14 +171,14 @@ def _gated(node: fx.Node, x: fx.Node, module: nn.Module) -> Part | None:
         gate: Any = one.args[0]
         if not isinstance(gate, fx.Node) or gate.args != (x,) or other.args != (x,):
             continue
-        found = _part(gate, module), _part(one, module), _part(other, module)
+        found = part_of(gate, module), part_of(one, module), part_of(other, module)
         apart = gate.target != other.target and all(len(n.users) == 1 for n in (one, gate, other))
         if None not in found and apart:
             return found  # type: ignore[return-value]
     return None
 
 
-def _part(node: fx.Node, module: nn.Module) -> Part | None:
+def part_of(node: fx.Node, module: nn.Module) -> Part | None:
     """A node with one input: a layer, or an activation."""
     if node.op == "call_module":
         layer: Any = module.get_submodule(str(node.target))
@@ -202,7 +199,7 @@ def _called(function: Callable[..., Any], *args: Any, **kwargs: Any) -> int | No
     return activations.number(function) if len(args) == 1 and not given else None
 
 
-def _step(module: nn.Module, part: Part) -> Any:
+def step_of(module: nn.Module, part: Part) -> Any:
     if isinstance(part, tuple):
-        return Gated(*(_step(module, one) for one in part))
+        return Gated(*(step_of(module, one) for one in part))
     return _FUNCTIONS[part] if isinstance(part, int) else module.get_submodule(part)

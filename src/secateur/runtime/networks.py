@@ -17,8 +17,8 @@ from torch.utils._pytree import tree_flatten
 
 from secateur.runtime import products
 from secateur.runtime.attributes import NETWORK, Attributes, inside, packed
-from secateur.runtime.chains import disturbed
 from secateur.runtime.graphs import agree, trace
+from secateur.runtime.packed_layers import disturbed
 from secateur.runtime.programs import Bound, Program
 from secateur.runtime.regions import regions
 from secateur.runtime.swapping import Swapped, as_usual, special, swap, swapped_class

@@ -26,7 +26,7 @@ class _FeedForward(Fused):
         return issubclass(kind, plain) and getattr(kind, "_ff_block", None) is plain._ff_block
 
     @classmethod
-    def place(cls, span: Span) -> str:
+    def place(cls, module: Any, span: Span) -> str:
         return "linear1:linear2"
 
     @staticmethod
