@@ -3,7 +3,7 @@
     python benchmarks/runtime.py [linear] [conv] [models] [recurrent] [sparsity] [floor] [threads] [avx2] [packed]
                                  [checks] [generation] [tuning] [peers] [table] [all]
                                  [--json FILE] [--rounds N] [--only TEXT] [--kernel] [--quick]
-                                 [--environments FOLDER] [--scratch FOLDER]
+                                 [--environments FOLDER] [--scratch FOLDER] [--cpu]
 
 Every figure is a speed over torch eager, dense, float32, on the same pruned weights: eager's seconds over those of the
 other, taken in one run with all sides in turn (A B A B ...), in blocks of at least 20 ms after one pass to warm up;
@@ -17,6 +17,9 @@ Secateur's side is what a user gets from `sc.accelerate(model, x, threads=1)`, l
 meet no zero weight, over those that it could do in the same time; evicted, the bytes of weights that are not zero, over
 those that it could read. "Generated over compiled" is the speed over the same with `generated=False`, taken in turn,
 and empty where no code can run (without AVX-512).
+
+On a machine that others use, too, `--cpu` takes seconds of CPU in place of the wall clock's. What is measured at the
+moment is told on stderr.
 
 `table` measures secateur against eager alone, with fewer rounds: all that matters of every section, or those that are
 named behind it (`table conv tuning`).
@@ -211,6 +214,7 @@ def measure(case: Case, names: tuple[str, ...] = tuple(SIDES)) -> list[Row]:
     """One row a regime: the speed of every side over eager."""
     if arguments.only and arguments.only not in case.point:
         return []
+    print(f"{case.point}, {case.sparsity:.0%} pruned", file=sys.stderr, flush=True)
     model, calls, errors = pruned(case), {}, {}
     names = names if not arguments.table else tuple(name for name in names if name in TABLE)
     with torch.inference_mode():
@@ -316,6 +320,9 @@ def threads() -> list[Row]:
     if (os.cpu_count() or 1) < 2:
         leave_out("threads", "one core")
         return rows
+    if arguments.cpu:
+        leave_out("threads", "two take as many seconds of CPU as one")
+        return rows
     for case in (case for case in cases.thread_cases() if arguments.only in case.point):
         x, model, sides = case.example(), pruned(case), {}
         for count in (1, 2):
@@ -345,7 +352,7 @@ def avx2() -> list[Row]:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "avx2.json")
         options = ["--json", str(file), "--rounds", str(arguments.rounds), "--only", arguments.only]
-        options += ["--quick"] if arguments.quick else []
+        options += [f"--{name}" for name in ("quick", "cpu") if getattr(arguments, name)]
         subprocess.run([sys.executable, __file__, "avx2", *options], env={**os.environ, **AVX2}, check=True,
                        stdout=subprocess.DEVNULL)  # fmt: skip
         found = json.loads(file.read_text())
@@ -650,7 +657,10 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="three rounds: does everything run?")
     parser.add_argument("--environments", type=Path, default=Path(sys.prefix, "peers"), help="of the peers")
     parser.add_argument("--scratch", type=Path, help="a folder for 8 GB of models; default: that of temporary files")
+    parser.add_argument("--cpu", action="store_true", help="seconds of CPU, not of the wall clock")
     parser.parse_args(namespace=arguments)
+    if arguments.cpu:
+        cases.clock = time.process_time
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     if native.isa() is None:

@@ -317,6 +317,10 @@ def goal_cases() -> list[Case]:
 # ---- time -------------------------------------------------------------------------------------------------------
 
 
+clock: Callable[[], float] = time.perf_counter
+"""Seconds; `--cpu` puts those of the process in its place."""
+
+
 @dataclass(frozen=True)
 class Side:
     """One way to run a case; `threads` is torch's setting while it runs."""
@@ -352,10 +356,10 @@ def enough_passes(call: Callable[[], object]) -> int:
 def repeated(call: Callable[[], object], passes: int) -> float:
     """Seconds a pass, after one that brings this side's data back from wherever the other side pushed them."""
     call()
-    start = time.perf_counter()
+    start = clock()
     for _ in range(passes):
         call()
-    return (time.perf_counter() - start) / passes
+    return (clock() - start) / passes
 
 
 _stream = torch.empty(0)
@@ -369,9 +373,9 @@ def evicted(call: Callable[[], object], passes: int) -> float:
     seconds = []
     for _ in range(passes):
         _stream.sum()
-        start = time.perf_counter()
+        start = clock()
         call()
-        seconds.append(time.perf_counter() - start)
+        seconds.append(clock() - start)
     return statistics.median(seconds)
 
 

@@ -85,6 +85,39 @@ def test_says_that_nothing_was_gained():
     assert Gain(1.2, 1.1, 1.3).faster
 
 
+def test_layers_that_were_timed_as_one_share_a_row():
+    timings = (Timing(0, 1e-4, 5e-5, True), Timing(5, 1e-3, 5e-4, True))
+    many = [
+        LayerPlan(f"layers.{i}.{part}", "Linear", (64, 64), zeros, "x", timings)
+        for i, zeros in enumerate((0.9, 0.899, 0.9, 0.901))
+        for part in ("q", "k")
+    ]
+    other = LayerPlan("layers.4.q", "Linear", (64, 64), 0.9, "x", timings[:1])
+    run = [LayerPlan(f"layers.{i}.mlp[:]", "Mlp", (64, 99, 64), 0.9, "x", timings) for i in range(3)]
+    plan = KernelPlan("cpu", "avx2", 1, (*many, other, *run), (Gain(2.0, 1.9, 2.1),))
+    table = plan.table()
+    assert [(row[0], row[3], row[4]) for row in table.rows] == [
+        ("layers.{0..3}.q", "89.90-90.10 %", "1"),
+        ("", "", "17-32"),
+        ("layers.{0..3}.k", "89.90-90.10 %", "1"),
+        ("", "", "17-32"),
+        ("layers.4.q", "90.00 %", "1"),
+        ("layers.{0..2}.mlp[:]", "90.00 %", "1"),
+        ("", "", "17-32"),
+    ]
+    assert "runs" not in table.header
+    assert table.notes[:2] == [
+        "all of them run sparse",
+        "layers.{0..2}.mlp[:]: layers in a row; dense is one after the other, sparse is one call for all",
+    ]
+    assert len(plan.layers) == 12
+    dense = LayerPlan("head", "Linear", (9, 64), 0.0, reason="too dense: 0.00 % zeros")
+    assert [row[-1] for row in KernelPlan("cpu", "avx2", 1, (*many, dense)).table().rows] == [
+        *["sparse"] * 4,
+        "dense: too dense: 0.00 % zeros",
+    ]
+
+
 def test_the_parts_of_a_wide_table_say_which_rows():
     timings = (Timing(0, 1e-4, 5e-5, True), Timing(5, 1e-3, 5e-4, True))
     layer = LayerPlan("encoder.attention", "Linear", (1024, 1024), 0.9, "x", timings, "a reason that takes its room")

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from secateur.support.tables import Printed, Table, counted, number, percent, size
+from secateur.support.tables import Printed, Table, counted, folded, number, percent, size
 
 TABLE = Table(("name", "n"), [["a", "1"], ["long name", "1,000"]], title="Title", notes=["one note", "another"])
 
@@ -204,3 +204,23 @@ def test_counted():
     assert [counted(n, "tensor") for n in (0, 1, 2, 1234)] == ["0 tensors", "1 tensor", "2 tensors", "1,234 tensors"]
     assert counted(1, "call drops", "calls drop") == "1 call drops"
     assert counted(2, "call drops", "calls drop") == "2 calls drop"
+
+
+@pytest.mark.parametrize(
+    ("names", "want"),
+    [
+        ([], []),
+        (["", "a"], ["", "a"]),
+        (["a.0", "a.1", "a.3", "a.4", "a.5"], ["a.{0,1,3..5}"]),
+        (["0[:]", "1[:]", "head[0:4]"], ["{0,1}[:]", "head[0:4]"]),
+        (["a.0.b.0", "a.0.b.1", "a.1.b.0", "a.1.b.1"], ["a.{0,1}.b.{0,1}"]),
+        (["a.0.b.0", "a.1.b.0", "a.1.b.1"], ["a.0.b.0", "a.1.b.{0,1}"]),
+        (["a.9.x", "a.10.x", "a.2.x"], ["a.{2,9,10}.x"]),
+        (["layer1.0", "layer2.0", "00", "1"], ["layer1.0", "layer2.0", "00", "1"]),
+    ],
+)
+def test_names_that_differ_in_a_number_are_folded(names, want):
+    found = folded((name, None) for name in names)
+    assert [name for name, _ in found] == want
+    assert sorted(i for _, places in found for i in places) == [*range(len(names))]
+    assert folded((name, i) for i, name in enumerate(names)) == [(name, [i]) for i, name in enumerate(names)]

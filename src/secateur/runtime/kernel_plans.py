@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from secateur.errors import FileError, InputError, listed
 from secateur.measurement.timing import NO_DIFFERENCE, duration
 from secateur.support import checks
-from secateur.support.tables import Printed, Table, percent, size
+from secateur.support.tables import Printed, Table, folded, percent, size
 
 _VERSION = 1
 _CLASSES = range(48)
@@ -178,8 +178,10 @@ class KernelPlan(Printed):
             ) from error
 
     def table(self) -> Table:
-        """One row a layer and row class; the notes tell of the whole model."""
-        rows = [row for layer in self.layers for row in _rows(layer)]
+        """One row a layer and row class, or for all layers that are alike and were timed as one; notes below."""
+        alike = folded((layer.name, (layer.kind, layer.shape, layer.timings, layer.reason)) for layer in self.layers)
+        groups = [(name or "(the model)", [self.layers[i] for i in places]) for name, places in alike]
+        rows = [row for group in groups for row in _rows(*group)]
         lossy = "" if self.values == "float32" else f"; packed values: {self.values}, rounded"
         library = (
             f"native kernels: {self.isa}{lossy}" if self.isa else "no native library: torch's CSR and dense kernels"
@@ -193,17 +195,20 @@ class KernelPlan(Printed):
         notes = [*self._verdicts(), f"{library}; threads: {self.threads}; CPU: {self.cpu}"]
         if self.gpu:
             notes.append(f"GPU: {self.gpu}; sparse there: torch's semi-structured (2:4) products")
-        runs = [layer.name for layer in self.layers if layer.run]
+        runs = [name for name, (layer, *_) in groups if layer.run]
         if runs:
             notes.insert(
                 0, f"{listed(runs)}: layers in a row; dense is one after the other, sparse is one call for all"
             )
-        networks = [layer.name or "(the model)" for layer in self.layers if layer.kind.startswith("network")]
+        networks = [name for name, (layer, *_) in groups if layer.kind.startswith("network")]
         if networks:
             notes.insert(0, f"{listed(networks)}: dense is as its layers run alone, sparse is one call for the network")
         header = ["layer", "kind", "weights", "zeros", "rows", "dense", "sparse", "generated", "runs"]
         if not any(row[7] for row in rows):  # nothing was generated
             header, rows = [*header[:7], header[8]], [[*row[:7], row[8]] for row in rows]
+        if len(rows) > 1 and len({row[-1] for row in rows}) == 1:
+            notes.insert(0, f"all of them run {rows[0][-1]}")
+            header, rows = header[:-1], [row[:-1] for row in rows]
         return Table(header, rows, notes=notes, keys=(0, 4))
 
     def _verdicts(self) -> list[str]:
@@ -257,9 +262,11 @@ def _layer(data: Mapping[str, Any]) -> LayerPlan:
     return LayerPlan(**{**data, "shape": tuple(data["shape"]), "timings": timings})
 
 
-def _rows(layer: LayerPlan) -> list[list[str]]:
+def _rows(name: str, layers: Sequence[LayerPlan]) -> list[list[str]]:
+    layer = layers[0]
     shape = ("-" if layer.run else " x ").join(map(str, layer.shape))
-    start = [layer.name or "(the model)", layer.kind, shape, percent(layer.sparsity)]
+    least, most = (percent(bound([one.sparsity for one in layers])) for bound in (min, max))
+    start = [name, layer.kind, shape, most if least == most else f"{least[:-2]}-{most}"]
     if not layer.timings:
         return [[*start, "", "", "", "", f"dense: {layer.reason}"]]
     rows = []

@@ -5,13 +5,14 @@ from __future__ import annotations
 import html
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
 
 from secateur.errors import printable
 
 _NARROW = 16  # characters: no column is made narrower than this, so that numbers stay whole
+_COUNT = re.compile("0|[1-9][0-9]*")
 _Rows = list[Sequence[str]]  # of one table, the header first
 
 
@@ -148,6 +149,49 @@ def _fold(text: str, width: int | None) -> list[str]:
 def _in_markdown(text: str) -> str:
     """Let no name be read as a tag or as emphasis."""
     return re.sub(r"[|<*`\[]", r"\\\g<0>", text)
+
+
+def folded(named: Iterable[tuple[str, Hashable]]) -> list[tuple[str, list[int]]]:
+    """Fold names that differ in a number between dots, and stand for what is alike, into one.
+
+    Args:
+        named: names, and what is equal where two may be folded.
+
+    Returns:
+        The names that are left, in order, and the places of what each stands for.
+
+    >>> folded([("layers.0.fc", 1), ("head", 1), ("layers.1.fc", 1), ("layers.2.fc", 1), ("layers.3.fc", 2)])
+    [('layers.{0..2}.fc', [0, 2, 3]), ('head', [1]), ('layers.3.fc', [4])]
+    """
+    found = [(tuple(re.split(r"([.\[])", name)), like, [i]) for i, (name, like) in enumerate(named)]
+    for depth in reversed(range(max((len(parts) for parts, *_ in found), default=0))):
+        groups: dict[Hashable, list[tuple[tuple[str, ...], Hashable, list[int]]]] = {}
+        for one in found:
+            parts, like, _ = one
+            counts = depth < len(parts) and _COUNT.fullmatch(parts[depth])
+            groups.setdefault(((*parts[:depth], None, *parts[depth + 1 :]) if counts else parts, like), []).append(one)
+        found = [group[0] if len(group) == 1 else _joined(group, depth) for group in groups.values()]
+    return [("".join(parts), places) for parts, _, places in found]
+
+
+def _joined(
+    group: Sequence[tuple[tuple[str, ...], Hashable, list[int]]], depth: int
+) -> tuple[tuple[str, ...], Hashable, list[int]]:
+    """Names that differ in one part alone as one name."""
+    parts, like, _ = group[0]
+    spans = _spans(int(parts[depth]) for parts, *_ in group)
+    return (*parts[:depth], f"{{{spans}}}", *parts[depth + 1 :]), like, [i for *_, places in group for i in places]
+
+
+def _spans(numbers: Iterable[int]) -> str:
+    """Whole numbers in words, rising: "0..2,5,6"."""
+    spans: list[list[int]] = []
+    for number in sorted(numbers):
+        if spans and number == spans[-1][-1] + 1:
+            spans[-1].append(number)
+        else:
+            spans.append([number])
+    return ",".join(f"{s[0]}..{s[-1]}" if len(s) > 2 else ",".join(map(str, s)) for s in spans)
 
 
 def number(value: float) -> str:
