@@ -17,7 +17,7 @@
 extern "C" {
 #endif
 
-#define SECATEUR_ABI 13
+#define SECATEUR_ABI 14
 
 /* SECATEUR_ABI of the library. */
 SECATEUR_API int32_t secateur_abi(void);
@@ -144,6 +144,13 @@ SECATEUR_API int64_t secateur_watch(const float* weight, int64_t count, void* wa
  * Otherwise a call reads 8 non-zeros of each tensor, spread over it, and the next of its pieces: after 2048 calls every
  * weight was read. A piece has a 2048th of the weights, at least 256. */
 SECATEUR_API int32_t secateur_changed(int32_t tensors, const float* const* weights, void* const* watches, int32_t all);
+
+/* Whether dictionaries of Python hold the very objects that they held: 1, or 0. Whoever calls it has Python's lock.
+ *   next     the address of PyDict_Next
+ *   own      a dictionary, which is looked at first; dicts are `count` further ones
+ *   entries  for each of them key and value by turns, in its order, where a value that is NULL may be any; then NULL */
+SECATEUR_API int32_t secateur_same(const void* next, void* own, int32_t count, void* const* dicts,
+                                   const void* const* entries);
 
 #ifdef __cplusplus
 }

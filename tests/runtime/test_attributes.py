@@ -1,10 +1,13 @@
 """Attributes that are watched: what changes is noticed, and what secateur itself notes does not count."""
 
+import collections
+import weakref
+
 import pytest
 from torch import nn
 
 from networks_by_hand import ResNet, lively
-from secateur.runtime import attributes
+from secateur.runtime import attributes, native
 from sparse_models import sparse
 
 
@@ -74,6 +77,108 @@ def test_too_much_to_watch(monkeypatch):
     monkeypatch.setattr(attributes, "_MOST", 100)
     with pytest.raises(ValueError, match="too many attributes"):
         attributes.Attributes(ResNet())
+
+
+def changed(owner, name, value):
+    """Setting an attribute, and setting it back."""
+    before = getattr(owner, name)
+    return lambda: setattr(owner, name, value), lambda: setattr(owner, name, before)
+
+
+def unlike():
+    """A module, and changes to what is equal, or only a little other, and back again."""
+
+    class Block(Base):
+        def forward(self, x, skip=False, *, twice=1, options={}):
+            return x
+
+        @staticmethod
+        def helper(x, skip=False):
+            return x
+
+        @property
+        def half(self, skip=False):
+            return skip
+
+        rate = 1
+
+    model = Block({"first": 1, "second": 2.0})
+    model.block, model.act, model.ordered = Block(), Block.forward, collections.OrderedDict(a=1, b=2)
+    model.some, model.zero = {1, 2}, 0.0
+    named, kept = Block.forward.__kwdefaults__, model.kept
+
+    def turn():
+        kept.update(first=kept.pop("first"))
+
+    def turn_back():
+        kept.update(second=kept.pop("second"))
+
+    return model, {
+        "a default": changed(Block.forward, "__defaults__", (True,)),
+        "a default that is equal": changed(Block.forward, "__defaults__", (0,)),
+        "a default by name": (lambda: named.update(twice=True), lambda: named.update(twice=1)),
+        "defaults by name": changed(Block.forward, "__kwdefaults__", {"twice": 1, "options": {}}),
+        "what a default holds": (lambda: named["options"].update(a=1), named["options"].clear),
+        "code": changed(Block.forward, "__code__", (lambda self, x, skip=1, *, twice=1, options=0: -x).__code__),
+        "a static method": changed(Block.helper, "__defaults__", (True,)),
+        "a property": changed(vars(Block)["half"].fget, "__defaults__", (True,)),
+        "True for 1": (lambda: kept.update(first=True), lambda: kept.update(first=1)),
+        "2 for 2.0": (lambda: kept.update(second=2), lambda: kept.update(second=2.0)),
+        "-0.0 for 0.0": changed(model, "zero", -0.0),
+        "True for 1 in a class": changed(Block, "rate", True),
+        "an element of a set": (
+            lambda: model.some.symmetric_difference_update({2, 3}),
+            lambda: model.some.symmetric_difference_update({2, 3}),
+        ),
+        "an order": (turn, turn_back),
+        "an order that is kept": (lambda: model.ordered.move_to_end("a"), lambda: model.ordered.move_to_end("b")),
+        "an equal dictionary": changed(model, "kept", dict(kept)),
+    }
+
+
+@pytest.mark.parametrize("with_library", [True, False])
+def test_what_is_equal_but_not_the_same_is_noticed(with_library, monkeypatch):
+    if not with_library:
+        monkeypatch.setattr(native, "library", lambda: None)
+    model, both = unlike()
+    watched = attributes.Attributes(model)
+    for name, (change, undo) in both.items():
+        assert watched.same(model), name
+        change()
+        assert not watched.same(model), name
+        undo()
+    assert watched.same(model)
+
+
+def test_another_object_of_the_same_value_is_no_change():
+    model = Base({"words": "a b", "size": (1.5, "x")})
+    watched = attributes.Attributes(model)
+    model.kept.update(words=" ".join(["a", "b"]), size=(float("1.5"), "x"))
+    assert watched.same(model)
+    model.kept["size"] = (1.5, "y")
+    assert not watched.same(model)
+
+
+def test_defaults_are_put_back():
+    class Block(Base):
+        def forward(self, x, skip=False):
+            return x
+
+    model = Block()
+    watched = attributes.Attributes(model)
+    Block.forward.__defaults__ = (True,)
+    watched.put_back(model)
+    assert Block.forward.__defaults__ == (False,)
+    assert watched.same(model)
+
+
+def test_what_it_keeps_is_not_the_module():
+    model = Base([1])
+    gone = weakref.ref(model)
+    watched = attributes.Attributes(model)
+    del model
+    assert gone() is None
+    assert not watched.same(Base([1]))
 
 
 def changes():

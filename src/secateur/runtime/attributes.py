@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import collections
 import copy
+import gc
+import operator
 import types
 from collections.abc import Iterable, Iterator
+from itertools import chain
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from secateur.runtime import native
 from secateur.runtime.convolutions import SparseConv2d
-from secateur.runtime.forwards import own_classes
+from secateur.runtime.forwards import own_classes, root
 from secateur.runtime.swapping import plain_class
 
 __all__: list[str] = []  # reached through secateur.accelerate alone
@@ -70,7 +75,8 @@ def inside(module: nn.Module) -> list[nn.Module]:
 class Attributes:
     """What the attributes of a module and of those inside hold, and the containers among them: to notice changes.
 
-    So for the classes of a user that they are of, and for objects among the attributes and their classes.
+    So for the classes of a user that they are of, for objects among the attributes and their classes, and for the code
+    and the defaults of functions among all these.
 
     It holds neither the module nor its attributes, but what these hold, so that the module may keep it.
 
@@ -84,83 +90,101 @@ class Attributes:
         left: list[Any] = [one.__dict__ for one in modules]
         classes: dict[type, None] = {}
         typed: dict[int, Any] = {}
+        functions: dict[types.FunctionType, None] = {}
         entries = 0
         for one in modules:
             _note_classes(one, classes, left)
         while left:
             if id(one := left.pop()) in found:
                 continue
-            found[id(one)] = one
+            if not isinstance(one, tuple):  # that of a class's attributes
+                found[id(one)] = one
             if (entries := entries + len(one)) > _MOST:
                 raise ValueError("too many attributes")
-            for value in _flat(_values(one)):
-                if (inner := _contents(value)) is not None:
+            for value in map(_function_of, _flat(_values(one))):
+                if isinstance(value, types.FunctionType) and root(value.__module__) != "torch":
+                    functions[value] = None
+                    left += [value.__kwdefaults__] if value.__kwdefaults__ else []
+                elif (inner := _contents(value)) is not None:
                     left.append(inner)
                     if inner is not value:
                         typed[id(value)] = value
                         _note_classes(value, classes, left)
         del found[id(module.__dict__)]
         self._own = {name: _ANYTHING if name in _KEEPERS else value for name, value in module.__dict__.items()}
-        self._empty = [one for one in found.values() if not one]  # most hooks, which are soonest looked at so
-        self._live = [one for one in found.values() if one]
-        self._kept = [*map(_plain_copy, self._live)]
+        self._live = [*found.values()]
+        self._classes = {kind: dict(vars(kind)) for kind in classes}
         self._type, self._typed = type(module), [*modules[1:], *typed.values()]
         self._types = [*map(type, self._typed)]
-        self._classes = [*classes]
-        self._spaces = [*map(vars, classes)]
-        self._kept_spaces = [*map(dict, self._spaces)]
+        self._functions = [*functions]
+        self._coded = [*map(_CODE, self._functions)]
+        self._code_ids = _ids_of_all(self._coded)
+        self._keep([*map(_plain_copy, self._live)])
+
+    def _keep(self, kept: list[Any]) -> None:
+        """Take copies of containers for what these held."""
+        self._kept = kept
+        both = [*zip(self._live, kept, strict=True), *((_space(kind), own) for kind, own in self._classes.items())]
+        others = [(live, _ids(copied)) for live, copied in both if not _follows(live)]
+        followed = [(live, copied) for live, copied in both if _follows(live)]
+        self._look = native.Dictionaries(self._own, followed, _ANYTHING), others
 
     def same(self, module: nn.Module) -> bool:
-        """Whether nothing was set, added or removed."""
-        try:
-            own = module.__dict__ == self._own and type(module) is self._type
-            inside = own and not any(self._empty) and self._live == self._kept
-            return inside and [*map(type, self._typed)] == self._types and self._spaces == self._kept_spaces
-        except Exception:  # of tensors, arrays and objects of users that were replaced
+        """Whether nothing was set, added or removed, but perhaps a number or a word to what it was."""
+        if type(module) is not self._type or [*map(type, self._typed)] != self._types:
             return False
+        if _ids_of_all(map(_CODE, self._functions)) != self._code_ids:
+            return False
+        dictionaries, others = self._look
+        if dictionaries.same(module.__dict__) and all(_ids(one) == ids for one, ids in others):
+            return True
+        spaces = ((_space(kind), kept) for kind, kept in self._classes.items())
+        both = [(module.__dict__, self._own), *zip(self._live, self._kept, strict=True), *spaces]
+        if not all(_alike(_items(live), _items(kept)) for live, kept in both):
+            return False
+        self._own |= {name: value for name, value in module.__dict__.items() if name not in _KEEPERS}
+        self._classes = {kind: dict(vars(kind)) for kind in self._classes}
+        self._keep([*map(_plain_copy, self._live)])  # as others of the same value are there now
+        return True
 
     def same_but_notes(self, module: nn.Module) -> bool:
         """Whether nothing changed but what secateur notes; takes that as it is now."""
         plans = module.__dict__.get("plan"), self._own.get("plan")  # a model may have one of its own
         ours = all(plan is None or _is_ours(plan) for plan in plans)
-        _take_over(module.__dict__, self._own, (*_NOTES_ABOVE, "plan") if ours else _NOTES_ABOVE)
-        for live, kept in zip(self._live, self._kept, strict=True):
-            if isinstance(live, dict) and "_packed_from" in live:
-                _take_over(live, kept, _NOTES)
+        self._own = _with(module.__dict__, self._own, (*_NOTES_ABOVE, "plan") if ours else _NOTES_ABOVE)
+        both = zip(self._live, self._kept, strict=True)
+        noted = (isinstance(live, dict) and "_packed_from" in live for live in self._live)
+        self._keep([_with(*one, _NOTES) if note else one[1] for one, note in zip(both, noted, strict=True)])
         return self.same(module)
 
     def tensors(self) -> list[Tensor]:
         """The tensors among them that are neither parameters nor packed."""
-        named = [(name, value) for one in (self._own, *self._live) for name, value in _items(one)]
+        named = [(str(name), value) for one in (self._own, *self._live) for name, value in _items(one)]
         tensors = [(name, value) for name, value in named if isinstance(value, Tensor)]
         return [t for name, t in tensors if not isinstance(t, nn.Parameter) and not name.startswith("packed_")]
 
     def put_back(self, module: nn.Module) -> None:
         """Undo what was set, added or removed."""
         keepers = {name: value for name, value in vars(module).items() if name in _KEEPERS}
-        empty: list[tuple[Any, Any]] = [(one, type(one)()) for one in self._empty]
-        both = [(vars(module), self._own | keepers), *empty, *zip(self._live, self._kept, strict=True)]
-        for live, kept in both:
+        for live, kept in [(vars(module), self._own | keepers), *zip(self._live, self._kept, strict=True)]:
             live.clear()
             live.extend(kept) if isinstance(live, list | collections.deque) else live.update(kept)
-        for kind, space, kept in zip(self._classes, self._spaces, self._kept_spaces, strict=True):
+        for kind, kept in self._classes.items():
+            space = vars(kind)
             for name in [name for name in space if name not in kept]:
                 delattr(kind, name)
-            for name in [name for name, value in kept.items() if space.get(name, _MISSING) is not value]:
+            for name in [name for name, value in kept.items() if space.get(name, _ANYTHING) is not value]:
                 setattr(kind, name, kept[name])
+        for function, (code, defaults, named) in zip(self._functions, self._coded, strict=True):
+            if _ids_of_all([_CODE(function)]) != _ids_of_all([(code, defaults, named)]):
+                function.__code__, function.__defaults__, function.__kwdefaults__ = code, defaults, named
 
 
-class _Anything:
-    """Equal to everything."""
-
-    def __eq__(self, other: object) -> bool:
-        return True
-
-    __hash__ = None  # type: ignore[assignment]
-
-
-_ANYTHING = _Anything()
-_MISSING = object()
+_ANYTHING = object()
+"""In the place of what is not compared."""
+_CODE = operator.attrgetter("__code__", "__defaults__", "__kwdefaults__")
+_ATOMS = (bool, int, float, complex, str, bytes, torch.device)
+"""Of which another object with the same words is the same value."""
 
 
 def _note_classes(value: Any, classes: dict[type, None], left: list[Any]) -> None:
@@ -168,13 +192,51 @@ def _note_classes(value: Any, classes: dict[type, None], left: list[Any]) -> Non
     for kind in own_classes(value):
         if kind not in classes:
             classes[kind] = None
-            left.append([one for one in _flat(vars(kind).values()) if _contents(one) is not None])
+            left.append(tuple(vars(kind).values()))
 
 
-def _take_over(live: dict[str, Any], kept: dict[str, Any], names: tuple[str, ...]) -> None:
-    for name in names:
-        kept.pop(name, None)
-        kept.update({name: live[name]} if name in live else {})
+def _with(live: dict[str, Any], kept: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
+    """What was kept, but with what there is now of these names."""
+    new = {name: live[name] if name in names else kept[name] for name in live if name in names or name in kept}
+    return new | {name: value for name, value in kept.items() if name not in names and name not in new}
+
+
+def _space(kind: type) -> dict[str, Any]:
+    """The dictionary behind the attributes of a class."""
+    found: dict[str, Any] = gc.get_referents(vars(kind))[0]
+    return found
+
+
+def _follows(container: Any) -> bool:
+    """Whether the library may compare a container: one whose order it sees."""
+    return type(container) is dict or (type(container) is collections.OrderedDict and not container)
+
+
+def _ids(container: Any) -> list[int]:
+    named = chain.from_iterable(container.items()) if isinstance(container, dict) else container
+    return sorted(map(id, named)) if isinstance(container, set) else [*map(id, named)]
+
+
+def _ids_of_all(codes: Iterable[tuple[Any, ...]]) -> list[int]:
+    return [*map(id, chain.from_iterable(codes))]
+
+
+def _alike(now: Any, before: Any) -> bool:
+    """Whether it is the same object, or one that nothing tells from it."""
+    if now is before or before is _ANYTHING:
+        return True
+    if type(now) is not type(before):  # such as True and 1, which are equal
+        return False
+    if isinstance(now, tuple):
+        return len(now) == len(before) and all(map(_alike, now, before))
+    return type(now) in _ATOMS and repr(now) == repr(before)
+
+
+def _function_of(value: Any) -> Any:
+    """The function behind an attribute of a class."""
+    if isinstance(value, staticmethod | classmethod):
+        return value.__func__
+    return value.fget if isinstance(value, property) else value
 
 
 def _contents(value: Any) -> Any:
@@ -203,14 +265,17 @@ def _flat(values: Iterable[Any]) -> Iterator[Any]:
 
 
 def _values(container: Any) -> Any:
+    """What a container holds, without what has no part in a forward."""
     if not isinstance(container, dict):
         return container
-    return (value for name, value in container.items() if name not in _NO_PART)
+    ours = "_seen" if "_packed_from" in container else "_made" if "_traced" in container else ""
+    return (value for name, value in container.items() if name not in _NO_PART and name != ours)
 
 
-def _items(container: Any) -> list[tuple[str, Any]]:
-    named = container.items() if isinstance(container, dict) else enumerate(container)
-    return [(str(name), value) for name, value in named]
+def _items(container: Any) -> tuple[tuple[Any, Any], ...]:
+    if isinstance(container, dict):
+        return tuple(container.items())
+    return tuple(enumerate(sorted(container, key=id) if isinstance(container, set) else container))
 
 
 def _plain_copy(container: Any) -> Any:

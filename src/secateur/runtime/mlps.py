@@ -15,12 +15,12 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from secateur.runtime import activations, transformer_layers
-from secateur.runtime.attributes import Attributes, inside
 from secateur.runtime.chains import Chain, Fused, Gated, Span, Step, parts
 from secateur.runtime.graphs import agree, trace
 from secateur.runtime.linears import SparseLinear
 from secateur.runtime.packed_layers import disturbed
 from secateur.runtime.swapping import as_usual
+from secateur.runtime.traced import Traced, disturbed_inside
 
 __all__: list[str] = []  # reached through secateur.accelerate alone
 
@@ -36,40 +36,18 @@ _FUNCTIONS: tuple[Step, ...] = (
 """By their numbers, to be called where the native call does not."""
 
 
-class Traced:
-    """What a module's forward was seen to be, and the attributes by which it was; a copy looks anew."""
+class TracedMlp(Traced[tuple[Part, ...], bool]):
+    """What a module's forward was seen to be: these parts, or none."""
 
-    def __init__(self, found: tuple[Part, ...]) -> None:
-        self.found = found
-        self.attributes: Attributes | None = None
-        self._inner: list[dict[str, Any]] = []
-
-    def __reduce__(self) -> Any:
-        return Traced, (self.found,)
-
-    def holds(self, module: nn.Module) -> bool:
-        """Whether the forward is still what it was seen to be."""
-        if self.attributes is None:
-            if not self.found or (now := read(module)) is None:
-                return False
-            if now != self.found:
-                self.found = ()
-                return False
-            self.note(module)
-        if module.training or disturbed(self._inner):
-            return False
-        return self.attributes is not None and (self.attributes.same(module) or self.attributes.same_but_notes(module))
-
-    def note(self, module: nn.Module) -> None:
-        """Take the attributes as they are now for those by which the forward is what it was seen to be."""
-        self.attributes = Attributes(module)
-        self._inner = [vars(one) for one in inside(module)[1:]]
+    def look(self, module: nn.Module) -> tuple[tuple[Part, ...], bool] | None:
+        parts = read(module)
+        return None if parts is None else (parts, True)
 
 
 class SparseMlp(Fused):
     """A module whose forward is one chain."""
 
-    _traced: Traced
+    _traced: TracedMlp
 
     @classmethod
     def takes(cls, kind: type[nn.Module]) -> bool:
@@ -85,24 +63,25 @@ class SparseMlp(Fused):
     @staticmethod
     def sequence(module: Any) -> list[Step]:
         traced = module.__dict__.get("_traced")
-        found = traced.found if isinstance(traced, Traced) else read(module) or ()
+        found = traced.words if isinstance(traced, TracedMlp) else read(module) or ()
         return [step_of(module, part) for part in found]
 
     def fuse(self, choices: Mapping[Span, int]) -> list[Chain]:
-        self._traced = Traced(())
-        self._traced = Traced(read(self) or ())
+        self._traced = TracedMlp(())
+        self._traced = TracedMlp(read(self) or ())
         found = super().fuse(choices)
-        self._traced.note(self)
+        if self._traced.words:
+            self._traced.note(self, True)
         return found
 
     def steps(self) -> list[Step]:
-        self._traced.attributes = None  # among which these are
+        self._traced.forget()  # the attributes among which these are
         return super().steps()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the class that it was."""
         usual = len(args) == 1 and not kwargs and type(args[0]) is Tensor and not torch.compiler.is_compiling()
-        if not usual or not self._traced.holds(self):
+        if not usual or disturbed(()) or not self._traced.found(self):
             return super().forward(*args, **kwargs)
         chains = [step for step in self._made[1] if isinstance(step, Chain)]
         if not all(chain._choices for chain in chains):  # so it is only while examples are looked at
@@ -130,7 +109,7 @@ def read(module: nn.Module) -> tuple[Part, ...] | None:
     owned = [child for child in module._modules.values() if isinstance(child, SparseLinear)]
     if len(owned) < 2:
         return ()
-    if module.training or disturbed(map(vars, inside(module)[1:])):
+    if disturbed_inside(module):
         return None
     try:
         graph = trace(module)

@@ -12,6 +12,7 @@ import os
 import re
 import sys
 import weakref
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from secateur.errors import InputError
 
-ABI = 13
+ABI = 14
 VALUES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 """What packed values may be, as the library numbers them."""
 Shape = tuple[int, ...]
@@ -115,6 +116,46 @@ def unpack(blob: Tensor, rows: int, columns: int, groups: int = 1) -> Tensor | N
     weight = blob.new_empty((rows, columns), dtype=torch.float32)  # so whoever watches sees what it is made from
     given = (blob.data_ptr(), blob.numel(), rows, columns * groups, groups, weight.data_ptr())
     return None if lib is None or lib.secateur_unpack(*given) else weight
+
+
+class Dictionaries:
+    """What dictionaries hold, to see whether it is still the very same: by address, which is why it is kept.
+
+    Args:
+        own: what a dictionary holds that `same` will be given.
+        others: further ones, and what these hold.
+        anything: stands in `own` for what is not compared.
+    """
+
+    def __init__(self, own: dict[str, Any], others: list[tuple[dict[Any, Any], dict[Any, Any]]], anything: Any) -> None:
+        self._kept = own, others
+        entries: list[int | None] = []
+        for held in (own, *(held for _, held in others)):
+            for key, value in held.items():
+                entries += [id(key), None if value is anything else id(value)]
+            entries.append(None)
+        there = [id(one) for one, _ in others]
+        self._arrays = _addresses(there), _addresses(entries)
+        self._others = len(others), *map(ctypes.addressof, self._arrays)
+        self._compare = _comparison(library())
+
+    def same(self, own: dict[str, Any]) -> bool:
+        """Whether all hold the same objects under the same keys in the same order; False without the library."""
+        return self._compare is not None and bool(self._compare(id(own), *self._others))
+
+
+@functools.cache
+def _comparison(lib: ctypes.CDLL | None) -> Any:
+    """The library's comparison of dictionaries, called so that no other thread changes these meanwhile."""
+    if lib is None:
+        return None
+    given: Any = lib.secateur_same
+    function = ctypes.PYFUNCTYPE(given.restype, *given.argtypes)(("secateur_same", lib))
+    return functools.partial(function, ctypes.cast(ctypes.pythonapi.PyDict_Next, ctypes.c_void_p))
+
+
+def _addresses(found: Sequence[int | None]) -> Any:
+    return (ctypes.c_void_p * len(found))(*found)
 
 
 class Code:

@@ -16,19 +16,19 @@ from torch.nn.modules import module as everywhere
 from torch.utils._pytree import tree_flatten
 
 from secateur.runtime import products
-from secateur.runtime.attributes import NETWORK, Attributes, inside, packed
+from secateur.runtime.attributes import NETWORK, packed
 from secateur.runtime.graphs import agree, trace
-from secateur.runtime.packed_layers import disturbed
 from secateur.runtime.programs import Bound, Program
 from secateur.runtime.regions import regions
 from secateur.runtime.swapping import Swapped, as_usual, special, swap, swapped_class
+from secateur.runtime.traced import Traced, disturbed_inside
 
 __all__: list[str] = []  # reached through secateur.accelerate alone
 
 
 def capture(module: nn.Module) -> Program | None:
     """The program of a module's forward as it is now; None if it cannot be traced, or has no region."""
-    if _disturbed(module):
+    if disturbed_inside(module):
         return None
     try:
         graph = trace(module)
@@ -40,48 +40,26 @@ def capture(module: nn.Module) -> Program | None:
     return Program(module, graph, found) if found else None
 
 
-def _disturbed(module: nn.Module) -> bool:
-    """Whether something is on that a trace does not show; hooks of the module itself run around either forward."""
-    return module.training or disturbed(map(vars, inside(module)[1:]))
-
-
-class Network:
+class Network(Traced[str, Program]):
     """What a module keeps: for which row classes its program runs, and what that does, in words.
 
     A copy makes its own program, and uses it if the words are the same.
     """
 
     def __init__(self, words: str, choices: int) -> None:
-        self.choices, self.words, self.agrees = choices, words, True
-        self._known: tuple[Attributes, Program | None] | None = None
-        self._seen: Attributes | None = None
+        super().__init__(words)
+        self.choices, self.agrees = choices, True
 
     def __reduce__(self) -> Any:
         return Network, (self.words, self.choices)
 
-    def program(self, module: nn.Module) -> Program | None:
-        """The program, if the module is as it was when that was made; it is made where there is none."""
-        known = self._known
-        if known is not None and known[0].same(module):
-            return known[1]
-        if known is not None and known[0].same_but_notes(module):
-            if known[1] is not None:
-                known[1].release()
-            return known[1]
-        if _disturbed(module):
-            return None
-        try:
-            now = Attributes(module)
-        except ValueError:
-            return None
-        if known is not None and (self._seen is None or not self._seen.same(module)):
-            self._seen = now  # an attribute that differs at each call is not worth a trace
-            return None
+    def look(self, module: nn.Module) -> tuple[str, Program] | None:
         made = capture(module)
-        if made is not None and made.words != self.words:
-            made = None
-        self._known = Attributes(module), made
-        return made
+        return None if made is None else (made.words, made)
+
+    def noted(self, found: Program | None) -> None:
+        if found is not None:
+            found.release()
 
 
 class SparseNetwork(Swapped):
@@ -149,7 +127,7 @@ class SparseNetwork(Swapped):
             return None
         if not network.choices >> products.bucket(self.rows(x)) & 1:
             return None
-        program = network.program(self)
+        program = network.found(self)
         if program is None or not program.layers[0]._takes_input(x):
             return None
         bound = program.bound()
