@@ -69,4 +69,4 @@ def test_what_comes_before_the_first_dropout_is_computed_once():
         sample(model, X, n=64, max_memory=9000)
     assert first_layer.rows == len(X)
     if plan.way == "folded":
-        assert last_layer.rows == 64 * len(X)
+        assert 0 <= last_layer.rows - 64 * len(X) < plan.chunk * len(X)  # the last pass is as large as the others

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from sampling_cases import FREE, ONE_BY_ONE, WAYS, X, exact, near, planned, sample, seeded, taken, zoo
+from sampling_cases import FREE, MIXED, ONE_BY_ONE, WAYS, X, exact, near, planned, sample, seeded, taken, zoo
 from torch import nn
 from zoo import answer, bits, linear, rest
 
@@ -23,7 +23,7 @@ pytestmark = [
 def test_no_way_and_no_chunk_changes_a_sample(entry):
     """Each way gives what a full pass gives, or is refused: by itself, or by the check of the first two samples."""
     model, inputs, output = entry.build()
-    several = []
+    several, refused = [], []
     with undisturbed(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         run = planned(model, inputs, output)
@@ -32,7 +32,8 @@ def test_no_way_and_no_chunk_changes_a_sample(entry):
         for way in WAYS:
             try:
                 got = taken(run, way, range(7), 7, replay=False)
-            except Exception:
+            except Exception as error:
+                refused.append(str(error))
                 continue
             if not near(got, right):
                 assert not _agree((got,), (right[:2],)), f"{way} is wrong, and is taken"
@@ -44,6 +45,7 @@ def test_no_way_and_no_chunk_changes_a_sample(entry):
                 assert near(taken(run, way, range(7), size, replay), right), f"{way}, {size} a pass, replay={replay}"
             assert near(taken(run, way, [5, 2, 6], 3, False), right[[5, 2, 6]])
     assert (entry.name in ONE_BY_ONE) == (not several)
+    assert (entry.name in MIXED) == any("do not stay apart" in one for one in refused)
 
 
 @zoo(FREE)

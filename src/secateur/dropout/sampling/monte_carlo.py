@@ -182,6 +182,8 @@ class _Race:
         replay = chunk < self._n and way != "exact"
         if replay:
             self._run.recorded()
+        if way == "folded":
+            self._run.made()
         samples = range(max(chunk, len(self._truth[0])))
         passes = [samples] if chunk > 1 else [range(i, i + 1) for i in samples]
         for _ in range(_TRIES):

@@ -23,6 +23,7 @@ from secateur.dropout.noise import require_rate
 from secateur.dropout.sampling.generators import Streams
 from secateur.dropout.sampling.prefix import Boundary, Prefix
 from secateur.dropout.sampling.sampler import Sampler
+from secateur.dropout.sampling.separation import Sized, separate
 from secateur.dropout.sampling.strategies import Alone, Folded, Mapped, Outputs
 from secateur.errors import InputError, InputTypeError
 from secateur.support import checks
@@ -43,6 +44,7 @@ class SamplingPlan:
         writes: the model writes into its inputs, so that each pass needs copies.
         way: a key of `WAYS`, or "exact": a full pass for each sample.
         chunk: samples a pass.
+        made: the calls of a pass of one sample, for folded passes to be compared with.
     """
 
     found: Found
@@ -51,6 +53,7 @@ class SamplingPlan:
     writes: bool = False
     way: str = "exact"
     chunk: int = 1
+    made: Sequence[Sized] | None = None
 
 
 class Run:
@@ -118,19 +121,32 @@ class Run:
         streams = Streams(self.seed, samples)
         how = Alone(streams, exact=True) if way == "exact" else WAYS[way](streams)
         prefix = self.recorded() if replay and way != "exact" else None
-        sampler = Sampler(how, self.plan.calls, prefix=prefix, shared=self.shared)
+        one, made = (self.made(), list[Sized]()) if way == "folded" else (None, None)
+        sampler = Sampler(how, self.plan.calls, prefix=prefix, shared=self.shared, made=made)
         outputs = how.run(lambda: self.forward(sampler, copies=way == "exact"), self.plan.shapes)
         if prefix is not None and not prefix.intact:
             self._prefix = None
+        if one is not None and made is not None and not separate(one, made, len(samples)):
+            raise Unsuitable("samples that are folded into the batch do not stay apart")
         return outputs
+
+    def made(self) -> Sequence[Sized]:
+        """Give the calls that a pass of one sample makes; it is run if need be."""
+        if self.plan.made is None:
+            made: list[Sized] = []
+            self.forward(Sampler(Alone(Streams(self.seed, [0])), self.plan.calls, shared=self.shared, made=made))
+            self.plan.made = made
+        return self.plan.made
 
     def samples(self, n: int, first: int = 0) -> Outputs:
         """Compute samples as planned, from `first` to `n`."""
-        chunks = [range(i, min(i + self.plan.chunk, n)) for i in range(first, n, self.plan.chunk)]
+        size = self.plan.chunk
+        chunks = [range(i, i + size) for i in range(first, n, size)]  # the last too: other sizes were not tried
         pieces = []
         for chunk in chunks:
-            pieces.append(self.some(self.plan.way, chunk, replay=len(chunks) > 1))
-            self.advance(len(chunk))
+            outputs = self.some(self.plan.way, chunk, replay=len(chunks) > 1)
+            pieces.append(tuple(output[: n - chunk.start] for output in outputs))
+            self.advance(len(pieces[-1][0]))
         return joined(pieces)
 
     def recorded(self) -> Prefix:

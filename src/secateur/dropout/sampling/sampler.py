@@ -13,6 +13,7 @@ from secateur.dropout.interception.followers import Follower, Unsuitable
 from secateur.dropout.interception.handlers import Combine, DropoutCall
 from secateur.dropout.interception.recurrent_calls import Recurrence
 from secateur.dropout.sampling.prefix import Boundary, Prefix
+from secateur.dropout.sampling.separation import Sized
 from secateur.dropout.sampling.strategies import Alone, Folded, Mapped, Noise
 
 
@@ -24,17 +25,29 @@ class Sampler(Follower):
         calls: the dropout calls.
         prefix: record what comes before the first dropout and stop there; or, if it is closed, play it.
         shared: one mask for the whole batch.
+        made: takes the calls that are made behind the first dropout.
     """
 
-    def __init__(self, way: Alone, calls: Sequence[DropoutCall], *, prefix: Prefix | None = None, shared: bool = False):
+    def __init__(
+        self,
+        way: Alone,
+        calls: Sequence[DropoutCall],
+        *,
+        prefix: Prefix | None = None,
+        shared: bool = False,
+        made: list[Sized] | None = None,
+    ) -> None:
         super().__init__(calls)
-        self._way, self._prefix, self._shared = way, prefix, shared
+        self._way, self._prefix, self._shared, self._made = way, prefix, shared, made
         self._begun = False
         self.direct = prefix is None
 
     def plain(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._begun or self._prefix is None:
-            return self._way.plain(func, args, kwargs)
+            result = self._way.plain(func, args, kwargs)
+            if self._begun and self._made is not None:
+                self._made.append(Sized.of(func, args, kwargs, result))
+            return result
         return self._prefix.run(func, args, kwargs)
 
     def step(self, recurrence: Recurrence) -> tuple[Tensor, ...]:
@@ -45,7 +58,11 @@ class Sampler(Follower):
 
     def put(self, call: DropoutCall, x: Tensor, shape: Sequence[int], combine: Combine, axis: int = 0) -> Tensor:
         self._begin()
-        return self._way.put(self._noise(call, x.shape, shape, combine), x, axis)
+        made = len(self._made or ())
+        result = self._way.put(self._noise(call, x.shape, shape, combine), x, axis)
+        if self._made is not None:
+            del self._made[made:]  # of the noise, not of the model: inside attention they are seen
+        return result
 
     def numbers(self, call: DropoutCall, like: Tensor, shape: Sequence[int], normal: bool) -> Tensor:
         self._begin()
@@ -59,7 +76,7 @@ class Sampler(Follower):
         if self._begun:
             return
         self._begun = True
-        self.direct = not isinstance(self._way, (Folded, Mapped))
+        self.direct = self._made is None and not isinstance(self._way, (Folded, Mapped))
         if self._prefix is not None and not self._prefix.closed:
             self._prefix.close()
             raise Boundary

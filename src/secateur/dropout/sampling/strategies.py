@@ -121,7 +121,8 @@ class Folded(Alone):
 
 _READS = {
     Tensor.item, Tensor.tolist, Tensor.numpy, Tensor.__bool__, Tensor.__int__, Tensor.__float__, Tensor.__index__,
-    Tensor.__contains__, Tensor.nonzero, torch.nonzero, torch.equal, Tensor.equal, torch.allclose, torch.is_nonzero,
+    Tensor.__contains__, Tensor.__array__, Tensor.nonzero, torch.nonzero, torch.equal, Tensor.equal, torch.allclose,
+    torch.is_nonzero,
 }  # fmt: skip
 
 
