@@ -86,6 +86,24 @@ def closed(value):
     return lambda self, x: x if value else self.conv(x)
 
 
+def by_another_name(self, x):
+    backend = torch.backends.mkldnn
+    return x if backend.enabled else self.conv(x)
+
+
+def many_names():
+    """A forward with more names than fit into a byte, before those that it must not read."""
+    lines = [f"    self.kept.name{i}" for i in range(300)]
+    space = {"sys": sys, "__name__": __name__}
+    exec("\n".join(["def forward(self, x):", *lines, "    return x if sys.flags else self.conv(x)"]), space)
+    return space["forward"]
+
+
+class Names:
+    def __init__(self):
+        vars(self).update({f"name{i}": i for i in range(300)})
+
+
 CODE = {
     "isinstance": lambda self, x: x if isinstance(x, torch.Tensor) else self.conv(x),
     "isinstance by another name": lambda self, x: x if ask(x, torch.Tensor) else self.conv(x),
@@ -113,6 +131,7 @@ CODE = {
     "a closure": closed(True),
     "a default": memory,
     "data of a module": lambda self, x: x if sys.flags else self.conv(x),
+    "a backend by another name": by_another_name,
     "a backend": lambda self, x: x if torch.backends.mkldnn.enabled else self.conv(x),
     "its parameters": lambda self, x: self.conv(x) * next(self.parameters()).sum().item(),
 }
@@ -142,6 +161,10 @@ HELD = {
 def test_an_attribute_that_cannot_be_watched_is_no_graph_where_it_is_read(kind):
     assert graphs.trace(Base(HELD[kind]())) is None
     assert graphs.trace(of(lambda self, x: self.conv(x), HELD[kind]())) is not None
+
+
+def test_code_with_many_names_is_read_alike():
+    assert graphs.trace(of(many_names(), Names())) is None
 
 
 def test_numbers_are_not_drawn():

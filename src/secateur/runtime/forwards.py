@@ -30,7 +30,8 @@ _NO_MATTER = _OURS | {
 _OTHERS = _OURS | sys.stdlib_module_names
 _OPERATIONS = {
     *("PUSH_EXC_INFO", "SETUP_FINALLY", "SETUP_WITH", "SETUP_ASYNC_WITH", "BEFORE_WITH", "BEFORE_ASYNC_WITH"),
-    *("MATCH_CLASS", "MATCH_MAPPING", "MATCH_SEQUENCE", "IMPORT_NAME", "STORE_GLOBAL", "DELETE_GLOBAL"),
+    *("WITH_EXCEPT_START", "LOAD_SPECIAL", "IMPORT_NAME", "STORE_GLOBAL", "DELETE_GLOBAL"),
+    *("MATCH_CLASS", "MATCH_MAPPING", "MATCH_SEQUENCE", "MATCH_KEYS"),
 }
 """`with`, `try`, `match`, `import` and `global`: what they do is lost in a graph, or differs without a tensor."""
 _BUILTINS = ("isinstance issubclass type hasattr getattr callable id hash vars dir locals globals eval exec open print "
@@ -57,9 +58,15 @@ _SCALARS = (type(None), bool, int, float, complex, str, bytes, np.generic, type(
 _OF_TORCH = (torch.dtype, torch.device, torch.layout, torch.memory_format)
 _FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType, types.MethodDescriptorType, np.ufunc)
 _HOLDERS = (list, set, dict, collections.OrderedDict, collections.defaultdict, collections.deque, tuple, frozenset)
-_LOADS = ("LOAD_GLOBAL", "LOAD_NAME", "LOAD_DEREF", "LOAD_CLASSDEREF")
+_LOADS = {
+    *("LOAD_GLOBAL", "LOAD_NAME", "LOAD_DEREF", "LOAD_CLASSDEREF"),
+    *("LOAD_FROM_DICT_OR_GLOBALS", "LOAD_FROM_DICT_OR_DEREF"),
+}
+_STORES = ("STORE_DEREF", "DELETE_DEREF")
 _CONSTANTS = ("LOAD_CONST", "LOAD_COMMON_CONSTANT")
 _ATTRIBUTES = ("LOAD_ATTR", "LOAD_METHOD")
+_NO_STEPS = ("EXTENDED_ARG", "NOP", "CACHE", "PUSH_NULL")
+"""What stands between instructions without a part in what is loaded."""
 _NOTHING = object()
 
 
@@ -171,10 +178,14 @@ class Watch:
         value: Any = _NOTHING
         constant = False
         for one in dis.get_instructions(code):
+            if one.opname in _NO_STEPS:
+                continue
+            if isinstance(value, types.ModuleType) and one.opname not in _ATTRIBUTES:
+                return False  # by another name what is read from it is not seen
             if one.opname == "IS_OP" and not constant:  # what stands for a value is not the same as that
                 return False
             constant = one.opname in _CONSTANTS
-            if one.opname in _OPERATIONS or (one.opname == "STORE_DEREF" and one.argval in code.co_freevars):
+            if one.opname in _OPERATIONS or (one.opname in _STORES and one.argval in code.co_freevars):
                 return False
             before, value = value, _NOTHING
             if one.opname in _LOADS:
