@@ -8,13 +8,30 @@
 
 namespace secateur {
 
-bool linear(Blob blob, const float* x, i64 n, const float* bias, float* y, bool accumulate, int threads) {
+namespace {
+
+constexpr int kProducts = 16;  // the most that one call computes of one input
+
+// What is asked of several products of one input that are computed together.
+struct Needs {
+    i64 columns, most_rows = 0, nonzeros = 0, parts = 0;
+    explicit Needs(const Product* all, int count) : columns(all->blob.head->columns) {
+        for (const Product* p = all; p < all + count; p++) {
+            const Header& head = *p->blob.head;
+            most_rows = head.rows > most_rows ? head.rows : most_rows;
+            parts = head.chunks > parts ? head.chunks : parts;
+            nonzeros += i64(head.nonzeros);
+        }
+    }
+};
+
+bool linear(const Product* all, int count, const float* x, i64 n, bool accumulate, int threads) {
     const Kernels& k = *kernels;
-    const Header& head = *blob.head;
-    const i64 columns = head.columns, rows = head.rows;
-    if (n == 0 || rows == 0) return true;
-    const bool jagged = k.jagged && head.groups;
-    if (i64(head.nonzeros) * n < kWorthSharing) threads = 1;
+    const Needs needs(all, count);
+    const i64 columns = needs.columns;
+    if (n == 0 || needs.most_rows == 0) return true;
+    const bool jagged = k.jagged && all->blob.head->groups;
+    if (needs.nonzeros * n < kWorthSharing) threads = 1;
     auto arrange = [&](i64 i, float* panel) -> const float* {
         const Tile t(i, n, jagged);
         const float* from = x + t.first * columns;
@@ -25,40 +42,65 @@ bool linear(Blob blob, const float* x, i64 n, const float* bias, float* y, bool 
             k.small_pack(from, t.n, columns, panel);
         return panel;
     };
-    auto compute = [&](i64 i, const float* in, i64 part, i64 parts) {
-        const Tile t(i, n, jagged);
-        float* to = y + t.first * rows;
+    auto multiply = [&](const Product& p, const Tile& t, const float* in, i64 part, i64 parts) {
+        const Header& head = *p.blob.head;
+        const i64 rows = head.rows;
+        float* to = p.y + t.first * rows;
         if (t.width == 0) {
-            k.small(blob, in, t.n, bias, accumulate, to, u32(head.groups * part / parts),
+            k.small(p.blob, in, t.n, p.bias, accumulate, to, u32(head.groups * part / parts),
                     u32(head.groups * (part + 1) / parts));
             return true;
         }
         float* out = sums.get(std::size_t(head.chunk) * kWidth);
         if (!out) return false;
         for (u32 c = u32(head.chunks * part / parts); c < u32(head.chunks * (part + 1) / parts); c++) {
-            const i64 first = i64(c) * head.chunk, left = rows - first, count = left < head.chunk ? left : head.chunk;
-            const float* start = bias ? bias : zeros.get(rows);
+            const i64 first = i64(c) * head.chunk, left = rows - first, size = left < head.chunk ? left : head.chunk;
+            const float* start = p.bias ? p.bias : zeros.get(rows);
             if (!start) return false;
             if (accumulate) {
-                k.panel_pack(to + first, rows, t.n, t.width, count, out);
+                k.panel_pack(to + first, rows, t.n, t.width, size, out);
                 start = nullptr;
             }
-            k.panel(blob, in, t.width, start, c, out);
-            k.panel_unpack(out, t.n, t.width, count, to + first, rows);
+            k.panel(p.blob, in, t.width, start, c, out);
+            k.panel_unpack(out, t.n, t.width, size, to + first, rows);
         }
         return true;
     };
+    auto compute = [&](i64 i, const float* in, i64 part, i64 parts) {
+        const Tile t(i, n, jagged);
+        for (const Product* p = all; p < all + count; p++)
+            if (!multiply(*p, t, in, part, parts)) return false;
+        return true;
+    };
     const i64 tiles = Tile::count(n, jagged);
-    return by_tiles(tiles, std::size_t(columns + kTile) * kWidth, head.chunks, threads, arrange, compute);
+    return by_tiles(tiles, std::size_t(columns + kTile) * kWidth, needs.parts, threads, arrange, compute);
 }
 
-namespace {
+bool turn_by_code(const Product& p, const float* panels, const Groups& groups, i64 i, i64 part, i64 parts) {
+    const Generated& code = *p.code;
+    const i64 rows = code.rows;
+    const float* start = p.bias ? p.bias : zeros.get(rows);
+    float* out = sums.get(groups.together * rows * kLanes);
+    if (!start || !out) return false;
+    const i64 end = code.blocks * (part + 1) / parts;
+    i64 block = code.blocks * part / parts, turned = code.row(block);
+    while (block < end) {
+        const i64 next = block + kStrip < end ? block + kStrip : end;
+        code.run(block, next, panels, groups.of(i), start, out);
+        block = next;
+        const i64 ready = code.row(block) - turned, turn = block == end ? ready : ready / kLanes * kLanes;
+        groups.each(i, [&](i64 t, i64 at, int n) {
+            kernels->panel_unpack(out + (t * rows + turned) * kLanes, n, kLanes, turn, p.y + at * rows + turned, rows);
+        });
+        turned += turn;
+    }
+    return true;
+}
 
-bool linear_by_code(const Generated& code, const float* x, const Groups& groups, const float* bias, float* y,
-                    int threads) {
-    const i64 rows = code.rows, columns = code.columns;
-    const float* start = bias ? bias : zeros.get(rows);
-    if (!start) return false;
+bool by_code(const Product* all, int count, const float* x, const Groups& groups, int threads) {
+    const i64 columns = all->code->columns;
+    i64 blocks = 0;
+    for (int i = 0; i < count; i++) blocks = all[i].code->blocks > blocks ? all[i].code->blocks : blocks;
     auto arrange = [&](i64 i, float* panels) -> const float* {
         groups.each(i, [&](i64 t, i64 at, int n) {
             kernels->panel_pack(x + at * columns, columns, n, kLanes, columns, panels + t * columns * kLanes);
@@ -66,36 +108,47 @@ bool linear_by_code(const Generated& code, const float* x, const Groups& groups,
         return panels;
     };
     auto compute = [&](i64 i, const float* panels, i64 part, i64 parts) {
-        float* out = sums.get(groups.together * rows * kLanes);
-        if (!out) return false;
-        const i64 end = code.blocks * (part + 1) / parts;
-        i64 block = code.blocks * part / parts, turned = code.row(block);
-        while (block < end) {
-            const i64 next = block + kStrip < end ? block + kStrip : end;
-            code.run(block, next, panels, groups.of(i), start, out);
-            block = next;
-            const i64 ready = code.row(block) - turned, turn = block == end ? ready : ready / kLanes * kLanes;
-            groups.each(i, [&](i64 t, i64 at, int n) {
-                kernels->panel_unpack(out + (t * rows + turned) * kLanes, n, kLanes, turn, y + at * rows + turned, rows);
-            });
-            turned += turn;
-        }
+        for (const Product* p = all; p < all + count; p++)
+            if (!turn_by_code(*p, panels, groups, i, part, parts)) return false;
         return true;
     };
-    return by_tiles(groups.count(), groups.together * columns * kLanes, code.blocks, threads, arrange, compute);
+    return by_tiles(groups.count(), groups.together * columns * kLanes, blocks, threads, arrange, compute);
+}
+
+// Whether products can have their input arranged once: all by code or none, and all in the same layouts.
+bool alike(const Product* all, int count) {
+    for (int i = 1; i < count; i++)
+        if (!all[i].code != !all->code || !all[i].blob.head->groups != !all->blob.head->groups) return false;
+    return true;
 }
 
 }  // namespace
 
+bool linear(Blob blob, const float* x, i64 n, const float* bias, float* y, bool accumulate, int threads) {
+    const Product one{blob, nullptr, bias, y};
+    return linear(&one, 1, x, n, accumulate, threads);
+}
+
 bool linear(Blob blob, const Generated* code, const float* x, i64 n, const float* bias, float* y, int threads) {
-    if (!code) return linear(blob, x, n, bias, y, false, threads);
-    if (n == 0 || code->rows == 0) return true;
-    if (code->nonzeros * n < kWorthSharing || threads < 1) threads = 1;
-    const Groups groups(code->rows + code->columns, n, threads);
-    if (groups.tiles && !linear_by_code(*code, x, groups, bias, y, threads)) return false;
+    Product one{blob, code, bias, y};
+    return products(&one, 1, x, n, threads);
+}
+
+bool products(Product* all, int count, const float* x, i64 n, int threads) {
+    if (count > 1 && !alike(all, count)) {
+        for (int i = 0; i < count; i++)
+            if (!products(all + i, 1, x, n, threads)) return false;
+        return true;
+    }
+    if (!all->code) return linear(all, count, x, n, false, threads);
+    const Needs needs(all, count);
+    if (n == 0 || needs.most_rows == 0) return true;
+    if (needs.nonzeros * n < kWorthSharing || threads < 1) threads = 1;
+    const Groups groups(needs.most_rows + needs.columns, n, threads);
+    if (groups.tiles && !by_code(all, count, x, groups, threads)) return false;
     const i64 rest = n - groups.inputs;
-    x += groups.inputs * code->columns, y += groups.inputs * code->rows;
-    return rest == 0 || linear(blob, x, rest, bias, y, false, threads);
+    for (int i = 0; i < count; i++) all[i].y += groups.inputs * all[i].code->rows;
+    return rest == 0 || linear(all, count, x + groups.inputs * needs.columns, rest, false, threads);
 }
 
 bool fits(const Generated* code, Blob blob, bool adds) {
@@ -258,6 +311,19 @@ int32_t secateur_linear(const void* blob, const void* code, const float* x, int6
     const Generated* made = static_cast<const Generated*>(code);
     if (!fits(made, packed, false)) return -1;
     return linear(packed, made, x, n, bias, y, threads) ? 0 : -2;
+}
+
+int32_t secateur_products(int32_t count, const void* const* blobs, const void* const* codes, const float* const* biases,
+                          const float* x, int64_t n, float* const* ys, int32_t threads) {
+    if (count < 1 || count > kProducts || n < 0) return -1;
+    Product all[kProducts];
+    for (int i = 0; i < count; i++) {
+        const Generated* code = codes ? static_cast<const Generated*>(codes[i]) : nullptr;
+        all[i] = {{static_cast<const Header*>(blobs[i])}, code, biases[i], ys[i]};
+        if (!valid(blobs[i]) || !fits(code, all[i].blob, false)) return -1;
+        if (all[i].blob.head->columns != all->blob.head->columns) return -1;
+    }
+    return products(all, count, x, n, threads) ? 0 : -2;
 }
 
 int32_t secateur_chain(int32_t layers, const void* const* blobs, const void* const* codes, const float* const* biases,

@@ -11,6 +11,17 @@ bool linear(Blob blob, const float* x, i64 n, const float* bias, float* y, bool 
 struct Generated;
 bool linear(Blob blob, const Generated* code, const float* x, i64 n, const float* bias, float* y, int threads);
 
+// One of several products of one input: y[n][rows] = W x + bias.
+struct Product {
+    Blob blob;
+    const Generated* code;
+    const float* bias;
+    float* y;
+};
+
+// Products of one x[n][columns], which is arranged once for all where they are alike. `all` is used up.
+bool products(Product* all, int count, const float* x, i64 n, int threads);
+
 // All chunks of to[rows][width] = start + W panel, or to += W panel without start; by code, if there is some, where the
 // width is that of its tiles.
 void multiply(Blob blob, const Generated* code, const float* panel, int width, const float* start, float* to);

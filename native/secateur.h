@@ -17,7 +17,7 @@
 extern "C" {
 #endif
 
-#define SECATEUR_ABI 14
+#define SECATEUR_ABI 15
 
 /* SECATEUR_ABI of the library. */
 SECATEUR_API int32_t secateur_abi(void);
@@ -70,6 +70,12 @@ SECATEUR_API int64_t secateur_generated(const void* code, int32_t part, void* to
  * or more; or NULL. */
 SECATEUR_API int32_t secateur_linear(const void* blob, const void* code, const float* x, int64_t n, const float* bias,
                                      float* y, int32_t threads);
+
+/* Products of one input, as secateur_linear computes each: ys[i][n][rows of blob i] = x[n][columns] * W_i^T + bias i. At
+ * most 16, all of as many columns. An entry of codes, or codes, and an entry of biases may be NULL. */
+SECATEUR_API int32_t secateur_products(int32_t count, const void* const* blobs, const void* const* codes,
+                                       const float* const* biases, const float* x, int64_t n, float* const* ys,
+                                       int32_t threads);
 
 /* y[n][rows of the last blob]: x[n][columns of the first] through `layers` products, each with its code (an entry, or
  * codes, may be NULL; as for secateur_linear) and its bias (an entry may be NULL). After it comes the activation of this

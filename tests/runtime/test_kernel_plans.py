@@ -108,7 +108,7 @@ def test_layers_that_were_timed_as_one_share_a_row():
     assert "runs" not in table.header
     assert table.notes[:2] == [
         "all of them run sparse",
-        "layers.{0..2}.mlp[:]: layers in a row; dense is one after the other, sparse is one call for all",
+        "layers.{0..2}.mlp[:]: several layers; dense is one after the other, sparse is one call for all",
     ]
     assert len(plan.layers) == 12
     dense = LayerPlan("head", "Linear", (9, 64), 0.0, reason="too dense: 0.00 % zeros")
@@ -125,4 +125,4 @@ def test_the_parts_of_a_wide_table_say_which_rows():
     text = str(KernelPlan("cpu", "avx2", 1, (layer, run)))
     for part in text.split("\n\n"):
         assert "17-32" in part
-    assert "head[0:2]: layers in a row; dense is one after the other" in text
+    assert "head[0:2]: several layers; dense is one after the other" in text

@@ -126,3 +126,17 @@ def test_what_is_too_large_to_pack_says_what_to_do(loaded):
     weight = torch.zeros(1).expand(65535 * 32 + 1, 1)
     with pytest.raises(InputError, match=r"2097121 x 1 cannot be packed\. Leave this layer dense"):
         native.pack(weight)
+
+
+def test_products_of_one_input_want_matrices_of_one_width(loaded):
+    wide, narrow = (native.pack(torch.ones(4, columns)) for columns in (6, 5))
+    x, y = torch.ones(2, 6), torch.empty(2, 4)
+
+    def call(count, *blobs):
+        given = (ctypes.c_void_p * 2)(*(blob.data_ptr() for blob in blobs))
+        none, ys = (ctypes.c_void_p * 2)(), (ctypes.c_void_p * 2)(y.data_ptr(), y.data_ptr())
+        return loaded.secateur_products(count, given, None, none, x.data_ptr(), 2, ys, 1)
+
+    assert call(2, wide, wide) == 0
+    assert y.equal(torch.full((2, 4), 6.0))
+    assert [call(2, wide, narrow), call(0, wide, wide), call(17, wide, wide), call(2, wide, x)] == [-1] * 4

@@ -113,10 +113,20 @@ class Fused(Swapped):
         """The steps of such a module, plain or not."""
         raise NotImplementedError
 
-    def fuse(self, choices: Mapping[Span, int]) -> list[Chain]:
-        """Fuse these runs for these row classes; gives the chains that stand there now."""
+    @classmethod
+    def spans(cls, module: Any) -> list[Span]:
+        """Where the runs of such a module are among its steps."""
+        return [*runs(cls.sequence(module))]
+
+    @classmethod
+    def join(cls, steps: Sequence[Step], choices: int = 0) -> PackedLayers:
+        """What stands for a run: one call for these row classes."""
+        return Chain(steps, choices)
+
+    def fuse(self, choices: Mapping[Span, int]) -> list[PackedLayers]:
+        """Fuse these runs for these row classes; gives what stands there now."""
         self._fused = dict(choices)
-        return [step for step in self.steps() if isinstance(step, Chain)]
+        return [step for step in self.steps() if isinstance(step, PackedLayers)]
 
     def steps(self) -> list[Step]:
         """The steps, and a chain in the place of each fused run that is still there."""

@@ -10,11 +10,12 @@ from torch import nn
 
 from secateur.runtime import native, tuning
 from secateur.runtime.candidates import enclose, zeros_of
-from secateur.runtime.chains import Chain, Fused, Span, Step, parts, runs
+from secateur.runtime.chains import Fused, Span, Step, parts
 from secateur.runtime.kernel_plans import LayerPlan
-from secateur.runtime.methods import FUSED
 from secateur.runtime.networks import SparseNetwork, install, networks
+from secateur.runtime.packed_layers import PackedLayers
 from secateur.runtime.programs import Program
+from secateur.runtime.siblings import FUSED
 from secateur.runtime.swapping import Swapped, plain_class, swap
 
 __all__: list[str] = []  # reached through secateur.accelerate alone
@@ -54,9 +55,9 @@ class Fusions:
             found.update(map(id, made_of))
         return found
 
-    def fuse(self, choices: Mapping[str, int]) -> dict[str, Chain]:
+    def fuse(self, choices: Mapping[str, int]) -> dict[str, PackedLayers]:
         """Fuse these runs for these row classes and no others."""
-        found: dict[str, Chain] = {}
+        found: dict[str, PackedLayers] = {}
         for module, kind in {id(module): (module, kind) for module, kind, _ in self.runs.values()}.values():
             spans = {name: span for name, (m, _, span) in self.runs.items() if m is module and name in choices}
             if isinstance(module, Swapped):
@@ -82,7 +83,7 @@ def _runs(model: nn.Module) -> Iterator[tuple[str, _Run]]:
     """What could be fused: by a name as Python spells it, the module and where in it."""
     for name, module in model.named_modules():
         taking = (kind for kind in FUSED if kind.takes(plain_class(module)))
-        found = ((kind, [*runs(kind.sequence(module))]) for kind in taking)
+        found = ((kind, kind.spans(module)) for kind in taking)
         kind, spans = next(((kind, spans) for kind, spans in found if spans), (Fused, []))
         for span in spans:
             yield f"{name}[{kind.place(module, span)}]", (module, kind, span)
@@ -93,7 +94,7 @@ def _steps(module: nn.Module, kind: type[Fused], span: Span) -> list[Step]:
 
 
 def _run_plan(name: str, module: nn.Module, kind: type[Fused], span: Span) -> LayerPlan:
-    chain = Chain(_steps(module, kind, span))
+    chain = kind.join(_steps(module, kind, span))
     named = plain_class(module) if kind.plain is nn.Module else kind.plain  # the latter: also for subclasses
     return _plan(name, named.__name__, chain.widths, chain.layers)
 

@@ -197,9 +197,7 @@ class KernelPlan(Printed):
             notes.append(f"GPU: {self.gpu}; sparse there: torch's semi-structured (2:4) products")
         runs = [name for name, (layer, *_) in groups if layer.run]
         if runs:
-            notes.insert(
-                0, f"{listed(runs)}: layers in a row; dense is one after the other, sparse is one call for all"
-            )
+            notes.insert(0, f"{listed(runs)}: several layers; dense is one after the other, sparse is one call for all")
         networks = [name for name, (layer, *_) in groups if layer.kind.startswith("network")]
         if networks:
             notes.insert(0, f"{listed(networks)}: dense is as its layers run alone, sparse is one call for the network")

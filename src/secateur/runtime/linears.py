@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,6 +17,15 @@ from secateur.runtime.releasing import Releasable, Released
 from secateur.runtime.swapping import sparse
 
 __all__: list[str] = []  # reached through secateur.accelerate alone
+
+
+class _Around(threading.local):
+    """What each thread is in the middle of: a call of a module that has some of its layers computed together."""
+
+    call: Any = None
+
+
+around = _Around()
 
 
 @sparse
@@ -43,6 +53,8 @@ class SparseLinear(Releasable, nn.Linear):
                 return super().forward(input)
             found: Tensor = torch.ops.secateur.linear(input, self.weight, self.packed_weight, self.bias, self._choices)
             return found
+        if (call := around.call) is not None and (out := call.take(self, input)) is not None:
+            return out  # type: ignore[no-any-return]
         if not self._ready(input):
             return F.linear(input, products.dense(self.weight, self.packed_weight), self.bias)
         own: Any = self._parameters

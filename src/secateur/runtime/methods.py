@@ -22,7 +22,7 @@ from secateur.runtime.chains import Chain, Fused, Span, Step
 from secateur.runtime.graphs import agree, fingerprint, trace
 from secateur.runtime.linears import SparseLinear
 from secateur.runtime.mlps import Part, SparseMlp, part_of, step_of
-from secateur.runtime.packed_layers import disturbed
+from secateur.runtime.packed_layers import PackedLayers, disturbed
 from secateur.runtime.swapping import plain_class
 
 __all__: list[str] = []  # reached through secateur.accelerate alone
@@ -103,7 +103,7 @@ class SparseMethod(Fused):
         method = _kept(module) or read(module) or Method()
         return [step_of(module, part) for part in method.found]
 
-    def fuse(self, choices: Mapping[Span, int]) -> list[Chain]:
+    def fuse(self, choices: Mapping[Span, int]) -> list[PackedLayers]:
         self._traced = Method()
         self._traced = read(self) or Method()
         found = super().fuse(choices)

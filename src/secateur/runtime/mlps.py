@@ -18,7 +18,7 @@ from secateur.runtime import activations, transformer_layers
 from secateur.runtime.chains import Chain, Fused, Gated, Span, Step, parts
 from secateur.runtime.graphs import agree, trace
 from secateur.runtime.linears import SparseLinear
-from secateur.runtime.packed_layers import disturbed
+from secateur.runtime.packed_layers import PackedLayers, disturbed
 from secateur.runtime.swapping import as_usual
 from secateur.runtime.traced import Traced, disturbed_inside
 
@@ -66,7 +66,7 @@ class SparseMlp(Fused):
         found = traced.words if isinstance(traced, TracedMlp) else read(module) or ()
         return [step_of(module, part) for part in found]
 
-    def fuse(self, choices: Mapping[Span, int]) -> list[Chain]:
+    def fuse(self, choices: Mapping[Span, int]) -> list[PackedLayers]:
         self._traced = TracedMlp(())
         self._traced = TracedMlp(read(self) or ())
         found = super().fuse(choices)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from secateur.errors import InputError
 
-ABI = 14
+ABI = 15
 VALUES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 """What packed values may be, as the library numbers them."""
 Shape = tuple[int, ...]

@@ -24,6 +24,10 @@ class PackedLayers:
         choices: bit b tells whether row class b is one call.
     """
 
+    plain: ClassVar[Any]
+    """A class whose forward calls the layers one by one."""
+    widths: tuple[int, ...]
+    """Features that go in and come out, in words of the plan."""
     has_code: ClassVar[bool] = False
     """Its code is that of its layers, which was chosen before."""
 

@@ -12,7 +12,7 @@ import ctypes
 import functools
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -166,6 +166,32 @@ def chain(
     if failed:
         raise failure(failed)
     return out
+
+
+def several(
+    x: Tensor, widths: tuple[int, Sequence[int]], blobs: Any, code: Callable[[int], Any], biases: Any, choices: int
+) -> list[Tensor] | None:
+    """Products of one input, each as `linear` gives it; None where `linear` must do them singly.
+
+    Args:
+        x: float32 [..., columns].
+        widths: columns of all matrices, and rows of each.
+        blobs: a C array of the addresses of packed matrices; biases: of theirs, or NULL.
+        code: gives, for a row class, a C array of handles of their code, or NULL.
+        choices: as for `linear`.
+    """
+    columns, rows = widths
+    if choices & CHECKED or (found := matrix(x, columns, choices)) is None:  # each layer looks at its own input
+        return None
+    x, n, source = found
+    if (lib := native.library()) is None:
+        return None
+    outs = [_result(x, n, one) for one in rows]
+    at = (ctypes.c_void_p * len(outs))(*map(Tensor.data_ptr, outs))
+    made, threads = code((n - 1).bit_length()), torch.get_num_threads()
+    if failed := lib.secateur_products(len(outs), blobs, made, biases, source, n, at, threads):
+        raise failure(failed)
+    return outs
 
 
 def matrix(x: Tensor, columns: int, choices: int) -> tuple[Tensor, int, int] | None:

@@ -73,3 +73,9 @@ def _is_same_constant(one: Any, other: Any) -> bool:
 def _stands(node: ast.FunctionDef, code: types.CodeType) -> bool:
     lines = node.lineno, *(one.lineno for one in node.decorator_list)
     return node.name == code.co_name and min(lines) == code.co_firstlineno
+
+
+def offsets(code: types.CodeType, node: ast.expr) -> frozenset[int]:
+    """Where `f_lasti` of a frame of this code may be while an expression is called; empty where Python cannot tell."""
+    place = node.lineno, node.end_lineno, node.col_offset, node.end_col_offset
+    return frozenset(2 * i for i, one in enumerate(_positions(code)) if one == place)

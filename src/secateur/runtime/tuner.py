@@ -15,10 +15,11 @@ from torch import nn
 from secateur.errors import InputError, listed, warn
 from secateur.runtime import native, products, tuning
 from secateur.runtime.candidates import enclose, make_sparse, matrices, survey
-from secateur.runtime.chains import Chain, Fused
+from secateur.runtime.chains import Fused
 from secateur.runtime.fusions import Fusions
 from secateur.runtime.kernel_plans import Gain, KernelPlan, LayerPlan, Timing, require_alike, without
 from secateur.runtime.networks import SparseNetwork
+from secateur.runtime.packed_layers import PackedLayers
 from secateur.runtime.releasing import Releasable
 from secateur.runtime.semi_structured import SemiStructuredLinear, disagreement
 from secateur.runtime.swapping import Sparse
@@ -206,7 +207,7 @@ class Tuning:
             if not any(name in seen for seen in self.seen):
                 self.plans[name] = replace(self.plans[name], reason="the example does not reach it")
         for name, one in found.items():
-            if isinstance(one, Chain | SparseNetwork) and not one.agrees:
+            if isinstance(one, PackedLayers | SparseNetwork) and not one.agrees:
                 self.plans[name] = replace(self.plans[name], reason="as one call it computes something else")
         return {name: one for name, one in found.items() if not self.plans[name].reason}
 

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from secateur.measurement.costs import devices
 from secateur.measurement.timing import evaluating, interval, quantile, time_blocks
 from secateur.runtime import native, products
-from secateur.runtime.chains import Chain
 from secateur.runtime.kernel_plans import Gain, Timing
 from secateur.runtime.networks import SparseNetwork
+from secateur.runtime.packed_layers import PackedLayers
 from secateur.runtime.swapping import Sparse
 from secateur.support import bits
 from secateur.support.inputs import Arguments
@@ -38,7 +38,7 @@ _GAIN = ((0.2, 3), (1.0, 6))
 """Seconds of each of the two models compared in the end, and blocks at least; the latter if the first cannot tell."""
 cpu = functools.cache(cpu_name)
 _CACHE: dict[tuple[Any, ...], Timing] = {}
-Tried = Sparse | Chain | SparseNetwork
+Tried = Sparse | PackedLayers | SparseNetwork
 """What is timed: a layer dense or sparse, a run or a network singly or as one call."""
 Seen = dict[str, set[int]]
 """Row classes that an example led to each layer, by the name of the layer."""
