@@ -47,7 +47,7 @@ def test_what_mixes_the_batch_is_refused(change):
     """Without one value that shows it: nothing is dropped in these samples, and all values are small."""
     with undisturbed():
         run = planned(behind(change), X * 1e-3)
-        with pytest.raises(Unsuitable, match="do not stay apart|a value is read"):
+        with pytest.raises(Unsuitable, match=r"do not stay apart|a value is read"):
             run.some("folded", [0, 1])
 
 
