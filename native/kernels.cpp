@@ -34,6 +34,9 @@
 #if LANES >= 8
 #include <immintrin.h>
 #endif
+#if defined(__BYTE_ORDER__) && __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "columns are read by fours, from the lowest"
+#endif
 
 #define UNROLL _Pragma("GCC unroll 16")
 #if defined(__aarch64__)
@@ -169,6 +172,12 @@ template <class V> INLINE V values(const Bfloat16* p) {
         float value;
         __builtin_memcpy(&value, &bits, sizeof value);
         return value;
+    } else if constexpr (lanes == 4) {  // behind zeros: compilers take a conversion of so few apart
+        u64 four;
+        __builtin_memcpy(&four, p, sizeof four);
+        typedef u64 Wide __attribute__((vector_size(16)));
+        const auto half = reinterpret_cast<Ints<8>::half>(Wide{four, 0});
+        return reinterpret_cast<V>(__builtin_shufflevector(Ints<8>::half{}, half, 0, 8, 1, 9, 2, 10, 3, 11));
     } else {
         using I = Ints<lanes>;
         const auto half = *reinterpret_cast<const typename I::half*>(p);
@@ -243,9 +252,10 @@ INLINE void four(V w, u64 index, const float* in, V (&s)[A][C]) {
     }
 }
 
-// Calls f(row in the chunk, first column of the block, non-zeros of the row there, their columns in it, their values).
+// Calls f(rows in the chunk, how many, first column of the block, non-zeros of each row there, their columns in it, their
+// values), for rows with equally many.
 template <class T, class F>
-INLINE void each_row(Blob blob, u32 chunk, const F& f) {
+INLINE void each_run(Blob blob, u32 chunk, const F& f) {
     const Header& head = *blob.head;
     const Chunk& at = blob.at<Chunk>(head.chunk_table)[chunk];
     const u32* counts = blob.at<u32>(head.run_counts) + u64(chunk) * head.blocks;
@@ -255,14 +265,16 @@ INLINE void each_row(Blob blob, u32 chunk, const F& f) {
     const T* value = blob.at<T>(head.value) + at.entry;
     for (u32 b = 0; b < head.blocks; b++)
         for (const Run* end = run + counts[b]; run < end; run++) {
-            const int length = run->length;
-            for (int k = run->count; k > 0; k--) {
-                f(u64(*row++), u64(b) * head.block, length, index, value);
-                for (int i = 0; i < length; i += 16) __builtin_prefetch(value + kAhead + i);
-                for (int i = 0; i < length; i += 32) __builtin_prefetch(index + kAhead + i);
-                index += length, value += length;
-            }
+            const int rows = run->count, length = run->length;
+            f(row, rows, u64(b) * head.block, length, index, value);
+            row += rows, index += rows * length, value += rows * length;
         }
+}
+
+template <class T>
+INLINE void fetch(const u16* index, const T* value, int count) {
+    for (int i = 0; i < count; i += 16) __builtin_prefetch(value + kAhead + i);
+    for (int i = 0; i < count; i += 32) __builtin_prefetch(index + kAhead + i);
 }
 
 // sums[row][C vectors] += the chunk's rows times the inputs, with A partial sums to hide the latency of additions.
@@ -272,9 +284,7 @@ template <class V, int C, int A, class T>
 INLINE void product(Blob blob, const float* inputs, u32 chunk, float* sums) {
     constexpr int lanes = sizeof(V) / 4, width = lanes * C, G = least(lanes, 8);
     constexpr bool in_register = C <= 2 || sizeof(T) == 2;
-    each_row<T>(blob, chunk, [&](u64 row, u64 column, int length, const u16* index, const T* value) {
-        const float* in = inputs + column * width;
-        float* out = sums + row * width;
+    auto add = [&](float* out, const float* in, int length, const u16* index, const T* value) {
         V s[A][C];
         UNROLL for (int c = 0; c < C; c++) s[0][c] = load<V>(out + c * lanes);
         UNROLL for (int a = 1; a < A; a++)
@@ -309,27 +319,56 @@ INLINE void product(Blob blob, const float* inputs, u32 chunk, float* sums) {
         UNROLL for (int a = 1; a < A; a++)
             UNROLL for (int c = 0; c < C; c++) s[0][c] += s[a][c];
         UNROLL for (int c = 0; c < C; c++) store(out + c * lanes, s[0][c]);
+    };
+    each_run<T>(blob, chunk, [&](const u16* row, int rows, u64 column, int length, const u16* index, const T* value) {
+        for (; rows > 0; rows--, index += length, value += length) {
+            add(sums + u64(*row++) * width, inputs + column * width, length, index, value);
+            fetch(index, value, length);
+        }
     });
 }
 
-// The same for a single input: its values are collected by fours, as the weights lie. What is left of a row goes without a
-// branch, as rows are short and the processor would guess it wrong.
-template <class T>
-INLINE void product_of_one(Blob blob, const float* input, u32 chunk, float* sums) {
+// Sums of R rows for a single input: its values are collected by fours, as the weights lie. What is left of a row goes
+// without a branch, as rows are short and the processor would guess it wrong.
+template <int R, class T>
+INLINE void rows_of_one(const u16* row, int length, const float* in, const u16* index, const T* value, float* sums) {
     using V = Of<4>::type;
     using I = Ints<4>::type;
-    each_row<T>(blob, chunk, [&](u64 row, u64 column, int length, const u16* index, const T* value) {
-        const float* in = input + column;
-        V s = {};
-        const u16* end = index + (length & ~3);
-        for (; index < end; index += 4, value += 4)
-            s += values<V>(value) * V{in[index[0]], in[index[1]], in[index[2]], in[index[3]]};
-        const int m = length & 3, first = -(m > 0), second = -(m > 1), third = -(m > 2);
-        const I some = {first, second, third, 0};
-        const V x = {in[index[0] & first], in[index[1] & second], in[index[2] & third], 0};
-        const V w = reinterpret_cast<V>(reinterpret_cast<I>(values<V>(value)) & some);
-        s += w * reinterpret_cast<V>(reinterpret_cast<I>(x) & some);
-        sums[row] += (s[0] + s[1]) + (s[2] + s[3]);
+    V s[R] = {};
+    int i = 0;
+    for (; i + 4 <= length; i += 4)
+        UNROLL for (int r = 0; r < R; r++) {
+            u64 at;
+            __builtin_memcpy(&at, index + r * length + i, sizeof at);
+            asm("" : "+r"(at));  // one load for four columns: loads are what bounds it
+            const V x = {in[at & 0xffff], in[at >> 16 & 0xffff], in[at >> 32 & 0xffff], in[at >> 48]};
+            s[r] += values<V>(value + r * length + i) * x;
+        }
+    if (const int m = length - i) {
+        const int second = -(m > 1), third = -(m > 2);
+        const I some = {-1, second, third, 0};
+        UNROLL for (int r = 0; r < R; r++) {
+            const u16* at = index + r * length + i;
+            const V x = {in[at[0]], in[at[1] & second], in[at[2] & third], 0};
+            const V w = reinterpret_cast<V>(reinterpret_cast<I>(values<V>(value + r * length + i)) & some);
+            s[r] += w * reinterpret_cast<V>(reinterpret_cast<I>(x) & some);
+        }
+    }
+    UNROLL for (int r = 0; r < R; r++) sums[row[r]] += (s[r][0] + s[r][1]) + (s[r][2] + s[r][3]);
+}
+
+// The same for a single input. Two rows go side by side, or one addition would wait for the one before.
+template <class T>
+INLINE void product_of_one(Blob blob, const float* input, u32 chunk, float* sums) {
+    each_run<T>(blob, chunk, [&](const u16* row, int rows, u64 column, int length, const u16* index, const T* value) {
+        auto some = [&](auto count) {
+            constexpr int R = decltype(count)::value;
+            rows_of_one<R>(row, length, input + column, index, value, sums);
+            fetch(index, value, R * length);
+            row += R, rows -= R, index += R * length, value += R * length;
+        };
+        while (rows >= 2) some(Count<2>{});
+        if (rows) some(Count<1>{});
     });
 }
 
