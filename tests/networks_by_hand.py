@@ -8,6 +8,11 @@ from secateur.runtime import networks, products
 from secateur.runtime.operations import AVERAGES, CONVOLUTION, MAXIMA
 from sparse_models import sparse, thin
 
+_ACTIVATIONS = (
+    *(lambda v: v, F.relu, F.relu6, F.gelu, lambda v: F.gelu(v, approximate="tanh"), F.silu),
+    *(torch.tanh, torch.sigmoid, F.hardswish),
+)
+
 
 def as_one(model):
     """A copy whose layers are all sparse, and whose networks all run as one call."""
@@ -48,7 +53,7 @@ def by_torch(steps, x):
             out = step.norm(out)
         if step.add >= 0:
             out = out + values[step.add]
-        values.append((lambda v: v, F.relu, F.relu6)[step.activation](out))
+        values.append(_ACTIVATIONS[step.activation](out))
         assert step.to == len(values) - 1
     return values[-1]
 

@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from secateur.runtime import graphs, operations
+from secateur.runtime.activations import GELU, GELU_TANH, HARDSWISH, RELU, RELU6, SIGMOID, SILU, TANH
 from secateur.runtime.operations import (
     ADDITION,
     AVERAGES,
@@ -15,8 +16,6 @@ from secateur.runtime.operations import (
     MAXIMA,
     NEITHER,
     NORM,
-    RELU,
-    RELU6,
     SAME,
     Window,
 )
@@ -62,6 +61,13 @@ def what(operation):
         (torch.relu_, (NEITHER, RELU, True)),
         (lambda x: x.relu_(), (NEITHER, RELU, True)),
         (F.relu6, (NEITHER, RELU6, False)),
+        (F.silu, (NEITHER, SILU, False)),
+        (lambda x: F.silu(x, inplace=True), (NEITHER, SILU, True)),
+        (lambda x: F.hardswish(x, True), (NEITHER, HARDSWISH, True)),
+        (F.gelu, (NEITHER, GELU, False)),
+        (lambda x: F.gelu(x, approximate="tanh"), (NEITHER, GELU_TANH, False)),
+        (torch.sigmoid, (NEITHER, SIGMOID, False)),
+        (lambda x: x.tanh(), (NEITHER, TANH, False)),
         (lambda x: F.hardtanh(x, 0.0, 6.0), (NEITHER, RELU6, False)),
         (lambda x: x + x, (ADDITION, 0, False)),
         (torch.add, None),
@@ -78,7 +84,7 @@ def what(operation):
         (lambda x: x.add(other=x), None),
         (lambda x: x * x, None),
         (lambda x: F.hardtanh(x), None),
-        (F.gelu, None),
+        (F.elu, None),
         (lambda x: x.flatten(1), None),
     ],
 )
@@ -96,6 +102,10 @@ def test_functions(does, expected):
         (nn.ReLU(), (NEITHER, RELU, False)),
         (nn.ReLU(inplace=True), (NEITHER, RELU, True)),
         (nn.ReLU6(), (NEITHER, RELU6, False)),
+        (nn.SiLU(inplace=True), (NEITHER, SILU, True)),
+        (nn.Hardswish(), (NEITHER, HARDSWISH, False)),
+        (nn.GELU("tanh"), (NEITHER, GELU_TANH, False)),
+        (nn.Sigmoid(), (NEITHER, SIGMOID, False)),
         (nn.ReLU6(inplace=True), (NEITHER, RELU6, True)),
         (nn.Hardtanh(), None),
         (nn.Identity(), (SAME, 0, False)),
@@ -105,7 +115,7 @@ def test_functions(does, expected):
         (nn.BatchNorm2d(3, affine=False), (NORM, 0, False)),
         (nn.BatchNorm2d(3, track_running_stats=False), None),
         (nn.BatchNorm3d(3), None),
-        (nn.GELU(), None),
+        (nn.ELU(), None),
         (nn.GroupNorm(1, 3), None),
         (nn.Conv2d(3, 3, 1), None),  # not packed
     ],

@@ -11,6 +11,7 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
+from secateur.runtime import activations
 from secateur.runtime.attributes import packed
 from secateur.runtime.convolutions import SparseConv2d, even_padding
 
@@ -20,8 +21,6 @@ CONVOLUTION, MAXIMA, AVERAGES, NEITHER = range(4)
 """Kinds of steps, as in `native/secateur.h`."""
 NORM, ADDITION, SAME = 4, 5, 6
 """Further kinds of operations."""
-NONE, RELU, RELU6 = range(3)
-"""Activations, as in `native/secateur.h`."""
 
 Pair = tuple[int, int]
 
@@ -44,7 +43,7 @@ class Operation:
     kind: int
     layer: Any = None
     window: Window | None = None
-    activation: int = NONE
+    activation: int = activations.NONE
     in_place: bool = False
     values: tuple[fx.Node, ...] = ()
 
@@ -53,10 +52,10 @@ def read(node: fx.Node, module: nn.Module) -> Operation | None:
     """What a node does, if it may be part of a region."""
     if node.op == "call_module":
         layer: Any = module.get_submodule(str(node.target))
-        reader = _MODULES.get(type(layer).forward)
-        if reader is None or node.kwargs or len(node.args) != 1:
+        if node.kwargs or len(node.args) != 1:
             return None
-        found = reader(layer)
+        reader = _MODULES.get(type(layer).forward)
+        found = _active(layer) if reader is None else reader(layer)
     elif node.op in ("call_function", "call_method"):
         function = _FUNCTIONS.get(node.target)
         found = None if function is None else _called(function, node)
@@ -89,8 +88,20 @@ def _activation(kind: int, in_place: bool = False) -> Callable[..., _Found]:
     return found
 
 
+def _active(layer: nn.Module) -> _Found:
+    kind = activations.number(layer)
+    if not kind:
+        return None if kind is None else Operation(SAME)
+    return _activation(kind, getattr(layer, "inplace", False))(None)
+
+
+def _gelu(x: Any, approximate: str = "none") -> _Found:
+    kind = {"none": activations.GELU, "tanh": activations.GELU_TANH}.get(approximate)
+    return None if kind is None else _activation(kind)(x)
+
+
 def _clip(x: Any, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False) -> _Found:
-    return _activation(RELU6)(x, inplace) if (min_val, max_val) == (0, 6) else None
+    return _activation(activations.RELU6)(x, inplace) if (min_val, max_val) == (0, 6) else None
 
 
 def _sum(x: Any, other: Any) -> _Found:
@@ -159,10 +170,6 @@ def _norm(layer: Any) -> _Found:
 _MODULES: Mapping[Any, Callable[[Any], _Found]] = {
     SparseConv2d.forward: _convolution,
     nn.BatchNorm2d.forward: _norm,
-    nn.ReLU.forward: lambda layer: _activation(RELU)(None, layer.inplace),
-    nn.Hardtanh.forward: lambda layer: _clip(None, layer.min_val, layer.max_val, layer.inplace),  # ReLU6 is one
-    nn.Identity.forward: lambda layer: Operation(SAME),
-    nn.Dropout.forward: lambda layer: Operation(SAME),
     nn.Dropout2d.forward: lambda layer: Operation(SAME),
     nn.MaxPool2d.forward: lambda m: _max_pool(
         None, m.kernel_size, m.stride, m.padding, m.dilation, m.ceil_mode, m.return_indices
@@ -172,12 +179,17 @@ _MODULES: Mapping[Any, Callable[[Any], _Found]] = {
     ),
     nn.AdaptiveAvgPool2d.forward: lambda layer: _adaptive_pool(None, layer.output_size),
 }
-"""By the forward of a class, which subclasses with one of their own do not have."""
+"""By the forward of a class, which subclasses with one of their own do not have; beside those of `activations`."""
 
 _FUNCTIONS: Mapping[Any, Callable[..., _Found]] = {
-    **dict.fromkeys((F.relu, torch.relu, "relu"), _activation(RELU)),
-    **dict.fromkeys((torch.relu_, F.relu_, "relu_"), _activation(RELU, in_place=True)),
-    F.relu6: _activation(RELU6),
+    **dict.fromkeys((F.relu, torch.relu, "relu"), _activation(activations.RELU)),
+    **dict.fromkeys((torch.relu_, F.relu_, "relu_"), _activation(activations.RELU, in_place=True)),
+    **dict.fromkeys((F.tanh, torch.tanh, "tanh"), _activation(activations.TANH)),
+    **dict.fromkeys((F.sigmoid, torch.sigmoid, "sigmoid"), _activation(activations.SIGMOID)),
+    F.relu6: _activation(activations.RELU6),
+    F.silu: _activation(activations.SILU),
+    F.hardswish: _activation(activations.HARDSWISH),
+    F.gelu: _gelu,
     F.hardtanh: _clip,
     **dict.fromkeys((operator.add, torch.add, "add"), _sum),
     **dict.fromkeys((operator.iadd, "add_"), _sum_in_place),

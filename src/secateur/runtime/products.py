@@ -216,6 +216,8 @@ def finite(*tensors: Tensor) -> bool:
 
 def _result(x: Tensor, n: int, rows: int) -> Tensor:
     shape = x.shape  # not given as a tuple, which would take half a microsecond more
+    if len(shape) == 3:
+        return x.new_empty(shape[0], shape[1], rows)
     return x.new_empty(n, rows) if len(shape) == 2 else x.new_empty(*shape[:-1], rows)
 
 

@@ -13,8 +13,9 @@ from typing import Any
 
 from torch import fx, nn
 
+from secateur.runtime.activations import NONE
 from secateur.runtime.convolutions import SparseConv2d
-from secateur.runtime.operations import ADDITION, CONVOLUTION, NEITHER, NONE, NORM, SAME, Operation, Pair, Window, read
+from secateur.runtime.operations import ADDITION, CONVOLUTION, NEITHER, NORM, SAME, Operation, Pair, Window, read
 
 __all__: list[str] = []  # reached through secateur.accelerate alone
 
