@@ -17,7 +17,7 @@
 extern "C" {
 #endif
 
-#define SECATEUR_ABI 15
+#define SECATEUR_ABI 16
 
 /* SECATEUR_ABI of the library. */
 SECATEUR_API int32_t secateur_abi(void);
@@ -92,6 +92,11 @@ SECATEUR_API int32_t secateur_chain(int32_t layers, const void* const* blobs, co
  * passed over for other shapes, and if it is only to be looked at. */
 SECATEUR_API int32_t secateur_conv2d(const void* blob, const void* code, const float* x, const int64_t shape[12],
                                      const float* bias, float* y, int32_t threads);
+
+/* y[count][columns][rows] = the transpose of each of x[count][rows][columns]: an image with its channels last from one
+ * with its channels first, or the other way round. */
+SECATEUR_API void secateur_transpose(const float* x, int64_t count, int64_t rows, int64_t columns, float* y,
+                                     int32_t threads);
 
 /* One step of a network of convolutions. Values are images, and numbered: 0 is x, and each step writes one of 1 to the
  * number of steps, which no other writes: activation(scale * (W from, or from pooled, or from) + shift + add). */

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from secateur.runtime import native, products
 from secateur.runtime import operators as operators  # registers torch.ops.secateur
+from secateur.runtime.layouts import like_dense
 from secateur.runtime.swapping import Sparse, sparse
 
 __all__: list[str] = []  # reached through secateur.accelerate alone
@@ -98,9 +99,14 @@ class _SparseConvolution(Sparse):
 
 @sparse
 class SparseConv2d(_SparseConvolution, nn.Conv2d):
-    """An nn.Conv2d with packed weights; what it gives is contiguous."""
+    """An nn.Conv2d with packed weights; what it gives has the layout of torch's, but under `torch.compile`."""
 
     plain = nn.Conv2d
+
+    def _result(self, image: Tensor, input: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():
+            return image
+        return like_dense(image, self._image(input), self.weight)
 
 
 @sparse

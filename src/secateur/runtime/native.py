@@ -21,7 +21,7 @@ from torch import Tensor
 
 from secateur.errors import InputError
 
-ABI = 15
+ABI = 16
 VALUES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 """What packed values may be, as the library numbers them."""
 Shape = tuple[int, ...]

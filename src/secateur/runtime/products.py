@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from secateur.errors import InputError, StateError, warn
 from secateur.runtime import native
+from secateur.runtime.layouts import channels_first
 
 __all__: list[str] = []  # reached through secateur.accelerate alone
 
@@ -233,7 +234,7 @@ def conv2d(
     choices: int,
     code: native.Code | None = None,
 ) -> Tensor:
-    """`F.conv2d(x, weight, bias, ...)`; x: float32 [batch, channels, height, width]; gives it contiguous.
+    """`F.conv2d(x, weight, bias, ...)`; x: float32 [batch, channels, height, width]; sparse it comes contiguous.
 
     With the code of the packed matrix, inputs of its row classes and of its shape take that.
     """
@@ -262,8 +263,8 @@ def convolved(
     fits = pixels > 0 and out_h > 0 and sizes[1] == shape[1] * groups
     if lib is None or not fits or not choices >> bucket(pixels) & 1:
         return None
-    x = x.contiguous()
     try:
+        x = channels_first(x)
         source = x.data_ptr()
         if choices & CHECKED and not finite(x):
             return None
@@ -290,8 +291,8 @@ def network(x: Tensor, steps: Any, size: Sequence[int]) -> Tensor | None:
     lib, batch = native.library(), x.shape[0]
     if lib is None or batch == 0:
         return None
-    x = x.contiguous()
     try:
+        x = channels_first(x)
         source = x.data_ptr()
     except RuntimeError:  # under vmap
         return None

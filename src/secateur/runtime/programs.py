@@ -17,6 +17,7 @@ from secateur.errors import StateError
 from secateur.runtime import native, products
 from secateur.runtime.convolutions import SparseConv2d, spreading
 from secateur.runtime.graphs import fingerprint
+from secateur.runtime.layouts import like_dense
 from secateur.runtime.operations import CONVOLUTION
 from secateur.runtime.regions import Region, Step
 from secateur.runtime.weight_checks import pointers, seen_to_differ, version, watch
@@ -231,7 +232,8 @@ class _Run:
         if x.requires_grad and torch.is_grad_enabled():
             return None  # the layers say what is wrong
         laid = bound.lay(self.number, self.region.steps, tuple(x.shape))
-        return None if laid is None else products.network(x, *laid)
+        out = None if laid is None else products.network(x, *laid)
+        return None if out is None else like_dense(out, x, self.region.layers[0].weight)
 
 
 class Program:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from secateur.runtime import operators, products
+from secateur.runtime.layouts import like_dense
 from secateur.runtime.swapping import Sparse, sparse
 
 __all__: list[str] = []  # reached through secateur.accelerate alone
@@ -137,7 +138,10 @@ class _SparseTransposed(Sparse):
             out = conv_transpose2d(x, weight, self.packed_weight, self.bias, steps, self._choices)
         if out is None:
             return super().forward(input, output_size)
-        out = out.squeeze(2) if weight.dim() > self.weight.dim() else out
+        if weight.dim() > self.weight.dim():
+            out = out.squeeze(2)
+        elif not compiling:
+            out = like_dense(out, x, weight)
         return out[0] if single else out
 
     def _steps(self) -> _Steps:
@@ -166,6 +170,6 @@ class SparseConvTranspose1d(_SparseTransposed, nn.ConvTranspose1d):
 
 @sparse
 class SparseConvTranspose2d(_SparseTransposed, nn.ConvTranspose2d):
-    """An nn.ConvTranspose2d with packed weights; what it gives is contiguous."""
+    """An nn.ConvTranspose2d with packed weights; what it gives has the layout of torch's, but under `torch.compile`."""
 
     plain = nn.ConvTranspose2d

@@ -1,0 +1,50 @@
+"""Images with their channels first, as the kernels want them, and last, where torch's own convolution has them so."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from secateur.runtime import native
+
+__all__: list[str] = []  # reached through secateur.accelerate alone
+
+
+def channels_first(image: Tensor) -> Tensor:
+    """An image [batch, channels, height, width] in one piece, channel by channel."""
+    if image.is_contiguous() or not image.is_contiguous(memory_format=torch.channels_last):
+        return image.contiguous()
+    _, channels, height, width = image.shape
+    return _turned(image, torch.empty_like(image, memory_format=torch.contiguous_format), height * width, channels)
+
+
+def like_dense(out: Tensor, *given: Tensor) -> Tensor:
+    """The result of a convolution, with channels last if torch's would have them so: if image or weight has."""
+    if not any(map(channels_last, given)) or channels_last(out):
+        return out
+    _, channels, height, width = out.shape
+    return _turned(out, torch.empty_like(out, memory_format=torch.channels_last), channels, height * width)
+
+
+def channels_last(image: Tensor) -> bool:
+    """Whether torch takes an image, or the weight of a convolution, to have its channels last.
+
+    As its own `suggest_memory_format`, which Python has not: strides tell, also where sizes of 1 leave it open.
+
+    >>> image = torch.zeros(1, 2, 3, 3)
+    >>> channels_last(image), channels_last(image.to(memory_format=torch.channels_last))
+    (False, True)
+    """
+    sizes = _, channels, height, width = image.shape
+    n, c, h, w = image.stride()
+    return c > 0 and c * channels <= w and w * width <= h and c != h * height <= n and 0 not in sizes
+
+
+def _turned(image: Tensor, to: Tensor, rows: int, columns: int) -> Tensor:
+    """Write each picture of a batch, which lies in memory as [rows, columns], to another tensor as [columns, rows]."""
+    lib = native.library()
+    if lib is None:
+        return to.copy_(image)
+    given = image.data_ptr(), image.shape[0], rows, columns, to.data_ptr(), torch.get_num_threads()
+    lib.secateur_transpose(*given)
+    return to
