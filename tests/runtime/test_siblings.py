@@ -90,11 +90,15 @@ def together(monkeypatch):
     return seen
 
 
+def spans(module):
+    return SparseParent.spans(module, SparseParent.sequence(module))
+
+
 def fused(model, choices=products.ALL):
     """A copy whose layers are sparse, and whose siblings are one call."""
     fast = sparse(model)
     swap(fast, SparseParent)
-    fast.fuse(dict.fromkeys(SparseParent.spans(fast), choices))
+    fast.fuse(dict.fromkeys(spans(fast), choices))
     return fast
 
 
@@ -371,10 +375,10 @@ def test_only_layers_of_as_many_inputs(isa):
     model = Attention()
     model.k = nn.Linear(12, 24)
     fast = sparse(thin(model, 0.5))
-    assert SparseParent.spans(fast) == []
+    assert spans(fast) == []
     model.k = nn.Linear(24, 24)
-    assert SparseParent.spans(sparse(thin(model, 0.5))) == [(0, 3)]
-    assert SparseParent.spans(model) == []  # not packed
+    assert spans(sparse(thin(model, 0.5))) == [(0, 3)]
+    assert spans(model) == []  # not packed
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
@@ -402,4 +406,4 @@ def test_models_of_transformers(isa, together, sparse_wins, name):
 def test_without_the_source_there_are_none(isa, monkeypatch):
     monkeypatch.setattr(siblings, "neighbours", lambda code, names: ())
     fast = sparse(thin(Attention(), 0.5))
-    assert SparseParent.spans(fast) == []
+    assert spans(fast) == []

@@ -114,9 +114,9 @@ class Fused(Swapped):
         raise NotImplementedError
 
     @classmethod
-    def spans(cls, module: Any) -> list[Span]:
+    def spans(cls, module: Any, steps: Sequence[Step]) -> list[Span]:
         """Where the runs of such a module are among its steps."""
-        return [*runs(cls.sequence(module))]
+        return [*runs(steps)]
 
     @classmethod
     def join(cls, steps: Sequence[Step], choices: int = 0) -> PackedLayers:

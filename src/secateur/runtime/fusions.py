@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -20,7 +21,21 @@ from secateur.runtime.swapping import Swapped, plain_class, swap
 
 __all__: list[str] = []  # reached through secateur.accelerate alone
 
-_Run = tuple[nn.Module, type[Fused], Span]
+
+@dataclass(frozen=True)
+class _Run:
+    """What could be one call: these steps of a module, which would become of this kind."""
+
+    module: nn.Module
+    kind: type[Fused]
+    span: Span
+    steps: Sequence[Step]
+
+    def plan(self, name: str) -> LayerPlan:
+        """A plan in which nothing is chosen yet."""
+        chain, kind = self.kind.join(self.steps), self.kind
+        named = plain_class(self.module) if kind.plain is nn.Module else kind.plain  # the latter: also for subclasses
+        return _plan(name, named.__name__, chain.widths, chain.layers)
 
 
 class Fusions:
@@ -38,28 +53,28 @@ class Fusions:
         self.runs = dict(_runs(self.model))
         self.networks = dict(networks(self.model))
         for name, run in self.runs.items():
-            yield _run_plan(name, *run)
+            yield run.plan(name)
         for name, network in self.networks.items():
             yield _network_plan(name, *network)
 
     def runs_in(self, taken: Iterable[str]) -> list[str]:
         """The runs in the modules of these networks."""
         modules = [id(self.networks[name][0]) for name in taken]
-        return [name for name, (module, *_) in self.runs.items() if id(module) in modules]
+        return [name for name, run in self.runs.items() if id(run.module) in modules]
 
     def ids(self, names: Iterable[str]) -> set[int]:
         """Those of the modules that these runs and networks are made of."""
         found: set[int] = set()
         for name in names:
-            made_of = parts(_steps(*self.runs[name])) if name in self.runs else self.networks[name][1].layers
+            made_of = parts(self.runs[name].steps) if name in self.runs else self.networks[name][1].layers
             found.update(map(id, made_of))
         return found
 
     def fuse(self, choices: Mapping[str, int]) -> dict[str, PackedLayers]:
         """Fuse these runs for these row classes and no others."""
         found: dict[str, PackedLayers] = {}
-        for module, kind in {id(module): (module, kind) for module, kind, _ in self.runs.values()}.values():
-            spans = {name: span for name, (m, _, span) in self.runs.items() if m is module and name in choices}
+        for module, kind in {id(run.module): (run.module, run.kind) for run in self.runs.values()}.values():
+            spans = {name: run.span for name, run in self.runs.items() if run.module is module and name in choices}
             if isinstance(module, Swapped):
                 module.restore()
             if spans:
@@ -82,21 +97,11 @@ class Fusions:
 def _runs(model: nn.Module) -> Iterator[tuple[str, _Run]]:
     """What could be fused: by a name as Python spells it, the module and where in it."""
     for name, module in model.named_modules():
-        taking = (kind for kind in FUSED if kind.takes(plain_class(module)))
-        found = ((kind, kind.spans(module)) for kind in taking)
-        kind, spans = next(((kind, spans) for kind, spans in found if spans), (Fused, []))
-        for span in spans:
-            yield f"{name}[{kind.place(module, span)}]", (module, kind, span)
-
-
-def _steps(module: nn.Module, kind: type[Fused], span: Span) -> list[Step]:
-    return kind.sequence(module)[slice(*span)]
-
-
-def _run_plan(name: str, module: nn.Module, kind: type[Fused], span: Span) -> LayerPlan:
-    chain = kind.join(_steps(module, kind, span))
-    named = plain_class(module) if kind.plain is nn.Module else kind.plain  # the latter: also for subclasses
-    return _plan(name, named.__name__, chain.widths, chain.layers)
+        for kind in FUSED:
+            if kind.takes(plain_class(module)) and (spans := kind.spans(module, steps := kind.sequence(module))):
+                for span in spans:
+                    yield f"{name}[{kind.place(module, span)}]", _Run(module, kind, span, steps[slice(*span)])
+                break  # as a module has one class
 
 
 def _network_plan(name: str, module: nn.Module, program: Program) -> LayerPlan:

@@ -137,7 +137,7 @@ class SparseParent(Fused):
         return SparseMlp.takes(kind) and kind.__getattr__ is nn.Module.__getattr__
 
     @classmethod
-    def spans(cls, module: Any) -> list[Span]:
+    def spans(cls, module: Any, steps: Sequence[Step]) -> list[Span]:
         ends = [*itertools.accumulate((len(one.names) for one in _neighbours(module)), initial=0)]
         return [*itertools.pairwise(ends)]
 
@@ -158,7 +158,7 @@ class SparseParent(Fused):
         layers = self.sequence(self)
         found = [
             (one, self.join(layers[slice(*span)], self._fused[span]))
-            for one, span in zip(_neighbours(self), self.spans(self), strict=True)
+            for one, span in zip(_neighbours(self), self.spans(self, layers), strict=True)
             if span in self._fused
         ]
         self._family = Family(self, found)
