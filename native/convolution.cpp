@@ -204,7 +204,7 @@ using namespace secateur;
 int32_t secateur_conv2d(const void* blob, const void* code, const float* x, const int64_t shape[12], const float* bias,
                         float* y, int32_t threads) {
     if (valid(blob) && static_cast<const Header*>(blob)->rows == 0) return 0;
-    secateur_step step{0, 0, 1, -1, 0, 0, blob, code, nullptr, bias, {}};
+    secateur_step step{0, 0, 1, -1, 0, 0, -1, blob, code, nullptr, bias, {}};
     std::memcpy(step.shape, shape, sizeof step.shape);
     return secateur_network(&step, 1, shape[0], x, y, threads);
 }

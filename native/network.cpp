@@ -94,6 +94,11 @@ struct Network {
                 if (!is_value(step.add) || !values[step.add].frame.same_size(result)) return false;
                 values[step.add].last = i;
             }
+            if (step.times != -1) {
+                if (step.kind != kNeither || step.scale || !is_value(step.times)) return false;
+                if (!values[step.times].frame.same_size({g.channels, 1, 1, 0, 0})) return false;
+                values[step.times].last = i;
+            }
             if (step.to < 1 || step.to > count || values[step.to].known) return false;
             values[step.to] = {result, 0, 0, i, i, true, false};
             if (!convolution) continue;
@@ -153,7 +158,7 @@ struct Network {
                 const i64 area = first.frame.height * first.frame.width;
                 const Images given{const_cast<float*>(x), first.frame.channels * area,
                                    {first.frame.channels, first.frame.height, first.frame.width, 0, 0}, true};
-                pointwise(given, {at(0), {}, {}});
+                pointwise(given, {at(0), {}, {}}, {});
             }
             for (int i = 0; i < net.count; i++)
                 if (!step(net.steps[i])) return false;
@@ -163,7 +168,7 @@ struct Network {
         bool step(const secateur_step& s) const {
             const Images from = at(s.from), none{};
             const Result result{at(s.to), s.add < 0 ? none : at(s.add), {s.scale, s.shift, nullptr, 0, static_cast<Activation>(s.activation)}};
-            if (s.kind == kNeither) return pointwise(from, result);
+            if (s.kind == kNeither) return pointwise(from, result, s.times < 0 ? none : at(s.times));
             if (s.kind != kConvolution) return pool(s, from, result);
             const Geometry g = shape(s);
             const bool worth = i64(head(s).nonzeros) * g.oh() * g.ow() * images >= kWorthSharing;
@@ -187,18 +192,21 @@ struct Network {
                 for (i64 x = 0; x < 2 * l.pw; x++) pixels[y * l.pitch() + l.width + x] = 0;
         }
 
-        // The n values of row y of a channel of an image, finished.
-        void finish(const float* row, i64 n, const Result& r, i64 image, i64 c, i64 y) const {
+        // The n values of row y of a channel of an image, finished; with `times`, scaled by that.
+        void finish(const float* row, i64 n, const Result& r, i64 image, i64 c, i64 y, const float* times = nullptr) const {
             const float* add = r.add.data ? r.add.pixels(image, c) + y * r.add.frame.pitch() : nullptr;
-            kernels->finish(row, 0, 1, n, r.at(c, add), r.to.pixels(image, c) + y * r.to.frame.pitch(), 0);
+            Finish after = r.at(c, add);
+            if (times) after.scale = times;
+            kernels->finish(row, 0, 1, n, after, r.to.pixels(image, c) + y * r.to.frame.pitch(), 0);
         }
 
-        bool pointwise(const Images& from, const Result& result) const {
+        bool pointwise(const Images& from, const Result& result, const Images& times) const {
             const Frame& l = from.frame;
             share(images * l.channels, threads, [&](i64 i) {
                 const i64 b = i / l.channels, c = i % l.channels;
+                const float* scale = times.data ? times.pixels(b, c) : nullptr;
                 surround(result.to, b, c);
-                for (i64 y = 0; y < l.height; y++) finish(from.pixels(b, c) + y * l.pitch(), l.width, result, b, c, y);
+                for (i64 y = 0; y < l.height; y++) finish(from.pixels(b, c) + y * l.pitch(), l.width, result, b, c, y, scale);
             });
             return true;
         }

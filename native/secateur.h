@@ -17,7 +17,7 @@
 extern "C" {
 #endif
 
-#define SECATEUR_ABI 16
+#define SECATEUR_ABI 17
 
 /* SECATEUR_ABI of the library. */
 SECATEUR_API int32_t secateur_abi(void);
@@ -106,6 +106,7 @@ typedef struct {
     int32_t add;        /* a value of the size of what is written, or -1 */
     int32_t activation; /* by its number, as for secateur_chain */
     int32_t counted;    /* averages: != 0 divides by the window, else by what of it lies in the image */
+    int32_t times;      /* kind 3 without a scale: a value of one pixel a channel, by which `from` is multiplied; or -1 */
     const void* blob;   /* of a convolution, else not looked at */
     const void* code;   /* generated from it for this shape, or NULL; as for secateur_conv2d */
     const float* scale; /* [channels written], or NULL: 1 */

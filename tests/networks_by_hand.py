@@ -51,6 +51,8 @@ def by_torch(steps, x):
             out = F.avg_pool2d(out, size, window.stride, window.padding, count_include_pad=window.counted)
         if step.norm is not None:
             out = step.norm(out)
+        if step.times >= 0:
+            out = out * values[step.times]
         if step.add >= 0:
             out = out + values[step.add]
         values.append(_ACTIVATIONS[step.activation](out))
@@ -148,6 +150,36 @@ def mobile():
     """A small MobileNetV2, with the mean as the pool of everything."""
     blocks = (Inverted(8, 8), Inverted(8, 12, 2), Inverted(12, 12))
     return nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU6(), *blocks, nn.AdaptiveAvgPool2d(1))
+
+
+class Squeezed(nn.Module):
+    """A block of EfficientNet: some channels count more, by a look at the whole image."""
+
+    def __init__(self, width, out, stride=1, expand=3, act=nn.SiLU, scale_first=False):
+        super().__init__()
+        mid, few = width * expand, max(2, width // 2)
+        self.expand = nn.Sequential(nn.Conv2d(width, mid, 1, bias=False), nn.BatchNorm2d(mid), act(inplace=True))
+        self.spread = nn.Conv2d(mid, mid, 3, stride, 1, groups=mid, bias=False)
+        self.norm, self.act, self.gate = nn.BatchNorm2d(mid), act(inplace=True), nn.Sigmoid()
+        self.reduce, self.widen = nn.Conv2d(mid, few, 1), nn.Conv2d(few, mid, 1)
+        self.end = nn.Sequential(nn.Conv2d(mid, out, 1, bias=False), nn.BatchNorm2d(out))
+        self.residual, self.scale_first = stride == 1 and width == out, scale_first
+
+    def forward(self, x):
+        out = self.act(self.norm(self.spread(self.expand(x))))
+        if self.scale_first:
+            scale = self.gate(self.widen(self.act(self.reduce(F.adaptive_avg_pool2d(out, 1)))))
+            out = scale * out
+        else:
+            out = out * self.gate(self.widen(F.silu(self.reduce(out.mean((2, 3), keepdim=True)))))
+        return x + self.end(out) if self.residual else self.end(out)
+
+
+def efficient(act=nn.SiLU):
+    """A small EfficientNet or, with Hardswish, something like MobileNetV3."""
+    blocks = (Squeezed(8, 8, act=act), Squeezed(8, 12, 2, act=act, scale_first=True), Squeezed(12, 12, act=act))
+    end = nn.Conv2d(12, 16, 1), nn.BatchNorm2d(16), act(inplace=True)
+    return nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8), act(), *blocks, *end)
 
 
 def vgg():

@@ -68,7 +68,9 @@ class Network:
         self.kept.append(tensor)
         return tensor.data_ptr()
 
-    def step(self, kind, source, found, shape, add=-1, activation=0, affine=True, blob=None, code=None, counted=0):
+    def step(
+        self, kind, source, found, shape, add=-1, activation=0, affine=True, blob=None, code=None, counted=0, times=-1
+    ):
         """Add one that gives `found` before what comes after; its number."""
         rows = found.shape[1]
         scale, shift = (torch.rand(rows) + 0.5, torch.randn(rows)) if affine else (None, None)
@@ -77,7 +79,7 @@ class Network:
         if add >= 0:
             found = found + self.values[add]
         self.values.append(ACTIVATIONS[activation](found))
-        given = (kind, source, len(self.steps) + 1, add, activation, counted, blob, code, self.keep(scale))
+        given = (kind, source, len(self.steps) + 1, add, activation, counted, times, blob, code, self.keep(scale))
         self.steps.append(native.Step(*given, self.keep(shift), (ctypes.c_int64 * 12)(*shape)))
         return len(self.steps)
 
@@ -269,6 +271,8 @@ WRONG = [
     ("add", 3),
     ("add", 0),  # of another size
     ("add", -2),
+    ("times", 1),  # of more than one pixel, and no matter of convolutions
+    ("times", -2),
     ("activation", 9),
     ("activation", -1),
     ("blob", None),
@@ -290,6 +294,32 @@ def test_what_makes_no_sense_is_refused(isa, name, value):
     assert net.error <= 1e-5
     setattr(net.steps[1], name, (ctypes.c_int64 * 12)(*value) if name == "shape" else value)
     steps, y = (native.Step * 3)(*net.steps), torch.zeros(1, 8, 9, 9)
+    given = (ctypes.addressof(steps), 3, 1, net.x.data_ptr(), y.data_ptr(), 1)
+    assert native.library().secateur_network(*given) == -1
+    assert y.count_nonzero() == 0
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_channels_are_multiplied_by_what_is_computed_of_them(isa, batch):
+    net = Network(torch.randn(batch, 4, 9, 7))
+    x = net.convolution(0, 8, (3, 3), padding=(1, 1), activation=5)
+    whole = net.pool(AVERAGES, x, (9, 7), affine=False)
+    scale = net.convolution(whole, 8, (1, 1), activation=7)
+    product = net.values[x] * net.values[scale]
+    at = net.step(3, x, product, (0, 8, 9, 7, *[0] * 8), add=x, activation=1, affine=False, times=scale)
+    net.convolution(at, 5, (3, 3), padding=(2, 2))
+    assert net.error <= 1e-5
+
+
+@pytest.mark.parametrize(("name", "value"), [("times", 1), ("times", 9), ("scale", "itself")], ids=str)
+def test_products_that_make_no_sense_are_refused(isa, name, value):
+    net = Network(torch.randn(1, 4, 9, 7))
+    x = net.convolution(0, 4, (3, 3), padding=(1, 1))
+    scale = net.pool(AVERAGES, x, (9, 7))
+    net.step(3, x, net.values[x] * net.values[scale], (0, 4, 9, 7, *[0] * 8), affine=False, times=scale)
+    assert net.error <= 1e-5
+    setattr(net.steps[2], name, net.x.data_ptr() if value == "itself" else value)
+    steps, y = (native.Step * 3)(*net.steps), torch.zeros(1, 4, 9, 7)
     given = (ctypes.addressof(steps), 3, 1, net.x.data_ptr(), y.data_ptr(), 1)
     assert native.library().secateur_network(*given) == -1
     assert y.count_nonzero() == 0

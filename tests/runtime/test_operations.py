@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from secateur.runtime import graphs, operations
-from secateur.runtime.activations import GELU, GELU_TANH, HARDSWISH, RELU, RELU6, SIGMOID, SILU, TANH
+from secateur.runtime.activations import GELU, GELU_TANH, HARDSWISH, NONE, RELU, RELU6, SIGMOID, SILU, TANH
 from secateur.runtime.operations import (
     ADDITION,
     AVERAGES,
@@ -16,6 +16,7 @@ from secateur.runtime.operations import (
     MAXIMA,
     NEITHER,
     NORM,
+    PRODUCT,
     SAME,
     Window,
 )
@@ -61,6 +62,9 @@ def what(operation):
         (torch.relu_, (NEITHER, RELU, True)),
         (lambda x: x.relu_(), (NEITHER, RELU, True)),
         (F.relu6, (NEITHER, RELU6, False)),
+        (lambda x: x * x, (PRODUCT, NONE, False)),
+        (lambda x: x.mul_(x), (PRODUCT, NONE, True)),
+        (lambda x: x * 2.0, None),
         (F.silu, (NEITHER, SILU, False)),
         (lambda x: F.silu(x, inplace=True), (NEITHER, SILU, True)),
         (lambda x: F.hardswish(x, True), (NEITHER, HARDSWISH, True)),
@@ -82,7 +86,6 @@ def what(operation):
         (lambda x: torch.add(x, x, alpha=2), None),
         (lambda x: torch.add(x, other=x), None),  # whose second value is no positional argument
         (lambda x: x.add(other=x), None),
-        (lambda x: x * x, None),
         (lambda x: F.hardtanh(x), None),
         (F.elu, None),
         (lambda x: x.flatten(1), None),

@@ -210,6 +210,7 @@ NONE = {
     "one convolution": lambda m, x: m.relu(m.a(x)),
     "none between": lambda m, x: m.b(torch.erf(m.a(x))),
     "two inputs": lambda m, x: m.a(x.neg()) + m.b(x.abs()),
+    "a product of two images": lambda m, x: m.b(m.a(x) * x),
     "no result": lambda m, x: (m.b(m.a(x)), x)[1],
     "the input comes out": lambda m, x: m.quick(x),
 }

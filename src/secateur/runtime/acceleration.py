@@ -52,7 +52,7 @@ def accelerate(
     transformers' Conv1D are tried, in float32 on the CPU. Each is timed in the model, on the example, and stays dense
     where sparse is not faster. Runs of Linear in an nn.Sequential, in torch's transformer layers or in a module of your
     own, with activations, Dropout and Identity between, or gated, are timed as one call too, and so are networks of
-    Conv2d with BatchNorm2d, ReLU, ReLU6, additions and pooling between; your forward is traced by torch.fx for that. If
+    Conv2d with BatchNorm2d, activations, additions and pooling between; your forward is traced by torch.fx for that. If
     in the end the whole model is not faster, all of it stays dense. Results equal the plain ones up to rounding.
 
     On a CUDA device Linear layers in float16 or bfloat16 are tried that are 2:4 (`pattern="2:4"`): as torch's

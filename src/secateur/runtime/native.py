@@ -21,7 +21,7 @@ from torch import Tensor
 
 from secateur.errors import InputError
 
-ABI = 16
+ABI = 17
 VALUES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 """What packed values may be, as the library numbers them."""
 Shape = tuple[int, ...]
@@ -70,7 +70,7 @@ class Step(ctypes.Structure):
     """A `secateur_step` of the header: what an array of them holds, whose address `secateur_network` takes."""
 
     _fields_ = (
-        *((name, ctypes.c_int32) for name in ("kind", "source", "to", "add", "activation", "counted")),
+        *((name, ctypes.c_int32) for name in ("kind", "source", "to", "add", "activation", "counted", "times")),
         *((name, ctypes.c_void_p) for name in ("blob", "code", "scale", "shift")),
         ("shape", ctypes.c_int64 * 12),
     )

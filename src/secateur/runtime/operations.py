@@ -19,7 +19,7 @@ __all__: list[str] = []  # reached through secateur.accelerate alone
 
 CONVOLUTION, MAXIMA, AVERAGES, NEITHER = range(4)
 """Kinds of steps, as in `native/secateur.h`."""
-NORM, ADDITION, SAME = 4, 5, 6
+NORM, ADDITION, SAME, PRODUCT = 4, 5, 6, 7
 """Further kinds of operations."""
 
 Pair = tuple[int, int]
@@ -68,7 +68,7 @@ def read(node: fx.Node, module: nn.Module) -> Operation | None:
 
 
 def _inputs(operation: Operation) -> int:
-    return 2 if operation.kind == ADDITION else 1
+    return 2 if operation.kind in (ADDITION, PRODUCT) else 1
 
 
 _Found = Operation | None
@@ -110,6 +110,19 @@ def _sum(x: Any, other: Any) -> _Found:
 
 def _sum_in_place(x: Any, other: Any) -> _Found:
     return Operation(ADDITION, in_place=True)
+
+
+def _product(x: Any, other: Any) -> _Found:
+    return Operation(PRODUCT)
+
+
+def _product_in_place(x: Any, other: Any) -> _Found:
+    return Operation(PRODUCT, in_place=True)
+
+
+def _mean(x: Any, dim: Any = None, keepdim: bool = False) -> _Found:
+    axes = sorted(axis % 4 for axis in dim) if isinstance(dim, list | tuple) else None  # of images, which have four
+    return Operation(AVERAGES, window=Window(None)) if keepdim and axes == [2, 3] else None
 
 
 def _dropout(x: Any, p: float = 0.5, training: bool = True, inplace: bool = False) -> _Found:
@@ -193,6 +206,9 @@ _FUNCTIONS: Mapping[Any, Callable[..., _Found]] = {
     F.hardtanh: _clip,
     **dict.fromkeys((operator.add, torch.add, "add"), _sum),
     **dict.fromkeys((operator.iadd, "add_"), _sum_in_place),
+    **dict.fromkeys((operator.mul, torch.mul, "mul"), _product),
+    **dict.fromkeys((operator.imul, "mul_"), _product_in_place),
+    **dict.fromkeys((torch.mean, "mean"), _mean),
     **dict.fromkeys((F.dropout, F.dropout2d), _dropout),
     F.max_pool2d: _max_pool,
     F.avg_pool2d: _average_pool,

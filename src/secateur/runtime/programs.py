@@ -6,7 +6,7 @@ import functools
 import itertools
 import operator
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -107,15 +107,19 @@ class Bound:
         sizes: dict[int, _Size] = {0: (shape[1], shape[2], shape[3])}
         made = (native.Step * len(steps))()
         for step, one in zip(steps, made, strict=True):
-            given = sizes[step.source]
+            source, times = _factors(step, sizes)
+            given = sizes[source]
             windows = _windows(step, given)
             result = _result(step, given, windows)
             if result is None or (step.add >= 0 and sizes[step.add] != result):
                 return None
+            if times >= 0 and sizes[times] != (given[0], 1, 1):
+                return None
             sizes[step.to] = result
             one.kind, one.source, one.to, one.add, one.activation = (
-                step.kind, step.source, step.to, step.add, step.activation
+                step.kind, source, step.to, step.add, step.activation
             )  # fmt: skip
+            one.times = times
             one.counted = step.window is not None and step.window.counted
             scale, shift = self._vectors[id(step)]
             one.scale, one.shift = _address(scale), _address(shift)
@@ -126,6 +130,12 @@ class Bound:
                 one.code = code.handle if code is not None and code.choices >> pixels & 1 else None
             one.shape[:] = [shape[0], *given, *(number for pair in windows for number in pair)]
         return made, sizes[steps[-1].to]
+
+
+def _factors(step: Step, sizes: Mapping[int, _Size]) -> tuple[int, int]:
+    """The value that a step reads, and the one by which it is multiplied, which has one pixel a channel; or -1."""
+    both = step.source, step.times
+    return both[::-1] if step.times >= 0 and sizes[step.source][1:] == (1, 1) else both
 
 
 def _plain(tensor: Tensor) -> bool:

@@ -15,14 +15,25 @@ from torch import fx, nn
 
 from secateur.runtime.activations import NONE
 from secateur.runtime.convolutions import SparseConv2d
-from secateur.runtime.operations import ADDITION, CONVOLUTION, NEITHER, NORM, SAME, Operation, Pair, Window, read
+from secateur.runtime.operations import (
+    ADDITION,
+    CONVOLUTION,
+    NEITHER,
+    NORM,
+    PRODUCT,
+    SAME,
+    Operation,
+    Pair,
+    Window,
+    read,
+)
 
 __all__: list[str] = []  # reached through secateur.accelerate alone
 
 
 @dataclass
 class Step:
-    """`to` = activation(norm(what its kind makes of `source`) + add); values are numbered, 0 goes into the region."""
+    """`to` = activation(norm(what its kind makes of `source`) * times + add); value 0 is what goes into the region."""
 
     kind: int
     source: int
@@ -32,6 +43,7 @@ class Step:
     norm: nn.BatchNorm2d | None = None
     add: int = -1
     activation: int = NONE
+    times: int = -1
 
 
 @dataclass(frozen=True)
@@ -97,6 +109,7 @@ class _Draft:
         self.source: fx.Node | None = None
         self.count = 0
         self._values: dict[fx.Node, int] = {}
+        self._pixels: set[int] = set()  # values that are seen to have one pixel a channel
         self._done: list[tuple[Operation, list[int], int]] = []
 
     def take(self, node: fx.Node, operation: Operation) -> bool:
@@ -113,7 +126,12 @@ class _Draft:
         if operation.kind == SAME:
             self._values[node] = read[0]
             return True
+        ones = [value in self._pixels for value in read]
+        if operation.kind == PRODUCT and not any(ones):  # of two images, which no step multiplies
+            return False
         self.count += 1
+        if _of_one_pixel(operation, all(ones)):
+            self._pixels.add(self.count)
         self._done.append((operation, read, self.count))
         self._values[node] = self.count
         if operation.in_place:
@@ -148,6 +166,14 @@ class _Draft:
         return steps
 
 
+def _of_one_pixel(operation: Operation, given: bool) -> bool:
+    """Whether an operation gives one pixel a channel, if it does or does not get that."""
+    if operation.kind == CONVOLUTION:
+        return given and operation.layer.kernel_size == (1, 1) and operation.layer.padding == (0, 0)
+    window = operation.window
+    return given if window is None else window.size is None
+
+
 def _into(
     operation: Operation,
     read: list[int],
@@ -162,7 +188,9 @@ def _into(
                 return step
         return None
     step = open_step(read[0])
-    if operation.kind == NORM and step is not None and step.norm is None and step.add < 0:
+    if operation.kind == PRODUCT:
+        return None
+    if operation.kind == NORM and step is not None and step.norm is None and max(step.add, step.times) < 0:
         step.norm = operation.layer
         return step
     if operation.kind == NEITHER and step is not None:
@@ -176,6 +204,8 @@ def _alone(operation: Operation, read: list[int], to: int) -> Step:
         return Step(NEITHER, read[0], to, norm=operation.layer)
     if operation.kind == ADDITION:
         return Step(NEITHER, read[0], to, add=read[1])
+    if operation.kind == PRODUCT:
+        return Step(NEITHER, read[0], to, times=read[1])
     return Step(operation.kind, read[0], to, operation.layer, operation.window, activation=operation.activation)
 
 
@@ -183,4 +213,5 @@ def _numbered(steps: Sequence[Step]) -> tuple[Step, ...]:
     number = {0: 0, -1: -1, **{step.to: i + 1 for i, step in enumerate(steps)}}
     for step in steps:
         step.source, step.add, step.to = number[step.source], number[step.add], number[step.to]
+        step.times = number[step.times]
     return tuple(steps)
