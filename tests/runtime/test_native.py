@@ -1,6 +1,7 @@
 """The binding: where the library is looked for, what its header says, what is no library of ours, packing."""
 
 import ctypes
+import pickle
 import re
 from pathlib import Path
 
@@ -140,3 +141,14 @@ def test_products_of_one_input_want_matrices_of_one_width(loaded):
     assert call(2, wide, wide) == 0
     assert y.equal(torch.full((2, 4), 6.0))
     assert [call(2, wide, narrow), call(0, wide, wide), call(17, wide, wide), call(2, wide, x)] == [-1] * 4
+
+
+def test_what_fills_large_pages_is_as_small_as_any_other() -> None:
+    weight = torch.randn(2048, 512, generator=torch.Generator().manual_seed(0))
+    blob = native.pack(weight)
+    assert blob.numel() > 2 << 20
+    assert blob.untyped_storage().nbytes() == blob.numel()  # all of which a pickle holds
+    assert torch.equal(pickle.loads(pickle.dumps(blob)), blob)
+    found = native.unpack(blob, 2048, 512)
+    assert found is not None
+    assert torch.equal(found, weight)

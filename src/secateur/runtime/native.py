@@ -6,8 +6,10 @@ compiler) `library()` is None and everything above works on torch alone.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
+import mmap
 import os
 import re
 import sys
@@ -25,6 +27,7 @@ ABI = 17
 VALUES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 """What packed values may be, as the library numbers them."""
 Shape = tuple[int, ...]
+_LARGE_PAGE = 2 << 20  # bytes, on the CPUs for which there are kernels
 _FUNCTION = re.compile(r"^SECATEUR_API (.+?)(secateur_\w+)\((.*?)\);", re.MULTILINE | re.DOTALL)
 _NUMBERS: dict[str, type | None] = {"int64_t": ctypes.c_int64, "int32_t": ctypes.c_int32, "void": None}
 
@@ -107,7 +110,20 @@ def pack(weight: Tensor, groups: int = 1, values: torch.dtype = torch.float32) -
         size = lib.secateur_pack(*given)
         if size < 0:
             raise InputError(f"a matrix of {rows} x {columns * groups} cannot be packed. Leave this layer dense.")
-    return blob[:size].clone()
+    return _in_large_pages(blob[:size])
+
+
+def _in_large_pages(blob: Tensor) -> Tensor:
+    """A copy of a blob, in large pages as far as it fills such: fewer are looked up when it comes from memory."""
+    size = blob.numel()
+    whole = size // _LARGE_PAGE * _LARGE_PAGE
+    if not whole or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return blob.clone()
+    memory = mmap.mmap(-1, size + _LARGE_PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    first = -torch.frombuffer(memory, dtype=torch.uint8).data_ptr() % _LARGE_PAGE
+    with contextlib.suppress(OSError):  # of a system without them
+        memory.madvise(mmap.MADV_HUGEPAGE, first, whole)
+    return torch.frombuffer(memory, dtype=torch.uint8, count=size, offset=first).copy_(blob)
 
 
 def unpack(blob: Tensor, rows: int, columns: int, groups: int = 1) -> Tensor | None:
