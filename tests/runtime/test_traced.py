@@ -2,6 +2,7 @@
 
 import copy
 
+import torch
 from torch import nn
 
 from secateur.runtime import attributes, traced
@@ -75,3 +76,9 @@ def test_copies_look_anew():
     assert (other.words, other.looks, other.found(copy.deepcopy(module))) == (2, 0, ["found"])
     seen.forget()
     assert (seen.found(module), seen.looks) == (["found"], 2)
+
+
+def test_only_calls_of_one_tensor_are_usual():
+    x = torch.ones(1)
+    assert traced.is_usual([x], {})
+    assert not any(traced.is_usual(*given) for given in (([x, x], {}), ([x], {"y": 1}), ([nn.Parameter(x)], {})))

@@ -9,17 +9,22 @@ from typing import Any
 
 from torch import nn
 
-from secateur.runtime import native, tuning
+from secateur.runtime import native, transformer_layers, tuning
 from secateur.runtime.candidates import enclose, zeros_of
 from secateur.runtime.chains import Fused, Span, Step, parts
 from secateur.runtime.kernel_plans import LayerPlan
+from secateur.runtime.methods import SparseMethod
+from secateur.runtime.mlps import SparseMlp
 from secateur.runtime.networks import SparseNetwork, install, networks
 from secateur.runtime.packed_layers import PackedLayers
 from secateur.runtime.programs import Program
-from secateur.runtime.siblings import FUSED
+from secateur.runtime.siblings import SparseParent
 from secateur.runtime.swapping import Swapped, plain_class, swap
 
 __all__: list[str] = []  # reached through secateur.accelerate alone
+
+_KINDS: tuple[type[Fused], ...] = (*transformer_layers.FUSED, SparseMlp, SparseMethod, SparseParent)
+"""What modules that contain runs become: the first one that finds any in a module."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +102,7 @@ class Fusions:
 def _runs(model: nn.Module) -> Iterator[tuple[str, _Run]]:
     """What could be fused: by a name as Python spells it, the module and where in it."""
     for name, module in model.named_modules():
-        for kind in FUSED:
+        for kind in _KINDS:
             if kind.takes(plain_class(module)) and (spans := kind.spans(module, steps := kind.sequence(module))):
                 for span in spans:
                     yield f"{name}[{kind.place(module, span)}]", _Run(module, kind, span, steps[slice(*span)])

@@ -11,21 +11,24 @@ import ast
 import functools
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, fx, nn
 
-from secateur.runtime import sources, transformer_layers
-from secateur.runtime.attributes import FOLLOWED, Attributes, inside
-from secateur.runtime.chains import Chain, Fused, Span, Step
-from secateur.runtime.graphs import agree, fingerprint, trace
+from secateur.runtime import sources
+from secateur.runtime.attributes import FOLLOWED
+from secateur.runtime.chains import Span, Step
+from secateur.runtime.graphs import fingerprint, trace
 from secateur.runtime.linears import SparseLinear
-from secateur.runtime.mlps import Part, SparseMlp, part_of, step_of
+from secateur.runtime.mlps import Part, TracedRun, part_of, step_of
 from secateur.runtime.packed_layers import PackedLayers, disturbed
 from secateur.runtime.swapping import plain_class
+from secateur.runtime.traced import Traced, disturbed_inside, is_usual
 
 __all__: list[str] = []  # reached through secateur.accelerate alone
+
+Rest = Callable[[Tensor, Tensor], Any]
+"""What a method gives, by what it was given and what the run gave."""
 
 _STRAIGHT = (
     *(ast.Assign, ast.Return, ast.Expr, ast.Call, ast.keyword),
@@ -34,56 +37,47 @@ _STRAIGHT = (
 """What the body of a method may consist of: nothing but calls, whose results have names."""
 
 
-class Method:
-    """A method of a module that begins with a run, as it was seen to be; a copy looks anew.
+class Reading(NamedTuple):
+    """What a method was seen to do: the parts of a run, and the rest in words."""
 
-    Args:
-        name: of the method; empty if there is none.
-        found: the parts of the run.
-        words: what the rest does.
+    method: str
+    run: tuple[Part, ...]
+    rest: str
+
+
+class TracedMethod(Traced[Reading | None, Rest]):
+    """What a method of a module was seen to do: nothing that counts, or a run and a rest.
+
+    What is watched is not the module but another one, which holds no more than what the method calls.
     """
 
-    def __init__(self, name: str = "", found: tuple[Part, ...] = (), words: str = "") -> None:
-        self.name, self.found, self.words = name, found, words
-        self.held: nn.Module | None = None
-        self.rest: Callable[[Tensor, Tensor], Any] | None = None
-        self.attributes: Attributes | None = None
-        self._inner: list[dict[str, Any]] = []
+    _held: nn.Module | None = None
 
-    def __reduce__(self) -> Any:
-        return Method, (self.name, self.found, self.words)
+    def look(self, module: nn.Module) -> tuple[Reading, Rest] | None:
+        return None if self.words is None else _look(module, self.words.method)
 
-    def note(self) -> None:
-        """Take the attributes as they are now for those by which the method is what it was seen to be."""
-        if self.held is not None:
-            self.attributes = Attributes(self.held)
-            self._inner = [vars(one) for one in inside(self.held)[1:]]
+    def forget(self) -> None:
+        super().forget()
+        self._held = None
 
-    def holds(self, module: SparseMethod) -> bool:
-        """Whether the method is still what it was seen to be."""
-        if self.attributes is None and not self._look_again(module):
-            return False
-        held, attributes = self.held, self.attributes
-        if held is None or attributes is None or not _in_place(module, held) or disturbed(self._inner):
-            return False
-        return attributes.same(held) or attributes.same_but_notes(held)
+    def note(self, module: nn.Module, found: Rest) -> None:
+        super().note(module, found)
+        self._held = module
 
-    def _look_again(self, module: SparseMethod) -> bool:
-        if not self.found or (now := read(module)) is None:
-            return False
-        if (now.name, now.found, now.words) != (self.name, self.found, self.words):
-            self.found = ()
-            return False
-        self.held, self.rest = now.held, now.rest
-        module.steps()
-        self.note()
-        return True
+    def rest(self, module: SparseMethod, name: str) -> Rest | None:
+        """What follows the run, if the method of this name is still what it was seen to be."""
+        if self.words is None or self.words.method != name:
+            return None
+        if self._held is None:  # of a copy, or as the steps are other ones
+            module.steps()
+            self._held = _hold(module, name)
+        return self.found(self._held) if self._held is not None and _in_place(module, self._held) else None
 
 
-class SparseMethod(Fused):
+class SparseMethod(TracedRun):
     """A module with a method that begins with a chain."""
 
-    _traced: Method
+    _traced: TracedMethod
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -91,44 +85,24 @@ class SparseMethod(Fused):
             setattr(cls, name, _instead(cls.plain, name))
 
     @classmethod
-    def takes(cls, kind: type[nn.Module]) -> bool:
-        return SparseMlp.takes(kind)
-
-    @classmethod
     def place(cls, module: Any, span: Span) -> str:
-        return (_kept(module) or read(module) or Method()).name
+        reading = _reading(module)
+        return "" if reading is None else reading.method
 
     @staticmethod
     def sequence(module: Any) -> list[Step]:
-        method = _kept(module) or read(module) or Method()
-        return [step_of(module, part) for part in method.found]
+        reading = _reading(module)
+        return [] if reading is None else [step_of(module, part) for part in reading.run]
 
     def fuse(self, choices: Mapping[Span, int]) -> list[PackedLayers]:
-        self._traced = Method()
-        self._traced = read(self) or Method()
+        self._traced = TracedMethod(None)
+        seen = read(self)
+        self._traced = TracedMethod(None if seen is None else seen[1])
         found = super().fuse(choices)
-        self._traced.note()
+        if seen is not None:
+            held, _, rest = seen
+            self._traced.note(held, rest)
         return found
-
-    def steps(self) -> list[Step]:
-        self._traced.attributes = None  # among which these are
-        return super().steps()
-
-    def restore(self) -> None:
-        self.__dict__.pop("_traced", None)
-        super().restore()
-
-    def _as_one(self, x: Tensor) -> Any:
-        """What the method gives."""
-        out = x
-        for step in self._made[1]:
-            out = step(out)
-        rest = self._traced.rest
-        return out if rest is None else rest(x, out)
-
-
-FUSED: tuple[type[Fused], ...] = (*transformer_layers.FUSED, SparseMlp, SparseMethod)
-"""What modules that contain runs become."""
 
 
 def _instead(plain: type[nn.Module], name: str) -> Callable[..., Any]:
@@ -137,22 +111,27 @@ def _instead(plain: type[nn.Module], name: str) -> Callable[..., Any]:
 
     @functools.wraps(given)
     def method(self: SparseMethod, *args: Any, **kwargs: Any) -> Any:
-        now, traced = getattr(plain, name), self._traced
-        usual = len(args) == 1 and not kwargs and type(args[0]) is Tensor and not torch.compiler.is_compiling()
-        if not usual or now is not given or traced.name != name or not traced.holds(self):
-            return now(self, *args, **kwargs)
-        chains = [step for step in self._made[1] if isinstance(step, Chain)]
-        if not all(chain._choices for chain in chains):  # so it is only while examples are looked at
-            agrees = agree(now(self, args[0].clone()), self._as_one(args[0].clone()))
-            for chain in chains:
-                chain.agrees = chain.agrees and agrees
-        return self._as_one(args[0])
+        own = getattr(plain, name)
+        usual = own is given and is_usual(args, kwargs) and not disturbed(())
+        rest = self._traced.rest(self, name) if usual else None
+        if rest is None:
+            return own(self, *args, **kwargs)
+        return self._compared(args[0], functools.partial(own, self), lambda x: rest(x, self._stepwise(x)))
 
     return method
 
 
-def read(module: nn.Module) -> Method | None:
-    """The first method of a module that begins with a run of packed layers, and what it does.
+def _reading(module: Any) -> Reading | None:
+    """What a module's method is taken to do, or else is seen to do now."""
+    traced = vars(module).get("_traced")
+    if isinstance(traced, TracedMethod):
+        return traced.words
+    seen = read(module)
+    return None if seen is None else seen[1]
+
+
+def read(module: nn.Module) -> tuple[nn.Module, Reading, Rest] | None:
+    """The first method of a module that begins with a run of packed layers: a module to watch, and what it does.
 
     Returns:
         None if there is none, or that cannot be seen now: of modules in training, or with hooks.
@@ -161,24 +140,23 @@ def read(module: nn.Module) -> Method | None:
         held = _hold(module, name)
         if held is None or sum(isinstance(one, SparseLinear) for one in held.modules()) < 2:
             continue
-        if disturbed(map(vars, inside(held)[1:])):
+        if disturbed_inside(held):
             return None
-        try:
-            graph = trace(held)
-        except ValueError:  # more attributes than can be watched
-            continue
-        if graph is not None and (found := _split(graph, held)):
-            method = Method(name, tuple(found), fingerprint(graph))
-            method.held = held
-            if not _gives_placeholder(graph):
-                method.rest = fx.GraphModule(held, graph).forward
-            return method
+        if (seen := _look(held, name)) is not None:
+            return held, *seen
     return None
 
 
-def _kept(module: Any) -> Method | None:
-    found = vars(module).get("_traced")
-    return found if isinstance(found, Method) else None
+def _look(held: nn.Module, name: str) -> tuple[Reading, Rest] | None:
+    """What a method does, which is the forward of a module; None if it begins with no run."""
+    try:
+        graph = trace(held)
+    except ValueError:  # more attributes than can be watched
+        return None
+    run = None if graph is None else _split(graph, held)
+    if graph is None or not run:
+        return None
+    return Reading(name, tuple(run), fingerprint(graph)), fx.GraphModule(held, graph).forward
 
 
 def _candidates(kind: type[nn.Module]) -> tuple[str, ...]:
@@ -248,9 +226,3 @@ def _split(graph: fx.Graph, held: nn.Module) -> list[Part]:
         for node in reversed(nodes[: len(found)]):
             graph.erase_node(node)
     return found
-
-
-def _gives_placeholder(graph: fx.Graph) -> bool:
-    """Whether a graph gives its second input, and does nothing else."""
-    _, given, *rest = graph.nodes
-    return len(rest) == 1 and rest[0].args == (given,)

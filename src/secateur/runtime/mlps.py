@@ -20,7 +20,7 @@ from secateur.runtime.graphs import agree, trace
 from secateur.runtime.linears import SparseLinear
 from secateur.runtime.packed_layers import PackedLayers, disturbed
 from secateur.runtime.swapping import as_usual
-from secateur.runtime.traced import Traced, disturbed_inside
+from secateur.runtime.traced import Traced, disturbed_inside, is_usual
 
 __all__: list[str] = []  # reached through secateur.accelerate alone
 
@@ -44,10 +44,10 @@ class TracedMlp(Traced[tuple[Part, ...], bool]):
         return None if parts is None else (parts, True)
 
 
-class SparseMlp(Fused):
-    """A module whose forward is one chain."""
+class TracedRun(Fused):
+    """A module of any class in which a trace has shown a run: one chain."""
 
-    _traced: TracedMlp
+    _traced: Traced[Any, Any]
 
     @classmethod
     def takes(cls, kind: type[nn.Module]) -> bool:
@@ -55,6 +55,34 @@ class SparseMlp(Fused):
             return False
         slots = any("__slots__" in vars(base) for base in kind.__mro__[:-1])
         return type(kind) is type and not slots and as_usual(kind)
+
+    def steps(self) -> list[Step]:
+        self._traced.forget()  # the attributes among which these are
+        return super().steps()
+
+    def restore(self) -> None:
+        self.__dict__.pop("_traced", None)
+        super().restore()
+
+    def _stepwise(self, x: Tensor) -> Tensor:
+        for step in self._made[1]:
+            x = step(x)
+        return x
+
+    def _compared(self, x: Tensor, own: Callable[[Tensor], Any], stepwise: Callable[[Tensor], Any]) -> Any:
+        """What the steps give; while examples are looked at, whether its own code gives the same is noted."""
+        chains = [step for step in self._made[1] if isinstance(step, Chain)]
+        if not all(chain._choices for chain in chains):  # so it is only then
+            agrees = agree(own(x.clone()), stepwise(x.clone()))
+            for chain in chains:
+                chain.agrees = chain.agrees and agrees
+        return stepwise(x)
+
+
+class SparseMlp(TracedRun):
+    """A module whose forward is one chain."""
+
+    _traced: TracedMlp
 
     @classmethod
     def place(cls, module: Any, span: Span) -> str:
@@ -74,30 +102,11 @@ class SparseMlp(Fused):
             self._traced.note(self, True)
         return found
 
-    def steps(self) -> list[Step]:
-        self._traced.forget()  # the attributes among which these are
-        return super().steps()
-
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the class that it was."""
-        usual = len(args) == 1 and not kwargs and type(args[0]) is Tensor and not torch.compiler.is_compiling()
-        if not usual or disturbed(()) or not self._traced.found(self):
+        if not is_usual(args, kwargs) or disturbed(()) or not self._traced.found(self):
             return super().forward(*args, **kwargs)
-        chains = [step for step in self._made[1] if isinstance(step, Chain)]
-        if not all(chain._choices for chain in chains):  # so it is only while examples are looked at
-            agrees = agree(super().forward(args[0].clone()), self._stepwise(args[0].clone()))
-            for chain in chains:
-                chain.agrees = chain.agrees and agrees
-        return self._stepwise(args[0])
-
-    def _stepwise(self, x: Tensor) -> Tensor:
-        for step in self._made[1]:
-            x = step(x)
-        return x
-
-    def restore(self) -> None:
-        self.__dict__.pop("_traced", None)
-        super().restore()
+        return self._compared(args[0], super().forward, self._stepwise)
 
 
 def read(module: nn.Module) -> tuple[Part, ...] | None:

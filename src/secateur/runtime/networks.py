@@ -10,7 +10,6 @@ import functools
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as everywhere
 from torch.utils._pytree import tree_flatten
@@ -21,7 +20,7 @@ from secateur.runtime.graphs import agree, trace
 from secateur.runtime.programs import Bound, Program
 from secateur.runtime.regions import regions
 from secateur.runtime.swapping import Swapped, as_usual, special, swap, swapped_class
-from secateur.runtime.traced import Traced, disturbed_inside
+from secateur.runtime.traced import Traced, disturbed_inside, is_usual
 
 __all__: list[str] = []  # reached through secateur.accelerate alone
 
@@ -75,11 +74,9 @@ class SparseNetwork(Swapped):
 
         @functools.wraps(kind.forward)
         def forward(self: SparseNetwork, *args: Any, **kwargs: Any) -> Any:
-            if not torch.compiler.is_compiling() and len(args) == 1 and not kwargs:
-                x = args[0]
-                if type(x) is Tensor and x.dim() == 4 and (found := self._ready(x)) is not None:
-                    program, bound = found
-                    return program.run(x, bound)
+            if is_usual(args, kwargs) and args[0].dim() == 4 and (found := self._ready(args[0])) is not None:
+                program, bound = found
+                return program.run(args[0], bound)
             return kind.forward(self, *args, **kwargs)  # which may be another by now
 
         cls.forward = forward

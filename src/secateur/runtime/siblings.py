@@ -17,10 +17,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from secateur.runtime import methods, products
+from secateur.runtime import products
 from secateur.runtime.chains import Fused, Span, Step
 from secateur.runtime.linears import SparseLinear, around
-from secateur.runtime.mlps import SparseMlp
+from secateur.runtime.mlps import TracedRun
 from secateur.runtime.neighbours import Neighbours, neighbours
 from secateur.runtime.packed_layers import PackedLayers
 from secateur.runtime.swapping import as_usual, plain_class
@@ -28,9 +28,8 @@ from secateur.runtime.swapping import as_usual, plain_class
 __all__: list[str] = []  # reached through secateur.accelerate alone
 
 _NUMBERS = (int, float, bool, type(None))
-_CALLERS = (
-    4  # frames from `take` by way of the forward of a layer and of torch to the caller of the layer, without hooks
-)
+_CALLERS = 4
+"""Frames from `take`, by way of the forward of a layer and of torch, to who calls the layer: if there are no hooks."""
 
 
 class Each:
@@ -134,7 +133,7 @@ class SparseParent(Fused):
 
     @classmethod
     def takes(cls, kind: type[nn.Module]) -> bool:
-        return SparseMlp.takes(kind) and kind.__getattr__ is nn.Module.__getattr__
+        return TracedRun.takes(kind) and kind.__getattr__ is nn.Module.__getattr__
 
     @classmethod
     def spans(cls, module: Any, steps: Sequence[Step]) -> list[Span]:
@@ -176,10 +175,6 @@ class SparseParent(Fused):
     def __reduce_ex__(self, protocol: Any) -> Any:
         made, given, state, *rest = super().__reduce_ex__(protocol)
         return made, given, {name: value for name, value in state.items() if name != "_family"}, *rest
-
-
-FUSED: tuple[type[Fused], ...] = (*methods.FUSED, SparseParent)
-"""What modules that contain runs become."""
 
 
 def _around(plain: type[nn.Module]) -> Callable[..., Any]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any, Generic, TypeVar
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from secateur.runtime.attributes import Attributes, inside
 from secateur.runtime.packed_layers import disturbed
@@ -18,6 +20,11 @@ _Found = TypeVar("_Found")
 def disturbed_inside(module: nn.Module) -> bool:
     """Whether something is on that a trace does not show; hooks of the module itself run around either forward."""
     return module.training or disturbed(map(vars, inside(module)[1:]))
+
+
+def is_usual(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a call is of the kind that traces are for: with one tensor, and not to be compiled."""
+    return len(args) == 1 and not kwargs and type(args[0]) is Tensor and not torch.compiler.is_compiling()
 
 
 class Traced(Generic[_Words, _Found]):
