@@ -700,6 +700,8 @@ void activate(Activation kind, float* x, i64 count) {
         case Activation::kSigmoid: return each(x, count, [](vec v) { return 1.f / (1.f + exponential(-v)); });
         case Activation::kHardswish:
             return each(x, count, [](vec v) { return v * (between(0.f, v + 3.f, 6.f) * (1.f / 6.f)); });
+        case Activation::kHardsigmoid:
+            return each(x, count, [](vec v) { return between(0.f, v + 3.f, 6.f) * (1.f / 6.f); });
         default: return;
     }
 }

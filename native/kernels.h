@@ -6,7 +6,7 @@
 namespace secateur {
 
 // What may follow a product, by its number in secateur.h.
-enum class Activation { kNone, kRelu, kRelu6, kGelu, kGeluTanh, kSilu, kTanh, kSigmoid, kHardswish, kEnd };
+enum class Activation { kNone, kRelu, kRelu6, kGelu, kGeluTanh, kSilu, kTanh, kSigmoid, kHardswish, kHardsigmoid, kEnd };
 
 // Neighbouring places of a row of an image that are neighbours in a panel, from lane `lane` on. Where the first of them
 // lies: in the planes that are read, and in a plane of what is written and of what is added.

@@ -17,7 +17,7 @@
 extern "C" {
 #endif
 
-#define SECATEUR_ABI 17
+#define SECATEUR_ABI 18
 
 /* SECATEUR_ABI of the library. */
 SECATEUR_API int32_t secateur_abi(void);
@@ -79,9 +79,9 @@ SECATEUR_API int32_t secateur_products(int32_t count, const void* const* blobs, 
 
 /* y[n][rows of the last blob]: x[n][columns of the first] through `layers` products, each with its code (an entry, or
  * codes, may be NULL; as for secateur_linear) and its bias (an entry may be NULL). After it comes the activation of this
- * number: 0: none, 1: ReLU, 2: ReLU6, 3: GELU, 4: its tanh form, 5: SiLU, 6: tanh, 7: sigmoid, 8: hardswish. With 16
- * added it is a gate: the next layer, of the same shape and no gate, has the same input, and its result is multiplied by
- * this one before its own activation. Between layers values keep the kernels' layout. */
+ * number: 0: none, 1: ReLU, 2: ReLU6, 3: GELU, 4: its tanh form, 5: SiLU, 6: tanh, 7: sigmoid, 8: hardswish, 9: hardsigmoid.
+ * With 16 added it is a gate: the next layer, of the same shape and no gate, has the same input, and its result is
+ * multiplied by this one before its own activation. Between layers values keep the kernels' layout. */
 SECATEUR_API int32_t secateur_chain(int32_t layers, const void* const* blobs, const void* const* codes,
                                     const float* const* biases, const int32_t* activations, const float* x,
                                     int64_t n, float* y, int32_t threads);

@@ -10,7 +10,7 @@ from sparse_models import sparse, thin
 
 _ACTIVATIONS = (
     *(lambda v: v, F.relu, F.relu6, F.gelu, lambda v: F.gelu(v, approximate="tanh"), F.silu),
-    *(torch.tanh, torch.sigmoid, F.hardswish),
+    *(torch.tanh, torch.sigmoid, F.hardswish, F.hardsigmoid),
 )
 
 

@@ -24,6 +24,7 @@ MODULES = {
     "tanh": nn.Tanh(),
     "sigmoid": nn.Sigmoid(),
     "hardswish": nn.Hardswish(),
+    "hardsigmoid": nn.Hardsigmoid(),
 }
 
 
@@ -104,14 +105,14 @@ class Loud(nn.GELU):
 
 def test_what_is_known():
     known = [activations.number(module) for module in MODULES.values()]
-    assert known == list(range(9))
-    functions = (F.relu, F.relu6, F.gelu, F.silu, torch.tanh, torch.sigmoid, F.hardswish)
-    assert [activations.number(f) for f in functions] == [1, 2, 3, 5, 6, 7, 8]
+    assert known == list(range(10))
+    functions = (F.relu, F.relu6, F.gelu, F.silu, torch.tanh, torch.sigmoid, F.hardswish, F.hardsigmoid)
+    assert [activations.number(f) for f in functions] == [1, 2, 3, 5, 6, 7, 8, 9]
     strange = (Loud(), nn.Hardtanh(), nn.ReLU6, F.elu, len, None, nn.LeakyReLU())
     assert [activations.number(one) for one in strange] == [None] * 7
 
 
-@pytest.mark.parametrize("number", [-1, 9, 16, 32])  # 16: a gate, of nothing
+@pytest.mark.parametrize("number", [-1, 10, 16, 32])  # 16: a gate, of nothing
 def test_a_number_that_is_none_is_refused(number):
     lib, blob = native.library(), native.pack(torch.eye(4))
     x, y = torch.ones(1, 4), torch.ones(1, 4)
@@ -129,7 +130,7 @@ def test_a_number_that_is_none_is_refused(number):
         ([0, 16, 0], True),
         ([16, 16, 0], False),  # of a gate
         ([0, 1, 16], False),  # of nothing
-        ([0, 16 + 9, 0], False),
+        ([0, 16 + 10, 0], False),
     ],
 )
 def test_gates_that_make_no_sense_are_refused(numbers, sound):

@@ -25,6 +25,7 @@ ACTIVATIONS = (
     torch.tanh,
     torch.sigmoid,
     F.hardswish,
+    F.hardsigmoid,
 )
 PAGE = mmap.PAGESIZE
 
@@ -134,7 +135,7 @@ def drawn(seed, code=0.0):
         source = draw.randint(max(0, len(net.values) - 3), len(net.values) - 1)
         kind = draw.choice([CONVOLUTION] * 5 + [MAXIMA, AVERAGES, NEITHER])
         attach = drawn_convolution if kind == CONVOLUTION else drawn_pool
-        after = {"activation": draw.choice((0, 1, 1, draw.randrange(9))), "affine": draw.random() < 0.7}
+        after = {"activation": draw.choice((0, 1, 1, draw.randrange(10))), "affine": draw.random() < 0.7}
         if kind == NEITHER:
             _attached(net, draw, lambda **given: net.pointwise(source, **given), net.values[source].shape, after)
         else:
@@ -273,7 +274,7 @@ WRONG = [
     ("add", -2),
     ("times", 1),  # of more than one pixel, and no matter of convolutions
     ("times", -2),
-    ("activation", 9),
+    ("activation", 10),
     ("activation", -1),
     ("blob", None),
     ("shape", (0, 8, 9, 7, 3, 3, 1, 1, 1, 1, 1, 1)),  # not the size of what it reads

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from secateur.runtime import graphs, operations
-from secateur.runtime.activations import GELU, GELU_TANH, HARDSWISH, NONE, RELU, RELU6, SIGMOID, SILU, TANH
+from secateur.runtime.activations import GELU, GELU_TANH, HARDSIGMOID, HARDSWISH, NONE, RELU, RELU6, SIGMOID, SILU, TANH
 from secateur.runtime.operations import (
     ADDITION,
     AVERAGES,
@@ -107,6 +107,7 @@ def test_functions(does, expected):
         (nn.ReLU6(), (NEITHER, RELU6, False)),
         (nn.SiLU(inplace=True), (NEITHER, SILU, True)),
         (nn.Hardswish(), (NEITHER, HARDSWISH, False)),
+        (nn.Hardsigmoid(True), (NEITHER, HARDSIGMOID, True)),
         (nn.GELU("tanh"), (NEITHER, GELU_TANH, False)),
         (nn.Sigmoid(), (NEITHER, SIGMOID, False)),
         (nn.ReLU6(inplace=True), (NEITHER, RELU6, True)),

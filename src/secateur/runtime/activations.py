@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 __all__: list[str] = []  # reached through secateur.accelerate alone
 
-NONE, RELU, RELU6, GELU, GELU_TANH, SILU, TANH, SIGMOID, HARDSWISH = range(9)
+NONE, RELU, RELU6, GELU, GELU_TANH, SILU, TANH, SIGMOID, HARDSWISH, HARDSIGMOID = range(10)
 GATE = 16
 """Added to the number of a layer whose result multiplies that of the next, which has the same input."""
 
@@ -25,6 +25,7 @@ _MODULES: dict[Any, tuple[tuple[str, ...], Mapping[tuple[Any, ...], int]]] = {
     nn.Tanh.forward: ((), {(): TANH}),
     nn.Sigmoid.forward: ((), {(): SIGMOID}),
     nn.Hardswish.forward: ((), {(): HARDSWISH}),
+    nn.Hardsigmoid.forward: ((), {(): HARDSIGMOID}),
 }
 """By the forward of a class: the attributes that it reads, and the numbers that their values mean."""
 
@@ -39,6 +40,7 @@ _FUNCTIONS: tuple[tuple[Any, int], ...] = (
     (F.sigmoid, SIGMOID),
     (torch.sigmoid, SIGMOID),
     (F.hardswish, HARDSWISH),
+    (F.hardsigmoid, HARDSIGMOID),
 )
 
 

@@ -31,7 +31,7 @@ _MULTIPLY = (operator.mul, torch.mul, "mul")
 _METHODS = {"relu": activations.RELU, "tanh": activations.TANH, "sigmoid": activations.SIGMOID}
 _FUNCTIONS: tuple[Step, ...] = (
     nn.Identity().eval(),
-    *(F.relu, F.relu6, F.gelu, nn.GELU("tanh").eval(), F.silu, torch.tanh, torch.sigmoid, F.hardswish),
+    *(F.relu, F.relu6, F.gelu, nn.GELU("tanh").eval(), F.silu, torch.tanh, torch.sigmoid, F.hardswish, F.hardsigmoid),
 )
 """By their numbers, to be called where the native call does not."""
 

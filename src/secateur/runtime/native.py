@@ -23,7 +23,7 @@ from torch import Tensor
 
 from secateur.errors import InputError
 
-ABI = 17
+ABI = 18
 VALUES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 """What packed values may be, as the library numbers them."""
 Shape = tuple[int, ...]

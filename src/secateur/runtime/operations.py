@@ -202,6 +202,7 @@ _FUNCTIONS: Mapping[Any, Callable[..., _Found]] = {
     F.relu6: _activation(activations.RELU6),
     F.silu: _activation(activations.SILU),
     F.hardswish: _activation(activations.HARDSWISH),
+    F.hardsigmoid: _activation(activations.HARDSIGMOID),
     F.gelu: _gelu,
     F.hardtanh: _clip,
     **dict.fromkeys((operator.add, torch.add, "add"), _sum),
