@@ -76,7 +76,7 @@ def test_whichever_way_is_fastest(change, place, monkeypatch):
     model = behind(change)
     for seed in range(8):
         assert near(sample(model, X, n=20, seed=seed).samples, exact(model, X, 20, seed=seed))
-    ((plan),) = monte_carlo._PLANS[model].values()
+    (plan,) = monte_carlo._PLANS[model].values()
     assert place != 3 or change is rare or plan.way == "folded"
 
 
@@ -85,11 +85,11 @@ def test_a_plan_is_left_where_inputs_lead_elsewhere():
         lambda s, x: rare(s.a(s.drop(x))) if x.sum() > 0 else s.a(s.drop(x)).tanh(), a=linear, drop=nn.Dropout
     )
     sample(model, -X.abs(), n=20)
-    ((plan),) = monte_carlo._PLANS[model].values()
+    (plan,) = monte_carlo._PLANS[model].values()
     plan.way, plan.chunk = "folded", 20
     for seed in range(8):
         assert near(sample(model, X.abs(), n=20, seed=seed).samples, exact(model, X.abs(), 20, seed=seed))
-    ((plan),) = monte_carlo._PLANS[model].values()
+    (plan,) = monte_carlo._PLANS[model].values()
     assert plan.way != "folded"
 
 

@@ -121,12 +121,13 @@ class Run:
         streams = Streams(self.seed, samples)
         how = Alone(streams, exact=True) if way == "exact" else WAYS[way](streams)
         prefix = self.recorded() if replay and way != "exact" else None
-        one, made = (self.made(), list[Sized]()) if way == "folded" else (None, None)
+        one = self.made() if way == "folded" else ()
+        made: list[Sized] | None = [] if way == "folded" else None
         sampler = Sampler(how, self.plan.calls, prefix=prefix, shared=self.shared, made=made)
         outputs = how.run(lambda: self.forward(sampler, copies=way == "exact"), self.plan.shapes)
         if prefix is not None and not prefix.intact:
             self._prefix = None
-        if one is not None and made is not None and not separate(one, made, len(samples)):
+        if made is not None and not separate(one, made, len(samples)):
             raise Unsuitable("samples that are folded into the batch do not stay apart")
         return outputs
 

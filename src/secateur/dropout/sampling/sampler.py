@@ -58,10 +58,10 @@ class Sampler(Follower):
 
     def put(self, call: DropoutCall, x: Tensor, shape: Sequence[int], combine: Combine, axis: int = 0) -> Tensor:
         self._begin()
-        made = len(self._made or ())
+        before = len(self._made or ())
         result = self._way.put(self._noise(call, x.shape, shape, combine), x, axis)
         if self._made is not None:
-            del self._made[made:]  # of the noise, not of the model: inside attention they are seen
+            del self._made[before:]  # of the noise, not of the model: inside attention they are seen
         return result
 
     def numbers(self, call: DropoutCall, like: Tensor, shape: Sequence[int], normal: bool) -> Tensor:
