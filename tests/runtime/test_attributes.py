@@ -27,10 +27,20 @@ class Base(nn.Module):
         return x if self.kept else self.conv(x)
 
 
+def assert_noticed(model, changes):
+    """Each change is noticed, and that it was undone."""
+    watched = attributes.Attributes(model)
+    for name, (change, undo) in changes.items():
+        assert watched.same(model), name
+        change()
+        assert not watched.same(model), name
+        undo()
+    assert watched.same(model)
+
+
 def test_attributes_that_change_are_noticed():
     model = ResNet(widths=(4,)).eval()
     model.options, model.config = {"skip": [1]}, Config()
-    watched = attributes.Attributes(model)
     block = model.stages[0][0]
     conv, handles = block.conv1, []
     relu, weight, other = model.relu, conv.weight, nn.Parameter(conv.weight * 1)
@@ -44,12 +54,7 @@ def test_attributes_that_change_are_noticed():
         "of a config": (lambda: setattr(model.config, "last", 2), lambda: delattr(model.config, "last")),
         "parameter": (lambda: setattr(conv, "weight", other), lambda: setattr(conv, "weight", weight)),
     }
-    for name, (change, undo) in changes.items():
-        assert watched.same(model), name
-        change()
-        assert not watched.same(model), name
-        undo()
-    assert watched.same(model)
+    assert_noticed(model, changes)
 
 
 def test_notes_of_sparse_layers_do_not_count():
@@ -141,13 +146,7 @@ def test_what_is_equal_but_not_the_same_is_noticed(with_library, monkeypatch):
     if not with_library:
         monkeypatch.setattr(native, "library", lambda: None)
     model, both = unlike()
-    watched = attributes.Attributes(model)
-    for name, (change, undo) in both.items():
-        assert watched.same(model), name
-        change()
-        assert not watched.same(model), name
-        undo()
-    assert watched.same(model)
+    assert_noticed(model, both)
 
 
 def test_another_object_of_the_same_value_is_no_change():
@@ -218,10 +217,4 @@ def changes():
 
 def test_changes_are_noticed():
     model, both = changes()
-    watched = attributes.Attributes(model)
-    for name, (change, undo) in both.items():
-        assert watched.same(model), name
-        change()
-        assert not watched.same(model), name
-        undo()
-    assert watched.same(model)
+    assert_noticed(model, both)

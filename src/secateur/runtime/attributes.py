@@ -45,9 +45,9 @@ def packed(module: nn.Module) -> bool:
     return isinstance(module, SparseConv2d) and "packed_weight" in module._buffers
 
 
-def followed(root: nn.Module) -> tuple[type[nn.Module], ...]:
+def followed(module: nn.Module) -> tuple[type[nn.Module], ...]:
     """The layers for which a trace of a module goes into those that hold them; its class may say other ones."""
-    found: tuple[type[nn.Module], ...] = getattr(type(root), FOLLOWED, _CONVOLUTIONS)
+    found: tuple[type[nn.Module], ...] = getattr(type(module), FOLLOWED, _CONVOLUTIONS)
     return found
 
 
@@ -75,8 +75,8 @@ def inside(module: nn.Module) -> list[nn.Module]:
 class Attributes:
     """What the attributes of a module and of those inside hold, and the containers among them: to notice changes.
 
-    So for the classes of a user that they are of, for objects among the attributes and their classes, and for the code
-    and the defaults of functions among all these.
+    The classes of these modules that are a user's count, too, and so do objects among the attributes and their classes,
+    and the code and the defaults of functions among all these.
 
     It holds neither the module nor its attributes, but what these hold, so that the module may keep it.
 
@@ -117,7 +117,7 @@ class Attributes:
         self._type, self._typed = type(module), [*modules[1:], *typed.values()]
         self._types = [*map(type, self._typed)]
         self._functions = [*functions]
-        self._coded = [*map(_CODE, self._functions)]
+        self._coded = [*map(_code_of, self._functions)]
         self._code_ids = _ids_of_all(self._coded)
         self._keep([*map(_plain_copy, self._live)])
 
@@ -130,10 +130,10 @@ class Attributes:
         self._look = native.Dictionaries(self._own, followed, _ANYTHING), others
 
     def same(self, module: nn.Module) -> bool:
-        """Whether nothing was set, added or removed, but perhaps a number or a word to what it was."""
+        """Whether nothing was set, added or removed; but a number or a word may have been set to what it was."""
         if type(module) is not self._type or [*map(type, self._typed)] != self._types:
             return False
-        if _ids_of_all(map(_CODE, self._functions)) != self._code_ids:
+        if _ids_of_all(map(_code_of, self._functions)) != self._code_ids:
             return False
         dictionaries, others = self._look
         if dictionaries.same(module.__dict__) and all(_ids(one) == ids for one, ids in others):
@@ -176,13 +176,13 @@ class Attributes:
             for name in [name for name, value in kept.items() if space.get(name, _ANYTHING) is not value]:
                 setattr(kind, name, kept[name])
         for function, (code, defaults, named) in zip(self._functions, self._coded, strict=True):
-            if _ids_of_all([_CODE(function)]) != _ids_of_all([(code, defaults, named)]):
+            if any(map(operator.is_not, _code_of(function), (code, defaults, named))):
                 function.__code__, function.__defaults__, function.__kwdefaults__ = code, defaults, named
 
 
 _ANYTHING = object()
 """In the place of what is not compared."""
-_CODE = operator.attrgetter("__code__", "__defaults__", "__kwdefaults__")
+_code_of = operator.attrgetter("__code__", "__defaults__", "__kwdefaults__")
 _ATOMS = (bool, int, float, complex, str, bytes, torch.device)
 """Of which another object with the same words is the same value."""
 
@@ -265,7 +265,7 @@ def _flat(values: Iterable[Any]) -> Iterator[Any]:
 
 
 def _values(container: Any) -> Any:
-    """What a container holds, without what has no part in a forward."""
+    """What a container holds, without what has no part in a forward and what layers and modules of ours note."""
     if not isinstance(container, dict):
         return container
     ours = "_seen" if "_packed_from" in container else "_made" if "_traced" in container else ""

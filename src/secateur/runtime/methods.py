@@ -176,15 +176,11 @@ def _calls(method: Any) -> frozenset[str]:
     nodes = [node for part in (tree.body if tree else ()) for node in ast.walk(part)]
     own = method.__code__.co_varnames[0]
     calls = [node.func for node in nodes if isinstance(node, ast.Call)]
-    called = [one.attr for one in calls if isinstance(one, ast.Attribute) and _is_name(one.value, own)]
-    others = sum(isinstance(node, ast.Attribute) or _is_name(node, own) for node in nodes) != 2 * len(called)
+    called = [one.attr for one in calls if isinstance(one, ast.Attribute) and sources.is_name(one.value, own)]
+    others = sum(isinstance(node, ast.Attribute) or sources.is_name(node, own) for node in nodes) != 2 * len(called)
     if others or len(called) != len(calls) or not all(isinstance(node, _STRAIGHT) for node in nodes):
         return frozenset()
     return frozenset(called)
-
-
-def _is_name(node: ast.AST, name: str) -> bool:
-    return isinstance(node, ast.Name) and node.id == name
 
 
 def _hold(module: nn.Module, name: str) -> nn.Module | None:

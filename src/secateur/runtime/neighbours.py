@@ -23,11 +23,11 @@ _METHODS = {
 }
 """Of tensors: none of them writes to any."""
 
-_MOST = 16  # layers that one native call computes
+_MOST = 16  # layers that one native call computes, as in native/linear.cpp
 _SIZES = frozenset({"shape", "dtype", "device", "ndim"})
 """Attributes of tensors, to be looked at."""
 
-_TENSOR, _PLAIN, _UNKNOWN = "tensor", "plain", ""
+_TENSOR, _PLAIN, _UNKNOWN = "tensor", "plain", ""  # the last one is false
 """What a value is: what a layer gave, or a view of it, or the input; a number, or what holds numbers; anything."""
 
 
@@ -168,7 +168,7 @@ class _Walk:
         return _TENSOR if _TENSOR in kinds else _PLAIN
 
     def _attribute(self, node: ast.Attribute) -> str:
-        if _is_name(node.value, self._own):
+        if sources.is_name(node.value, self._own):
             self._numbers.add(node.attr)
             return _PLAIN
         return _PLAIN if self._value(node.value) == _TENSOR and node.attr in _SIZES else self._other()
@@ -182,10 +182,12 @@ class _Walk:
             return _TENSOR
         function = node.func
         given = [*node.args, *(keyword.value for keyword in node.keywords)]
-        if isinstance(function, ast.Attribute) and not _is_name(function.value, self._own):
-            harmless = self._value(function.value) == _TENSOR and function.attr in _METHODS
-        else:
-            harmless = False
+        harmless = (
+            isinstance(function, ast.Attribute)
+            and not sources.is_name(function.value, self._own)
+            and self._value(function.value) == _TENSOR
+            and function.attr in _METHODS
+        )
         if not harmless:
             self._other()
         kind = self._all(given)
@@ -194,17 +196,13 @@ class _Walk:
     def _is_layer(self, node: ast.Call) -> bool:
         return (
             isinstance(node.func, ast.Attribute)
-            and _is_name(node.func.value, self._own)
+            and sources.is_name(node.func.value, self._own)
             and node.func.attr in self._layers
             and len(node.args) == 1
             and not node.keywords
             and isinstance(node.args[0], ast.Name)
             and node.args[0].id in self._variables
         )
-
-
-def _is_name(node: ast.expr, name: str) -> bool:
-    return isinstance(node, ast.Name) and node.id == name
 
 
 def _name(call: ast.Call) -> str:

@@ -104,20 +104,11 @@ def _clip(x: Any, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = F
     return _activation(activations.RELU6)(x, inplace) if (min_val, max_val) == (0, 6) else None
 
 
-def _sum(x: Any, other: Any) -> _Found:
-    return Operation(ADDITION)
+def _of_two(kind: int, in_place: bool = False) -> Callable[..., _Found]:
+    def found(x: Any, other: Any) -> _Found:
+        return Operation(kind, in_place=in_place)
 
-
-def _sum_in_place(x: Any, other: Any) -> _Found:
-    return Operation(ADDITION, in_place=True)
-
-
-def _product(x: Any, other: Any) -> _Found:
-    return Operation(PRODUCT)
-
-
-def _product_in_place(x: Any, other: Any) -> _Found:
-    return Operation(PRODUCT, in_place=True)
+    return found
 
 
 def _mean(x: Any, dim: Any = None, keepdim: bool = False) -> _Found:
@@ -205,10 +196,10 @@ _FUNCTIONS: Mapping[Any, Callable[..., _Found]] = {
     F.hardsigmoid: _activation(activations.HARDSIGMOID),
     F.gelu: _gelu,
     F.hardtanh: _clip,
-    **dict.fromkeys((operator.add, torch.add, "add"), _sum),
-    **dict.fromkeys((operator.iadd, "add_"), _sum_in_place),
-    **dict.fromkeys((operator.mul, torch.mul, "mul"), _product),
-    **dict.fromkeys((operator.imul, "mul_"), _product_in_place),
+    **dict.fromkeys((operator.add, torch.add, "add"), _of_two(ADDITION)),
+    **dict.fromkeys((operator.iadd, "add_"), _of_two(ADDITION, in_place=True)),
+    **dict.fromkeys((operator.mul, torch.mul, "mul"), _of_two(PRODUCT)),
+    **dict.fromkeys((operator.imul, "mul_"), _of_two(PRODUCT, in_place=True)),
     **dict.fromkeys((torch.mean, "mean"), _mean),
     **dict.fromkeys((F.dropout, F.dropout2d), _dropout),
     F.max_pool2d: _max_pool,

@@ -155,11 +155,9 @@ def chain(
         choices: as for `linear`.
     """
     columns, rows = widths
-    if choices & CHECKED or (found := matrix(x, columns, choices)) is None:  # each layer looks at its own input
+    if (found := _of_several(x, columns, choices)) is None:
         return None
-    x, n, source = found
-    if (lib := native.library()) is None:
-        return None
+    lib, x, n, source = found
     out = _result(x, n, rows)
     made = codes[0] if codes[1] >> (n - 1).bit_length() & 1 else None
     threads = torch.get_num_threads()
@@ -182,11 +180,9 @@ def several(
         choices: as for `linear`.
     """
     columns, rows = widths
-    if choices & CHECKED or (found := matrix(x, columns, choices)) is None:  # each layer looks at its own input
+    if (found := _of_several(x, columns, choices)) is None:
         return None
-    x, n, source = found
-    if (lib := native.library()) is None:
-        return None
+    lib, x, n, source = found
     outs = [_result(x, n, one) for one in rows]
     at = (ctypes.c_void_p * len(outs))(*map(Tensor.data_ptr, outs))
     made, threads = code((n - 1).bit_length()), torch.get_num_threads()
@@ -208,6 +204,13 @@ def matrix(x: Tensor, columns: int, choices: int) -> tuple[Tensor, int, int] | N
         return x, n, x.data_ptr()
     except (RuntimeError, IndexError):  # under vmap, nested, not strided, or of no dimension
         return None
+
+
+def _of_several(x: Tensor, columns: int, choices: int) -> tuple[Any, Tensor, int, int] | None:
+    """The library and what `matrix` gives, for layers of one call; None where each has to look at its own input."""
+    if choices & CHECKED or (lib := native.library()) is None or (found := matrix(x, columns, choices)) is None:
+        return None
+    return lib, *found
 
 
 def finite(*tensors: Tensor) -> bool:

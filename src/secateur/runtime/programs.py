@@ -116,10 +116,9 @@ class Bound:
             if times >= 0 and sizes[times] != (given[0], 1, 1):
                 return None
             sizes[step.to] = result
-            one.kind, one.source, one.to, one.add, one.activation = (
-                step.kind, source, step.to, step.add, step.activation
+            one.kind, one.source, one.to, one.add, one.activation, one.times = (
+                step.kind, source, step.to, step.add, step.activation, times
             )  # fmt: skip
-            one.times = times
             one.counted = step.window is not None and step.window.counted
             scale, shift = self._vectors[id(step)]
             one.scale, one.shift = _address(scale), _address(shift)

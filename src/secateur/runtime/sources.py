@@ -37,6 +37,11 @@ def tree(code: types.CodeType) -> ast.FunctionDef | None:
     return found[0] if len(same) == len(found) == 1 else None
 
 
+def is_name(node: ast.AST, name: str) -> bool:
+    """Whether a node is a variable of this name."""
+    return isinstance(node, ast.Name) and node.id == name
+
+
 def _positions(code: types.CodeType) -> list[Any]:
     found = getattr(code, "co_positions", None)  # from Python 3.11 on
     return [] if found is None else [*found()]
