@@ -96,7 +96,9 @@ class Fused(Swapped):
     _fused: Mapping[Span, int] = MappingProxyType({})
     """Row classes of the runs that are fused."""
     _made: tuple[list[Step], list[Step]] = ([], [])
-    """The steps as they were, and what is called in their place; no part of the state."""
+    """The steps as they were, and what is called in their place."""
+    _derived: ClassVar[tuple[str, ...]] = ("_made",)
+    """Attributes that come of the steps, and are no part of the state."""
 
     @classmethod
     def takes(cls, kind: type[nn.Module]) -> bool:
@@ -129,12 +131,12 @@ class Fused(Swapped):
         return [step for step in self.steps() if isinstance(step, PackedLayers)]
 
     def steps(self) -> list[Step]:
-        """The steps, and a chain in the place of each fused run that is still there."""
+        """The steps, and one call in the place of each fused run that is still there."""
         modules, end = self.sequence(self), 0
         steps: list[Step] = []
-        for a, b in runs(modules):
+        for a, b in self.spans(self, modules):
             if (a, b) in self._fused:
-                steps += [*modules[end:a], Chain(modules[a:b], self._fused[a, b])]
+                steps += [*modules[end:a], self.join(modules[a:b], self._fused[a, b])]
                 end = b
         steps += modules[end:]
         self._made = (modules, steps)
@@ -151,13 +153,13 @@ class Fused(Swapped):
 
     def restore(self) -> None:
         """Become the plain module again."""
-        for name in ("_fused", "_made"):
+        for name in ("_fused", *self._derived):
             self.__dict__.pop(name, None)
         super().restore()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         made, given, state, *rest = super().__reduce_ex__(protocol)
-        return made, given, {name: value for name, value in state.items() if name != "_made"}, *rest
+        return made, given, {name: value for name, value in state.items() if name not in self._derived}, *rest
 
 
 class SparseSequential(Fused, nn.Sequential):

@@ -126,6 +126,7 @@ class SparseParent(Fused):
     """A module whose forward calls siblings."""
 
     _family: Family | None = None
+    _derived = ("_made", "_family")
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -152,29 +153,18 @@ class SparseParent(Fused):
     def join(cls, steps: Sequence[Step], choices: int = 0) -> Siblings:
         return Siblings(steps, choices)
 
-    def find(self) -> Family:
-        """Look where the forward calls siblings, and have those as one call that were chosen."""
-        layers = self.sequence(self)
-        found = [
-            (one, self.join(layers[slice(*span)], self._fused[span]))
-            for one, span in zip(_neighbours(self), self.spans(self, layers), strict=True)
-            if span in self._fused
-        ]
-        self._family = Family(self, found)
-        self._made = layers, [siblings for _, siblings in found]
-        return self._family
-
     def steps(self) -> list[Step]:
-        self.find()
-        return self._made[1]
+        steps = super().steps()
+        spans = self.spans(self, self._made[0])
+        fused = [one for one, span in zip(_neighbours(self), spans, strict=True) if span in self._fused]
+        joined = [step for step in steps if isinstance(step, Siblings)]
+        self._family = Family(self, [*zip(fused, joined, strict=True)])
+        return steps
 
-    def restore(self) -> None:
-        self.__dict__.pop("_family", None)
-        super().restore()
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        made, given, state, *rest = super().__reduce_ex__(protocol)
-        return made, given, {name: value for name, value in state.items() if name != "_family"}, *rest
+    def _find(self) -> Family:
+        self.steps()
+        assert self._family is not None
+        return self._family
 
 
 def _around(plain: type[nn.Module]) -> Callable[..., Any]:
@@ -184,7 +174,7 @@ def _around(plain: type[nn.Module]) -> Callable[..., Any]:
     def forward(self: SparseParent, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
             return plain.forward(self, *args, **kwargs)
-        before, around.call = around.call, _Call(self._family or self.find())
+        before, around.call = around.call, _Call(self._family or self._find())
         try:
             return plain.forward(self, *args, **kwargs)
         finally:
