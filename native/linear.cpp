@@ -76,7 +76,7 @@ bool linear(const Product* all, int count, const float* x, i64 n, bool accumulat
     return by_tiles(tiles, std::size_t(columns + kTile) * kWidth, needs.parts, threads, arrange, compute);
 }
 
-bool turn_by_code(const Product& p, const float* panels, const Groups& groups, i64 i, i64 part, i64 parts) {
+bool product_by_code(const Product& p, const float* panels, const Groups& groups, i64 i, i64 part, i64 parts) {
     const Generated& code = *p.code;
     const i64 rows = code.rows;
     const float* start = p.bias ? p.bias : zeros.get(rows);
@@ -109,7 +109,7 @@ bool by_code(const Product* all, int count, const float* x, const Groups& groups
     };
     auto compute = [&](i64 i, const float* panels, i64 part, i64 parts) {
         for (const Product* p = all; p < all + count; p++)
-            if (!turn_by_code(*p, panels, groups, i, part, parts)) return false;
+            if (!product_by_code(*p, panels, groups, i, part, parts)) return false;
         return true;
     };
     return by_tiles(groups.count(), groups.together * columns * kLanes, blocks, threads, arrange, compute);

@@ -19,7 +19,7 @@ struct Product {
     float* y;
 };
 
-// Products of one x[n][columns], which is arranged once for all where they are alike. `all` is used up.
+// Products of one x[n][columns], which is arranged once for all where they are alike. `all` is written to.
 bool products(Product* all, int count, const float* x, i64 n, int threads);
 
 // All chunks of to[rows][width] = start + W panel, or to += W panel without start; by code, if there is some, where the
