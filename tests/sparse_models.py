@@ -26,6 +26,20 @@ def thin(model, sparsity=0.9, seed=0):
     return model.eval()
 
 
+def without_negative_zeros(model):
+    """The model, whose weights can be released: what is packed has each bit of them."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.0)
+    return model
+
+
+def assert_alike(one, other):
+    """Both have modules of the same classes, with attributes of the same names: nothing of ours is left."""
+    assert [type(m) for m in one.modules()] == [type(m) for m in other.modules()]
+    assert [sorted(vars(m)) for m in one.modules()] == [sorted(vars(m)) for m in other.modules()]
+
+
 def sparse(model):
     """A copy in which every layer that can be is sparse for all inputs."""
     fast = copy.deepcopy(model).eval().requires_grad_(False)

@@ -18,7 +18,7 @@ from secateur.runtime import native, products, siblings
 from secateur.runtime.linears import around
 from secateur.runtime.siblings import SparseParent
 from secateur.runtime.swapping import swap
-from sparse_models import off, sparse, thin
+from sparse_models import assert_alike, off, sparse, thin, without_negative_zeros
 
 pytestmark = [
     pytest.mark.skipif(native.library() is None, reason="no native library"),
@@ -354,16 +354,11 @@ def test_accelerate_chooses_and_tells(isa, together, sparse_wins):
     sc.runtime.trust_weights(fast)
     fast(X)
     assert together == [3, 2, 3] * 3
-    back = sc.dense(fast)
-    assert [type(m) for m in back.modules()] == [type(m) for m in model.modules()]
-    assert [sorted(vars(m)) for m in back.modules()] == [sorted(vars(m)) for m in model.modules()]
+    assert_alike(sc.dense(fast), model)
 
 
 def test_layers_without_dense_weights_are_one_call_too(isa, together, sparse_wins):
-    model = thin(Model(), 0.5)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.0)  # no negative zeros
+    model = without_negative_zeros(thin(Model(), 0.5))
     fast = sc.accelerate(model, X, keep_dense=False)
     together.clear()
     for one in (fast, copy.deepcopy(fast), fast):
