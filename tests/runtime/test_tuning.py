@@ -45,6 +45,21 @@ def test_times_both_kernels_for_each_row_class(recorded):
     assert all(0 < seconds < 1 for pair in found.values() for seconds in pair)
 
 
+def test_each_layer_is_first_in_as_many_passes_of_each_mode(recorded, monkeypatch):
+    model, recorders = recorded
+    (given,) = tuning.groups(model, recorders, CALL, {("used", 0), ("used", 3)})
+    replay, firsts = tuning._replay, []
+    monkeypatch.setattr(
+        tuning, "_replay", lambda some, mode: (firsts.append((some[0][1][0].shape[0], mode)), replay(some, mode))
+    )
+    monkeypatch.setattr(tuning, "_ROUNDS", range(4, 4))
+    tuning.times(model, given)
+    passes = firsts[2:]  # the first of each mode is not counted
+    assert {one: passes.count(one) for one in passes} == dict.fromkeys(
+        [(8, "dense"), (8, "sparse"), (1, "dense"), (1, "sparse")], 4
+    )
+
+
 def test_slow_layers_are_timed_apart(recorded, monkeypatch):
     model, recorders = recorded
     both = {("used", 0), ("used", 3)}
