@@ -118,11 +118,27 @@ def test_layers_that_were_timed_as_one_share_a_row():
     ]
 
 
-def test_the_parts_of_a_wide_table_say_which_rows():
+@pytest.mark.parametrize("columns", [60, 90, 160])
+def test_a_printed_plan_fits_its_terminal(monkeypatch, columns):
+    timings = (Timing(0, 1e-4, 5e-5, True), Timing(5, 1e-3, 5e-4, False))
+    layer = LayerPlan("encoder.attention.self.query", "Linear", (1024, 1024), 0.9, "x", timings)
+    plan = KernelPlan("cpu", "avx2", 1, (layer,), (Gain(2.0, 1.9, 2.1),))
+    monkeypatch.setenv("COLUMNS", str(columns))
+    assert max(map(len, str(plan).splitlines())) <= columns
+    assert ("\n\n" in str(plan)) == (columns == 60)
+    monkeypatch.delenv("COLUMNS")
+    monkeypatch.setattr("sys.__stdout__", None)  # as in a pipe
+    assert 80 < max(map(len, str(plan).splitlines())) <= 100
+
+
+def test_the_parts_of_a_wide_table_say_which_rows(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
     timings = (Timing(0, 1e-4, 5e-5, True), Timing(5, 1e-3, 5e-4, True))
     layer = LayerPlan("encoder.attention", "Linear", (1024, 1024), 0.9, "x", timings, "a reason that takes its room")
     run = LayerPlan("head[0:2]", "Sequential", (1024, 1024, 10), 0.9, "x", timings)
     text = str(KernelPlan("cpu", "avx2", 1, (layer, run)))
-    for part in text.split("\n\n"):
+    parts = text.split("\n\n")
+    assert len(parts) > 1
+    for part in parts:
         assert "17-32" in part
     assert "head[0:2]: several layers; dense is one after the other" in text

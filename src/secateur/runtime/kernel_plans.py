@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -13,6 +14,7 @@ from secateur.support.tables import Printed, Table, folded, percent, size
 
 _VERSION = 1
 _CLASSES = range(48)
+_SCREEN = (100, 24)  # characters and lines where there is no terminal: most plans fit
 
 
 @dataclass(frozen=True)
@@ -120,7 +122,7 @@ class Gain:
 
 @dataclass(frozen=True)
 class KernelPlan(Printed):
-    """What `accelerate` decided; `str()` is a table.
+    """What `accelerate` decided; `str()` is a table that fits the terminal.
 
     Attributes:
         cpu: name of the processor on which it was measured.
@@ -208,6 +210,9 @@ class KernelPlan(Printed):
             notes.insert(0, f"all of them run {rows[0][-1]}")
             header, rows = header[:-1], [row[:-1] for row in rows]
         return Table(header, rows, notes=notes, keys=(0, 4))
+
+    def __str__(self) -> str:
+        return self.table().text(shutil.get_terminal_size(_SCREEN).columns)
 
     def _verdicts(self) -> list[str]:
         if not self.gains:
