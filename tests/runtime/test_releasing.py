@@ -158,19 +158,35 @@ def test_what_would_lose_a_bit_is_kept(isa, sparse_wins, change, values, goes):
     assert bits(fast.state_dict()) == bits(model.state_dict())
 
 
+@pytest.mark.parametrize("values", [torch.float32, torch.bfloat16])
+def test_the_remedy_of_the_warning_runs_as_it_is_printed(sparse_wins, values):
+    model = pruned(net())
+    with torch.no_grad():
+        negative_zero(model[0].weight), negative_zero(model[2].weight)
+    norm = model[1].weight.detach().clone()
+    with pytest.warns(SecateurWarning, match="make them so first") as told:
+        assert not any(p.is_meta for p in released(model, values=values).parameters())
+    exec(str(told[0].message).partition("make them so first:")[2], {"torch": torch, "model": model})
+    assert all(p.is_meta == (p.dim() > 1) for p in released(model, values=values).parameters())
+    assert model[1].weight.equal(norm)
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.up, self.head = nn.Embedding(64, 48), nn.Linear(48, 48), nn.Linear(48, 64)
+        self.head.weight = self.embed.weight
+
+    def forward(self, x):
+        return self.head(self.up(self.embed(x)))
+
+
 def test_weights_that_another_module_holds_are_kept(sparse_wins):
-    class Tied(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.embed, self.head = nn.Embedding(64, 48), nn.Linear(48, 64)
-            self.head.weight = self.embed.weight
-
-        def forward(self, x):
-            return self.head(self.embed(x))
-
     model = pruned(Tied())
     fast = released(model, torch.arange(5))
     assert fast.head.weight is fast.embed.weight
+    assert fast.up.weight.is_meta
+    assert fast.plan.table().notes[-2] == "dense weights kept: head (shared with another module)"
     assert bits(fast.state_dict()) == bits(model.state_dict())
     assert off(fast(torch.arange(9)), model(torch.arange(9)).detach()) <= 1e-5
 
@@ -393,6 +409,42 @@ def test_the_plan_tells_of_it(sparse_wins):
     assert not kept[0].weight.is_meta
     assert {layer.released_bytes for layer in kept.plan.layers} == {0}
     assert "released" not in str(kept.plan)
+
+
+def last_but_one(fast):
+    return fast.plan.table().notes[-2]
+
+
+def test_the_plan_says_what_was_not_released_and_why(monkeypatch):
+    fake_times(monkeypatch, lambda name, bucket: (2.0, 1.0) if name != "2" or bucket < 3 else (1.0, 2.0))
+    monkeypatch.setattr(tuning, "gain", lambda *_: Gain(2.0, 1.9, 2.1))
+    many = [torch.randn(1, 48), torch.randn(64, 48)]
+    assert last_but_one(released(pruned(net()), many)) == "dense weights kept: 2 (not sparse for all examples)"
+    none = "dense weights released: none"
+    convolution = pruned(nn.Conv1d(48, 64, 3))
+    assert last_but_one(released(convolution, torch.randn(1, 48, 9))) == (
+        f"{none}; kept: the model (a kind of layer that keeps them)"
+    )
+    model = pruned(nn.Linear(48, 64))
+    with torch.no_grad():
+        negative_zero(model.weight)
+    with pytest.warns(SecateurWarning, match="negative zeros"):
+        fast = released(model)
+    assert last_but_one(fast) == f"{none}; kept: the model (what was packed has not each bit of them)"
+    assert KernelPlan.from_dict(fast.plan.to_dict()) == fast.plan
+    assert last_but_one(released(nn.Linear(48, 64))) == f"{none}, as no layer runs sparse for all examples"
+    assert "dense weights" not in last_but_one(sc.accelerate(model, X))
+
+
+@pytest.mark.parametrize("run", [True, False])
+def test_the_plan_says_so_where_a_run_alone_is_sparse(isa, monkeypatch, run):
+    fake_times(monkeypatch, lambda name, bucket: (2.0, 1.0) if run == name.endswith("]") else (1.0, 2.0))
+    monkeypatch.setattr(tuning, "gain", lambda *_: Gain(2.0, 1.9, 2.1))
+    model = pruned(MODELS["a run"]())
+    if run:
+        assert last_but_one(released(model)).endswith("none, as no layer runs sparse for all examples by itself")
+    else:
+        assert "dense weights" not in last_but_one(released(model))
 
 
 def test_it_is_accelerated_already(sparse_wins):

@@ -134,6 +134,7 @@ class KernelPlan(Printed):
         values: dtype of the packed weights; "float16" and "bfloat16" are lossy. On a CUDA device they are
             those of the model.
         gpu: names of the model's CUDA devices; empty if there are none.
+        kept: which layers keep their dense weights in spite of `keep_dense=False`, and why; empty if none does.
     """
 
     cpu: str
@@ -143,6 +144,7 @@ class KernelPlan(Printed):
     gains: tuple[Gain, ...] = ()
     values: str = "float32"
     gpu: str = ""
+    kept: str = ""
 
     @property
     def sparse(self) -> tuple[str, ...]:
@@ -171,9 +173,8 @@ class KernelPlan(Printed):
                 raise ValueError(f"version {data['version']}")
             layers = tuple(_layer(layer) for layer in data["layers"])
             gains = tuple(Gain(**gain) for gain in data["gains"])
-            return KernelPlan(
-                data["cpu"], data["isa"], data["threads"], layers, gains, data["values"], data.get("gpu", "")
-            )
+            values, gpu, kept = data["values"], data.get("gpu", ""), data.get("kept", "")
+            return KernelPlan(data["cpu"], data["isa"], data["threads"], layers, gains, values, gpu, kept)
         except (KeyError, TypeError, ValueError) as error:
             raise FileError(
                 f"this is not a plan of this version of secateur: {error!r}. Tune again, without plan."
@@ -194,7 +195,8 @@ class KernelPlan(Printed):
             also = f", generated code {size(code)}" if code else ""
             library += f"; beside the dense weights: packed {size(packed)}{also}"
             library += f"; dense weights released: {size(released)}" if released else ""
-        notes = [*self._verdicts(), f"{library}; threads: {self.threads}; CPU: {self.cpu}"]
+        kept = [self.kept] if self.kept else []
+        notes = [*self._verdicts(), *kept, f"{library}; threads: {self.threads}; CPU: {self.cpu}"]
         if self.gpu:
             notes.append(f"GPU: {self.gpu}; sparse there: torch's semi-structured (2:4) products")
         runs = [name for name, (layer, *_) in groups if layer.run]

@@ -37,6 +37,9 @@ _CODE_BYTES = 16
 
 _INTERRUPTED = "not timed: the tuning was interrupted"
 
+_DENSE = "not sparse for all examples"
+_LOSSY = "what was packed has not each bit of them"
+
 _T = TypeVar("_T", bound=Tried)
 
 
@@ -57,6 +60,8 @@ class Tuning:
         self.generated = generated and native.generates()
         self.plans = {layer.name: layer for layer in survey(fast)}
         self.gains: tuple[Gain, ...] = ()
+        self.kept = ""
+        """Which dense weights were not released although that was asked for, and why."""
         self.interrupted = ""
         """What was timed and what was not, if somebody had not the time to wait."""
         self.gpu = tuning.gpus(fast)
@@ -230,32 +235,39 @@ class Tuning:
         """All that was chosen, and where."""
         layers = tuple(self._weighed(layer) for layer in self.plans.values())
         values = str(self.values).removeprefix("torch.")
-        return KernelPlan(tuning.cpu(), native.isa(), torch.get_num_threads(), layers, self.gains, values, self.gpu)
+        return KernelPlan(
+            tuning.cpu(), native.isa(), torch.get_num_threads(), layers, self.gains, values, self.gpu, self.kept
+        )
 
     def release(self) -> None:
         """Release the dense weights of layers that are sparse for all inputs, and copy those that stay.
 
         Until now the copy shares the weights of the given model.
         """
-        kept = []
+        kept: dict[str, list[str]] = {}
         given: list[weakref.ref[Any]] = []  # that hold no weight, so that its memory is free at once
         held = Counter(id(p) for module in self.fast.modules() for p in module._parameters.values())
         for name, layer in self.layers.items():
             plan = self.plans[name]
-            if not isinstance(layer, Releasable) or not plan.choices or not all(t.sparse for t in plan.timings):
+            if reason := self._needed(layer, plan, held):
+                kept.setdefault(reason, []).append(name or "the model")
                 continue
-            if held[id(layer.weight)] == 1:
-                layer.choose(products.ALL, plan.generated)
-                weight = weakref.ref(layer.weight)
-                if layer.release():
-                    given.append(weight)
-                else:
-                    kept.append(name or "the model")
-        if kept:
+            assert isinstance(layer, Releasable)
+            layer.choose(products.ALL, plan.generated)
+            weight = weakref.ref(layer.weight)
+            if layer.release():
+                given.append(weight)
+            else:
+                kept.setdefault(_LOSSY, []).append(name or "the model")
+        self.kept = _told(kept, bool(given))
+        if _LOSSY in kept:
             warn(
-                f"{listed(kept)}: the dense weights are kept, as what was packed has not each bit of them. They have "
-                f"values that {self.values} rounds, or negative zeros. To release them, make them so first: "
-                f"weight.copy_(weight.to({self.values}).float() + 0.0)"
+                f"{listed(kept[_LOSSY])}: the dense weights are kept, as {_LOSSY}. They have "
+                f"values that {self.values} rounds, or negative zeros. To release them, make them so first:\n"
+                "with torch.no_grad():\n"
+                "    for weight in model.parameters():\n"
+                "        if weight.ndim == 2 and weight.dtype == torch.float32:\n"
+                f"            weight.copy_(weight.to({self.values}) + 0.0)"
             )
         for parameter in self.fast.parameters():
             if not parameter.is_meta:
@@ -269,6 +281,15 @@ class Tuning:
         for one in given:
             if (held_elsewhere := one()) is not None:  # by a list of the model, say
                 held_elsewhere.data = held_elsewhere.data.clone()
+
+    def _needed(self, layer: nn.Module, plan: LayerPlan, held: Mapping[int, int]) -> str:
+        """Why a layer keeps its dense weights, in a few words; an empty string if it can do without."""
+        if not plan.choices or not all(t.sparse for t in plan.timings):
+            fused = any(self.plans[name].choices for name in (*self.fusions.runs, *self.fusions.networks))
+            return f"{_DENSE}{' by itself' if fused else ''}"
+        if not isinstance(layer, Releasable):
+            return "a kind of layer that keeps them"
+        return "shared with another module" if held[id(layer.weight)] > 1 else ""
 
     def _weighed(self, plan: LayerPlan) -> LayerPlan:
         """A layer's plan with what its packed weights and its code take."""
@@ -319,6 +340,17 @@ class Tuning:
                 layer.restore()
         self.fusions.fuse({name: choices[name] for name in self.fusions.runs if name in choices})
         self.fusions.install({name: choices[name] for name in self.fusions.networks if name in choices})
+
+
+def _told(kept: Mapping[str, Sequence[str]], released: bool) -> str:
+    """In words: which layers keep their dense weights, by the reason; empty if none does."""
+    told = "; ".join(f"{listed(names)} ({reason})" for reason, names in kept.items())
+    if released:
+        return f"dense weights kept: {told}" if kept else ""
+    if all(reason.startswith(_DENSE) for reason in kept):
+        reason = next(iter(kept), _DENSE)
+        return f"dense weights released: none, as no layer runs {reason.removeprefix('not ')}"
+    return f"dense weights released: none; kept: {told}"
 
 
 def _worth_code(layer: Sparse, bucket: int, nonzeros: float) -> bool:
