@@ -286,6 +286,36 @@ def test_another_method_is_noticed(isa, calls, monkeypatch):
     assert not calls
 
 
+def _ones(x):
+    return x.new_ones(len(x), 40)
+
+
+def _found(self, name):
+    return _ones if name == "up" else nn.Module.__getattr__(self, name)
+
+
+def _always_found(self, name):
+    return _ones if name == "up" else object.__getattribute__(self, name)
+
+
+IN_CLASSES = {"up": staticmethod(_ones), "__getattr__": _found, "__getattribute__": _always_found}
+
+
+@pytest.mark.parametrize("name", IN_CLASSES)
+def test_what_stands_in_the_way_in_a_class_is_noticed(isa, calls, monkeypatch, name):
+    class Own(Block):
+        pass
+
+    model = thin(Own(), 0.5)
+    fast = fused(model)
+    assert off(fast(X), model(X).detach()) <= 1e-5
+    assert calls == [2]
+    monkeypatch.setattr(Block, name, IN_CLASSES[name], raising=False)
+    for _ in range(3):
+        assert off(fast(X), model(X).detach()) <= 1e-5
+    assert calls == [2]
+
+
 def test_changed_weights_and_training_are_errors(isa):
     fast = fused(thin(Block(), 0.5))
     with pytest.raises(StateError, match=r"fast\.eval\(\)"):

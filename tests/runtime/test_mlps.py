@@ -237,6 +237,16 @@ def test_another_class_or_forward_is_noticed(isa, calls, monkeypatch):
     assert len(calls) == 2
 
 
+def test_what_stands_in_the_way_in_its_class_is_noticed(isa, calls, monkeypatch):
+    model = thin(Gated(), 0.5)
+    fast = fused(model)
+    assert off(fast(X), model(X).detach()) <= 1e-5
+    monkeypatch.setattr(Gated, "act", staticmethod(torch.tanh), raising=False)
+    for _ in range(3):  # the second is looked at
+        assert off(fast(X), model(X).detach()) <= 1e-5
+    assert calls == [3]
+
+
 def test_as_it_was_again_it_is_one_call_again(isa, calls):
     fast = fused(thin(Mlp(), 0.5))
     reference = fast(X)

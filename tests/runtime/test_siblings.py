@@ -210,6 +210,46 @@ def test_what_may_write_has_each_run_for_itself(isa, together, change):
     assert together == [3]
 
 
+def _reads(self):
+    return lambda x: self._modules["k"](x.mul_(2))
+
+
+def _found(self, name):
+    return _reads(self) if name == "k" else nn.Module.__getattr__(self, name)
+
+
+@pytest.mark.parametrize("change", [{"k": property(_reads)}, {"__getattr__": _found}])
+def test_what_comes_to_be_in_the_way_in_a_class(isa, together, monkeypatch, change):
+    model = thin(Attention(), 0.5)
+    fast = fused(model)
+    fast(X)
+    assert together == [3]
+    for name, value in change.items():
+        monkeypatch.setattr(Attention, name, value, raising=False)
+    given, other = X.clone(), X.clone()
+    with torch.inference_mode():
+        assert off(fast(given), model(other)) <= 1e-5
+    assert given.equal(other)
+    assert together == [3]
+
+
+def test_an_input_that_is_let_go_is_freed(isa, together):
+    class Normed(Attention):
+        def forward(self, x):
+            x = x + 1
+            seen.append(weakref.ref(x))
+            q = self.q(x)
+            k = self.k(x)
+            del x
+            seen.append(seen[0]())
+            return q + k
+
+    seen = []
+    fused(thin(Normed(), 0.5))(X)
+    assert together == [2]
+    assert seen[1] is None
+
+
 def test_a_number_that_is_none_any_more(isa, together):
     class Headed(Attention):
         def forward(self, x):

@@ -22,7 +22,7 @@ from secateur.runtime.graphs import fingerprint, trace
 from secateur.runtime.linears import SparseLinear
 from secateur.runtime.mlps import Part, TracedRun, part_of, step_of
 from secateur.runtime.packed_layers import PackedLayers, disturbed
-from secateur.runtime.swapping import plain_class
+from secateur.runtime.swapping import plain_class, read_from_instances
 from secateur.runtime.traced import Traced, disturbed_inside, is_usual
 
 __all__: list[str] = []  # reached through secateur.accelerate alone
@@ -188,7 +188,7 @@ def _hold(module: nn.Module, name: str) -> nn.Module | None:
     plain = plain_class(module)
     method = getattr(plain, name)
     names = _calls(method)
-    if not all(isinstance(module._modules.get(one), nn.Module) and not hasattr(plain, one) for one in names):
+    if not all(isinstance(module._modules.get(one), nn.Module) for one in names):
         return None
     kind = type(name, (nn.Module,), {"forward": method, "__module__": method.__module__, FOLLOWED: (SparseLinear,)})
     held: nn.Module = kind().eval()
@@ -199,7 +199,8 @@ def _hold(module: nn.Module, name: str) -> nn.Module | None:
 def _in_place(module: nn.Module, held: nn.Module) -> bool:
     """Whether a module has those that are held, and would call these."""
     own, modules = vars(module), module._modules
-    return all(modules.get(name) is one and name not in own for name, one in held._modules.items())
+    fine = all(modules.get(name) is one and name not in own for name, one in held._modules.items())
+    return fine and read_from_instances(plain_class(module), held._modules)
 
 
 def _split(graph: fx.Graph, held: nn.Module) -> list[Part]:

@@ -19,7 +19,7 @@ from secateur.runtime.chains import Chain, Fused, Gated, Span, Step, parts
 from secateur.runtime.graphs import agree, trace
 from secateur.runtime.linears import SparseLinear
 from secateur.runtime.packed_layers import PackedLayers, disturbed
-from secateur.runtime.swapping import as_usual
+from secateur.runtime.swapping import as_usual, held_at
 from secateur.runtime.traced import Traced, disturbed_inside, is_usual
 
 __all__: list[str] = []  # reached through secateur.accelerate alone
@@ -169,7 +169,7 @@ def _gated(node: fx.Node, x: fx.Node, module: nn.Module) -> Part | None:
 def part_of(node: fx.Node, module: nn.Module) -> Part | None:
     """A node with one input: a layer, or an activation."""
     if node.op == "call_module":
-        layer: Any = module.get_submodule(str(node.target))
+        layer = held_at(module, str(node.target))
         known = isinstance(layer, SparseLinear) or activations.number(layer) is not None
         return str(node.target) if known and len(node.args) == 1 and not node.kwargs else None
     if node.op == "call_method":
@@ -190,4 +190,4 @@ def _called(function: Callable[..., Any], *args: Any, **kwargs: Any) -> int | No
 def step_of(module: nn.Module, part: Part) -> Any:
     if isinstance(part, tuple):
         return Gated(*(step_of(module, one) for one in part))
-    return _FUNCTIONS[part] if isinstance(part, int) else module.get_submodule(part)
+    return _FUNCTIONS[part] if isinstance(part, int) else held_at(module, part)

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from secateur.runtime import activations
 from secateur.runtime.attributes import packed
 from secateur.runtime.convolutions import SparseConv2d, even_padding
+from secateur.runtime.swapping import held_at
 
 __all__: list[str] = []  # reached through secateur.accelerate alone
 
@@ -51,7 +52,7 @@ class Operation:
 def read(node: fx.Node, module: nn.Module) -> Operation | None:
     """What a node does, if it may be part of a region."""
     if node.op == "call_module":
-        layer: Any = module.get_submodule(str(node.target))
+        layer: Any = held_at(module, str(node.target))
         if node.kwargs or len(node.args) != 1:
             return None
         reader = _MODULES.get(type(layer).forward)

@@ -20,6 +20,7 @@ from secateur.runtime.graphs import fingerprint
 from secateur.runtime.layouts import like_dense
 from secateur.runtime.operations import CONVOLUTION
 from secateur.runtime.regions import Region, Step
+from secateur.runtime.swapping import held_at
 from secateur.runtime.weight_checks import pointers, seen_to_differ, version, watch
 
 __all__: list[str] = []  # reached through secateur.accelerate alone
@@ -317,7 +318,9 @@ def _function(node: fx.Node, module: nn.Module) -> Callable[..., Any]:
     """What a node calls with its arguments."""
     target: Any = node.target
     if node.op == "call_module":
-        return module.get_submodule(target)
+        called = held_at(module, target)
+        assert called is not None, target
+        return called
     if node.op == "call_method":
         return lambda value, *args, **kwargs: getattr(value, target)(*args, **kwargs)
     if node.op == "get_attr":

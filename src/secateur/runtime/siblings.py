@@ -23,7 +23,7 @@ from secateur.runtime.linears import SparseLinear, around
 from secateur.runtime.mlps import TracedRun
 from secateur.runtime.neighbours import Neighbours, neighbours
 from secateur.runtime.packed_layers import PackedLayers
-from secateur.runtime.swapping import as_usual, plain_class
+from secateur.runtime.swapping import as_usual, plain_class, read_from_instances
 
 __all__: list[str] = []  # reached through secateur.accelerate alone
 
@@ -79,6 +79,7 @@ class Family:
 
     def __init__(self, module: nn.Module, found: Sequence[tuple[Neighbours, Siblings]]) -> None:
         self._own, self._modules, self.code = vars(module), module._modules, _code(module)
+        self._plain = plain_class(module)
         self.places = {
             offset: (one, siblings, i)
             for one, siblings in found
@@ -90,6 +91,8 @@ class Family:
         """Whether the module would call these layers, and what is read in between are numbers."""
         own = self._own
         if [*map(self._modules.get, one.names)] != siblings.layers or not own.keys().isdisjoint(one.names):
+            return False
+        if not read_from_instances(self._plain, (*one.names, *one.numbers)):
             return False
         return not one.numbers or all(type(own.get(name, own)) in _NUMBERS for name in one.numbers)
 
@@ -119,6 +122,8 @@ class _Call:
         if i >= len(self._outs) or self._x is not x or siblings.layers[i] is not layer:
             return None
         out, self._outs[i] = self._outs[i], None
+        if i + 1 == len(self._outs):
+            self._x = None  # which the forward may have let go
         return out
 
 

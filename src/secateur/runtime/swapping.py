@@ -6,7 +6,7 @@ A swap changes `module.__class__` to a subclass and nothing else that a user see
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -295,6 +295,20 @@ def plain_class(module: nn.Module) -> type[nn.Module]:
 def as_usual(kind: type[nn.Module]) -> bool:
     """Whether modules of a class are copied, called and read as any others, so that it can do with another class."""
     return all(getattr(kind, name, None) is getattr(nn.Module, name, None) for name in _METHODS)
+
+
+def read_from_instances(kind: type[nn.Module], names: Iterable[str]) -> bool:
+    """Whether attributes of these names are what a module itself holds: its class has none, and no way of its own."""
+    usual = kind.__getattr__ is nn.Module.__getattr__ and kind.__getattribute__ is object.__getattribute__
+    return usual and not any(hasattr(kind, name) for name in names)
+
+
+def held_at(module: nn.Module, path: str) -> nn.Module | None:
+    """The module of this name within another one, whatever a class has under such names; None if there is none."""
+    found: nn.Module | None = module
+    for name in path.split("."):
+        found = None if found is None else found._modules.get(name)
+    return found
 
 
 def swapped_class(mixin: type[Swapped], plain: type[nn.Module]) -> type[Swapped]:
