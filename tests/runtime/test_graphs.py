@@ -185,3 +185,23 @@ def test_other_threads_go_on_meanwhile(monkeypatch):
     assert targets(graph) == ["conv"]
     assert results[0].equal(other(torch.ones(1, 3)))
     assert results[1] is other[0].weight
+
+
+def test_what_other_threads_set_meanwhile_stays(monkeypatch):
+    block, kept = Basic(4, 4).eval(), graphs._Tracer.trace
+    block.config = {"calls": 1}
+
+    def with_others(self, root):
+        block.scale, block.config["calls"] = 2.0, 2
+        return kept(self, root)
+
+    monkeypatch.setattr(graphs._Tracer, "trace", with_others)
+    assert graphs.trace(block) is not None
+    assert (block.scale, block.config) == (2.0, {"calls": 2})
+
+
+def test_what_cannot_be_copied_says_so():
+    block = Basic(4, 4).eval()
+    block.lock = threading.Lock()
+    with pytest.raises(ValueError, match="cannot be copied"):
+        graphs.trace(block)

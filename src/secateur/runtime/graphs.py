@@ -6,6 +6,7 @@ cannot change. What cannot be traced so is left alone.
 
 from __future__ import annotations
 
+import copy
 import operator
 import random
 import threading
@@ -32,16 +33,20 @@ _IN_PLACE = ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "i
 def trace(module: nn.Module) -> fx.Graph | None:
     """The graph of `forward(x)` of a module in evaluation mode.
 
+    A copy is traced, as what the forward sets has to be undone, and with it would be what another thread sets meanwhile.
+
     Returns:
         None if the forward cannot be traced, has an effect on the module or on random numbers, or depends on something
         that is neither watched nor of a kind that cannot change.
 
     Raises:
-        ValueError: the module has too many attributes.
+        ValueError: the module has too many attributes, or cannot be copied.
     """
-    for one in module.modules():
+    copied = _copied(module)
+    for one in (*module.modules(), *copied.modules()):
         if isinstance(one, Fused):
             one.steps()  # which it notes, and would otherwise while it is traced
+    module = copied
     before, numbers = Attributes(module), _Numbers()
     held = [(tensor, version(tensor), tensor.detach().clone()) for tensor in before.tensors()]
     watch = Watch(inside(module))
@@ -59,6 +64,18 @@ def trace(module: nn.Module) -> fx.Graph | None:
     for tensor, value in written:
         tensor.detach().copy_(value)
     return None
+
+
+def _copied(module: nn.Module) -> nn.Module:
+    """A copy of a module and of those inside, with the same leaves and tensors."""
+    same: list[Any] = [*Attributes(module).tensors()]
+    for one in inside(module):
+        same += [*one._parameters.values(), *one._buffers.values()]
+        same += [child for child in one._modules.values() if child is not None and is_leaf(child, followed(module))]
+    try:
+        return copy.deepcopy(module, {id(one): one for one in same if one is not None})
+    except Exception as error:  # of a user's code, or as another thread adds attributes
+        raise ValueError("the module cannot be copied") from error
 
 
 def fingerprint(graph: fx.Graph) -> str:
