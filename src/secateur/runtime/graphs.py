@@ -33,7 +33,7 @@ _IN_PLACE = ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "i
 def trace(module: nn.Module) -> fx.Graph | None:
     """The graph of `forward(x)` of a module in evaluation mode.
 
-    A copy is traced, as what the forward sets has to be undone, and with it would be what another thread sets meanwhile.
+    A copy is traced: what the forward sets has to be undone, and with it would be what another thread sets meanwhile.
 
     Returns:
         None if the forward cannot be traced, has an effect on the module or on random numbers, or depends on something
