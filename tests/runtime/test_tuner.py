@@ -13,6 +13,7 @@ from secateur.errors import SecateurWarning
 from secateur.runtime import tuning
 from secateur.runtime.kernel_plans import Gain
 from secateur.runtime.swapping import Sparse
+from secateur.runtime.tuner import Tuning
 from sparse_models import Apart, fake_times, off, thin
 
 
@@ -116,11 +117,37 @@ def test_interrupted_between_examples_what_was_timed_stands(backend, monkeypatch
 def test_interrupted_while_the_model_is_compared_what_was_compared_counts(backend, sparse_wins, monkeypatch):
     gains = iter([Gain(0.9, 0.8, 1.0)])
     monkeypatch.setattr(tuning, "gain", lambda *_: next(gains, None) or interrupt())
-    with pytest.warns(SecateurWarning, match="not compared with the plain one on 1 of 2 examples"):
+    rest = r"not compared with the plain one on 1 of 2 examples\. To tune the rest"
+    with pytest.warns(SecateurWarning, match=rest):
         fast = sc.accelerate(mlp(), [torch.randn(1, 12), torch.randn(64, 12)])
     assert [(t.bucket, t.sparse) for t in fast.plan.layers[0].timings] == [(0, False), (6, True)]
     again = sc.accelerate(mlp(), [torch.randn(1, 12), torch.randn(64, 12)], plan=fast.plan.to_dict())
-    assert again.plan.layers == fast.plan.layers
+    assert again.plan == fast.plan
+    assert fast.plan.interrupted
+    assert fast.plan.table().notes[:2] == [
+        "the whole model, example 0: no faster (0.90x, 95 % interval 0.80x to 1.00x): left dense",
+        "the whole model, example 1: not compared, as the tuning was interrupted",
+    ]
+
+
+def test_interrupted_while_a_run_is_timed_its_layers_stay_what_they_are(isa, monkeypatch):
+    fake_times(monkeypatch, lambda name, bucket: interrupt() if name.endswith("]") else (2.0, 1.0))
+    model = thin(nn.Sequential(nn.Linear(12, 12), nn.ReLU(), nn.Linear(12, 8)))
+    with pytest.warns(SecateurWarning, match="interrupted: 2 of 3 layers") as told:
+        fast = sc.accelerate(model, X)
+    assert ", and [0:3] run layer by layer. The whole" in str(told[0].message)
+    assert "stay dense" not in str(told[0].message)
+    assert kinds(fast) == ["Sequential", "SparseLinear", "ReLU", "SparseLinear"]
+
+
+def test_interrupted_when_nothing_was_left_it_asks_for_nothing(isa, monkeypatch):
+    fake_times(monkeypatch, lambda name, bucket: (1.0, 2.0))
+    monkeypatch.setattr(Tuning, "_leave_to_networks", interrupt)
+    with pytest.warns(SecateurWarning, match="2 of 2 layers and runs of layers were timed") as told:
+        fast = sc.accelerate(mlp(), X)
+    assert "To tune the rest" not in str(told[0].message)
+    assert not fast.plan.interrupted
+    assert fast.plan.table().notes[-2] == "the whole model: no faster, all of it dense"
 
 
 def test_layers_that_were_not_timed_say_so(sparse_wins, monkeypatch):

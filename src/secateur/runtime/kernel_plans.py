@@ -134,6 +134,8 @@ class KernelPlan(Printed):
         values: dtype of the packed weights; "float16" and "bfloat16" are lossy. On a CUDA device they are
             those of the model.
         gpu: names of the model's CUDA devices; empty if there are none.
+        examples: how many the model was tuned for.
+        interrupted: whether the tuning was, before all was timed and compared.
         kept: which layers keep their dense weights in spite of `keep_dense=False`, and why; empty if none does.
     """
 
@@ -145,6 +147,8 @@ class KernelPlan(Printed):
     values: str = "float32"
     gpu: str = ""
     kept: str = ""
+    examples: int = 0
+    interrupted: bool = False
 
     @property
     def sparse(self) -> tuple[str, ...]:
@@ -173,8 +177,8 @@ class KernelPlan(Printed):
                 raise ValueError(f"version {data['version']}")
             layers = tuple(_layer(layer) for layer in data["layers"])
             gains = tuple(Gain(**gain) for gain in data["gains"])
-            values, gpu, kept = data["values"], data.get("gpu", ""), data.get("kept", "")
-            return KernelPlan(data["cpu"], data["isa"], data["threads"], layers, gains, values, gpu, kept)
+            later = {name: data[name] for name in ("gpu", "kept", "examples", "interrupted") if name in data}
+            return KernelPlan(data["cpu"], data["isa"], data["threads"], layers, gains, data["values"], **later)
         except (KeyError, TypeError, ValueError) as error:
             raise FileError(
                 f"this is not a plan of this version of secateur: {error!r}. Tune again, without plan."
@@ -217,11 +221,16 @@ class KernelPlan(Printed):
         return self.table().text(shutil.get_terminal_size(_SCREEN).columns)
 
     def _verdicts(self) -> list[str]:
-        if not self.gains:
-            compared = "not compared, as the tuning was interrupted" if self.sparse else "no faster, all of it dense"
-            return [f"the whole model: {compared}"]
-        many = len(self.gains) > 1
-        return [f"the whole model{f', example {i}' if many else ''}: {gain}" for i, gain in enumerate(self.gains)]
+        many = max(self.examples, len(self.gains)) > 1
+        told = [f"the whole model{f', example {i}' if many else ''}: {gain}" for i, gain in enumerate(self.gains)]
+        left = [str(i) for i in range(len(self.gains), self.examples)]
+        if not told and not self.sparse and not self.interrupted:
+            return ["the whole model: no faster, all of it dense"]
+        if not told or (left and self.interrupted):
+            which = f", example{'s' if len(left) > 1 else ''} {', '.join(left)}" if told else ""
+            dense = "" if self.sparse else "; all of it is dense"
+            told.append(f"the whole model{which}: not compared, as the tuning was interrupted{dense}")
+        return told
 
 
 def without(layer: LayerPlan, buckets: set[int], reason: str) -> LayerPlan:

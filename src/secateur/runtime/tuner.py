@@ -64,6 +64,7 @@ class Tuning:
         """Which dense weights were not released although that was asked for, and why."""
         self.interrupted = ""
         """What was timed and what was not, if somebody had not the time to wait."""
+        self.examples, self.unfinished = len(calls), False
         self.gpu = tuning.gpus(fast)
         modules = dict(fast.named_modules())
         self.layers = {name: make_sparse(modules[name], name) for name, layer in self.plans.items() if not layer.reason}
@@ -152,15 +153,34 @@ class Tuning:
 
     def _what_stands(self) -> str:
         timed = [layer for layer in self.plans.values() if layer.timings]
-        others = [layer.name or "(the model)" for layer in self.plans.values() if layer.reason == _INTERRUPTED]
-        unseen = len(self.calls) - len(self.gains)
-        dense = f", and {listed(others)} stay dense" if others else ""
-        return (
-            f"the tuning was interrupted: {len(timed)} of {len(timed) + len(others)} layers and runs of layers were "
-            f"timed and keep what was chosen{dense}. The whole model was not compared with the plain one on "
-            f"{unseen} of {len(self.calls)} examples. To tune the rest call sc.accelerate again: what was timed is "
-            "remembered in this process"
+        others = [name for name, layer in self.plans.items() if layer.reason == _INTERRUPTED]
+        fused = {*self.fusions.runs, *self.fusions.networks}
+        told = [
+            f", and {listed([name or '(the model)' for name in names])} {what}"
+            for what, names in (
+                ("stay dense", [name for name in others if name not in fused]),
+                ("run layer by layer", [name for name in others if name in fused]),
+            )
+            if names
+        ]
+        unseen = len(self.calls) - len(self.gains) if any(layer.choices for layer in timed) else 0
+        classes = any(
+            seen.get(layer.name, set()) - {timing.bucket for timing in layer.timings}
+            for seen in self.seen
+            for layer in timed
         )
+        self.unfinished = bool(others or unseen or classes)
+        words = [
+            f"the tuning was interrupted: {len(timed)} of {len(timed) + len(others)} layers and runs of layers were "
+            f"timed and keep what was chosen{''.join(told)}"
+        ]
+        if unseen:
+            words.append(
+                f"The whole model was not compared with the plain one on {unseen} of {len(self.calls)} examples"
+            )
+        if self.unfinished:
+            words.append("To tune the rest call sc.accelerate again: what was timed is remembered in this process")
+        return ". ".join(words)
 
     def _leave_to_networks(self) -> None:
         """Try no run in a module that a network takes, and have the networks aside while the others are tried."""
@@ -236,7 +256,16 @@ class Tuning:
         layers = tuple(self._weighed(layer) for layer in self.plans.values())
         values = str(self.values).removeprefix("torch.")
         return KernelPlan(
-            tuning.cpu(), native.isa(), torch.get_num_threads(), layers, self.gains, values, self.gpu, self.kept
+            tuning.cpu(),
+            native.isa(),
+            torch.get_num_threads(),
+            layers,
+            self.gains,
+            values,
+            self.gpu,
+            self.kept,
+            self.examples,
+            self.unfinished,
         )
 
     def release(self) -> None:
@@ -309,6 +338,7 @@ class Tuning:
         """
         require_alike(plan, self.found())
         self.plans, self.gains = {layer.name: layer for layer in plan.layers}, plan.gains
+        self.examples, self.unfinished = plan.examples, plan.interrupted
         self._reached(self.fusions.install(self._open(self.fusions.networks)))
         self.fusions.install({})
         self._reached(self.fusions.fuse(self._open(self.fusions.runs)))
