@@ -20,8 +20,18 @@ def channels_first(image: Tensor) -> Tensor:
 
 def like_dense(out: Tensor, *given: Tensor) -> Tensor:
     """The result of a convolution, with channels last if torch's would have them so: if image or weight has."""
-    if not any(map(channels_last, given)) or channels_last(out):
+    return _with_channels_last(out) if any(map(channels_last, given)) and not channels_last(out) else out
+
+
+def strided(out: Tensor, strides: tuple[int, ...]) -> Tensor:
+    """A contiguous result with the strides that torch's would have, which leave no gaps."""
+    if out.stride() == strides:
         return out
+    last = _with_channels_last(out)
+    return last if last.stride() == strides else out.new_empty_strided(out.shape, strides).copy_(out)
+
+
+def _with_channels_last(out: Tensor) -> Tensor:
     _, channels, height, width = out.shape
     return _turned(out, torch.empty_like(out, memory_format=torch.channels_last), channels, height * width)
 

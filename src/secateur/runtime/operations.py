@@ -28,13 +28,14 @@ Pair = tuple[int, int]
 
 @dataclass(frozen=True)
 class Window:
-    """What is pooled together; a size of None is the whole image."""
+    """What is pooled together; a size of None is the whole image. `summed`: by a sum, which is contiguous in torch."""
 
     size: Pair | None
     stride: Pair = (1, 1)
     padding: Pair = (0, 0)
     dilation: Pair = (1, 1)
     counted: bool = True
+    summed: bool = False
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ def _of_two(kind: int, in_place: bool = False) -> Callable[..., _Found]:
 
 def _mean(x: Any, dim: Any = None, keepdim: bool = False) -> _Found:
     axes = sorted(axis % 4 for axis in dim) if isinstance(dim, list | tuple) else None  # of images, which have four
-    return Operation(AVERAGES, window=Window(None)) if keepdim and axes == [2, 3] else None
+    return Operation(AVERAGES, window=Window(None, summed=True)) if keepdim and axes == [2, 3] else None
 
 
 def _dropout(x: Any, p: float = 0.5, training: bool = True, inplace: bool = False) -> _Found:

@@ -17,8 +17,9 @@ from secateur.errors import StateError
 from secateur.runtime import native, products
 from secateur.runtime.convolutions import SparseConv2d, spreading
 from secateur.runtime.graphs import fingerprint
-from secateur.runtime.layouts import like_dense
+from secateur.runtime.layouts import strided
 from secateur.runtime.operations import CONVOLUTION
+from secateur.runtime.region_layouts import result_strides
 from secateur.runtime.regions import Region, Step
 from secateur.runtime.swapping import held_at
 from secateur.runtime.weight_checks import pointers, seen_to_differ, version, watch
@@ -70,6 +71,7 @@ class Bound:
         self._small_at = pointers(addresses), pointers([one.address for one in self._small])
         self._vectors = {id(step): _vectors(step) for step in steps}
         self.laid: dict[tuple[int, tuple[int, ...]], tuple[Any, _Size] | None] = {}
+        self._strides: dict[tuple[Any, ...], tuple[int, ...]] = {}
 
     def holds(self) -> bool:
         """Whether all tensors are where they were and hold what they held; raises a StateError if weights do not."""
@@ -103,6 +105,16 @@ class Bound:
                 self.laid.clear()
             self.laid[key] = self._lay(steps, shape)
         return self.laid[key]
+
+    def strides(self, number: int, region: Region, image: Tensor) -> tuple[int, ...]:
+        """Those that torch would give the result of a region: weights in another layout are bound anew."""
+        key = number, image.shape, image.stride()
+        found = self._strides.get(key)
+        if found is None:
+            if len(self._strides) >= _SHAPES:
+                self._strides.clear()
+            found = self._strides[key] = result_strides(region, image)
+        return found
 
     def _lay(self, steps: Sequence[Step], shape: tuple[int, ...]) -> tuple[Any, _Size] | None:
         sizes: dict[int, _Size] = {0: (shape[1], shape[2], shape[3])}
@@ -243,7 +255,7 @@ class _Run:
             return None  # the layers say what is wrong
         laid = bound.lay(self.number, self.region.steps, tuple(x.shape))
         out = None if laid is None else products.network(x, *laid)
-        return None if out is None else like_dense(out, x, self.region.layers[0].weight)
+        return None if out is None else strided(out, bound.strides(self.number, self.region, x))
 
 
 class Program:

@@ -55,12 +55,14 @@ class Region:
         source: the node whose value goes in.
         results: nodes that stand for the value of the last step, and are used behind it.
         steps: step i writes value i + 1.
+        operations: the nodes, and what each does.
     """
 
     span: Pair
     source: fx.Node
     results: tuple[fx.Node, ...]
     steps: tuple[Step, ...]
+    operations: tuple[tuple[fx.Node, Operation], ...]
 
     @property
     def layers(self) -> list[SparseConv2d]:
@@ -93,13 +95,15 @@ def _longest(
         if draft.closed(nodes[start : i + 1], last[start : i + 1], i + 1):
             end = i + 1
     draft = _Draft()
-    for i in range(start, end):
-        draft.take(nodes[i], operations[i])  # type: ignore[arg-type]
+    pairs = zip(nodes[start:end], operations[start:end], strict=True)
+    taken = tuple((node, operation) for node, operation in pairs if operation is not None)
+    for node, operation in taken:
+        draft.take(node, operation)
     results = tuple(nodes[i] for i in range(start, end) if last[i] >= end)
     steps = draft.steps()
     if draft.source is None or steps[-1].to != draft.count:
         return None
-    return Region((start, end), draft.source, results, _numbered(steps))
+    return Region((start, end), draft.source, results, _numbered(steps), taken)
 
 
 class _Draft:
