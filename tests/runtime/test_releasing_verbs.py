@@ -44,6 +44,7 @@ REFUSE = {
     "units": lambda fast, folder: sc.prune(fast, 0.5, pattern=sc.units(fast, X)),
     "sample": lambda fast, folder: dropout.sample(fast, X, n=2, seed=0),
     "find": lambda fast, folder: dropout.find(fast, X),
+    "closed_form": lambda fast, folder: dropout.closed_form(fast, X),
     "variational": lambda fast, folder: dropout.variational(fast, n_data=9.0, warmup=1),
 }
 
@@ -76,7 +77,6 @@ def test_what_reads_them_has_them_rebuilt(released, tmp_path):
     )
 
 
-@pytest.mark.filterwarnings("ignore:.*are rebuilt, which takes much longer")
 def test_a_layer_with_two_names_counts_once(sparse_wins):
     class Twice(nn.Module):
         def __init__(self):

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from secateur.errors import InputError, StateError, warn
+from secateur.measurement.costs import counting
 from secateur.runtime import native
 from secateur.runtime.layouts import channels_first
 
@@ -91,10 +92,11 @@ def dense(weight: Tensor, packed: Tensor) -> Tensor:
     """A dense weight [rows, columns] to compute with: it itself or, where it was released, rebuilt in its dtype."""
     if not weight.is_meta:
         return weight
-    warn_once(
-        "a layer whose dense weights were released has to run dense for a call, so they are rebuilt, which takes much "
-        "longer than the call. Accelerate with keep_dense=True if that is often so"
-    )
+    if not counting():
+        warn_once(
+            "a layer whose dense weights were released has to run dense for a call, so they are rebuilt, which takes "
+            "much longer than the call. Accelerate with keep_dense=True if that is often so"
+        )
     tracer: Any = torch._C
     tracing = tracer._get_tracing_state()
     try:
@@ -120,7 +122,8 @@ def linear(
     """
     rows, columns = weight.shape
     if (found := matrix(x, columns, choices)) is None:
-        return F.linear(x, dense(weight, packed), bias)
+        empty = weight.is_meta and not x.numel()  # then the product reads no weight
+        return F.linear(x, x.new_zeros(1).expand(rows, columns) if empty else dense(weight, packed), bias)
     x, n, source = found
     if (lib := native.library()) is None:
         return _csr_linear(x, weight, packed, bias)
