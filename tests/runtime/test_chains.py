@@ -196,6 +196,45 @@ def test_a_forward_of_its_own_is_called(isa, calls):
     assert not calls
 
 
+def _doubled(self, x):
+    for module in self._modules.values():
+        x = module(x)
+    return x * 2
+
+
+def _without_last(self):
+    return iter([*self._modules.values()][:-1])
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "new"),
+    [
+        ("own", "forward", _doubled),
+        ("own", "__iter__", _without_last),
+        (nn.Sequential, "forward", _doubled),
+        (nn.ReLU, "forward", lambda self, x: x.abs()),
+    ],
+)
+def test_what_a_class_gets_later_is_called(isa, calls, monkeypatch, kind, name, new):
+    class Own(nn.Sequential):
+        pass
+
+    model = Own(*mlp())
+    fast = fused(model)
+    assert off(fast(X), model(X).detach()) <= 1e-5
+    assert calls == [3]
+    monkeypatch.setattr(Own if kind == "own" else kind, name, new)
+    for _ in range(2):
+        assert off(fast(X), model(X).detach()) <= 1e-5
+    assert calls == [3]
+
+
+def test_one_that_is_gone_through_in_a_way_of_its_own_is_none():
+    kind = type("Own", (nn.Sequential,), {"__iter__": _without_last})
+    assert not chains.SparseSequential.takes(kind)
+    assert chains.SparseSequential.takes(Named)
+
+
 def test_training_is_the_modules_own_affair(isa, calls):
     fast = fused(mlp()).train()
     with pytest.raises(StateError, match=r"fast\.eval\(\)"):

@@ -76,7 +76,7 @@ class Attributes:
     """What the attributes of a module and of those inside hold, and the containers among them: to notice changes.
 
     The classes of these modules that are a user's count, too, and so do objects among the attributes and their classes,
-    and the code and the defaults of functions among all these.
+    and the code and the defaults of functions among all these. Of torch's classes, only which forward they have does.
 
     It holds neither the module nor its attributes, but what these hold, so that the module may keep it.
 
@@ -116,6 +116,8 @@ class Attributes:
         self._classes = {kind: dict(vars(kind)) for kind in classes}
         self._type, self._typed = type(module), [*modules[1:], *typed.values()]
         self._types = [*map(type, self._typed)]
+        kinds: set[type[nn.Module]] = {*map(type, modules)}
+        self._forwards = [(kind, kind.forward) for kind in kinds]
         self._functions = [*functions]
         self._coded = [*map(_code_of, self._functions)]
         self._code_ids = _ids_of_all(self._coded)
@@ -132,6 +134,8 @@ class Attributes:
     def same(self, module: nn.Module) -> bool:
         """Whether nothing was set, added or removed; but a number or a word may have been set to what it was."""
         if type(module) is not self._type or [*map(type, self._typed)] != self._types:
+            return False
+        if any(kind.forward is not forward for kind, forward in self._forwards):
             return False
         if _ids_of_all(map(_code_of, self._functions)) != self._code_ids:
             return False

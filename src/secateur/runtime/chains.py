@@ -27,6 +27,8 @@ __all__: list[str] = []  # reached through secateur.accelerate alone
 Span = tuple[int, int]
 """First step of a run, and the one behind its last."""
 
+_IN_TURN = nn.Sequential.forward, nn.Sequential.__iter__
+
 Step = Callable[[Tensor], Tensor]
 """A module, or a function that is an activation."""
 
@@ -169,7 +171,8 @@ class SparseSequential(Fused, nn.Sequential):
 
     @classmethod
     def takes(cls, kind: type[nn.Module]) -> bool:
-        return issubclass(kind, nn.Sequential) and kind.forward is nn.Sequential.forward
+        """Those with nothing of their own around the calls, as may come later."""
+        return issubclass(kind, nn.Sequential) and (kind.forward, kind.__iter__) == _IN_TURN
 
     @staticmethod
     def sequence(module: Any) -> list[Step]:
@@ -177,7 +180,9 @@ class SparseSequential(Fused, nn.Sequential):
 
     def forward(self, input: Any) -> Any:
         """As nn.Sequential."""
-        return super().forward(input) if torch.compiler.is_compiling() else self._through(input)  # type: ignore[no-untyped-call]
+        if torch.compiler.is_compiling() or not self.takes(self.plain):
+            return super().forward(input)  # type: ignore[no-untyped-call]
+        return self._through(input)
 
 
 def runs(modules: Sequence[Step]) -> Iterator[Span]:

@@ -38,6 +38,8 @@ class PackedLayers:
         own = [module for module in modules if isinstance(module, nn.Module)]
         self._own = [module.__dict__ for module in own]
         self._settings = [(m.__dict__, name, value) for m in own for name, value in activations.settings(m).items()]
+        kinds: set[type[nn.Module]] = {*map(type, own)}
+        self._forwards = [(kind, kind.forward) for kind in kinds]
         self.layers = [module for module in modules if isinstance(module, SparseLinear)]
         self._pointers = ctypes.c_void_p * len(self.layers)
         self._blobs = self._biases = self._pointers()
@@ -74,6 +76,9 @@ class PackedLayers:
             return False
         for own, name, value in self._settings:
             if own.get(name) != value:
+                return False
+        for kind, forward in self._forwards:  # which may be replaced for all, as an activation's
+            if kind.forward is not forward:
                 return False
         if not self.layers[0]._takes_input(x):
             return False
