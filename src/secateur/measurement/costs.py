@@ -105,7 +105,7 @@ def macs(model: nn.Module, call: Arguments) -> dict[str, Any]:
 
 def counting() -> bool:
     """Whether `macs` counts on this thread, so that what it makes slow is no reason to warn."""
-    return any(isinstance(mode, _ZeroMeter) for mode in _get_current_dispatch_mode_stack())  # type: ignore[no-untyped-call]
+    return any(isinstance(mode, _ZeroMeter) for mode in _get_current_dispatch_mode_stack())
 
 
 @contextmanager
