@@ -86,6 +86,34 @@ def closed(value):
     return lambda self, x: x if value else self.conv(x)
 
 
+def scaled(self, x):
+    return x * self.forward.scale
+
+
+scaled.scale = 2.0
+
+
+def helped(x):
+    return x
+
+
+helped.scale = 2.0
+
+
+class Scaled:
+    scale = 2.0
+
+
+def class_by_another_name(self, x):
+    kind = Scaled
+    return x * kind.scale
+
+
+def function_by_another_name(self, x):
+    one = helped
+    return one(x) * one.scale
+
+
 def by_another_name(self, x):
     backend = torch.backends.mkldnn
     return x if backend.enabled else self.conv(x)
@@ -131,6 +159,11 @@ CODE = {
     "a closure": closed(True),
     "a default": memory,
     "data of a module": lambda self, x: x if sys.flags else self.conv(x),
+    "an attribute of itself": scaled,
+    "an attribute of a function": lambda self, x: x * helped.scale,
+    "an attribute of a function by another name": function_by_another_name,
+    "a class by another name": class_by_another_name,
+    "an object of a class": lambda self, x: x * Scaled().scale,
     "a backend by another name": by_another_name,
     "a backend": lambda self, x: x if torch.backends.mkldnn.enabled else self.conv(x),
     "its parameters": lambda self, x: self.conv(x) * next(self.parameters()).sum().item(),
@@ -204,6 +237,7 @@ PLAIN = {
     "functions": lambda self, x: F.relu(torch.add(self.conv(x), x)),
     "a loop": lambda self, x: [layer(x) for layer in (self.conv, self.conv)][1],
     "a type of torch": lambda self, x: self.conv(x).to(torch.float32),
+    "a function that has an attribute": lambda self, x: helped(self.conv(x)),
     "is not None": lambda self, x: self.conv(x) if self.kept is None else x,
     "scripting": lambda self, x: x if torch.jit.is_scripting() else self.conv(x),
 }

@@ -109,6 +109,7 @@ class Watch:
         self._seen: set[types.CodeType] = set()
         self._nested: set[types.CodeType] = set()
         self._names: set[str] = set()
+        self._reached: list[Any] = []
         self._modes = _modes()
         self._former: Any = None
 
@@ -122,6 +123,7 @@ class Watch:
 
     def __exit__(self, *_: object) -> None:
         sys.setprofile(None)
+        self.refused |= any(map(self._may_read, self._reached))  # by all names, as it may have others meanwhile
         if self._collecting:
             gc.enable()
         del self._base
@@ -195,6 +197,7 @@ class Watch:
                 name = getattr(before, "__name__", "")
                 if type(value) is float and name in ("math", "torch", "numpy"):
                     continue
+            self._reached.append(value)
             if value is not _NOTHING and not _settled(value) and id(value) not in self._modules:
                 return False
         return True
@@ -212,12 +215,25 @@ class Watch:
         self._names |= names
         for module in self._modules.values():
             own = vars(module)
+            self._reached += [own[name] for name in new & own.keys()]
             if not all(self._watched(own[name]) for name in new & own.keys() if not name.startswith("_secateur")):
                 return False
             for space in map(vars, own_classes(module)):
+                self._reached += [getattr(space[name], "__func__", space[name]) for name in new & space.keys()]
                 if not all(self._of_class(space[name]) for name in new & space.keys()):
                     return False
         return True
+
+    def _may_read(self, value: Any) -> bool:
+        """Whether code reads attributes of a function, or data of a class, which are not watched, if it is one."""
+        if isinstance(value, types.FunctionType):
+            return root(value.__module__) not in _OURS and not self._names.isdisjoint(vars(value))
+        if not isinstance(value, type):
+            return False
+        watched = {kind for module in self._modules.values() for kind in type(module).__mro__}
+        kinds = (kind for kind in value.__mro__ if kind not in watched and root(kind.__module__) not in _OTHERS)
+        read = (space[name] for space in map(vars, kinds) for name in self._names & space.keys())
+        return any(not hasattr(type(one), "__get__") for one in read)
 
     def _of_class(self, value: Any) -> bool:
         if isinstance(value, property):  # whose function is looked at when it runs
