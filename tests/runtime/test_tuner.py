@@ -140,6 +140,21 @@ def test_interrupted_while_a_run_is_timed_its_layers_stay_what_they_are(isa, mon
     assert kinds(fast) == ["Sequential", "SparseLinear", "ReLU", "SparseLinear"]
 
 
+def test_layers_that_run_in_a_run_alone_say_so(isa, monkeypatch):
+    many = [X[:1], torch.randn(64, 12)]
+    fake_times(monkeypatch, lambda name, bucket: (2.0, 1.0) if name.endswith("]") and bucket == 0 else (1.0, 2.0))
+    monkeypatch.setattr(tuning, "gain", lambda *_: Gain(2.0, 1.9, 2.1))
+    model = nn.Sequential(
+        *(thin(nn.Sequential(nn.Linear(12, 12), nn.ReLU(), nn.Linear(12, 12)), 0.5) for _ in range(2))
+    )
+    fast = sc.accelerate(model, many)
+    where = [[t.within for t in layer.timings] for layer in fast.plan.layers]
+    assert where == [["0[0:3]", ""]] * 2 + [["1[0:3]", ""]] * 2 + [["", ""]] * 2
+    rows = fast.plan.table().rows
+    assert (rows[0][0], rows[0][-1], rows[1][-1]) == ("{0,1}.{0,2}", "in {0,1}[0:3]", "dense: not faster")
+    assert sc.accelerate(model, X[:1], plan=fast.plan.to_dict()).plan == fast.plan
+
+
 def test_interrupted_when_nothing_was_left_it_asks_for_nothing(isa, monkeypatch):
     fake_times(monkeypatch, lambda name, bucket: (1.0, 2.0))
     monkeypatch.setattr(Tuning, "_leave_to_networks", interrupt)

@@ -28,6 +28,7 @@ class Timing:
         sparse: whether a sparse kernel was chosen.
         generated_seconds: median of generated code; None where none was tried.
         generated: whether that was chosen.
+        within: the run or network that computes the layer for these inputs although it alone stays dense; or empty.
     """
 
     bucket: int
@@ -36,6 +37,7 @@ class Timing:
     sparse: bool
     generated_seconds: float | None = None
     generated: bool = False
+    within: str = ""
 
 
 @dataclass(frozen=True)
@@ -186,7 +188,7 @@ class KernelPlan(Printed):
 
     def table(self) -> Table:
         """One row a layer and row class, or for all layers that are alike and were timed as one; notes below."""
-        alike = folded((layer.name, (layer.kind, layer.shape, layer.timings, layer.reason)) for layer in self.layers)
+        alike = folded((layer.name, (layer.kind, layer.shape, _timed(layer), layer.reason)) for layer in self.layers)
         groups = [(name or "(the model)", [self.layers[i] for i in places]) for name, places in alike]
         rows = [row for group in groups for row in _rows(*group)]
         lossy = "" if self.values == "float32" else f"; packed values: {self.values}, rounded"
@@ -276,6 +278,11 @@ def _layer(data: Mapping[str, Any]) -> LayerPlan:
     return LayerPlan(**{**data, "shape": tuple(data["shape"]), "timings": timings})
 
 
+def _timed(layer: LayerPlan) -> tuple[Timing, ...]:
+    """The timings, alike for layers that are each in a run of their own."""
+    return tuple(replace(timing, within="a run" if timing.within else "") for timing in layer.timings)
+
+
 def _rows(name: str, layers: Sequence[LayerPlan]) -> list[list[str]]:
     layer = layers[0]
     shape = ("-" if layer.run else " x ").join(map(str, layer.shape))
@@ -284,8 +291,11 @@ def _rows(name: str, layers: Sequence[LayerPlan]) -> list[list[str]]:
     if not layer.timings:
         return [[*start, "", "", "", "", f"dense: {layer.reason}"]]
     rows = []
-    for timing in layer.timings:
+    for i, timing in enumerate(layer.timings):
         runs = "dense" + (f": {layer.reason}" if layer.reason else "")
+        if timing.within:
+            hosts = dict.fromkeys(one.timings[i].within for one in layers)
+            runs = f"in {listed([name for name, _ in folded((host, 0) for host in hosts)])}"
         if timing.sparse:
             runs = "generated" if timing.generated else "sparse"
         tried = (timing.dense_seconds, timing.sparse_seconds, timing.generated_seconds)

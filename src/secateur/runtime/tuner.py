@@ -137,6 +137,25 @@ class Tuning:
                     done(1)
             self._reject()
             self._settle()
+        self._enter()
+
+    def _enter(self) -> None:
+        """Note for which row classes a layer that alone stays dense is computed by a run or a network."""
+        for host in (*self.fusions.runs, *self.fusions.networks):
+            sparse = {timing.bucket for timing in self.plans[host].timings if timing.sparse}
+            inside = self.fusions.ids([host]) if self.plans[host].choices else set()
+            for name, layer in self.layers.items():
+                if id(layer) in inside:
+                    timings = [
+                        replace(t, within=host or "(the model)") if self._taken(name, host, t, sparse) else t
+                        for t in self.plans[name].timings
+                    ]
+                    self.plans[name] = replace(self.plans[name], timings=tuple(timings))
+
+    def _taken(self, name: str, host: str, timing: Timing, sparse: set[int]) -> bool:
+        """Whether each example that led this row class to a layer has the host run as one call."""
+        led = [seen.get(host, set()) for seen in self.seen if timing.bucket in seen.get(name, ())]
+        return not timing.sparse and bool(led) and all(buckets and buckets <= sparse for buckets in led)
 
     @contextmanager
     def _interruptible(self) -> Iterator[None]:
