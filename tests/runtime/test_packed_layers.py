@@ -45,7 +45,7 @@ def test_weights_that_went_elsewhere_are_followed_and_other_ones_an_error(layers
     layer.weight.data = layer.weight.data.clone()
     assert layers._ready(X)
     assert layers._addresses != before
-    layer.bias = nn.Parameter(torch.ones(8))
+    layer.bias = nn.Parameter(torch.ones(8), requires_grad=False)
     assert layers._ready(X)
     assert layers._biases[1] == layer.bias.data_ptr()
     layer.weight.data *= 2

@@ -109,6 +109,8 @@ class SparseMultiheadAttention(Sparse, nn.MultiheadAttention):
             usable = all(self._traceable(x) for x in (query, key, value))
         else:
             usable = self._ready(*((query,) if same else (query, key, value)))
+            if torch.is_grad_enabled() and (bias := self.out_proj.bias) is not None and bias.requires_grad:
+                raise self._no_gradient()
             usable = usable and bool(self._choices >> products.bucket(self.rows(query)) & 1)
         if not usable or query.is_nested or (self.training and self.dropout) or not (same or self._apart):
             return False
@@ -154,7 +156,7 @@ class SparseMultiheadAttention(Sparse, nn.MultiheadAttention):
         return products.linear(x, weight, packed, bias, self._choices, self._codes.get(name))
 
     def _by_head(self, x: Tensor) -> Tensor:
-        x = torch.unflatten(x, -1, (self.num_heads, self.head_dim))
+        x = torch.unflatten(x, -1, (self.num_heads, -1))
         return x.transpose(1, 2) if self.batch_first else x.permute(1, 2, 0, 3)
 
     def _extras(self) -> tuple[str, ...]:

@@ -68,8 +68,8 @@ class Chain(PackedLayers, Singly):
         PackedLayers.__init__(self, parts(modules), choices)
         numbers = _numbers(modules)
         ends = zip(self.layers, numbers, strict=True)
-        through = [layer.out_features for layer, number in ends if not number & activations.GATE]
-        self.widths = (self.layers[0].in_features, *through)
+        through = [int(layer.weight.shape[0]) for layer, number in ends if not number & activations.GATE]
+        self.widths = (int(self.layers[0].weight.shape[1]), *through)
         self._ends = (self.widths[0], self.widths[-1])
         self._activations = (ctypes.c_int32 * len(numbers))(*numbers)
         self._handles = self._pointers(), 0
@@ -235,5 +235,6 @@ def _ends(step: Any) -> tuple[int, int] | None:
         ends = _ends(step.gate)
         return ends if activations.number(step.activation) is not None and ends == _ends(step.up) else None
     if isinstance(step, SparseLinear) and "packed_weight" in step._buffers:
-        return step.in_features, step.out_features
+        weight = step._parameters.get("weight")
+        return None if weight is None else (weight.shape[1], weight.shape[0])
     return None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -28,17 +28,24 @@ class _SparseConvolution(Sparse):
     packed_weight: Tensor
     weight: Tensor
     groups: int
-    kernel_size: tuple[int, ...]
     stride: tuple[int, ...]
     padding: str | tuple[int, ...]
     dilation: tuple[int, ...]
     padding_mode: Literal["zeros", "reflect", "replicate", "circular"]
+    _single: ClassVar[int]
+    """Dimensions of an input without the batch."""
+    _packed_groups: int
+    """Those that the weight was packed for: with others the layer is dense."""
     _seen: set[tuple[int, ...]]
     """Sizes of the images of the example, [in, height, width]: code is for one of them."""
 
     def prepare(self, place: str) -> None:
         super().prepare(place)
-        self._seen = set()
+        self._seen, self._packed_groups = set(), 0
+
+    def pack(self, values: torch.dtype = torch.float32) -> None:
+        super().pack(values)
+        self._packed_groups = self.groups
 
     def observe(self, input: Tensor) -> None:
         self._seen.add(tuple(self._image(input).shape[1:]))
@@ -51,7 +58,7 @@ class _SparseConvolution(Sparse):
         return native.generate(packed, tuple(shape))
 
     def _extras(self) -> tuple[str, ...]:
-        return ("_seen",)
+        return "_seen", "_packed_groups"
 
     @classmethod
     def obstacle(cls, module: Any) -> str:
@@ -76,16 +83,11 @@ class _SparseConvolution(Sparse):
     def _fits(self, input: Tensor) -> bool:
         """Whether an input can be made an image, by a layer set as torch allows; if not, torch says why."""
         dims, settings = self._single - 1, (self.stride, self.padding, self.dilation)
-        if 0 in input.shape[-dims:] or self.padding_mode != "zeros":
+        if 0 in input.shape[-dims:] or self.padding_mode != "zeros" or self.groups != self._packed_groups:
             return False
         if not all(isinstance(one, str) or (isinstance(one, tuple) and len(one) == dims) for one in settings):
             return False
         return (_allowed if torch.compiler.is_compiling() else _remembered_allowed)(*settings)
-
-    @property
-    def _single(self) -> int:
-        """Dimensions of an input without the batch."""
-        return 1 + len(self.kernel_size)
 
     def _image(self, input: Tensor) -> Tensor:
         """[batch, in, height, width]"""
@@ -102,6 +104,7 @@ class SparseConv2d(_SparseConvolution, nn.Conv2d):
     """An nn.Conv2d with packed weights; what it gives has the layout of torch's, but under `torch.compile`."""
 
     plain = nn.Conv2d
+    _single = 3
 
     def _result(self, image: Tensor, input: Tensor) -> Tensor:
         if torch.compiler.is_compiling():
@@ -114,6 +117,7 @@ class SparseConv1d(_SparseConvolution, nn.Conv1d):
     """An nn.Conv1d with packed weights."""
 
     plain = nn.Conv1d
+    _single = 2
 
 
 @sparse
@@ -121,12 +125,13 @@ class SparseConv3d(_SparseConvolution, nn.Conv3d):
     """An nn.Conv3d with packed weights; what it gives is contiguous."""
 
     plain = nn.Conv3d
+    _single = 4
 
     def _fits(self, input: Tensor) -> bool:
         if not super()._fits(input):
             return False
         before, after, reach = self._along_depth()
-        return input.shape[-4] == self.in_channels and input.shape[-3] + before + after >= reach
+        return input.shape[-4] == self.weight.shape[1] * self.groups and input.shape[-3] + before + after >= reach
 
     def _image(self, input: Tensor) -> Tensor:
         """[batch * depth of the output, in * depth taps, height, width]"""
@@ -144,7 +149,7 @@ class SparseConv3d(_SparseConvolution, nn.Conv3d):
 
     def _along_depth(self) -> tuple[int, int, int]:
         """Padding at both ends of the depth, and how far the taps reach."""
-        reach = self.dilation[0] * (self.kernel_size[0] - 1) + 1
+        reach = self.dilation[0] * (self.weight.shape[2] - 1) + 1
         if isinstance(self.padding, str):
             total = 0 if self.padding == "valid" else reach - 1
             return total // 2, total - total // 2, reach
@@ -189,13 +194,14 @@ def even_padding(layer: Any) -> bool:
 
 def spreading(layer: Any) -> tuple[tuple[int, ...], ...]:
     """Stride, padding at both ends, what the far end gets more, and dilation of a layer, each for height and width."""
-    return _remembered(layer.kernel_size, layer.stride, layer.padding, layer.dilation)
+    return _remembered(layer.weight.shape[2:], layer.stride, layer.padding, layer.dilation)
 
 
 def _pixels(image: Tensor, layer: Any) -> int:
-    stride, padding, more, dilation = _spread(layer.kernel_size, layer.stride, layer.padding, layer.dilation)
+    kernel = layer.weight.shape[2:]
+    stride, padding, more, dilation = _spread(kernel, layer.stride, layer.padding, layer.dilation)
     size = (image.shape[2] + more[0], image.shape[3] + more[1])
-    height, width = products.conv_size(size, _two(layer.kernel_size, 1), stride, padding, dilation)
+    height, width = products.conv_size(size, _two(kernel, 1), stride, padding, dilation)
     return image.shape[0] * height * width
 
 
@@ -212,7 +218,7 @@ def _convolve(layer: Any, image: Tensor) -> Tensor:
 
 def _padded(layer: Any, image: Tensor, spread: Callable[..., Any]) -> tuple[Tensor, Tensor, tuple[Any, Any, Any]]:
     """Image, weight, and stride, padding and dilation of a convolution that pads both ends alike."""
-    stride, padding, more, dilation = spread(layer.kernel_size, layer.stride, layer.padding, layer.dilation)
+    stride, padding, more, dilation = spread(layer.weight.shape[2:], layer.stride, layer.padding, layer.dilation)
     if any(more):
         image = F.pad(image, (0, more[1], 0, more[0]))
     weight = layer.weight.unsqueeze(2) if layer.weight.dim() == 3 else layer.weight

@@ -1,4 +1,7 @@
-"""Images with their channels first, as the kernels want them, and last, where torch's own convolution has them so."""
+"""What the kernels can read where it lies: biases, and images with their channels first.
+
+Images come with channels last where torch's own convolution has them so.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,18 @@ from torch import Tensor
 from secateur.runtime import native
 
 __all__: list[str] = []  # reached through secateur.accelerate alone
+
+
+def readable(bias: Tensor | None, size: int) -> bool:
+    """Whether the kernels can read a bias of this size by its address, or there is none; if not, torch has to.
+
+    >>> readable(torch.zeros(4), 4), readable(torch.zeros(8)[::2], 4), readable(torch.zeros(1), 4), readable(None, 4)
+    (True, False, False, True)
+    """
+    if bias is None:
+        return True
+    laid = bias.numel() == size and bias.stride() == (1,)
+    return laid and bias.dtype is torch.float32 and bias.is_cpu and not bias.is_neg()
 
 
 def channels_first(image: Tensor) -> Tensor:

@@ -42,13 +42,13 @@ class SparseLinear(Releasable, nn.Linear):
         return products.unpack(self.packed_weight, *self.weight.shape)
 
     def rows(self, input: Tensor) -> int:
-        return input.numel() // self.in_features
+        return input.numel() // int(self.weight.shape[1])
 
     def forward(self, input: Tensor) -> Tensor:
         """As nn.Linear: [..., in_features] to [..., out_features]."""
         if torch.compiler.is_compiling():
             if self._released:
-                return _traced(self, input, self.out_features, self.in_features)
+                return _traced(self, input, *self.weight.shape)
             if not self._traceable(input):
                 return super().forward(input)
             found: Tensor = torch.ops.secateur.linear(input, self.weight, self.packed_weight, self.bias, self._choices)

@@ -6,10 +6,12 @@ import ctypes
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as everywhere
 
 from secateur.runtime import activations, native
+from secateur.runtime.layouts import readable
 from secateur.runtime.linears import SparseLinear
 from secateur.runtime.weight_checks import Watch, pointers, seen_to_differ, version
 
@@ -41,14 +43,16 @@ class PackedLayers:
         kinds: set[type[nn.Module]] = {*map(type, own)}
         self._forwards = [(kind, kind.forward) for kind in kinds]
         self.layers = [module for module in modules if isinstance(module, SparseLinear)]
+        self._shapes = [layer.weight.shape for layer in self.layers]
+        """Of the weights: what is made room for goes by these, and none that is packed has others."""
         self._pointers = ctypes.c_void_p * len(self.layers)
         self._blobs = self._biases = self._pointers()
         self._codes: list[native.Code | None] = []
         self._known: list[tuple[Any, ...]] = []
         self._tensors: list[Tensor] = []
-        self._weights: list[Tensor] = []
         self._addresses = [0]  # which no tensors have, so the first call renews all
-        self._strides: list[tuple[int, ...]] = []
+        self._read: list[Tensor] = []
+        self._laid_out: tuple[list[int], list[tuple[int, ...]]] = ([], [])
         self._watches: list[Watch] = []
         self._watched: tuple[Any, Any] = (None, None)
 
@@ -82,8 +86,10 @@ class PackedLayers:
                 return False
         if not self.layers[0]._takes_input(x):
             return False
-        if not self._in_place():
-            return self._renew()
+        if not self._in_place() and not self._renew():
+            return False
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in self._read):
+            return False  # the layers say what is wrong
         if seen_to_differ(self._watches, self._watched):
             for layer in self.layers:  # to say which it is
                 layer.require_fresh()
@@ -102,22 +108,30 @@ class PackedLayers:
                     return False
         except (KeyError, RuntimeError):  # parameters gone, or made in inference mode
             return False
-        at = [*map(Tensor.data_ptr, self._tensors)]
-        return at == self._addresses and [*map(Tensor.stride, self._weights)] == self._strides
+        return [*map(Tensor.data_ptr, self._tensors)] == self._addresses and _layout(self._read) == self._laid_out
 
     def _renew(self) -> bool:
-        """Take the addresses of all tensors as they are now; raises a StateError if weights have changed."""
+        """Take the addresses of all tensors as they are now, and tell whether all can be read by these.
+
+        Raises:
+            StateError: weights have changed.
+        """
         known: list[tuple[Any, ...]] = []
         for layer in self.layers:
             layer.current()
             weight = layer.weight
             known.append((layer._parameters, layer._buffers, weight, version(weight), layer.bias, layer.packed_weight))
+        weights, biases = [one[2] for one in known], [one[4] for one in known]
+        if [weight.shape for weight in weights] != self._shapes:
+            return False
+        if not all(readable(bias, shape[0]) for bias, shape in zip(biases, self._shapes, strict=True)):
+            return False
         self._blobs = self._pointers(*(packed.data_ptr() for *_, packed in known))
-        self._biases = self._pointers(*(None if bias is None else bias.data_ptr() for *_, bias, _ in known))
+        self._biases = self._pointers(*(None if bias is None else bias.data_ptr() for bias in biases))
         self._tensors = [tensor for _, _, weight, _, *rest in known for tensor in (weight, *rest) if tensor is not None]
         self._addresses = [tensor.data_ptr() for tensor in self._tensors]
-        self._weights = [weight for _, _, weight, *_ in known]
-        self._strides = [weight.stride() for weight in self._weights]
+        self._read = [tensor for tensor in (*weights, *biases) if tensor is not None]
+        self._laid_out = _layout(self._read)
         watched = [layer for layer in self.layers if layer._packed_from is not None and layer._packed_from.watches]
         self._watches = [layer._packed_from.watches[0] for layer in watched]  # type: ignore[union-attr]
         addresses = [layer.weight.data_ptr() for layer in watched]
@@ -129,6 +143,10 @@ class PackedLayers:
 
     def _laid(self) -> None:
         """Lay out what depends on the addresses of tensors and codes."""
+
+
+def _layout(tensors: list[Tensor]) -> tuple[list[int], list[tuple[int, ...]]]:
+    return [*map(Tensor.numel, tensors)], [*map(Tensor.stride, tensors)]
 
 
 def disturbed(modules: Iterable[Mapping[str, Any]]) -> bool:

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from secateur.errors import InputError, StateError, warn
 from secateur.measurement.costs import counting
 from secateur.runtime import native
-from secateur.runtime.layouts import channels_first
+from secateur.runtime.layouts import channels_first, readable
 
 __all__: list[str] = []  # reached through secateur.accelerate alone
 
@@ -90,7 +90,7 @@ def unpack(packed: Tensor, rows: int, columns: int) -> Tensor:
 
 def dense(weight: Tensor, packed: Tensor) -> Tensor:
     """A dense weight [rows, columns] to compute with: it itself or, where it was released, rebuilt in its dtype."""
-    if not weight.is_meta:
+    if not weight.is_meta or packed.is_meta:  # moved there with the layer
         return weight
     if not counting():
         warn_once(
@@ -121,7 +121,7 @@ def linear(
     With the code of the packed matrix, inputs of its row classes take that.
     """
     rows, columns = weight.shape
-    if (found := matrix(x, columns, choices)) is None:
+    if not readable(bias, rows) or (found := matrix(x, columns, choices)) is None:
         empty = weight.is_meta and not x.numel()  # then the product reads no weight
         return F.linear(x, x.new_zeros(1).expand(rows, columns) if empty else dense(weight, packed), bias)
     x, n, source = found
@@ -204,7 +204,8 @@ def matrix(x: Tensor, columns: int, choices: int) -> tuple[Tensor, int, int] | N
             return None
         if not x.is_contiguous():
             x = x.contiguous()
-        return x, n, x.data_ptr()
+        source = x.data_ptr()
+        return (x, n, source) if source else None  # of zeros that have no memory, torch makes some
     except (RuntimeError, IndexError):  # under vmap, nested, not strided, or of no dimension
         return None
 
@@ -266,13 +267,13 @@ def convolved(
     lib, sizes = native.library(), x.shape
     geometry, (out_h, out_w) = conv_shape(tuple(sizes), shape, *steps)
     pixels = sizes[0] * out_h * out_w
-    fits = pixels > 0 and out_h > 0 and sizes[1] == shape[1] * groups
+    fits = pixels > 0 and out_h > 0 and sizes[1] == shape[1] * groups and readable(bias, shape[0])
     if lib is None or not fits or not choices >> bucket(pixels) & 1:
         return None
     try:
         x = channels_first(x)
         source = x.data_ptr()
-        if choices & CHECKED and not finite(x):
+        if not source or (choices & CHECKED and not finite(x)):
             return None
     except RuntimeError:  # under vmap
         return None
@@ -301,6 +302,8 @@ def network(x: Tensor, steps: Any, size: Sequence[int]) -> Tensor | None:
         x = channels_first(x)
         source = x.data_ptr()
     except RuntimeError:  # under vmap
+        return None
+    if not source:
         return None
     out = x.new_empty(batch, *size)
     at, threads = ctypes.addressof(steps), torch.get_num_threads()

@@ -17,7 +17,7 @@ from secateur.errors import StateError
 from secateur.runtime import native, products
 from secateur.runtime.convolutions import SparseConv2d, spreading
 from secateur.runtime.graphs import fingerprint
-from secateur.runtime.layouts import strided
+from secateur.runtime.layouts import readable, strided
 from secateur.runtime.operations import CONVOLUTION
 from secateur.runtime.region_layouts import result_strides
 from secateur.runtime.regions import Region, Step
@@ -95,7 +95,8 @@ class Bound:
         return [*itertools.chain.from_iterable(map(dict.values, self._places))]
 
     def _marked(self) -> list[Any]:
-        return [*map(self._version, self._weights), *map(Tensor.stride, self._weights)]
+        laid = (*self._weights, *self._small_tensors)
+        return [*map(self._version, self._weights), *map(Tensor.stride, laid), *map(Tensor.numel, laid)]
 
     def lay(self, region: int, steps: Sequence[Step], shape: tuple[int, ...]) -> tuple[Any, _Size] | None:
         """The native steps for an image of this shape, and the size of what comes out; None if torch has to do it."""
@@ -134,6 +135,8 @@ class Bound:
             )  # fmt: skip
             one.counted = step.window is not None and step.window.counted
             scale, shift = self._vectors[id(step)]
+            if not readable(scale, result[0]) or not readable(shift, result[0]):
+                return None
             one.scale, one.shift = _address(scale), _address(shift)
             if step.kind == CONVOLUTION:
                 one.blob = step.layer.packed_weight.data_ptr()
@@ -151,7 +154,8 @@ def _factors(step: Step, sizes: Mapping[int, _Size]) -> tuple[int, int]:
 
 
 def _plain(tensor: Tensor) -> bool:
-    return type(tensor.data) is Tensor and tensor.dtype is torch.float32 and tensor.is_cpu and tensor.is_contiguous()
+    there = type(tensor.data) is Tensor and tensor.dtype is torch.float32 and tensor.is_cpu
+    return there and tensor.is_contiguous() and tensor.data_ptr() != 0
 
 
 def _statistics(norm: nn.BatchNorm2d) -> tuple[Tensor | None, ...]:
@@ -171,6 +175,9 @@ def _vectors(step: Step) -> tuple[Tensor | None, Tensor | None]:
     bias = step.layer.bias if step.kind == CONVOLUTION else None
     norm: Any = step.norm
     with torch.inference_mode(False), torch.no_grad():
+        small = [one for one in (bias, *(() if norm is None else _statistics(norm))) if one is not None]
+        if not all(readable(one, small[0].numel()) for one in small):
+            raise ValueError("not of one size")  # which torch refuses, or makes the most of
         if norm is None:
             return None, None if bias is None else bias.detach().contiguous()
         scale = (norm.running_var.double() + norm.eps).rsqrt()
@@ -184,7 +191,7 @@ def _windows(step: Step, image: _Size) -> tuple[tuple[int, ...], ...]:
     """Size, stride, padding and dilation of what a step looks at, each for height and width."""
     if step.kind == CONVOLUTION:
         stride, padding, _, dilation = spreading(step.layer)
-        return step.layer.kernel_size, stride, padding, dilation
+        return tuple(step.layer.weight.shape[2:]), stride, padding, dilation
     if (window := step.window) is None:
         return (1, 1), (1, 1), (0, 0), (1, 1)
     return window.size or image[1:], window.stride, window.padding, window.dilation
@@ -197,12 +204,11 @@ def _result(step: Step, image: _Size, windows: tuple[tuple[int, ...], ...]) -> _
         return None
     channels = image[0]
     if step.kind == CONVOLUTION:
-        if channels != step.layer.in_channels:
+        layer = step.layer
+        if layer.groups != layer._packed_groups or channels != layer.weight.shape[1] * layer.groups:
             return None
-        channels = step.layer.out_channels
+        channels = layer.weight.shape[0]
     elif any(2 * pad > width for pad, width in zip(padding, size, strict=True)):
-        return None
-    if step.norm is not None and step.norm.num_features != channels:
         return None
     height, width = products.conv_size(image[1:], size, stride, padding, dilation)
     return (channels, height, width) if min(height, width) > 0 else None
@@ -249,7 +255,7 @@ class _Run:
             call.forget(values)
 
     def _at_once(self, x: Any, bound: Bound) -> Tensor | None:
-        if type(x) is not Tensor or x.dim() != 4 or x.dtype is not torch.float32 or not x.is_cpu:
+        if type(x) is not Tensor or x.dim() != 4 or x.dtype is not torch.float32 or not x.is_cpu or x.is_neg():
             return None
         if x.requires_grad and torch.is_grad_enabled():
             return None  # the layers say what is wrong

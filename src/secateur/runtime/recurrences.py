@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -100,7 +101,12 @@ class _SparseRecurrent(Sparse, nn.RNNBase):
     def _fits(self, x: Tensor, states: _States, batch: int) -> bool:
         count = self.num_layers * (2 if self.bidirectional else 1)
         shapes = [(count, batch, width) for width in self._widths()]
-        return x.shape[-1] == self.input_size and [tuple(state.shape) for state in states] == shapes
+        if x.shape[-1] != self.input_size or [tuple(state.shape) for state in states] != shapes:
+            return False
+        weights = [self._parameters[name] for name in self._flat_weights_names]
+        settings = self.mode, self.input_size, self.hidden_size, self.num_layers, self.bias, self.bidirectional
+        wanted = (_weight_shapes if self._compiling() else _remembered)(*settings, self.proj_size)
+        return [None if weight is None else tuple(weight.shape) for weight in weights] == wanted
 
     def _run(self, x: Tensor, sizes: Tensor | None, states: _States) -> list[Tensor]:
         run = torch.ops.secateur.recurrent if self._compiling() else recurrent_products.recurrent
@@ -117,6 +123,22 @@ class _SparseRecurrent(Sparse, nn.RNNBase):
 
     def _matrix_names(self) -> list[str]:
         return [name for name in self._flat_weights_names if name.startswith("weight")]
+
+
+def _weight_shapes(
+    mode: str, input: int, hidden: int, layers: int, bias: bool, bidirectional: bool, projection: int
+) -> list[tuple[int, ...]]:
+    """What the weights of a layer with such attributes have; kernels, unlike torch, do not look at all of them."""
+    gates, state = {"LSTM": 4, "GRU": 3}.get(mode, 1) * hidden, projection or hidden
+    directions = 2 if bidirectional else 1
+    shapes: list[tuple[int, ...]] = []
+    for layer in range(layers):
+        one = [(gates, state * directions if layer else input), (gates, state), *([(gates,)] * 2 if bias else [])]
+        shapes += [*one, *([(projection, hidden)] if projection else [])] * directions
+    return shapes
+
+
+_remembered = functools.cache(_weight_shapes)
 
 
 @sparse

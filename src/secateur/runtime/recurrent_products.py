@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from secateur.runtime import native, products
+from secateur.runtime.layouts import readable
 
 __all__: list[str] = []  # reached through secateur.accelerate alone
 
@@ -67,6 +68,9 @@ def recurrent(
         return dense()
     layers, directions = h.shape[0], 2 if bidirectional else 1
     per, batch, state = len(weights) // layers, h.shape[1], h.shape[2]
+    gates_and_biases = ((weights[i], weights[i + 2 : i + 4]) for i in range(0, len(weights), per) if per >= 4)
+    if not all(readable(bias, w_ih.shape[0]) for w_ih, biases in gates_and_biases for bias in biases):
+        return dense()
     steps = x.shape[0] if sizes is None else sizes.shape[0]
     if sizes is None:
         sizes = _equal(steps, batch)
@@ -191,6 +195,8 @@ def cell(
         shape, columns, hidden = x.shape, w_ih.shape[1], w_hh.shape[1]
         n, wanted = (shape[0], (shape[0], hidden)) if len(shape) == 2 else (1, (hidden,))
         if n == 0 or not choices >> products.bucket(n) & 1 or shape != (*wanted[:-1], columns):
+            return None
+        if (b_ih is None) != (b_hh is None) or not readable(b_ih, w_hh.shape[0]) or not readable(b_hh, w_hh.shape[0]):
             return None
         if (h is not None and h.shape != wanted) or (c is not None and c.shape != wanted):
             return None

@@ -173,7 +173,7 @@ class _Draft:
 def _of_one_pixel(operation: Operation, given: bool) -> bool:
     """Whether an operation gives one pixel a channel, if it does or does not get that."""
     if operation.kind == CONVOLUTION:
-        return given and operation.layer.kernel_size == (1, 1) and operation.layer.padding == (0, 0)
+        return given and operation.layer.weight.shape[2:] == (1, 1) and operation.layer.padding == (0, 0)
     window = operation.window
     return given if window is None else window.size is None
 

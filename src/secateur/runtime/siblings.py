@@ -49,8 +49,8 @@ class Siblings(PackedLayers):
 
     def __init__(self, layers: Sequence[Any], choices: int = 0) -> None:
         super().__init__(layers, choices)
-        self._rows = [layer.out_features for layer in self.layers]
-        self.widths = (self.layers[0].in_features, sum(self._rows))
+        self._rows = [int(layer.weight.shape[0]) for layer in self.layers]
+        self.widths = (int(self.layers[0].weight.shape[1]), sum(self._rows))
         self._handles: dict[int, Any] = {}
 
     def __repr__(self) -> str:
@@ -210,4 +210,5 @@ def _inputs(module: nn.Module | None) -> int:
     """How many features a packed layer sees; 0 of any other module, and of one that is called in a way of its own."""
     if not isinstance(module, SparseLinear) or "packed_weight" not in module._buffers:
         return 0
-    return int(module.in_features) if as_usual(plain_class(module)) else 0
+    weight = module._parameters.get("weight")
+    return int(weight.shape[1]) if weight is not None and as_usual(plain_class(module)) else 0

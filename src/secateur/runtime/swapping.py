@@ -191,7 +191,7 @@ class Sparse(Swapped):
 
     def _takes_input(self, *inputs: Tensor) -> bool:
         """Whether all inputs are for the sparse kernels; raises a StateError if gradients are asked for."""
-        if torch.is_grad_enabled() and (self.training or any(x.requires_grad for x in inputs)):
+        if torch.is_grad_enabled() and (self.training or self._differentiable(inputs)):
             raise self._no_gradient()
         if special():
             if _autocast():
@@ -200,9 +200,14 @@ class Sparse(Swapped):
                 )
             return False
         for x in inputs:  # noqa: SIM110 (a generator would cost as much as a small product)
-            if type(x) is not Tensor or not self.suits(x):
-                return False
+            if type(x) is not Tensor or not self.suits(x) or x.is_neg() or not x.data_ptr():
+                return False  # the last two have signs, or zeros, that are not in their memory
         return True
+
+    def _differentiable(self, inputs: Sequence[Tensor]) -> bool:
+        """Whether torch would have to record what is done with inputs, or with own parameters."""
+        own: Any = self._parameters.values()
+        return any(x.requires_grad for x in inputs) or any(one is not None and one.requires_grad for one in own)
 
     def current(self) -> bool:
         """Return True if the weights are those that were packed; raise a StateError if a change is found."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from secateur.runtime import operators, products
-from secateur.runtime.layouts import like_dense
+from secateur.runtime.layouts import like_dense, readable
 from secateur.runtime.swapping import Sparse, sparse
 
 __all__: list[str] = []  # reached through secateur.accelerate alone
@@ -39,6 +39,8 @@ def conv_transpose2d(
     (high, wide), (top, left), _, groups, _ = steps
     height, width = _size(x.shape[2:], weight.shape[2:], steps)
     if x.shape[1] != weight.shape[0] or 0 in x.shape[2:] or min(height, width) < 1:
+        return None
+    if not readable(bias, weight.shape[1] * groups):
         return None
     taps = phase_taps(weight.shape[2:], steps)
     shape = (weight.shape[1] * groups * high * wide, weight.shape[0] // groups, *taps)

@@ -54,9 +54,11 @@ class Snapshot:
 
     def _in_place(self, found: Mapping[str, Tensor | None]) -> bool:
         try:
-            for name, address, number, stride, _ in self.stamps:
+            for name, address, number, stride, shape in self.stamps:
                 weight: Any = found[name]
                 if weight._version != number or weight.data_ptr() != address or weight.stride() != stride:
+                    return False
+                if weight.shape != shape:
                     return False
             return True
         except (KeyError, AttributeError, TypeError):  # gone
@@ -64,8 +66,8 @@ class Snapshot:
         except RuntimeError:  # made in inference mode: these have no version
             return all(
                 (weight := found.get(name)) is not None
-                and (version(weight), weight.data_ptr(), weight.stride()) == (number, address, stride)
-                for name, address, number, stride, _ in self.stamps
+                and [weight.data_ptr(), version(weight), weight.stride(), weight.shape] == stamp
+                for name, *stamp in self.stamps
             )
 
     def same(self, found: Mapping[str, Tensor | None]) -> bool:
