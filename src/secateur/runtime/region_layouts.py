@@ -42,7 +42,8 @@ def _windowed(operation: Operation, image: Tensor) -> Tensor:
     last = channels_last(image)
     if operation.kind == CONVOLUTION:
         layer, (stride, padding, _, dilation) = operation.layer, spreading(operation.layer)
-        channels, size = layer.out_channels, conv_size(size, layer.kernel_size, stride, padding, dilation)
+        channels, _, *kernel = layer.weight.shape
+        size = conv_size(size, kernel, stride, padding, dilation)
         last = last or channels_last(layer.weight)
     elif operation.kind == NORM:
         last = last and not image.is_contiguous()  # which an image of one channel may be as well
