@@ -49,6 +49,14 @@ def test_conv_transpose1d(isa, options, shape):
     check(nn.ConvTranspose1d, 4, options, torch.randn(shape))
 
 
+@pytest.mark.parametrize("padding", [0, 1])
+def test_strides_along_sizes_of_one(isa, padding):
+    layer = thin(nn.ConvTranspose2d(2, 1, 1 + 2 * padding, padding=padding), 0.5)
+    for shape in ((2, 2, 3, 1), (1, 2, 1, 1), (2, 2, 1, 4)):
+        x = torch.randn(shape)
+        assert sparse(layer)(x).stride() == layer(x).stride()
+
+
 def test_channels_last(isa):
     layer, x = thin(nn.ConvTranspose2d(4, 8, 3)), torch.randn(2, 4, 8, 8).to(memory_format=torch.channels_last)
     assert off(sparse(layer.to(memory_format=torch.channels_last))(x), layer(x)) <= 1e-5

@@ -50,7 +50,9 @@ def conv_transpose2d(
         return None
     n, _, h, w = found.shape
     apart = found.view(n, -1, high, wide, h, w).permute(0, 1, 4, 2, 5, 3)
-    return apart.reshape(n, -1, h * high, w * wide)[:, :, top : top + height, left : left + width].contiguous()
+    cut = apart.reshape(n, -1, h * high, w * wide)[:, :, top : top + height, left : left + width]
+    strides = cut.shape[1] * height * width, height * width, width, 1
+    return cut.contiguous().as_strided(cut.shape, strides)  # which along sizes of 1 are any after `contiguous`
 
 
 def phases(weight: Tensor, steps: _Steps) -> Tensor:
