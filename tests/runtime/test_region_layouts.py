@@ -73,6 +73,7 @@ def gated_by_a_mean(net, y, x):
 WAYS = {
     "nothing": lambda net, y, x: y,
     "an activation": lambda net, y, x: y.relu(),
+    "clipped": lambda net, y, x: F.relu6(y),
     "in place": lambda net, y, x: y.relu_(),
     "maxima": lambda net, y, x: F.max_pool2d(y, 2, 1, 1).relu(),
     "averages": lambda net, y, x: F.avg_pool2d(y, 2, 1, 1),

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from secateur.runtime.activations import RELU6
 from secateur.runtime.convolutions import spreading
 from secateur.runtime.layouts import channels_last
 from secateur.runtime.operations import ADDITION, CONVOLUTION, NEITHER, NORM, PRODUCT, SAME, Operation
@@ -29,6 +30,8 @@ def result_strides(region: Region, image: Tensor) -> tuple[int, ...]:
         given = [values[value] for value in operation.values]
         if operation.in_place or operation.kind == SAME:
             values[node] = given[0]
+        elif operation.activation == RELU6:  # whose result torch makes by `empty_like`
+            values[node] = torch.empty_like(given[0])
         elif operation.kind in (NEITHER, ADDITION, PRODUCT):
             values[node] = elementwise(*given)
         else:
