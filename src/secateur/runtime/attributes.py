@@ -41,8 +41,9 @@ _NO_PART = {
 
 
 def packed(module: nn.Module) -> bool:
-    """Whether it is a convolution of images with a packed matrix."""
-    return isinstance(module, SparseConv2d) and "packed_weight" in module._buffers
+    """Whether it is a convolution of images with a packed matrix, and the weight of that is still there."""
+    there = isinstance(module, SparseConv2d) and "packed_weight" in module._buffers
+    return there and module._parameters.get("weight") is not None
 
 
 def followed(module: nn.Module) -> tuple[type[nn.Module], ...]:
