@@ -8,10 +8,10 @@ from torch import nn
 
 from secateur.errors import StateError
 from secateur.runtime import native, products
-from secateur.runtime.chains import SparseSequential
-from secateur.runtime.convolutions import SparseConv2d
+from secateur.runtime.chains import SparseSequential, runs
 from secateur.runtime.networks import capture, install
 from secateur.runtime.siblings import Siblings
+from secateur.runtime.swapping import swap
 from sparse_models import off, sparse, thin
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason="no native library")
@@ -50,10 +50,13 @@ def _normed():
 def _in_one_call(model):
     """A sparse copy in which runs and networks are one call for all inputs."""
     fast = sparse(model)
-    if isinstance(fast, SparseSequential):
-        fast.fuse(dict.fromkeys(fast.spans(fast, fast.sequence(fast)), products.ALL))
-    elif isinstance(fast, nn.Sequential) and sum(isinstance(one, SparseConv2d) for one in fast) > 1:
-        install(fast, capture(fast).words, products.ALL)
+    if not isinstance(fast, nn.Sequential):
+        return fast
+    if (program := capture(fast)) is not None:
+        install(fast, program.words, products.ALL)
+    else:
+        swap(fast, SparseSequential)
+        assert fast.fuse(dict.fromkeys(runs([*fast]), products.ALL))
     return fast
 
 
