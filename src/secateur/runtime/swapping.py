@@ -199,7 +199,7 @@ class Sparse(Swapped):
                     "autocast is on, so sparse layers run dense in its dtype. Switch it off for their speed."
                 )
             return False
-        for x in inputs:  # noqa: SIM110 (a generator would cost as much as a small product)
+        for x in inputs:
             if type(x) is not Tensor or not self.suits(x) or x.is_neg() or (x.numel() and not x.data_ptr()):
                 return False  # the last two have signs, or zeros, that are not in their memory
         return True
