@@ -166,7 +166,7 @@ def test_defaults_are_put_back():
     model = Block()
     watched = attributes.Attributes(model)
     Block.forward.__defaults__ = (True,)
-    watched.put_back(model)
+    watched.put_back()
     assert Block.forward.__defaults__ == (False,)
     assert watched.same(model)
 

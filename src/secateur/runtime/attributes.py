@@ -168,10 +168,9 @@ class Attributes:
         tensors = [(name, value) for name, value in named if isinstance(value, Tensor)]
         return [t for name, t in tensors if not isinstance(t, nn.Parameter) and not name.startswith("packed_")]
 
-    def put_back(self, module: nn.Module) -> None:
-        """Undo what was set, added or removed."""
-        keepers = {name: value for name, value in vars(module).items() if name in _KEEPERS}
-        for live, kept in [(vars(module), self._own | keepers), *zip(self._live, self._kept, strict=True)]:
+    def put_back(self) -> None:
+        """Undo what was set, added or removed, but for the module's own attributes."""
+        for live, kept in zip(self._live, self._kept, strict=True):
             live.clear()
             live.extend(kept) if isinstance(live, list | collections.deque) else live.update(kept)
         for kind, kept in self._classes.items():

@@ -59,7 +59,7 @@ def trace(module: nn.Module) -> fx.Graph | None:
     written = [(tensor, value) for tensor, number, value in held if version(tensor) != number]
     if before.same(module) and numbers.same() and not written:
         return None if watch.refused else graph
-    before.put_back(module)
+    before.put_back()  # what the copy shares: of classes and functions
     numbers.put_back()
     for tensor, value in written:
         tensor.detach().copy_(value)

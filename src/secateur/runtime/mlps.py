@@ -188,6 +188,7 @@ def _called(function: Callable[..., Any], *args: Any, **kwargs: Any) -> int | No
 
 
 def step_of(module: nn.Module, part: Part) -> Any:
+    """What computes a part of a module's forward: a layer of it, a function, or what is gated."""
     if isinstance(part, tuple):
         return Gated(*(step_of(module, one) for one in part))
     return _FUNCTIONS[part] if isinstance(part, int) else held_at(module, part)

@@ -204,8 +204,7 @@ def matrix(x: Tensor, columns: int, choices: int) -> tuple[Tensor, int, int] | N
             return None
         if not x.is_contiguous():
             x = x.contiguous()
-        source = x.data_ptr()
-        return (x, n, source) if source else None  # of zeros that have no memory, torch makes some
+        return x, n, x.data_ptr()
     except (RuntimeError, IndexError):  # under vmap, nested, not strided, or of no dimension
         return None
 
@@ -273,7 +272,7 @@ def convolved(
     try:
         x = channels_first(x)
         source = x.data_ptr()
-        if not source or (choices & CHECKED and not finite(x)):
+        if choices & CHECKED and not finite(x):
             return None
     except RuntimeError:  # under vmap
         return None
