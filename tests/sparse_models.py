@@ -34,6 +34,27 @@ def without_negative_zeros(model):
     return model
 
 
+def image_batches(batch, channels, height, width):
+    """Batches of images in the layouts in which they come, by name."""
+    plain, last = torch.randn(batch, channels, height, width), {"memory_format": torch.channels_last}
+    return {
+        "first": plain,
+        "last": plain.to(**last),
+        "moved": plain.movedim(1, -1).contiguous().movedim(-1, 1),
+        "each second channel": torch.randn(batch, 2 * channels, height, width).to(**last)[:, ::2],
+        "turned": torch.randn(batch, channels, width, height).transpose(2, 3),
+        "expanded": plain[:1].to(**last).expand(batch, -1, -1, -1),
+        "batch within": torch.randn(height, channels, batch, width).permute(2, 1, 0, 3),
+    }
+
+
+def assert_copies_give_the_same(make, fast, x):
+    """So do copies of copies."""
+    reference = fast(x)
+    assert make(fast)(x).equal(reference)
+    assert make(make(fast))(x).equal(reference)
+
+
 def assert_alike(one, other):
     """Both have modules of the same classes, with attributes of the same names: nothing of ours is left."""
     assert [type(m) for m in one.modules()] == [type(m) for m in other.modules()]

@@ -12,22 +12,13 @@ from networks_by_hand import Basic, lively
 from secateur.runtime import native
 from secateur.runtime.layouts import channels_first, channels_last
 from secateur.runtime.swapping import Sparse
-from sparse_models import off, sparse, thin
+from sparse_models import image_batches, off, sparse, thin
 
 LAST = {"memory_format": torch.channels_last}
 
 
-def images(batch, channels, height, width):
-    plain = torch.randn(batch, channels, height, width)
-    return {
-        "first": plain,
-        "last": plain.to(**LAST),
-        "moved": plain.movedim(1, -1).contiguous().movedim(-1, 1),
-        "each second channel": torch.randn(batch, 2 * channels, height, width).to(**LAST)[:, ::2],
-        "turned": torch.randn(batch, channels, width, height).transpose(2, 3),
-        "one picture": torch.randn(1, channels, height, width).to(**LAST)[0],
-        "expanded": plain[:1].to(**LAST).expand(batch, -1, -1, -1),
-    }
+def images(*shape):
+    return image_batches(*shape) | {"one picture": torch.randn(1, *shape[1:]).to(**LAST)[0]}
 
 
 def strides(tensor):

@@ -10,21 +10,9 @@ from torch.nn import functional as F
 import secateur as sc
 from networks_by_hand import Basic, as_one, lively
 from secateur.runtime.region_layouts import elementwise
-from sparse_models import off
+from sparse_models import image_batches, off
 
 LAST = {"memory_format": torch.channels_last}
-
-
-def images(batch, channels, height, width):
-    plain = torch.randn(batch, channels, height, width)
-    return {
-        "first": plain,
-        "last": plain.to(**LAST),
-        "each second channel": torch.randn(batch, 2 * channels, height, width).to(**LAST)[:, ::2],
-        "turned": torch.randn(batch, channels, width, height).transpose(2, 3),
-        "expanded": plain[:1].to(**LAST).expand(batch, -1, -1, -1),
-        "batch within": torch.randn(height, channels, batch, width).permute(2, 1, 0, 3),
-    }
 
 
 SHAPES = (2, 4, 6, 5), (1, 4, 6, 5), (2, 1, 6, 5), (2, 4, 1, 1), (1, 1, 1, 1), (2, 4, 1, 5)
@@ -36,11 +24,11 @@ def unread(*given):
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_results_of_torchs_iterator(shape):
-    for name, image in images(*shape).items():
+    for name, image in image_batches(*shape).items():
         assert elementwise(*unread(image)).stride() == image.sigmoid().stride(), name
-        for other in images(*shape).values():
+        for other in image_batches(*shape).values():
             assert elementwise(*unread(image, other)).stride() == (image + other).stride(), name
-        for gate in images(*shape[:2], 1, 1).values():
+        for gate in image_batches(*shape[:2], 1, 1).values():
             assert elementwise(*unread(image, gate)).stride() == (image * gate).stride(), name
             assert elementwise(*unread(gate, image)).stride() == (gate * image).stride(), name
 
@@ -92,7 +80,7 @@ OF_FOUR = {
 def assert_laid_as_torchs(model, calls, channels=4, fast=None):
     fast = as_one(model) if fast is None else fast
     for batch, _, height, width in SHAPES:
-        for name, x in images(batch, channels, height, width).items():
+        for name, x in image_batches(batch, channels, height, width).items():
             calls.clear()
             with torch.inference_mode():
                 got, wanted = fast(x), model(x)
