@@ -1,4 +1,4 @@
-// How a sparse matrix lies in memory. Two layouts of the same weights in one piece of position-independent bytes:
+// How a sparse matrix lies in memory. One to three layouts of the same weights in one piece of position-independent bytes:
 //
 // Values are float32, or float16 or bfloat16 where that was asked for.
 //
@@ -10,6 +10,9 @@
 //   lanes. So values and 5-bit columns are stored without gaps, a vector load takes them, and a permutation of two
 //   registers fetches the inputs: 5.4 bytes a non-zero at 90 %, and no gather. A permutation puts the sums of a tile back
 //   into the order of rows.
+// masked (one input, AVX2, of matrices that are dense enough): of eight rows by eight columns, a byte a row tells which
+//   columns are there; their values follow one another. A shuffle spreads them, so inputs are loaded as vectors, once for
+//   eight rows, rather than one by one.
 #pragma once
 #include <cstdint>
 
@@ -28,10 +31,12 @@ struct Bfloat16 {
 };
 
 constexpr u32 kMagic = 0x54434553;  // "SECT"
-constexpr u32 kVersion = 1;
+constexpr u32 kVersion = 2;
 constexpr int kGroup = 32;    // rows of a jagged tile
 constexpr int kTile = 32;     // columns of a jagged tile
 constexpr int kSmall = 4;     // the most inputs for which the jagged layout is used
+constexpr int kMask = 8;      // columns of a mask
+constexpr int kMaskRows = 8;  // rows whose masks are neighbours
 constexpr int kWidth = 32;    // the widest panel of inputs
 constexpr int kBlock = 384;   // the most columns of a block
 constexpr int kChunk = 128;   // about as many rows are a unit of work
@@ -73,6 +78,7 @@ struct Header {
     // offsets of the arrays from the start of the blob, each a multiple of 64
     u64 chunk_table, run_counts, runs, row_order, index, value;
     u64 group_table, jagged_runs, meta, jagged_index, jagged_value;
+    u64 masked_table, masks, masked_value;  // 0: the masked layout is absent; masked_table: u64 first value of each chunk
 };
 
 struct Blob {

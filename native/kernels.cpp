@@ -357,9 +357,20 @@ INLINE void rows_of_one(const u16* row, int length, const float* in, const u16* 
     UNROLL for (int r = 0; r < R; r++) sums[row[r]] += (s[r][0] + s[r][1]) + (s[r][2] + s[r][3]);
 }
 
+INLINE u32 chunk_rows(const Header& head, u32 chunk) {
+    const u32 first = chunk * head.chunk, left = head.rows - first;
+    return left < head.chunk ? left : head.chunk;
+}
+
+#include "masked.h"
+
 // The same for a single input. Two rows go side by side, or one addition would wait for the one before.
 template <class T>
 INLINE void product_of_one(Blob blob, const float* input, u32 chunk, float* sums) {
+#if LANES == 8
+    if (blob.head->masked_table && finite(input, blob.head->columns))
+        return masked_product<T>(blob, input, chunk, chunk_rows(*blob.head, chunk), sums);
+#endif
     each_run<T>(blob, chunk, [&](const u16* row, int rows, u64 column, int length, const u16* index, const T* value) {
         auto some = [&](auto count) {
             constexpr int R = decltype(count)::value;
@@ -389,11 +400,6 @@ void product_of_width(Blob blob, const float* inputs, u32 chunk, float* sums) {
         case kBfloat16: return run(Bfloat16{});
         default: return run(float{});
     }
-}
-
-INLINE u32 chunk_rows(const Header& head, u32 chunk) {
-    const u32 first = chunk * head.chunk, left = head.rows - first;
-    return left < head.chunk ? left : head.chunk;
 }
 
 // sums[chunk rows][width] = bias
@@ -846,7 +852,7 @@ void gru(const float* x, const float* s, i64 units_, float* h) {
 
 }  // namespace
 
-const Kernels TABLE = {NAME,   LANES == 16, small_pack, small, panel_pack, panel, panel_unpack,
+const Kernels TABLE = {NAME,   LANES == 16, LANES == 8, small_pack, small, panel_pack, panel, panel_unpack,
                        gather, finish,      pool_rows,  pool_row, activate,  lstm,  gru};
 
 }  // namespace secateur

@@ -27,6 +27,7 @@ constexpr int kStrides = 2;  // the greatest stride that vectors are read with
 struct Kernels {
     const char* name;
     bool jagged;  // has small() for 1 <= n <= kSmall; otherwise a panel of width 4 or 1 takes these
+    bool masked;  // panel() of width 1 takes the masked layout where there is one
 
     // x[n][columns] -> tiles[columns / 32, rounded up][n][32], zeros beyond the last column. 1 <= n <= kSmall.
     void (*small_pack)(const float* x, int n, i64 columns, float* tiles);
@@ -68,6 +69,7 @@ struct Kernels {
 
 extern const Kernels kPortable, kNeon, kAvx2, kAvx512;
 
-i64 pack(const float* weight, i64 rows, i64 columns, i64 groups, bool with_jagged, Values values, void* blob, i64 room);
+// Writes a blob for these kernels, if `bytes` has room for it; gives its bytes, or -1 if there are too many rows or columns.
+i64 pack(const float* weight, i64 rows, i64 columns, i64 groups, const Kernels& made_for, Values values, void* blob, i64 room);
 
 }  // namespace secateur

@@ -51,6 +51,9 @@ struct Arrays {
     std::vector<JaggedRun> jagged_runs;
     std::vector<u8> meta, jagged_index;
     std::vector<float> jagged_value;
+    std::vector<u64> masked_table;
+    std::vector<u8> masks;
+    std::vector<float> masked_value;
 };
 
 void panel(const Dense& w, Header& head, Arrays& out) {
@@ -157,6 +160,30 @@ void jagged(const Dense& w, Arrays& out) {
     }
 }
 
+void masked(const Dense& w, const Header& head, Arrays& out) {
+    out.masked_value.reserve(head.nonzeros);
+    for (i64 r0 = 0; r0 < w.rows; r0 += head.chunk) {
+        const i64 end = std::min<i64>(w.rows, r0 + head.chunk);
+        out.masked_table.push_back(out.masked_value.size());
+        for (i64 first = r0; first < r0 + head.chunk; first += kMaskRows)
+            for (i64 j = 0; j < w.columns; j += kMask)
+                for (i64 r = first; r < first + kMaskRows; r++) {
+                    u8 mask = 0;
+                    for (i64 k = 0; r < end && k < std::min<i64>(kMask, w.columns - j); k++) {
+                        const float value = w.weight[r * w.columns + j + k];
+                        mask |= u8(nonzero(value) << k);
+                        if (nonzero(value)) out.masked_value.push_back(value);
+                    }
+                    out.masks.push_back(mask);
+                }
+    }
+}
+
+// The share of non-zeros from which on the masked layout is faster, as was measured.
+bool dense_enough(const Header& head, Values values) {
+    return double(head.nonzeros) >= (values == kFloat32 ? 0.4 : 0.22) * head.rows * head.columns;
+}
+
 // Rounded to nearest even; what is too large becomes infinite.
 u16 to_half(float x) {
     u32 bits;
@@ -204,7 +231,7 @@ void copy(void* blob, u64 at, const std::vector<T>& array) {
 
 }  // namespace
 
-i64 pack(const float* weight, i64 rows, i64 columns, i64 groups, bool with_jagged, Values values, void* blob,
+i64 pack(const float* weight, i64 rows, i64 columns, i64 groups, const Kernels& made_for, Values values, void* blob,
          i64 room) {
     const i64 limit = i64(0xffff) * kTile;
     if (rows < 0 || columns < 0 || groups < 1 || rows % groups || columns % groups || rows > limit || columns > limit)
@@ -225,11 +252,14 @@ i64 pack(const float* weight, i64 rows, i64 columns, i64 groups, bool with_jagge
     Arrays a;
     panel(w, head, a);
     head.chunks = u32(a.chunks.size());
-    if (with_jagged) jagged(w, a);
+    if (made_for.jagged) jagged(w, a);
     head.groups = u32(a.groups.size());
     head.values = values;
+    const bool with_masked = made_for.masked && groups == 1 && head.nonzeros && dense_enough(head, values);
+    if (with_masked) masked(w, head, a);
     const bool half = values != kFloat32;
-    const std::vector<u16> value = halves(a.value, values), jagged_value = halves(a.jagged_value, values);
+    const std::vector<u16> value = halves(a.value, values), jagged_value = halves(a.jagged_value, values),
+                           masked_value = halves(a.masked_value, values);
     u64 end = (sizeof(Header) + 63) / 64 * 64;
     head.chunk_table = place(end, a.chunks);
     head.run_counts = place(end, a.run_counts);
@@ -242,6 +272,11 @@ i64 pack(const float* weight, i64 rows, i64 columns, i64 groups, bool with_jagge
     head.meta = place(end, a.meta);
     head.jagged_index = place(end, a.jagged_index);
     head.jagged_value = half ? place(end, jagged_value) : place(end, a.jagged_value);
+    if (with_masked) {
+        head.masked_table = place(end, a.masked_table);
+        head.masks = place(end, a.masks);
+        head.masked_value = half ? place(end, masked_value) : place(end, a.masked_value);
+    }
     head.bytes = end;
     if (i64(end) <= room) {
         std::memset(blob, 0, end);
@@ -255,12 +290,16 @@ i64 pack(const float* weight, i64 rows, i64 columns, i64 groups, bool with_jagge
         copy(blob, head.jagged_runs, a.jagged_runs);
         copy(blob, head.meta, a.meta);
         copy(blob, head.jagged_index, a.jagged_index);
+        copy(blob, head.masked_table, a.masked_table);
+        copy(blob, head.masks, a.masks);
         if (half) {
             copy(blob, head.value, value);
             copy(blob, head.jagged_value, jagged_value);
+            copy(blob, head.masked_value, masked_value);
         } else {
             copy(blob, head.value, a.value);
             copy(blob, head.jagged_value, a.jagged_value);
+            copy(blob, head.masked_value, a.masked_value);
         }
     }
     return i64(end);
@@ -273,5 +312,5 @@ using namespace secateur;
 int64_t secateur_pack(const float* weight, int64_t rows, int64_t columns, int64_t groups, int32_t values,
                       void* blob, int64_t room) {
     if (values < 0 || values > int32_t(kBfloat16)) return -1;
-    return pack(weight, rows, columns, groups, kernels->jagged, Values(values), blob, room);
+    return pack(weight, rows, columns, groups, *kernels, Values(values), blob, room);
 }

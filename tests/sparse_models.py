@@ -1,11 +1,15 @@
-"""Models with zeros, their sparse copies without any tuning, and how far results are apart."""
+"""Models with zeros, their sparse copies without any tuning, how far results are apart, and memory that ends."""
 
 import copy
+import ctypes
+import mmap
 
 import torch
 
 from models import Mlp
 from secateur.runtime import candidates, products, tuning
+
+PAGE = mmap.PAGESIZE
 
 
 class Apart(Mlp):
@@ -91,3 +95,19 @@ def fake_times(monkeypatch, times):
         return {(name, products.bucket(n)): times(name, products.bucket(n)) for name, n in rows}
 
     monkeypatch.setattr(tuning, "times", measured)
+
+
+class Guarded:
+    """Memory for a tensor, behind which no byte may be touched."""
+
+    def __init__(self, shape, filled=None):
+        count = torch.Size(shape).numel()
+        pages = -(-4 * count // PAGE)
+        self.memory = mmap.mmap(-1, (pages + 1) * PAGE)
+        address = ctypes.addressof(ctypes.c_char.from_buffer(self.memory))
+        libc = ctypes.CDLL(None, use_errno=True)
+        libc.mprotect.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+        assert libc.mprotect(address + pages * PAGE, PAGE, 0) == 0
+        self.tensor = torch.frombuffer(self.memory, dtype=torch.float32, count=count, offset=pages * PAGE - 4 * count)
+        self.tensor = self.tensor.view(shape)
+        self.tensor.copy_(torch.full(shape, float("nan")) if filled is None else filled)

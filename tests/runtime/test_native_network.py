@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import mmap
 import random
 from dataclasses import dataclass, field
 
@@ -12,7 +11,7 @@ import torch
 from torch.nn import functional as F
 
 from secateur.runtime import native
-from sparse_models import off
+from sparse_models import Guarded, off
 
 CONVOLUTION, MAXIMA, AVERAGES, NEITHER = range(4)
 ACTIVATIONS = (
@@ -27,25 +26,8 @@ ACTIVATIONS = (
     F.hardswish,
     F.hardsigmoid,
 )
-PAGE = mmap.PAGESIZE
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason="no native library")
-
-
-class Guarded:
-    """Memory for a tensor, behind which no byte may be touched."""
-
-    def __init__(self, shape, filled=None):
-        count = torch.Size(shape).numel()
-        pages = -(-4 * count // PAGE)
-        self.memory = mmap.mmap(-1, (pages + 1) * PAGE)
-        address = ctypes.addressof(ctypes.c_char.from_buffer(self.memory))
-        libc = ctypes.CDLL(None, use_errno=True)
-        libc.mprotect.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-        assert libc.mprotect(address + pages * PAGE, PAGE, 0) == 0
-        self.tensor = torch.frombuffer(self.memory, dtype=torch.float32, count=count, offset=pages * PAGE - 4 * count)
-        self.tensor = self.tensor.view(shape)
-        self.tensor.copy_(torch.full(shape, float("nan")) if filled is None else filled)
 
 
 @dataclass

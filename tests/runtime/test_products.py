@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from secateur.errors import StateError
 from secateur.runtime import native, products
-from sparse_models import off
+from sparse_models import Guarded, off
 
 SIZES = st.sampled_from([1, 3, 17, 64, 1000])
 ROWS = st.sampled_from([0, 1, 2, 3, 5, 8, 16, 17, 33, 130])
@@ -46,6 +46,21 @@ def test_linear(backend, rows, columns, n, pattern, bias, seed):
     assert got.shape == reference.shape
     if n:
         assert (got.double() - reference).abs().max() <= 1e-5 * max(reference.abs().max(), 1e-3 * scale, 1e-30)
+
+
+@pytest.mark.parametrize("values", native.VALUES)
+@pytest.mark.parametrize("density", [0.25, 0.5, 1.0])
+@pytest.mark.parametrize("shape", [(1, 1), (8, 8), (9, 7), (17, 1000), (130, 65), (300, 2048), (1000, 1)])
+def test_one_input_of_a_matrix_with_few_zeros(isa, shape, density, values):
+    weight = (torch.randn(shape) * (torch.rand(shape) <= density)).to(values).float()
+    packed, bias, x = products.pack(weight, values=values), torch.randn(shape[0]), Guarded((1, shape[1]))
+    x.tensor.normal_()
+    for offset in (None, bias):
+        got = products.linear(x.tensor, weight, packed, offset, products.ALL)
+        reference = F.linear(x.tensor.double(), weight.double(), None if offset is None else offset.double())
+        assert off(got, reference) <= 1e-5
+    x.tensor[0, -1] = torch.nan
+    assert products.linear(x.tensor, weight, packed, None, products.ALL).isnan().equal(weight[None, :, -1] != 0)
 
 
 @pytest.mark.parametrize("shape", [(17,), (5, 17), (2, 3, 17), (2, 1, 3, 17), (0, 17), (2, 0, 17)])

@@ -60,8 +60,9 @@ def same(a, b):
 
 @pytest.mark.parametrize("bad", BAD)
 @pytest.mark.parametrize("rows", [1, 3, 40])
-def test_without_it_the_outputs_whose_kept_weights_meet_it_feel_it(backend, rows, bad):
-    layer = thin(nn.Linear(70, 90))
+@pytest.mark.parametrize("sparsity", [0.5, 0.9])
+def test_without_it_the_outputs_whose_kept_weights_meet_it_feel_it(backend, rows, bad, sparsity):
+    layer = thin(nn.Linear(70, 90), sparsity)
     fast, x = sparse(layer), torch.randn(rows, 70)
     clean, spoiled = fast(x), x.clone()
     spoiled[-1, 3] = bad
