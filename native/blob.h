@@ -32,14 +32,15 @@ struct Bfloat16 {
 
 constexpr u32 kMagic = 0x54434553;  // "SECT"
 constexpr u32 kVersion = 2;
-constexpr int kGroup = 32;    // rows of a jagged tile
-constexpr int kTile = 32;     // columns of a jagged tile
-constexpr int kSmall = 4;     // the most inputs for which the jagged layout is used
-constexpr int kMask = 8;      // columns of a mask
-constexpr int kMaskRows = 8;  // rows whose masks are neighbours
-constexpr int kWidth = 32;    // the widest panel of inputs
-constexpr int kBlock = 384;   // the most columns of a block
-constexpr int kChunk = 128;   // about as many rows are a unit of work
+constexpr int kGroup = 32;      // rows of a jagged tile
+constexpr int kTile = 32;       // columns of a jagged tile
+constexpr int kSmall = 4;       // the most inputs for which the jagged layout is used
+constexpr int kMask = 8;        // columns of a mask
+constexpr int kMaskRows = 8;    // rows whose masks are neighbours
+constexpr int kWidth = 32;      // the widest panel of inputs
+constexpr int kBlock = 384;     // the most columns of a block, if its rows are not too short
+constexpr int kLongest = 1024;  // and if they are
+constexpr int kChunk = 128;     // about as many rows are a unit of work
 
 struct Run {
     u16 length;  // non-zeros of a row in this block

@@ -179,6 +179,13 @@ void masked(const Dense& w, const Header& head, Arrays& out) {
     }
 }
 
+// The most columns of a block. Each row of it costs by itself, above all with a single input, so rows are to have some
+// non-zeros there; with 16 bits more, as these are for models that decode token by token.
+i64 longest_block(const Dense& w, const Header& head, Values values) {
+    const i64 wanted = values == kFloat32 ? 40 : 100, nonzeros = std::max<i64>(1, i64(head.nonzeros));
+    return std::min<i64>(kLongest, std::max<i64>(kBlock, wanted * w.rows * w.width / nonzeros));
+}
+
 // The share of non-zeros from which on the masked layout is faster, as was measured.
 bool dense_enough(const Header& head, Values values) {
     return double(head.nonzeros) >= (values == kFloat32 ? 0.4 : 0.22) * head.rows * head.columns;
@@ -240,15 +247,16 @@ i64 pack(const float* weight, i64 rows, i64 columns, i64 groups, const Kernels& 
     Header head{};
     head.magic = kMagic, head.version = kVersion;
     head.rows = u32(rows), head.columns = u32(columns);
-    head.blocks = u32(std::max<i64>(1, (columns + kBlock - 1) / kBlock));
-    head.block = u32(std::max<i64>(1, (columns + head.blocks - 1) / head.blocks));
-    head.chunks = u32((rows + kChunk - 1) / kChunk);
-    head.chunk = u32(head.chunks ? (rows + head.chunks - 1) / head.chunks : 1);
     for (i64 r = 0; r < rows; r++) {
         int found = 0;  // as wide as a float, for the compiler's vectors
         for (i64 i = 0; i < w.width; i++) found += nonzero(weight[r * w.width + i]);
         head.nonzeros += found;
     }
+    const i64 block = made_for.jagged ? kBlock : longest_block(w, head, values);
+    head.blocks = u32(std::max<i64>(1, (columns + block - 1) / block));
+    head.block = u32(std::max<i64>(1, (columns + head.blocks - 1) / head.blocks));
+    head.chunks = u32((rows + kChunk - 1) / kChunk);
+    head.chunk = u32(head.chunks ? (rows + head.chunks - 1) / head.chunks : 1);
     Arrays a;
     panel(w, head, a);
     head.chunks = u32(a.chunks.size());
