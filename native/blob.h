@@ -1,4 +1,4 @@
-// How a sparse matrix lies in memory. One to three layouts of the same weights in one piece of position-independent bytes:
+// How a sparse matrix lies in memory. Layouts of the same weights, one or two, in a piece of position-independent bytes:
 //
 // Values are float32, or float16 or bfloat16 where that was asked for.
 //
@@ -79,7 +79,7 @@ struct Header {
     // offsets of the arrays from the start of the blob, each a multiple of 64
     u64 chunk_table, run_counts, runs, row_order, index, value;
     u64 group_table, jagged_runs, meta, jagged_index, jagged_value;
-    u64 masked_table, masks, masked_value;  // 0: the masked layout is absent; masked_table: u64 first value of each chunk
+    u64 masked_table, masks, masked_value;  // 0: this layout is absent; the table: u64, the first value of each chunk
 };
 
 struct Blob {

@@ -69,7 +69,8 @@ struct Kernels {
 
 extern const Kernels kPortable, kNeon, kAvx2, kAvx512;
 
-// Writes a blob for these kernels, if `bytes` has room for it; gives its bytes, or -1 if there are too many rows or columns.
-i64 pack(const float* weight, i64 rows, i64 columns, i64 groups, const Kernels& made_for, Values values, void* blob, i64 room);
+// Writes a blob for these kernels if it fits into so much room; gives its bytes, or -1 if the matrix is too large for any.
+i64 pack(const float* weight, i64 rows, i64 columns, i64 groups, const Kernels& made_for, Values values, void* blob,
+         i64 room);
 
 }  // namespace secateur

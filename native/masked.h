@@ -1,8 +1,8 @@
 // The product with a single input by the masked layout; a part of kernels.cpp, for vectors of eight.
 #if LANES == 8
 
-// For each mask of eight bits, where a shuffle finds what belongs to each lane: the k-th of the values if it is the k-th bit
-// that is set, and zero if the bit is not. A lane has kBytes; the value is its last kSize of them.
+// For each mask of eight bits, where a shuffle finds what belongs to each lane: the k-th of the values if its bit is the
+// k-th that is set, zero if it is not. A lane has kBytes; the value is its last kSize of them.
 template <int kBytes, int kSize>
 struct Places {
     alignas(8 * kBytes) u8 at[256][8 * kBytes] = {};
@@ -75,13 +75,13 @@ void masked_product(Blob blob, const float* input, u32 chunk, i64 rows, float* s
         vec s[kMaskRows] = {};
         for (i64 b = 0; b < blocks; b++) {
             const vec x = load<vec>(b < whole ? input + b * kMask : rest);
-            u32 four[kMaskRows / 4];
-            __builtin_memcpy(four, mask, sizeof four);  // one load for four rows: loads are what bounds it
+            u32 masks[kMaskRows / 4];
+            __builtin_memcpy(masks, mask, sizeof masks);  // one load for four rows: loads are what bounds it
             UNROLL for (int r = 0; r < kMaskRows; r++) {
-                const u32 one = four[r / 4] & 0xff;
+                const u32 one = masks[r / 4] & 0xff;
                 s[r] += Spread<T>::of(value, one) * x;
                 value += __builtin_popcount(one);
-                four[r / 4] >>= 8;
+                masks[r / 4] >>= 8;
             }
             mask += kMaskRows;
             __builtin_prefetch(value + kAhead);

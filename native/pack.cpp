@@ -161,18 +161,20 @@ void jagged(const Dense& w, Arrays& out) {
 }
 
 void masked(const Dense& w, const Header& head, Arrays& out) {
-    out.masked_value.reserve(head.nonzeros);
+    out.masked_value.resize(head.nonzeros + 1);  // as one behind the last is written to
+    float* value = out.masked_value.data();
     for (i64 r0 = 0; r0 < w.rows; r0 += head.chunk) {
         const i64 end = std::min<i64>(w.rows, r0 + head.chunk);
-        out.masked_table.push_back(out.masked_value.size());
+        out.masked_table.push_back(u64(value - out.masked_value.data()));
         for (i64 first = r0; first < r0 + head.chunk; first += kMaskRows)
             for (i64 j = 0; j < w.columns; j += kMask)
                 for (i64 r = first; r < first + kMaskRows; r++) {
                     u8 mask = 0;
-                    for (i64 k = 0; r < end && k < std::min<i64>(kMask, w.columns - j); k++) {
-                        const float value = w.weight[r * w.columns + j + k];
-                        mask |= u8(nonzero(value) << k);
-                        if (nonzero(value)) out.masked_value.push_back(value);
+                    const i64 seen = r < end ? std::min<i64>(kMask, w.columns - j) : 0;
+                    for (i64 k = 0; k < seen; k++) {  // without a branch, as none would be foreseen
+                        *value = w.weight[r * w.columns + j + k];
+                        mask |= u8(nonzero(*value) << k);
+                        value += nonzero(*value);
                     }
                     out.masks.push_back(mask);
                 }
@@ -266,8 +268,8 @@ i64 pack(const float* weight, i64 rows, i64 columns, i64 groups, const Kernels& 
     const bool with_masked = made_for.masked && groups == 1 && head.nonzeros && dense_enough(head, values);
     if (with_masked) masked(w, head, a);
     const bool half = values != kFloat32;
-    const std::vector<u16> value = halves(a.value, values), jagged_value = halves(a.jagged_value, values),
-                           masked_value = halves(a.masked_value, values);
+    const std::vector<u16> value = halves(a.value, values), jagged_value = halves(a.jagged_value, values);
+    const std::vector<u16> masked_value = halves(a.masked_value, values);
     u64 end = (sizeof(Header) + 63) / 64 * 64;
     head.chunk_table = place(end, a.chunks);
     head.run_counts = place(end, a.run_counts);

@@ -49,9 +49,9 @@ def test_linear(backend, rows, columns, n, pattern, bias, seed):
 
 
 @pytest.mark.parametrize("values", native.VALUES)
-@pytest.mark.parametrize("density", [0.25, 0.5, 1.0])
-@pytest.mark.parametrize("shape", [(1, 1), (8, 8), (9, 7), (17, 1000), (130, 65), (300, 2048), (1000, 1)])
-def test_one_input_of_a_matrix_with_few_zeros(isa, shape, density, values):
+@pytest.mark.parametrize("density", [0.03, 0.25, 0.5, 1.0])  # each has layouts of its own
+@pytest.mark.parametrize("shape", [(1, 1), (8, 8), (9, 7), (17, 3000), (130, 65), (300, 2048), (1000, 1)])
+def test_one_input(isa, shape, density, values):
     weight = (torch.randn(shape) * (torch.rand(shape) <= density)).to(values).float()
     packed, bias, x = products.pack(weight, values=values), torch.randn(shape[0]), Guarded((1, shape[1]))
     x.tensor.normal_()
