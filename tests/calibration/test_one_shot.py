@@ -273,7 +273,7 @@ def test_not_reached():
     ({"evaluate": lambda model: float("nan")}, InputError, "finite"),
     ({"progress": 3}, InputTypeError, "progress"),
     ({"allocation": "sensitivity", "pattern": "2:4"}, InputError, "leaves nothing to share"),
-], ids=str)  # fmt: skip
+])  # fmt: skip
 def test_refused(dense, stats, options, error, remedy):
     model = copy.deepcopy(dense)
     with pytest.raises(error, match=remedy):

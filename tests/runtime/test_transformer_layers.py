@@ -136,7 +136,7 @@ X, MEMORY = torch.randn(3, 6, 24), torch.randn(3, 4, 24)
 
 
 @needs_native
-@pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("norm_first", [False, True])
 def test_both_layers_in_one_call(isa, calls, activation, norm_first):
     for model, given in (
