@@ -13,7 +13,7 @@ demo: $(VENV)/.plot
 	$(BIN)/secateur demo
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 check: $(VENV)/.test
 	$(BIN)/ruff format --check .

@@ -1,5 +1,4 @@
-// How a sparse matrix lies in memory. Layouts of the same weights, one or two, in a piece of position-independent bytes:
-//
+// How a sparse matrix lies in memory: in one or two layouts of the same weights, in a piece of position-independent bytes.
 // Values are float32, or float16 or bfloat16 where that was asked for.
 //
 // panel (any n >= 1, every instruction set): the columns are cut into blocks whose part of the input stays in the cache,
@@ -38,8 +37,8 @@ constexpr int kSmall = 4;       // the most inputs for which the jagged layout i
 constexpr int kMask = 8;        // columns of a mask
 constexpr int kMaskRows = 8;    // rows whose masks are neighbours
 constexpr int kWidth = 32;      // the widest panel of inputs
-constexpr int kBlock = 384;     // the most columns of a block, if its rows are not too short
-constexpr int kLongest = 1024;  // and if they are
+constexpr int kBlock = 384;     // the most columns of a block
+constexpr int kLongest = 1024;  // the same where rows would be short, without AVX-512
 constexpr int kChunk = 128;     // about as many rows are a unit of work
 
 struct Run {

@@ -362,13 +362,15 @@ INLINE u32 chunk_rows(const Header& head, u32 chunk) {
     return left < head.chunk ? left : head.chunk;
 }
 
+#if LANES == 8
 #include "masked.h"
+#endif
 
 // The same for a single input. Two rows go side by side, or one addition would wait for the one before.
 template <class T>
 INLINE void product_of_one(Blob blob, const float* input, u32 chunk, float* sums) {
 #if LANES == 8
-    if (blob.head->masked_table && finite(input, blob.head->columns))
+    if (blob.head->masked_table && all_finite(input, blob.head->columns))
         return masked_product<T>(blob, input, chunk, chunk_rows(*blob.head, chunk), sums);
 #endif
     each_run<T>(blob, chunk, [&](const u16* row, int rows, u64 column, int length, const u16* index, const T* value) {

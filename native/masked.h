@@ -1,5 +1,4 @@
-// The product with a single input by the masked layout; a part of kernels.cpp, for vectors of eight.
-#if LANES == 8
+// The product with a single input by the masked layout; a part of kernels.cpp, where vectors have eight lanes.
 
 // For each mask of eight bits, where a shuffle finds what belongs to each lane: the k-th of the values if its bit is the
 // k-th that is set, zero if it is not. A lane has kBytes; the value is its last kSize of them.
@@ -23,7 +22,7 @@ template <class T> struct Spread;  // eight weights of which a mask tells which 
 
 template <> struct Spread<Bfloat16> {
     static constexpr Places<4, 2> places{};
-    static inline __attribute__((always_inline)) vec of(const Bfloat16* value, u32 mask) {
+    INLINE vec of(const Bfloat16* value, u32 mask) {
         const __m256i all = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(value)));
         return vec(_mm256_shuffle_epi8(all, *reinterpret_cast<const __m256i*>(places.at[mask])));
     }
@@ -31,7 +30,7 @@ template <> struct Spread<Bfloat16> {
 
 template <> struct Spread<u16> {
     static constexpr Places<2, 2> places{};
-    static inline __attribute__((always_inline)) vec of(const u16* value, u32 mask) {
+    INLINE vec of(const u16* value, u32 mask) {
         const __m128i all = _mm_loadu_si128(reinterpret_cast<const __m128i*>(value));
         return vec(_mm256_cvtph_ps(_mm_shuffle_epi8(all, *reinterpret_cast<const __m128i*>(places.at[mask]))));
     }
@@ -39,7 +38,7 @@ template <> struct Spread<u16> {
 
 template <> struct Spread<float> {
     static constexpr Places<1, 1> places{};
-    static inline __attribute__((always_inline)) vec of(const float* value, u32 mask) {
+    INLINE vec of(const float* value, u32 mask) {
         const __m256i at = _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(places.at[mask])));
         const __m256 all = _mm256_permutevar8x32_ps(_mm256_loadu_ps(value), at);
         return vec(_mm256_blendv_ps(all, _mm256_setzero_ps(), _mm256_castsi256_ps(at)));
@@ -51,8 +50,8 @@ INLINE float total(vec v) {
     return (a[0] + a[1]) + (a[2] + a[3]);
 }
 
-// Whether a pruned weight times any of these is zero.
-bool finite(const float* x, i64 count) {
+// Whether a pruned weight times each of these is zero.
+bool all_finite(const float* x, i64 count) {
     vec zeros = {};
     i64 i = 0;
     for (; i + LANES <= count; i += LANES) zeros += 0.f * load<vec>(x + i);
@@ -90,4 +89,3 @@ void masked_product(Blob blob, const float* input, u32 chunk, i64 rows, float* s
         for (int r = 0; r < least(kMaskRows, int(rows - row)); r++) sums[row + r] += total(s[r]);
     }
 }
-#endif

@@ -160,7 +160,10 @@ void jagged(const Dense& w, Arrays& out) {
     }
 }
 
+i64 rounded_up(i64 n, i64 unit) { return (n + unit - 1) / unit * unit; }
+
 void masked(const Dense& w, const Header& head, Arrays& out) {
+    out.masks.reserve(head.chunks * rounded_up(head.chunk, kMaskRows) * rounded_up(w.columns, kMask) / kMask);
     out.masked_value.resize(head.nonzeros + 1);  // as one behind the last is written to
     float* value = out.masked_value.data();
     for (i64 r0 = 0; r0 < w.rows; r0 += head.chunk) {
@@ -181,16 +184,18 @@ void masked(const Dense& w, const Header& head, Arrays& out) {
     }
 }
 
-// The most columns of a block. Each row of it costs by itself, above all with a single input, so rows are to have some
-// non-zeros there; with 16 bits more, as these are for models that decode token by token.
+// The most columns of a block. Each row of a block costs by itself, above all with a single input, so it is to have some
+// non-zeros. Values of 16 bits get longer blocks: they are used where tokens are decoded one by one.
 i64 longest_block(const Dense& w, const Header& head, Values values) {
     const i64 wanted = values == kFloat32 ? 40 : 100, nonzeros = std::max<i64>(1, i64(head.nonzeros));
     return std::min<i64>(kLongest, std::max<i64>(kBlock, wanted * w.rows * w.width / nonzeros));
 }
 
-// The share of non-zeros from which on the masked layout is faster, as was measured.
+// Whether the masked layout is faster: by the share of non-zeros among all that masks stand for, as was measured.
 bool dense_enough(const Header& head, Values values) {
-    return double(head.nonzeros) >= (values == kFloat32 ? 0.4 : 0.22) * head.rows * head.columns;
+    const i64 rows = i64(head.chunks) * rounded_up(head.chunk, kMaskRows), columns = rounded_up(head.columns, kMask);
+    const double least = values == kFloat32 ? 0.4 : values == kFloat16 ? 0.28 : 0.22;
+    return double(head.nonzeros) >= least * double(rows * columns);
 }
 
 // Rounded to nearest even; what is too large becomes infinite.

@@ -38,7 +38,8 @@ SECATEUR_API void secateur_set_parallel(void* gomp_parallel);
 /* Packs the dense row-major matrix weight[rows][columns] into blob and returns the bytes needed. With less room in blob
  * it only counts. groups > 1: the matrix is block-diagonal, weight holds rows of columns / groups each, and row r sees the
  * (r / (rows / groups))-th block of columns (a grouped convolution). values: 0 float32, and rounded
- * to the nearest, 1 float16, 2 bfloat16. -1 if it cannot be packed. */
+ * to the nearest, 1 float16, 2 bfloat16. Its layouts are those of the instruction set in use, of which any other one takes
+ * the panels. -1 if it cannot be packed. */
 SECATEUR_API int64_t secateur_pack(const float* weight, int64_t rows, int64_t columns, int64_t groups, int32_t values,
                                    void* blob, int64_t room);
 

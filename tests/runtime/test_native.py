@@ -113,6 +113,44 @@ def test_every_value_of_16_bits_is_kept(isa, values):
         assert got.equal(weight[:, -n:].t())
 
 
+def _thin(*shape, density):
+    return torch.randn(shape) * (torch.rand(shape) < density)
+
+
+@pytest.mark.parametrize(
+    ("weight", "groups", "values", "masked"),
+    [
+        (_thin(64, 256, density=0.5), 1, torch.float32, True),
+        (_thin(64, 256, density=0.3), 1, torch.float32, False),
+        (_thin(64, 256, density=0.3), 1, torch.bfloat16, True),
+        (_thin(64, 256, density=0.3), 1, torch.float16, True),
+        (_thin(64, 256, density=0.1), 1, torch.bfloat16, False),
+        (torch.ones(2, 256), 1, torch.float32, False),  # as strips of eight rows are computed
+        (torch.ones(64, 4), 8, torch.float32, False),
+    ],
+)
+def test_masks_are_for_avx2_and_what_is_dense_enough(isa, weight, groups, values, masked):
+    blob = native.pack(weight, groups, values)
+    table = int(blob[144:152].view(torch.int64))  # masked_table of the header
+    assert (table != 0) == (masked and isa == "avx2")
+
+
+@pytest.mark.parametrize(("density", "values", "block"), [(0.02, torch.float32, 1000), (0.08, torch.bfloat16, 1000)])
+def test_blocks_are_longer_where_rows_would_be_short(isa, density, values, block):
+    for share, found in ((density, block), (0.5, 375)):
+        blob = native.pack(_thin(16, 3000, density=share), values=values)
+        assert int(blob[24:28].view(torch.int32)) == (375 if isa == "avx512" else found)  # block of the header
+
+
+def test_a_matrix_packed_for_one_instruction_set_runs_on_each(loaded, isa):
+    weight, x = _thin(70, 300, density=0.6), torch.randn(1, 300)
+    packed = native.pack(weight)
+    for other in (b"portable", isa.encode()):
+        assert loaded.secateur_set_isa(other) == 0
+        found = products.linear(x, weight, packed, None, products.ALL)
+        assert torch.allclose(found, x @ weight.t(), atol=1e-4)
+
+
 def test_what_is_no_packed_matrix_is_not_unpacked(isa):
     blob = native.pack(torch.eye(6, 4))
     assert native.unpack(blob, 6, 4) is not None

@@ -103,7 +103,7 @@ def pack(weight: Tensor, groups: int = 1, values: torch.dtype = torch.float32) -
     assert lib is not None
     dense = weight.detach().contiguous()
     rows, columns = dense.shape
-    size, blob = dense.nbytes + 4096, torch.empty(0, dtype=torch.uint8)  # enough, or packing tells how much is
+    size, blob = 3 * dense.nbytes + 4096, torch.empty(0, dtype=torch.uint8)  # enough, or packing tells how much is
     while blob.numel() < size:
         blob = torch.empty(size, dtype=torch.uint8)
         given = (dense.data_ptr(), rows, columns * groups, groups, VALUES[values], blob.data_ptr(), blob.numel())
