@@ -195,7 +195,7 @@ i64 longest_block(const Dense& w, const Header& head, Values values) {
 bool dense_enough(const Header& head, Values values) {
     const i64 rows = i64(head.chunks) * rounded_up(head.chunk, kMaskRows), columns = rounded_up(head.columns, kMask);
     const double least = values == kFloat32 ? 0.4 : values == kFloat16 ? 0.28 : 0.22;
-    return double(head.nonzeros) >= least * double(rows * columns);
+    return double(head.nonzeros) > least * double(rows * columns);
 }
 
 // Rounded to nearest even; what is too large becomes infinite.
@@ -223,10 +223,16 @@ u16 to_bfloat(float x) {
     return u16((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
-std::vector<u16> halves(const std::vector<float>& from, Values values) {
-    if (values == kFloat32) return {};
-    std::vector<u16> found(from.size());
-    std::transform(from.begin(), from.end(), found.begin(), values == kFloat16 ? to_half : to_bfloat);
+// The bytes of values as they are stored; `from` is no longer needed, and its memory is given back.
+std::vector<u8> stored(std::vector<float>& from, Values values) {
+    const std::size_t width = values == kFloat32 ? sizeof(float) : sizeof(u16);
+    std::vector<u8> found(from.size() * width);
+    if (values != kFloat32)
+        std::transform(from.begin(), from.end(), reinterpret_cast<u16*>(found.data()),
+                       values == kFloat16 ? to_half : to_bfloat);
+    else if (!from.empty())
+        std::memcpy(found.data(), from.data(), found.size());
+    std::vector<float>().swap(from);
     return found;
 }
 
@@ -270,27 +276,26 @@ i64 pack(const float* weight, i64 rows, i64 columns, i64 groups, const Kernels& 
     if (made_for.jagged) jagged(w, a);
     head.groups = u32(a.groups.size());
     head.values = values;
-    const bool with_masked = made_for.masked && groups == 1 && head.nonzeros && dense_enough(head, values);
+    const bool with_masked = made_for.masked && groups == 1 && dense_enough(head, values);
     if (with_masked) masked(w, head, a);
-    const bool half = values != kFloat32;
-    const std::vector<u16> value = halves(a.value, values), jagged_value = halves(a.jagged_value, values);
-    const std::vector<u16> masked_value = halves(a.masked_value, values);
+    const std::vector<u8> value = stored(a.value, values), jagged_value = stored(a.jagged_value, values);
+    const std::vector<u8> masked_value = stored(a.masked_value, values);
     u64 end = (sizeof(Header) + 63) / 64 * 64;
     head.chunk_table = place(end, a.chunks);
     head.run_counts = place(end, a.run_counts);
     head.runs = place(end, a.runs);
     head.row_order = place(end, a.row_order);
     head.index = place(end, a.index);
-    head.value = half ? place(end, value) : place(end, a.value);
+    head.value = place(end, value);
     head.group_table = place(end, a.groups);
     head.jagged_runs = place(end, a.jagged_runs);
     head.meta = place(end, a.meta);
     head.jagged_index = place(end, a.jagged_index);
-    head.jagged_value = half ? place(end, jagged_value) : place(end, a.jagged_value);
+    head.jagged_value = place(end, jagged_value);
     if (with_masked) {
         head.masked_table = place(end, a.masked_table);
         head.masks = place(end, a.masks);
-        head.masked_value = half ? place(end, masked_value) : place(end, a.masked_value);
+        head.masked_value = place(end, masked_value);
     }
     head.bytes = end;
     if (i64(end) <= room) {
@@ -307,15 +312,9 @@ i64 pack(const float* weight, i64 rows, i64 columns, i64 groups, const Kernels& 
         copy(blob, head.jagged_index, a.jagged_index);
         copy(blob, head.masked_table, a.masked_table);
         copy(blob, head.masks, a.masks);
-        if (half) {
-            copy(blob, head.value, value);
-            copy(blob, head.jagged_value, jagged_value);
-            copy(blob, head.masked_value, masked_value);
-        } else {
-            copy(blob, head.value, a.value);
-            copy(blob, head.jagged_value, a.jagged_value);
-            copy(blob, head.masked_value, a.masked_value);
-        }
+        copy(blob, head.value, value);
+        copy(blob, head.jagged_value, jagged_value);
+        copy(blob, head.masked_value, masked_value);
     }
     return i64(end);
 }
