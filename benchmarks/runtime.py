@@ -1,7 +1,7 @@
 """The numbers of the runtime: how fast a pruned model runs, against torch and against what else there is.
 
-    python benchmarks/runtime.py [linear] [conv] [models] [recurrent] [sparsity] [floor] [threads] [avx2] [packed]
-                                 [checks] [generation] [tuning] [peers] [table] [all]
+    python benchmarks/runtime.py [linear] [conv] [models] [recurrent] [sparsity] [floor] [threads] [avx2] [masks]
+                                 [packed] [checks] [generation] [tuning] [peers] [table] [all]
                                  [--json FILE] [--rounds N] [--only TEXT] [--kernel] [--quick]
                                  [--environments FOLDER] [--scratch FOLDER] [--cpu]
 
@@ -39,6 +39,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
+import functools
 import io
 import json
 import os
@@ -49,7 +50,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -361,25 +362,62 @@ def avx2() -> list[Row]:
     return found["avx2"]  # type: ignore[no-any-return]
 
 
-def packed() -> list[Row]:
-    """Bytes of packed weights: AVX-512 has tiles and panels, the others panels alone."""
-    rows: list[Row] = []
+@contextlib.contextmanager
+def instructions(name: str) -> Iterator[bool]:
+    """Whether there are kernels for an instruction set, which are then used."""
     library, before = native.library(), native.isa()
-    if library is None or before is None or library.secateur_set_isa(b"avx512"):
-        leave_out("packed", "no AVX-512 kernels")
-        return rows
-    for sparsity in (0.5, 0.8, 0.9, 0.95):
+    if library is None or before is None or library.secateur_set_isa(name.encode()):
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        library.secateur_set_isa(before.encode())
+
+
+def blob(name: str, weight: Tensor, values: torch.dtype) -> Tensor | None:
+    """A matrix packed for an instruction set, if there are kernels for it."""
+    with instructions(name) as there:
+        return native.pack(weight, values=values) if there else None
+
+
+def masks() -> list[Row]:
+    """One input on AVX2: the C function on matrices packed with masks, over the same on panels alone, in turn."""
+    rows: list[Row] = []
+    library, x, y = native.library(), torch.randn(1, 1024), torch.empty(1, 1024)
+    for sparsity in (0.5, 0.7):
         weight = pruned(cases.linear(1024, 1024, 1, 1, {}, sparsity)).layers[0].weight  # type: ignore[union-attr, index]
         for values in native.VALUES:
-            library.secateur_set_isa(b"avx512")
-            both = native.pack(weight, values=values).numel()
-            library.secateur_set_isa(b"portable")
-            panels = native.pack(weight, values=values).numel()
-            count, dense = int(weight.count_nonzero()), 4 * weight.numel()
+            panels, masked = (blob(name, weight, values) for name in ("portable", "avx2"))
+            if library is None or panels is None or masked is None:
+                leave_out("masks", "no AVX2 kernels")
+                return rows
+            sides = {name: Side(functools.partial(library.secateur_linear, one.data_ptr(), None, x.data_ptr(), 1, None,
+                                                  y.data_ptr(), 1))
+                     for name, one in (("panels", panels), ("masks", masked))}  # fmt: skip
+            with instructions("avx2"):
+                found = ratios(in_turn(sides, "hot", rounds("hot")), "panels")["masks"]
+            rows.append({"1024x1024": f"{sparsity:.0%} pruned, {values}", "masks over panels": found["ratio"],
+                         "least": found["least"], "most": found["most"]})  # fmt: skip
+    return rows
+
+
+def packed() -> list[Row]:
+    """Bytes of packed weights: AVX-512 has tiles beside panels, AVX2 masks where enough weights are left."""
+    rows: list[Row] = []
+    for sparsity in (0.5, 0.8, 0.9, 0.95):
+        weight = pruned(cases.linear(1024, 1024, 1, 1, {}, sparsity)).layers[0].weight  # type: ignore[union-attr, index]
+        count, dense = int(weight.count_nonzero()), 4 * weight.numel()
+        for values in native.VALUES:
+            found = {name: blob(name, weight, values) for name in ("portable", "avx512", "avx2")}
+            size = {name: None if one is None else one.numel() for name, one in found.items()}
+            both = found["avx512"]
+            panels = size["portable"] if both is None else int(both[104:112].view(torch.int64))  # tiles lie behind them
             rows.append({"1024x1024": f"{sparsity:.0%} pruned, {values}",
-                         "tiles, bytes a non-zero": (both - panels) / count, "panels": panels / count,
-                         "AVX-512, over dense float32": both / dense, "others": panels / dense})  # fmt: skip
-    library.secateur_set_isa(before.encode())
+                         "panels, bytes a non-zero": panels and panels / count,
+                         "tiles": both if both is None or panels is None else (both.numel() - panels) / count,
+                         **{f"{name}, over dense float32": one and one / dense
+                            for name, one in size.items()}})  # fmt: skip
     return rows
 
 
@@ -621,12 +659,14 @@ def two_threads(rows: list[Row]) -> list[Row]:
 
 SECTIONS: dict[str, Callable[[], list[Row]]] = {
     "linear": linear, "conv": conv, "models": models, "recurrent": recurrent, "sparsity": sparsity, "floor": floor,
-    "threads": threads, "avx2": avx2, "packed": packed, "checks": checks, "generation": generation, "tuning": tuning,
+    "threads": threads, "avx2": avx2, "masks": masks, "packed": packed, "checks": checks,
+    "generation": generation, "tuning": tuning,
 }  # fmt: skip
 
 
 SHOWN: dict[str, Callable[[list[Row]], list[Row]]] = {
     "threads": two_threads,
+    "masks": list,
     "packed": list,
     "checks": list,
     "generation": list,
@@ -671,7 +711,7 @@ def main() -> None:
     chosen = everything if arguments.which in ([], ["all"]) else arguments.which
     arguments.table = arguments.which[:1] == ["table"]
     if arguments.table:
-        chosen = chosen[1:] or [name for name in SECTIONS if name not in ("avx2", "packed", "checks")]
+        chosen = chosen[1:] or [name for name in SECTIONS if name not in ("avx2", "masks", "packed", "checks")]
     if unknown := set(chosen) - set(everything):
         parser.error(f"no section is named {', '.join(sorted(unknown))}; there are {', '.join(everything)}")
     if "peers" in chosen:  # first: the tables below show them
